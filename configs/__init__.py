@@ -1,0 +1,1 @@
+"""Configurations: values only. `base.py` creates every field; the others assign."""

@@ -1,0 +1,134 @@
+"""Every field that exists, with its unit, and its source where a paper gives one.
+
+The values are those of the smallest sensible UltraMemV2. 'Paper' is UltraMemV2 (arXiv 2508.18756),
+'V1' is UltraMem (arXiv 2411.12364), 'OLMoE' is arXiv 2409.02060.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the base configuration; named configurations assign to a copy of it."""
+    config = ConfigDict()
+    config.seed = 0  # of the parameters
+
+    model = config.model = ConfigDict()
+    model.family = "memory"  # dense: no memory layers | memory: UltraMem, V1 and V2
+    model.vocab_size = 264  # bytes and end-of-text, rounded up to a multiple of 8
+    model.hidden_size = 256  # h, width of the residual stream
+    model.num_layers = 4  # L, transformer blocks
+    model.num_heads = 4  # of the attention
+    model.num_key_value_heads = 4  # of the attention; fewer than num_heads: grouped queries
+    model.ffn_size = 512  # inner width of the SwiGLU (half of its gate + up width)
+    model.tie_embeddings = True  # one matrix for input embedding and output head
+    model.rope_theta = 10000.0  # OLMoE
+    model.norm_epsilon = 1e-5  # of every RMSNorm, OLMoE
+    model.query_key_norm = True  # RMSNorm on whole query and key projections, OLMoE
+    model.compute_dtype = "bfloat16"  # of matrix products; parameters and scores stay float32
+    model.attention = "xla"  # xla | cudnn (GPU)
+    model.scan_layers = True  # False: unroll, for debugging
+    model.remat = "none"  # none | full: keep block inputs only | dots: keep matrix products
+
+    memory = model.memory = ConfigDict()
+    # Blocks (from 1) whose normalised FFN input a memory layer reads, and blocks beside whose FFN
+    # its output is added. Empty: every block, read = write (paper, section 3.1).
+    memory.read_layers = ()
+    memory.write_layers = ()
+    memory.num_keys = 64  # n, row keys = column keys of one table of n^2 values
+    memory.key_dim = 128  # D_k; paper, section 4.2.4: h / 2
+    memory.tucker_rank = 2  # r; V1
+    memory.num_cores = 2  # c, each scores its own slice of the value row; V1
+    memory.num_heads = 1  # H; paper, section 4.2.3
+    memory.top_m = 16  # m, values a token activates in each head
+    memory.shortlist = 16  # s, row (column) candidates kept before the grid; paper: min(m, 128)
+    memory.scoring = "tucker"  # tucker | sum: additive, as in product-key memory
+    # per_rank: a query for each Tucker rank (paper, section 4.2.2) | shared: one row and one column
+    # query for all ranks (V1) | released: the layout of the published PyTorch code
+    memory.query = "per_rank"
+    memory.key_expansion = 1  # E, key expansion: E^2 virtual blocks address the same rows
+    memory.projection = "single"  # single (paper, Eq. 12) | per_block: one a virtual block (V1)
+    memory.value_dim = 48  # D_v
+    memory.pre_value_dim = 16  # D_p; 0: plain values. Paper, section 4.2.5: D_p : D_v = 1 : 3
+    memory.activation = "none"  # of the pre-score: none (paper, Eq. 15) | gelu | silu | relu
+    # Tables that a layer sees: its own, or a window of share_group tables that wraps round (ring),
+    # is clipped at the ends (no_ring), or is fixed for share_group layers (block); section 4.2.8.
+    memory.sharing = "none"
+    memory.share_group = 1  # g, tables in the window
+    # principled: paper, section 3.5 | released: the published code's constants | unit: values of
+    # standard deviation 1, which must misbehave
+    memory.initialization = "principled"
+    memory.chunk_tokens = 0  # tokens whose rows are fetched at once; 0: chosen by their size
+
+    data = config.data = ConfigDict()
+    data.source = "standard_library"  # | text | array_record | memmap | hugging_face
+    data.paths = ()  # globs, for text (text, JSONL, Parquet), array_record and memmap
+    data.text_field = "text"  # key of the text in JSONL, Parquet and Hugging Face records
+    data.memmap_dtype = "uint16"  # of token files: uint16 | uint32
+    data.hugging_face_name = ""  # data set, configuration and split, streamed by --mode=prepare
+    data.hugging_face_config = ""
+    data.hugging_face_split = "train"
+    data.tokenizer = "bytes"  # | path of a tokenizers .json or SentencePiece .model | none
+    data.end_of_text_id = -1  # -1: the tokenizer's own
+    data.sequence_length = 256  # tokens a sequence
+    data.held_out_fraction = 0.05  # share of documents kept for evaluation
+    data.mask_across_documents = True  # False: attention may cross documents of one sequence
+    data.num_workers = 0  # processes that build batches; 0: threads of this one
+    data.prefetch_batches = 4  # batches built ahead of the training step
+    data.seed = 0  # of the order of documents
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.learning_rate = 4e-4  # peak; paper, Table 10
+    optimizer.warmup_steps = 20  # linear from 0
+    optimizer.schedule = "cosine"  # | constant | constant_then_cosine (continued training)
+    optimizer.decay_start_step = 0  # step at which constant_then_cosine starts to decay
+    optimizer.final_fraction = 0.1  # of the peak, at the end of the cosine; OLMoE
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.epsilon = 1e-8
+    optimizer.clip_norm = 1.0  # of the global gradient norm, value tables included
+    optimizer.weight_decay = ConfigDict()  # decoupled; 0.1 on everything as in OLMoE
+    optimizer.weight_decay.embeddings = 0.1
+    optimizer.weight_decay.norms = 0.1
+    optimizer.weight_decay.matrices = 0.1
+    optimizer.weight_decay.keys = 0.1  # memory keys and Tucker cores
+    optimizer.weight_decay.values = 0.1  # value and pre-value tables
+    # Learning rate of the value tables. multiplier: the schedule above times a factor that falls
+    # linearly from values_multiplier to values_final_multiplier over the first
+    # values_decay_fraction of training (paper, section 4.2.9: constant 1 for long runs, 4 -> 1 for
+    # short ones) | constant: values_learning_rate (Memory+, arXiv 2412.09764)
+    optimizer.values_schedule = "multiplier"
+    optimizer.values_learning_rate = 1e-3
+    optimizer.values_multiplier = 1.0
+    optimizer.values_final_multiplier = 1.0
+    optimizer.values_decay_fraction = 1.0
+
+    loss = config.loss = ConfigDict()  # coefficients; 0: off
+    loss.z_loss = 0.0  # mean squared log-partition of the output softmax
+    loss.tucker_penalty = 0.0  # alpha, paper Eq. 17 (V1: 0.001)
+    loss.tucker_margin = 0.15  # tau, paper Eq. 17
+    loss.balance_loss = 0.0  # beta, paper Eq. 18-20 (arm: 0.001)
+
+    train = config.train = ConfigDict()
+    train.num_steps = 200  # optimizer steps
+    train.batch_size = 16  # sequences a step, over all processes
+    train.gradient_accumulation = 1  # microbatches a step
+    train.log_interval_steps = 10
+    train.evaluation_interval_steps = 100  # held-out loss; also after the last step
+    train.checkpoint_interval_steps = 100  # also after the last step
+    train.num_checkpoints_kept = 3
+    train.tensorboard = True  # event files in the work directory
+    train.wandb_project = ""  # project for Weights & Biases; empty: off
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 16  # sequences
+
+    generate = config.generate = ConfigDict()
+    generate.max_new_tokens = 400
+    generate.temperature = 0.8  # 0: greedy
+    generate.top_k = 0  # sample from the k likeliest tokens; 0: all
+    generate.top_p = 0.95  # sample from the likeliest tokens that hold this probability; 1: all
+    generate.seed = 0
+
+    config.mesh = ConfigDict()
+    config.mesh.replica = -1  # devices that each take a share of the batch; -1: all
+    return config
