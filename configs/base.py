@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     model.rope_theta = 10000.0  # OLMoE
     model.norm_epsilon = 1e-5  # of every RMSNorm, OLMoE
     model.query_key_norm = True  # RMSNorm on whole query and key projections, OLMoE
-    model.compute_dtype = "bfloat16"  # of matrix products; parameters and scores stay float32
+    # Of matrix products; parameters and scores stay float32. float64 (with JAX_ENABLE_X64=1) is
+    # for comparisons with other implementations.
+    model.compute_dtype = "bfloat16"
     model.attention = "xla"  # xla | cudnn (GPU)
     model.scan_layers = True  # False: unroll, for debugging
     model.remat = "none"  # none | full: keep block inputs only | dots: keep matrix products

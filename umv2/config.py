@@ -166,7 +166,7 @@ class ModelConfig:
     rope_theta: float
     norm_epsilon: float
     query_key_norm: bool
-    compute_dtype: Literal["bfloat16", "float32"]
+    compute_dtype: Literal["bfloat16", "float32", "float64"]
     attention: Literal["xla", "cudnn"]
     scan_layers: bool
     remat: Literal["none", "full", "dots"]

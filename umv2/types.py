@@ -35,7 +35,6 @@ class LayerStats:
 
     balance_loss: Float[Array, "*l"]
     output_variance: Float[Array, "*l"]
-    ffn_variance: Float[Array, "*l"]
     top_score: Float[Array, "*l"]
     last_score: Float[Array, "*l"]
     row_hits: Int[Array, "*l rows"]

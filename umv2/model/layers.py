@@ -1,0 +1,89 @@
+"""Dense building blocks: linear map, RMSNorm, SwiGLU, rotary embedding.
+
+Parameters are float32; `dtype` is that of matrix products. Norms and rotations are computed in
+float32 (or float64 where the input is), whatever the dtype of their input.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+
+class Buffer(nnx.Variable):
+    """Saved state that no gradient reaches."""
+
+
+def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
+    """Derives the key of a named parameter, so that adding one does not reshuffle the others."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def normal(
+    key: Key[Array, ""], name: str, shape: tuple[int, ...], std: float
+) -> Float[Array, "..."]:
+    """Draws the initial value of a named parameter: normal with mean 0 and the given deviation."""
+    return std * jax.random.normal(named_key(key, name), shape, jnp.float32)
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype of sums over values of `dtype`: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """Returns x @ weight in the dtype of x."""
+    return jnp.einsum("...i,io->...o", x, weight.astype(x.dtype))
+
+
+def rms_norm(
+    x: Float[Array, "*b d"], weight: Float[Array, " d"], epsilon: float
+) -> Float[Array, "*b d"]:
+    """Returns weight * x / sqrt(mean(x^2) + epsilon) over the last axis, in the dtype of x."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    # The weight takes the rank of x: implicit rank promotion hides shape mistakes.
+    weight = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
+    return (wide * scale * weight).astype(x.dtype)
+
+
+def rotate(
+    x: Float[Array, "b t h q"], positions: Int[Array, " t"], theta: float
+) -> Float[Array, "b t h q"]:
+    """Applies rotary position embedding (arXiv 2104.09864), the two halves of a head as pairs."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=wide.dtype) / half)
+    angles = positions[:, None].astype(wide.dtype) * frequencies[None, :]
+    cosine, sine = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    first, second = wide[..., :half], wide[..., half:]
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned weight (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalises the last axis."""
+        return rms_norm(x, self.weight[...], self.epsilon)
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward network: W_down (silu(W_gate x) * W_up x) (arXiv 2002.05202)."""
+
+    def __init__(self, size: int, inner: int, *, std: float, down_std: float, key: Key[Array, ""]):
+        self.gate = nnx.Param(normal(key, "gate", (size, inner), std))
+        self.up = nnx.Param(normal(key, "up", (size, inner), std))
+        self.down = nnx.Param(normal(key, "down", (inner, size), down_std))
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns the output in the dtype of x."""
+        inner = jax.nn.silu(linear(x, self.gate[...])) * linear(x, self.up[...])
+        return linear(inner, self.down[...])

@@ -1,0 +1,230 @@
+"""Product-key retrieval as pure functions: scores, shortlist, grid, addresses, sharing windows.
+
+UltraMemV2 (arXiv 2508.18756), Eq. 6-8 and 10-11, called TDQKR there. Everything acts on the tokens
+of one device, and can be checked by hand on a table of four rows. Heads and sides lead and tokens
+follow (`h`, 2, `r`, `t`, ...), so that scoring is one batched matrix product with no transposition.
+
+Selections are best first, ties go to the lower index. Gradients reach scores through the selected
+pairs alone.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+QueryLayout = Literal["per_rank", "shared", "released"]
+Scoring = Literal["tucker", "sum"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The chosen pairs of row and column keys of each token."""
+
+    rows: Int[Array, "h t k"]
+    columns: Int[Array, "h t k"]
+    scores: Float[Array, "h t k c"]
+
+
+def query_chunks(layout: QueryLayout, tucker_rank: int) -> int:
+    """Returns how many vectors of key_dim the query projection gives."""
+    return 2 if layout == "shared" else 2 * tucker_rank
+
+
+def arrange_query(
+    chunks: Float[Array, "t q_chunks q"],
+    layout: QueryLayout,
+    *,
+    num_heads: int,
+    tucker_rank: int,
+) -> Float[Array, "h 2 r t q"]:
+    """Gives each head, side and rank its query.
+
+    Layouts: `per_rank`, chunks in the order (side, rank), the same for every head (section 4.2.2);
+    `shared`, a row and a column chunk for all ranks and heads (V1); `released`, as the published
+    PyTorch code reads its four chunks: head i takes 2 (i // 2) for the row and 2 (i // 2) + 1 for
+    the column, whatever the rank, so that one or two heads leave half of the projection unused.
+    """
+    chunks = jnp.moveaxis(chunks, 1, 0)
+    num_tokens, key_dim = chunks.shape[1:]
+    match layout:
+        case "per_rank":
+            by_rank = chunks.reshape(1, 2, tucker_rank, num_tokens, key_dim)
+        case "shared":
+            by_rank = chunks.reshape(1, 2, 1, num_tokens, key_dim)
+        case "released":
+            heads = 2 * (np.arange(num_heads) // 2)
+            by_rank = chunks[heads[:, None] + np.arange(2)[None, :]][:, :, None]
+    return jnp.broadcast_to(by_rank, (num_heads, 2, tucker_rank, num_tokens, key_dim))
+
+
+def product_key_scores(
+    query: Float[Array, "h 2 r t q"], keys: Float[Array, "h 2 r n q"]
+) -> Float[Array, "h 2 r t n"]:
+    """Returns the score of every row and column key for each rank: S = <q, K> (step 3).
+
+    Products in the dtype of the inputs, sums and result in float32 (float64 for float64).
+    """
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    return jnp.einsum("hsrtq,hsrnq->hsrtn", query, keys, preferred_element_type=dtype)
+
+
+def shortlist_scores(
+    scores: Float[Array, "h 2 r t n"], u: Float[Array, "h r"], v: Float[Array, "h r"]
+) -> Float[Array, "h 2 t n"]:
+    """Returns the rank-1 approximation by which keys are shortlisted: S_row u, S_col v (step 5)."""
+    return jnp.einsum("hsrtn,hsr->hstn", scores, jnp.stack([u, v], axis=1))
+
+
+def select(
+    scores: Float[Array, "h 2 r t n"],
+    shortlisting: Float[Array, "h 2 t n"],
+    cores: Float[Array, "c h r r"] | None,
+    *,
+    top_m: int,
+    shortlist: int,
+) -> Selection:
+    """Returns the top-m pairs of the shortlist grid with their per-core scores (steps 5 and 6).
+
+    Args:
+      scores: S, for every rank.
+      shortlisting: the scores by which `shortlist` candidates a side are kept.
+      cores: Tucker cores; a pair scores sum over c of S_row C_c S_col. None: additive scores,
+        S_row + S_col of rank 1, as in product-key memory (arXiv 1907.05242).
+      top_m: pairs to keep for each token and head.
+      shortlist: candidates a side.
+    """
+    _, candidates = jax.lax.top_k(jax.lax.stop_gradient(shortlisting), shortlist)
+    rows, columns = candidates[:, 0], candidates[:, 1]
+    fixed = jax.lax.stop_gradient(scores)
+    row_scores = jnp.take_along_axis(fixed[:, 0], rows[:, None], axis=-1)
+    column_scores = jnp.take_along_axis(fixed[:, 1], columns[:, None], axis=-1)
+    if cores is None:
+        grid = row_scores[:, 0, :, :, None] + column_scores[:, 0, :, None, :]
+    else:
+        core = jax.lax.stop_gradient(cores).sum(axis=0)
+        # Rank by rank and not as a batched product: a fused loop over [s, s] beats one tiny
+        # matrix product for each token.
+        weighted = jnp.einsum("hrts,hrq->hqts", row_scores, core)
+        grid = jnp.sum(weighted[..., :, None] * column_scores[..., None, :], axis=1)
+    _, flat = jax.lax.top_k(grid.reshape(*grid.shape[:2], shortlist**2), top_m)
+    rows = jnp.take_along_axis(rows, flat // shortlist, axis=-1)
+    columns = jnp.take_along_axis(columns, flat % shortlist, axis=-1)
+
+    row_scores = jnp.take_along_axis(scores[:, 0], rows[:, None], axis=-1)
+    column_scores = jnp.take_along_axis(scores[:, 1], columns[:, None], axis=-1)
+    if cores is None:
+        chosen = (row_scores + column_scores)[:, 0, :, :, None]
+    else:
+        chosen = jnp.einsum("hrtk,chrq,hqtk->htkc", row_scores, cores, column_scores)
+    return Selection(rows=rows, columns=columns, scores=chosen)
+
+
+def virtual_addresses(
+    selection: Selection, shuffle: Int[Array, " a"], keys_per_side: int
+) -> Int[Array, "t hk"]:
+    """Returns shuffle[i * keys_per_side + j] for the pairs of all heads (step 7)."""
+    grid = selection.rows * keys_per_side + selection.columns
+    return _heads_last(shuffle[grid])
+
+
+def table_rows(
+    virtual: Int[Array, "t hk"], start: Int[Array, ""] | int, *, num_visible: int, num_rows: int
+) -> tuple[Int[Array, "t hk"], Int[Array, "t hk"], Int[Array, "t hk"]]:
+    """Splits virtual addresses into (block, visible row, row of the store) (step 7).
+
+    The visible window begins at row `start` of a store of `num_rows` and wraps round its end.
+    """
+    block, visible = virtual // num_visible, virtual % num_visible
+    # start + visible may pass 2^31 in a large store; what remains of the store never does.
+    remaining = num_rows - start
+    row = jnp.where(visible < remaining, visible + start, visible - remaining)
+    return block, visible, row
+
+
+def per_core_scores(selection: Selection) -> Float[Array, "t hk c"]:
+    """Returns the scores of all heads' selections side by side."""
+    return _heads_last(selection.scores)
+
+
+def window_starts(
+    num_tables: int, sharing: Literal["none", "ring", "no_ring", "block"], group: int
+) -> np.ndarray:
+    """Returns the first table that each memory layer sees, counted from 0 (section 4.2.8).
+
+    ring: a window of `group` tables around the layer's own, wrapping round; no_ring: clipped at
+    the ends; block: the same window for `group` consecutive layers; none: the layer's own table.
+    """
+    layer = np.arange(num_tables)
+    match sharing:
+        case "none":
+            return layer
+        case "ring":
+            return (layer - (group - 1) // 2) % num_tables
+        case "no_ring":
+            return np.clip(layer - (group - 1) // 2, 0, num_tables - group)
+        case "block":
+            return layer // group * group
+
+
+def balance_statistics(
+    shortlisting: Float[Array, "h 2 t n"], shortlist: int
+) -> tuple[Float[Array, "2 n"], Float[Array, "2 n"]]:
+    """Returns the sums that the balance loss needs: (softmax mass, shortlist picks) of each key."""
+    _, picks = jax.lax.top_k(jax.lax.stop_gradient(shortlisting), shortlist)
+    mass = jax.nn.softmax(shortlisting, axis=-1).sum(axis=(0, 2))
+    num_keys = shortlisting.shape[-1]
+    counts = [jnp.zeros(num_keys, mass.dtype).at[picks[:, side]].add(1.0) for side in range(2)]
+    return mass, jnp.stack(counts)
+
+
+def balance_loss(mass: Float[Array, "2 n"], counts: Float[Array, "2 n"]) -> Float[Array, ""]:
+    """Returns n sum_i f_i p_i for row keys plus column keys (Eq. 18-20).
+
+    p is the mean softmax of the shortlist score, f the share of a key among all picks; each sums
+    to 1, so that perfect balance gives 1 a side.
+    """
+    share = counts / counts.sum(axis=-1, keepdims=True)
+    mean = mass / jax.lax.stop_gradient(mass.sum(axis=-1, keepdims=True))
+    return mass.shape[-1] * jnp.sum(share * mean)
+
+
+def core_vectors(
+    cores: Float[Array, "c h r r"],
+    previous_u: Float[Array, "h r"],
+    previous_v: Float[Array, "h r"],
+) -> tuple[Float[Array, "h r"], Float[Array, "h r"]]:
+    """Returns the leading singular vectors of the summed cores (step 4), with continuous sign.
+
+    An SVD leaves the common sign of u and v open. It is the one closer to the previous pair in L1
+    distance; where the previous pair is zero (there is none), the one with sum(u) >= 0.
+    """
+    left, _, right = jnp.linalg.svd(cores.sum(axis=0))
+    u, v = left[..., :, 0], right[..., 0, :]
+    distance = jnp.abs(u - previous_u) + jnp.abs(v - previous_v)
+    flipped = jnp.abs(u + previous_u) + jnp.abs(v + previous_v)
+    closer = flipped.sum(-1, keepdims=True) - distance.sum(-1, keepdims=True)
+    first = jnp.all(previous_u == 0, axis=-1, keepdims=True)
+    preference = jnp.where(first, u.sum(-1, keepdims=True), closer)
+    sign = jnp.where(preference < 0, -1.0, 1.0).astype(u.dtype)
+    return u * sign, v * sign
+
+
+def tucker_penalty(cores: Float[Array, "*l c h r r"], margin: float) -> Float[Array, ""]:
+    """Returns the mean of max(0, lambda_i - margin)^2 over all but the first singular value.
+
+    Eq. 17 without its coefficient: the mean over i >= 2 is the sum divided by r - 1; heads and
+    stacked layers are averaged.
+    """
+    singular = jnp.linalg.svd(cores.sum(axis=-4), compute_uv=False)
+    return jnp.mean(jnp.square(jax.nn.relu(singular[..., 1:] - margin)))
+
+
+def _heads_last(x: Array) -> Array:
+    """[h, t, k, ...] -> [t, h * k, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])

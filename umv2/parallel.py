@@ -1,0 +1,93 @@
+"""The device mesh, and the one place where per-device code is cut out of the global program.
+
+The mesh has explicit axes: every array's sharding is part of its type, so a missing collective is
+an error at tracing time and not a silent gather. `replica` divides the batch; parameters are
+replicated over it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import value_aggregation as value_aggregation  # noqa: PLC0414 (re-exported)
+from umv2.config import ConfigError, MeshConfig
+
+REPLICA = "replica"
+
+
+def create_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+    """Returns the mesh over all devices of all processes, or over the first `mesh.replica`.
+
+    Args:
+      config: the mesh section.
+      batch_size: sequences of one microbatch, which the replicas divide.
+
+    Raises:
+      ConfigError: more replicas than devices, or a batch that they do not divide.
+    """
+    available = jax.device_count()
+    replicas = available if config.replica == -1 else config.replica
+    if replicas > available:
+        raise ConfigError(f"mesh.replica={replicas}: must be at most the {available} devices here")
+    if batch_size % replicas:
+        raise ConfigError(
+            f"mesh.replica={replicas}: must divide the {batch_size} sequences of a microbatch"
+            " (train.batch_size / train.gradient_accumulation)"
+        )
+    devices = np.asarray(jax.devices()[:replicas])
+    return Mesh(devices, (REPLICA,), axis_types=(AxisType.Explicit,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(REPLICA))
+
+
+def local_to_global(mesh: Mesh, tree: Any) -> Any:
+    """Assembles global batch arrays from each process's own rows."""
+    sharding = batch_sharded(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Returns `table[ids]`, divided over devices as the ids are."""
+    spec = jax.typeof(ids).sharding.spec
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[ids]
+    return table.at[ids].get(out_sharding=PartitionSpec(*spec, None))
+
+
+def map_over_batch(
+    function: Callable[..., tuple[Any, Any]], batched: Any, shared: Any
+) -> tuple[Any, Any]:
+    """Runs a function of per-device arrays on every device's share of the batch.
+
+    Args:
+      function: `(batched, shared) -> (outputs, sums)`, written for one device.
+      batched: pytree of arrays divided along their first axis.
+      shared: pytree of arrays that every device sees whole.
+
+    Returns:
+      `outputs`, divided along their first axis, and `sums`, added over all devices.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(batched, shared)
+
+    def per_device(batched: Any, shared: Any) -> tuple[Any, Any]:
+        outputs, sums = function(batched, shared)
+        return outputs, jax.lax.psum(sums, REPLICA)
+
+    return jax.shard_map(
+        per_device,
+        in_specs=(PartitionSpec(REPLICA), PartitionSpec()),
+        out_specs=(PartitionSpec(REPLICA), PartitionSpec()),
+    )(batched, shared)
