@@ -1,0 +1,271 @@
+"""Holds the source to the import directions of the design, by walking its syntax trees."""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+BANNED = {name: entry["msg"] for name, entry in RUFF["flake8-tidy-imports"]["banned-api"].items()}
+
+# A module imports its own package and the tiers below its own.
+TIERS: tuple[tuple[str, ...], ...] = (
+    ("main",),
+    ("umv2.training", "umv2.evaluation", "umv2.inference", "umv2.cost", "umv2.interop"),
+    ("umv2.model", "umv2.data"),
+    ("umv2.parallel",),
+    ("kernels_pallas",),
+    ("umv2.config", "umv2.types"),
+)
+# Tiers whose packages may import each other: the loop evaluates, evaluation restores checkpoints.
+PEERS = (1, 5)
+
+# Beside the standard library, all that these may import at load time ...
+LOAD_TIME_IMPORTS = {
+    "configs": ("configs", "ml_collections"),
+    "experiments": ("experiments", "configs", "ml_collections", "absl"),
+}
+# ... and these at any time. numpy comes with jax.
+IMPORTS = {
+    "kernels_pallas": ("kernels_pallas", "jax", "jaxtyping", "numpy"),
+    "kernels_pallas.bench": ("kernels_pallas", "jax", "jaxtyping", "numpy", "absl"),
+}
+# Who alone imports it. Tests import what they like.
+ONLY_IMPORTERS = {
+    "kernels_pallas": ("umv2.parallel", "kernels_pallas", "experiments"),
+    "orbax": ("umv2.training.checkpoint",),
+    "absl.flags": ("main", "kernels_pallas.bench", "experiments"),
+    "configs": ("configs", "experiments"),
+    "experiments": ("experiments",),
+    "main": (),
+    "tests": (),
+}
+PRINTERS = ("main", "kernels_pallas.bench", "experiments")
+
+MAX_LINES = 500
+LONG_FILES: dict[str, str] = {}  # path: why it is worth more
+MAX_TYPE_IGNORES = 10  # in the whole tree
+TYPE_IGNORE = re.compile(r"#\s*type:\s*ignore")
+EXPLAINED_TYPE_IGNORE = re.compile(r"#\s*type:\s*ignore\[[a-z, -]+\]\s+#\s*\w")
+
+
+def is_within(name: str, *packages: str) -> bool:
+    """Whether a dotted name is one of the packages or lies in one."""
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of all that is imported; a relative name keeps its leading dots."""
+    for node in nodes:
+        match node:
+            case ast.Import():
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            case ast.ImportFrom():
+                prefix = "." * node.level + (node.module or "")
+                yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+
+
+def load_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: all but the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from load_time_nodes(child)
+
+
+def attributes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every attribute used, its head spelled as it was imported."""
+    origins: dict[str, str] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import():
+                origins |= {alias.asname: alias.name for alias in node.names if alias.asname}
+            case ast.ImportFrom():
+                origins |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            yield node.lineno, f"{origins.get(head, head)}.{rest}"
+
+
+def place(name: str) -> tuple[int, str] | None:
+    """The tier and the package that a dotted name lies in."""
+    for tier, packages in enumerate(TIERS):
+        for package in packages:
+            if is_within(name, package):
+                return tier, package
+    return None
+
+
+def import_fault(module: str, name: str) -> str | None:
+    """Why a module may not import a name at all, or None where it may."""
+    if name.startswith("."):
+        return f"imports {name} by a relative name"
+    if is_within(module, "tests"):
+        return None
+    for target, importers in ONLY_IMPORTERS.items():
+        if is_within(name, target) and not is_within(module, *importers):
+            return f"imports {name}, which only {', '.join(importers) or 'tests'} may"
+    for importer in sorted(IMPORTS, reverse=True):  # the longer name first
+        if is_within(module, importer):
+            allowed = is_within(name, *IMPORTS[importer], *sys.stdlib_module_names)
+            return None if allowed else f"imports {name}, not one of {IMPORTS[importer]}"
+    here, there = place(module), place(name)
+    if here is None or there is None or here == there or (here[0] == there[0] and here[0] in PEERS):
+        return None
+    return f"imports {name}, which stands above or beside it" if there[0] <= here[0] else None
+
+
+def faults(module: str, source: str) -> list[str]:
+    """What breaks a rule in one module, by line."""
+    tree = ast.parse(source)
+    found = [
+        (line, fault)
+        for line, name in imports(ast.walk(tree))
+        if (fault := import_fault(module, name))
+    ]
+    if allowed := LOAD_TIME_IMPORTS.get(module.partition(".")[0]):
+        for line, name in imports(load_time_nodes(tree)):
+            if not is_within(name, *allowed, *sys.stdlib_module_names):
+                found.append((line, f"imports {name} at load time"))
+    for line, name in (*imports(ast.walk(tree)), *attributes(tree)):
+        found += [(line, f"uses {b}: {why}") for b, why in BANNED.items() if is_within(name, b)]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="print")) if not is_within(module, *PRINTERS):
+                found.append((node.lineno, "calls print: libraries log through absl.logging"))
+    found += [
+        (line, "ignores a type without a code and a reason")
+        for line, comment in type_ignores(source)
+        if not EXPLAINED_TYPE_IGNORE.search(comment)
+    ]
+    if is_within(module, "umv2") and module != "umv2" and place(module) is None:
+        found.append((1, f"stands in no tier of {TIERS}"))
+    return [f"{module}:{line} {fault}" for line, fault in sorted(set(found))]
+
+
+def type_ignores(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of the comments that silence the type checker."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and TYPE_IGNORE.search(token.string):
+            yield token.start[0], token.string
+
+
+def length_faults(num_lines: dict[str, int], reasons: dict[str, str]) -> list[str]:
+    """Files that are too long without a reason, and reasons that no file needs any more."""
+    too_long = {path for path, lines in num_lines.items() if lines > MAX_LINES}
+    return [
+        *(f"{path} has {num_lines[path]} lines" for path in sorted(too_long - reasons.keys())),
+        *(f"{path} needs no reason for its length" for path in sorted(reasons.keys() - too_long)),
+    ]
+
+
+def sources() -> dict[str, str]:
+    """The text of every Python file of the project by its path; missing folders have none."""
+    folders = ("configs", "experiments", "umv2", "kernels_pallas", "tests")
+    paths = [*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py"))]
+    return {p.relative_to(ROOT).as_posix(): p.read_text() for p in sorted(paths)}
+
+
+def module_name(path: str) -> str:
+    """umv2/model/__init__.py is umv2.model."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_every_module_keeps_the_rules() -> None:
+    found = [f for path, text in sources().items() for f in faults(module_name(path), text)]
+    assert not found, "\n".join(found)
+
+
+def test_the_walk_reads_this_file_and_the_package() -> None:
+    assert {"tests/test_import_rules.py", "umv2/__init__.py"} <= sources().keys()
+
+
+def test_long_files_give_a_reason() -> None:
+    num_lines = {path: len(text.splitlines()) for path, text in sources().items()}
+    assert not length_faults(num_lines, LONG_FILES)
+
+
+def test_types_are_seldom_ignored() -> None:
+    ignores = [path for path, text in sources().items() for _ in type_ignores(text)]
+    assert len(ignores) <= MAX_TYPE_IGNORES, ignores
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("umv2.model.memory", "import umv2.training.train", "above or beside"),
+        ("umv2.model.memory", "from umv2 import inference", "above or beside"),
+        ("umv2.model.memory", "def f():\n    from umv2.data import sources", "above or beside"),
+        ("umv2.parallel", "from umv2.model import layers", "above or beside"),
+        ("umv2.config", "from umv2.parallel import make_mesh", "above or beside"),
+        ("umv2.training.train", "import main", "only tests may"),
+        ("umv2.cost.plan", "from configs import tiny", "only configs, experiments may"),
+        ("umv2.model.memory", "import kernels_pallas", "only umv2.parallel"),
+        ("umv2.model.memory", "from kernels_pallas.weighted_lookup import api", "only umv2"),
+        ("umv2.training.state", "import orbax.checkpoint as ocp", "only umv2.training.checkpoint"),
+        ("umv2.training.train", "from absl import flags", "only main"),
+        ("kernels_pallas.dispatch", "from absl import flags", "only main"),
+        ("kernels_pallas.dispatch", "import flax", "not one of"),
+        ("kernels_pallas.dispatch", "from umv2.types import Batch", "not one of"),
+        ("kernels_pallas.bench", "from umv2.types import Batch", "not one of"),
+        ("configs.tiny", "import jax", "at load time"),
+        ("experiments.report", "if True:\n    import numpy", "at load time"),
+        ("umv2.types", "from . import config", "relative"),
+        ("umv2.types", "from ..umv2 import config", "relative"),
+        ("umv2.helpers", "", "in no tier"),
+        ("umv2.types", "import jax._src.core", r"uses jax\._src"),
+        ("umv2.types", "import jax\njax._src.core", r"uses jax\._src"),
+        ("umv2.types", "from jax.experimental import shard_map", "uses jax.experimental.shard_map"),
+        ("umv2.types", "from flax import nnx\n@nnx.jit\ndef f(): pass", r"2 uses flax\.nnx\.jit"),
+        ("umv2.types", "from flax import nnx as n\nn.scan(f)", r"uses flax\.nnx\.scan"),
+        ("umv2.types", "import flax.nnx as n\nn.vmap(f)", r"uses flax\.nnx\.vmap"),
+        ("umv2.types", "from flax.nnx import vmap as v", r"uses flax\.nnx\.vmap"),
+        ("umv2.types", "def f():\n    print(1)", "2 calls print"),
+        ("umv2.types", "x = 1  # type: ignore", "without a code"),
+        ("umv2.types", "x = 1  # type: ignore[misc]", "without a code"),
+        ("tests.test_model", "from flax import nnx\nnnx.jit(f)", r"uses flax\.nnx\.jit"),
+    ],
+)
+def test_a_broken_rule_is_found(module: str, source: str, fault: str) -> None:
+    (found,) = faults(module, source)
+    assert re.search(fault, found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("main", "from absl import app, flags\nfrom umv2.training import train\nprint(1)"),
+        ("umv2.training.train", "from umv2.evaluation import perplexity\nimport umv2.config"),
+        ("umv2.evaluation.perplexity", "from umv2.training.checkpoint import restore"),
+        ("umv2.training.checkpoint", "import orbax.checkpoint"),
+        ("umv2.model.memory", "from umv2 import parallel, types\nfrom umv2.model import retrieval"),
+        ("umv2.config", "from umv2 import types"),
+        ("umv2.parallel", "from kernels_pallas import weighted_lookup"),
+        ("kernels_pallas.dispatch", "import json\nimport jax.numpy as jnp"),
+        ("kernels_pallas.bench", "from absl import app, flags\nprint(1)"),
+        ("configs.tiny", "import math\nimport ml_collections\nfrom configs import base"),
+        ("experiments.report", "def plot():\n    import matplotlib"),
+        ("tests.test_model", "import orbax.checkpoint\nfrom umv2 import model, data"),
+        ("umv2.types", "x = 1  # type: ignore[misc]  # because"),
+        ("umv2.types", 'x = "# type: ignore"\nself.print(jit(nnx))'),
+    ],
+)
+def test_a_kept_rule_is_not_reported(module: str, source: str) -> None:
+    assert not faults(module, source)
+
+
+def test_a_long_file_needs_a_reason_and_a_short_one_none() -> None:
+    lengths = {"a.py": MAX_LINES, "b.py": MAX_LINES + 1}
+    assert length_faults(lengths, {}) == ["b.py has 501 lines"]
+    assert length_faults(lengths, {"b.py": "one table"}) == []
+    assert length_faults(lengths, {"a.py": "no longer", "b.py": "one table"}) == [
+        "a.py needs no reason for its length"
+    ]

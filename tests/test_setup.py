@@ -1,0 +1,173 @@
+"""The set-up that every make target starts from, and what tests run under."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import umv2
+from tests.test_import_rules import imports, sources
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PIN_FILES = ("requirements.txt", "requirements-dev.txt")
+
+
+def read_pins(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("pin", [p for f in PIN_FILES for p in read_pins(f)], ids=str)
+def test_pins_have_two_bounds_and_are_installed(pin: Requirement) -> None:
+    assert {spec.operator for spec in pin.specifier} == {">=", "<"}
+    assert pin.specifier.contains(metadata.version(pin.name))
+
+
+def test_every_package_that_the_code_imports_is_required() -> None:
+    extras = [Requirement(text) for e in PROJECT["optional-dependencies"].values() for text in e]
+    required = {canonicalize_name(r.name) for r in read_pins("requirements.txt") + extras}
+    distributions = metadata.packages_distributions()
+    trees = [
+        ast.walk(ast.parse(text))
+        for path, text in sources().items()
+        if not path.startswith("tests/")
+    ]
+    imported = {name.partition(".")[0] for nodes in trees for _, name in imports(nodes)}
+    others = (
+        imported - sys.stdlib_module_names - {"umv2", "kernels_pallas", "configs", "experiments"}
+    )
+    assert "jax" in others
+    for name in others:
+        names = {canonicalize_name(d) for d in distributions.get(name, [name])}
+        assert names & required, f"{name} is imported but not required"
+
+
+def test_the_version_is_one_that_packages_may_have() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", umv2.__version__)
+
+
+def test_a_variable_reached_twice_is_an_error_in_every_thread() -> None:
+    class Tied(nnx.Module):
+        def __init__(self) -> None:
+            self.first = nnx.Param(jnp.zeros(2))
+            self.second = self.first
+
+    errors: list[str] = []
+
+    def split() -> None:
+        try:
+            nnx.split(Tied())
+        except ValueError as error:
+            errors.append(str(error))
+
+    split()
+    thread = threading.Thread(target=split)
+    thread.start()
+    thread.join()
+    assert len(errors) == 2
+    assert all("Duplicate Param" in error for error in errors)
+
+
+def test_tests_see_eight_devices_and_float32() -> None:
+    if jax.default_backend() == "cpu":
+        assert jax.device_count() == 8
+    assert jnp.arange(2.0).dtype == jnp.float32
+
+
+def test_silent_rank_promotion_raises() -> None:
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.zeros((2, 3)) + jnp.zeros(3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_x64_fixture_allows_float64() -> None:
+    assert jnp.arange(2.0).dtype == jnp.float64
+
+
+def start_make(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    # No more of the environment than that: these tests may run under make themselves.
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        ["make", *arguments], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def make(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    process = start_make(folder, *arguments)
+    output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The Makefile beside pins that nothing must be downloaded for."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in (*PIN_FILES, "pyproject.toml"):
+        (tmp_path / name).write_text("# nothing\n")
+    return tmp_path
+
+
+def test_a_python_that_is_too_old_is_refused_in_one_line(project: Path) -> None:
+    old = project / "python3.11"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    status, _, errors = make(project, "venv", f"PYTHON={old} python-that-is-not-there")
+    assert status != 0
+    message, from_make = errors.splitlines()
+    assert message.startswith("umv2 needs Python >= 3.12")
+    assert "apt install" in message
+    assert from_make.startswith("make: ***")
+    assert not (project / ".venv").exists()
+
+
+def test_the_environment_follows_the_pins_whatever_came_before(project: Path) -> None:
+    arguments = ("venv", f"PYTHON=python-that-is-not-there {sys.executable}")
+    pins = project / "requirements.txt"
+
+    def stamps() -> list[str]:
+        return [path.name for path in (project / ".venv").glob("pins-*")]
+
+    # Two at once, over what an interrupted venv leaves: one works, the other waits for it.
+    (project / ".venv").mkdir()
+    both = [start_make(project, *arguments) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "".join(outputs).count("Installing") == 1
+    (first,) = stamps()
+
+    assert "Installing" not in make(project, *arguments)[1]
+
+    pins.write_text("# other pins\n")
+    assert "Installing" in make(project, *arguments)[1]
+    assert len(stamps()) == 1
+    assert stamps() != [first]
+
+    # An installation that fails half-way is not built upon.
+    pins.write_text("not a requirement\n")
+    assert make(project, *arguments)[0] != 0
+    assert stamps() == []
+    (project / ".venv/leftover").touch()
+    pins.write_text("# nothing\n")
+    assert make(project, *arguments)[0] == 0
+    assert stamps() == [first]
+    assert not (project / ".venv/leftover").exists()
+
+
+def test_make_help_names_every_target(project: Path) -> None:
+    targets = {line.split()[0] for line in make(project, "help")[1].splitlines()}
+    assert targets >= {"train", "test", "test-all", "lint", "format", "venv", "clean"}
