@@ -1,0 +1,231 @@
+"""The public operator: checks its arguments and owns the derivative."""
+
+import functools
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.value_aggregation import xla
+from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+
+MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
+
+# Bytes of rows that one chunk of tokens fetches, when the caller names no chunk size.
+# CPU, measured on 2 cores, float32, K = 32, 129,600 rows, forward + backward, in milliseconds:
+#
+#     T, D_v = D_p        32     64    128    256   1024 tokens   no chunks
+#     2048, 192            -    125      -    125    143            208
+#     2048, 384          277    240    246    268    290            341
+#     8192, 192          307    272    307    319    387            792
+#     8192, 384          656    596    562    611    719           1353
+#
+# The best chunks fetch 3 to 12 MiB, about what the cache keeps between fetch and use.
+_CPU_CHUNK_BYTES = 8 * 2**20
+# An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
+# easily holds. Reasoned, not measured.
+_ACCELERATOR_CHUNK_BYTES = 256 * 2**20
+
+
+def value_aggregation(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    *,
+    pre_values: Float[Array, "num_values pre_value_dim"] | None = None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None = None,
+    activation: Activation | None = None,
+    slots: Int32[Array, "num_tokens top_m"] | None = None,
+    num_slots: int = 1,
+    chunk_size: int | None = None,
+) -> Float[Array, "num_tokens {num_slots}*value_dim"]:
+    """Sums, for each token, the selected rows of a table, weighted by score and pre-score.
+
+    For token t, selection k, core i and the i-th of `num_cores` equal slices of a row:
+
+        gate[t, k] = activation(<pre_inputs[t], pre_values[indices[t, k]]>)   # 1 without pre-values
+        weight[t, k, i] = scores[t, k, i] * gate[t, k]
+        output[t, slots[t, k], slice i] += weight[t, k, i] * values[indices[t, k], slice i]
+
+    Sources: multi-core scoring, UltraMem (arXiv 2411.12364); pre-values, UltraMemV2
+    (arXiv 2508.18756), eq. 13-15, where `activation` is None; PEER (arXiv 2407.04153) has one. With
+    `slots`, the slots of a token lie side by side in the output, slot-major: the implicit value
+    expansion of UltraMem. `reference.py` says the same in unblocked JAX.
+
+    Everything is accumulated in, and the output has, the accumulation dtype: float32, or float64
+    if an argument is. The caller casts. Tables may be bfloat16; only fetched rows are converted.
+    Gradients are accumulated likewise and returned in the dtype of their argument; those of the
+    tables are dense. An id that is selected repeatedly contributes each time, to output and
+    gradient alike, in an order that is fixed on CPU and up to the device's atomics on GPU.
+
+    Reverse-mode differentiable only. Inside `jax.shard_map` it works on the local arrays, which may
+    vary over different manual axes.
+
+    Args:
+        values: the table.
+        indices: ids of the selected rows. They must lie in [0, num_values): values are not seen
+            while tracing, so this is not checked, and the result is undefined otherwise.
+        scores: the weight of each selection and core.
+        pre_values: rows that decide, with `pre_inputs`, how much each selection counts.
+        pre_inputs: what each token brings to `pre_values`; both or neither.
+        activation: applied to the pre-score; "gelu" is the exact one, with erf.
+        slots: where in its token's output each selection is added, in [0, num_slots), unchecked.
+        num_slots: outputs a token; 1 without `slots`.
+        chunk_size: tokens that are processed at once. By default a power of two, from a budget of
+            bytes for the default backend; name it when compiling for another platform.
+
+    Raises:
+        ValueError: an argument's rank, shape, dtype or value breaks a rule above; the message names
+            the argument, what it got and the rule.
+    """
+    _check_arrays(values, indices, scores, pre_values, pre_inputs, slots)
+    _check_options(pre_values, activation, slots, num_slots, chunk_size)
+    values, scores, pre_values, pre_inputs = _vary_alike(
+        (values, scores, pre_values, pre_inputs), (indices, slots)
+    )
+    if chunk_size is None:
+        row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
+        itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize
+        chunk_size = _default_chunk_size(indices.shape[1] * row_dim * itemsize)
+    return _aggregate(
+        values, indices, scores, pre_values, pre_inputs, slots, activation, num_slots, chunk_size
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _aggregate(
+    values: Array,
+    indices: Array,
+    scores: Array,
+    pre_values: Array | None,
+    pre_inputs: Array | None,
+    slots: Array | None,
+    activation: Activation | None,
+    num_slots: int,
+    chunk_size: int,
+) -> Array:
+    return xla.forward(
+        values, indices, scores, pre_values, pre_inputs, slots, activation, num_slots, chunk_size
+    )
+
+
+def _aggregate_fwd(*args: Any) -> tuple[Array, Any]:
+    return _aggregate(*args), args[:6]
+
+
+def _aggregate_bwd(
+    activation: Activation | None,
+    num_slots: int,
+    chunk_size: int,
+    arrays: Any,
+    output_grad: Array,
+) -> tuple[Array | None, ...]:
+    values, indices, scores, pre_values, pre_inputs, slots = arrays
+    values_grad, scores_grad, pre_values_grad, pre_inputs_grad = xla.backward(
+        values, indices, scores, pre_values, pre_inputs, slots, output_grad,
+        activation, num_slots, chunk_size,
+    )  # fmt: skip
+    return values_grad, None, scores_grad, pre_values_grad, pre_inputs_grad, None
+
+
+_aggregate.defvjp(_aggregate_fwd, _aggregate_bwd)
+
+
+def _default_chunk_size(bytes_per_token: int) -> int:
+    on_cpu = jax.default_backend() == "cpu"
+    chunk_bytes = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
+    num_tokens = max(1, chunk_bytes // max(1, bytes_per_token))
+    # A power of two divides the usual batch, which spares the smaller last chunk.
+    return 1 << (num_tokens.bit_length() - 1)
+
+
+def _vary_alike(floats: Any, integers: Any) -> Any:
+    """Makes `floats` vary over every manual axis of `shard_map` that any argument varies over.
+
+    JAX then sums the gradient of, say, a table that is the same on all devices over the devices
+    that hold different tokens; a custom derivative must leave that to its caller.
+    """
+
+    def varying(array: Array) -> frozenset[str]:
+        return jax.typeof(array).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, jax.tree.leaves((floats, integers))))
+
+    def vary(array: Array) -> Array:
+        missing = tuple(sorted(axes - varying(array)))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(vary, floats)
+
+
+def _check_arrays(
+    values: Array,
+    indices: Array,
+    scores: Array,
+    pre_values: Array | None,
+    pre_inputs: Array | None,
+    slots: Array | None,
+) -> None:
+    ranks = {
+        "values": (values, "[num_values, value_dim]"),
+        "indices": (indices, "[num_tokens, top_m]"),
+        "scores": (scores, "[num_tokens, top_m, num_cores]"),
+        "pre_values": (pre_values, "[num_values, pre_value_dim]"),
+        "pre_inputs": (pre_inputs, "[num_tokens, pre_value_dim]"),
+        "slots": (slots, "[num_tokens, top_m]"),
+    }
+    for name, (array, axes) in ranks.items():
+        if array is None:
+            continue
+        _check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
+        if name in ("indices", "slots"):
+            _check(array.dtype == jnp.int32, f"{name}.dtype", array.dtype, "int32")
+        else:
+            floating = jnp.issubdtype(array.dtype, jnp.floating)
+            _check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
+
+    num_values, value_dim = values.shape
+    num_tokens, _, num_cores = scores.shape
+    _check(num_values <= MAX_NUM_VALUES, "values rows", num_values, f"at most {MAX_NUM_VALUES}")
+    rule = f"the shape of indices, {indices.shape}"
+    _check(scores.shape[:2] == indices.shape, "scores.shape[:2]", scores.shape[:2], rule)
+    divides = num_cores > 0 and value_dim % num_cores == 0
+    _check(divides, "scores.shape[-1]", num_cores, f"a divisor of value_dim = {value_dim}")
+    if slots is not None:
+        _check(slots.shape == indices.shape, "slots.shape", slots.shape, rule)
+
+    given = f"pre_values {_presence(pre_values)}, pre_inputs {_presence(pre_inputs)}"
+    _check((pre_values is None) == (pre_inputs is None), "pre-values", given, "both or neither")
+    if pre_values is not None and pre_inputs is not None:
+        rule = f"as many rows as values, {num_values}"
+        _check(pre_values.shape[0] == num_values, "pre_values.shape", pre_values.shape, rule)
+        expected = (num_tokens, pre_values.shape[1])
+        rule = f"[num_tokens, pre_value_dim] = {expected}"
+        _check(pre_inputs.shape == expected, "pre_inputs.shape", pre_inputs.shape, rule)
+
+
+def _check_options(
+    pre_values: Array | None,
+    activation: Activation | None,
+    slots: Array | None,
+    num_slots: int,
+    chunk_size: int | None,
+) -> None:
+    activations = (None, *get_args(Activation))
+    _check(activation in activations, "activation", repr(activation), f"one of {activations}")
+    unused = activation is not None and pre_values is None
+    _check(not unused, "activation", repr(activation), "None without pre_values")
+    _check(num_slots >= 1, "num_slots", num_slots, "at least 1")
+    _check(slots is not None or num_slots == 1, "num_slots", num_slots, "1 without slots")
+    _check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+
+
+def _presence(array: Array | None) -> str:
+    return "absent" if array is None else "given"
+
+
+def _check(holds: bool, name: str, got: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {got}, must be {rule}")

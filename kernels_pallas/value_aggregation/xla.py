@@ -1,0 +1,173 @@
+"""Value aggregation in plain XLA operations: runs on every platform.
+
+Tokens are processed in chunks, so that the gathered rows, [chunk, K, D] and not [T, K, D], are all
+that is ever held. The backward pass fetches the rows again rather than saving them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+
+# DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def forward(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: Int32[Array, "num_tokens top_m"] | None,
+    activation: Activation | None,
+    num_slots: int,
+    chunk_size: int,
+) -> Float[Array, "num_tokens {num_slots}*value_dim"]:
+    """Computes the output of `value_aggregation`, `chunk_size` tokens at a time."""
+    dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
+    num_cores = scores.shape[-1]
+
+    def aggregate(_: None, chunk: Any) -> tuple[None, Array]:
+        indices, scores, pre_inputs, slots = chunk
+        weights = scores.astype(dtype)
+        if pre_values is not None:
+            pre_rows = _fetch_rows(pre_values, indices, dtype)
+            pre_scores = _einsum("tkp,tp->tk", pre_rows, pre_inputs.astype(dtype))
+            weights *= _activate(pre_scores, activation)[:, :, None]
+        rows = _split_cores(_fetch_rows(values, indices, dtype), num_cores)
+        return None, _einsum("tksc,tkcd->tscd", _to_slots(weights, slots, num_slots), rows)
+
+    _, output = _scan_chunks(aggregate, None, (indices, scores, pre_inputs, slots), chunk_size)
+    return output.reshape(indices.shape[0], num_slots * values.shape[1])
+
+
+def backward(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: Int32[Array, "num_tokens top_m"] | None,
+    output_grad: Float[Array, "num_tokens {num_slots}*value_dim"],
+    activation: Activation | None,
+    num_slots: int,
+    chunk_size: int,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype.
+
+    Table gradients are dense and start from zero once; every chunk adds its rows in place, in the
+    accumulation dtype.
+    """
+    dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
+    num_cores = scores.shape[-1]
+
+    def accumulate(table_grads: Any, chunk: Any) -> tuple[Any, Any]:
+        values_grad, pre_values_grad = table_grads
+        indices, scores, pre_inputs, slots, output_grad = chunk
+        weights = scores = scores.astype(dtype)
+        output_grad = _split_cores(output_grad.reshape(-1, num_slots, values.shape[1]), num_cores)
+        rows = _split_cores(_fetch_rows(values, indices, dtype), num_cores)
+        weights_grad = _from_slots(_einsum("tkcd,tscd->tksc", rows, output_grad), slots)
+        scores_grad, pre_inputs_grad = weights_grad, None
+
+        if pre_values is not None:
+            pre_rows = _fetch_rows(pre_values, indices, dtype)
+            pre_inputs = pre_inputs.astype(dtype)
+            pre_scores = _einsum("tkp,tp->tk", pre_rows, pre_inputs)
+            gates, activation_vjp = jax.vjp(lambda x: _activate(x, activation), pre_scores)
+            (pre_scores_grad,) = activation_vjp(jnp.sum(weights_grad * scores, axis=-1))
+            weights = scores * gates[:, :, None]
+            scores_grad = weights_grad * gates[:, :, None]
+            pre_inputs_grad = _einsum("tk,tkp->tp", pre_scores_grad, pre_rows)
+            pre_rows_grad = pre_scores_grad[:, :, None] * pre_inputs[:, None, :]
+            pre_values_grad = _scatter_add_rows(pre_values_grad, indices, pre_rows_grad)
+
+        rows_grad = _einsum("tksc,tscd->tkcd", _to_slots(weights, slots, num_slots), output_grad)
+        rows_grad = rows_grad.reshape(*indices.shape, values.shape[1])
+        values_grad = _scatter_add_rows(values_grad, indices, rows_grad)
+        return (values_grad, pre_values_grad), (scores_grad, pre_inputs_grad)
+
+    # zeros_like keeps the manual axes over which a table varies inside shard_map; zeros would not.
+    zeros = jax.tree.map(lambda table: jnp.zeros_like(table, dtype), (values, pre_values))
+    per_token = (indices, scores, pre_inputs, slots, output_grad)
+    grads = _scan_chunks(accumulate, zeros, per_token, chunk_size)
+    (values_grad, pre_values_grad), (scores_grad, pre_inputs_grad) = grads
+    return jax.tree.map(
+        lambda grad, primal: grad.astype(primal.dtype),
+        (values_grad, scores_grad, pre_values_grad, pre_inputs_grad),
+        (values, scores, pre_values, pre_inputs),
+    )
+
+
+def _fetch_rows(table: Array, indices: Array, dtype: jnp.dtype) -> Array:
+    # promise_in_bounds spares a masked copy of the rows ("fill") or a clamp of the ids ("clip").
+    rows = table.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return rows.astype(dtype)
+
+
+def _scatter_add_rows(table: Array, indices: Array, rows: Array) -> Array:
+    return table.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _activate(x: Array, activation: Activation | None) -> Array:
+    match activation:
+        case None:
+            return x
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "silu":
+            return jax.nn.silu(x)
+        case "relu":
+            return jax.nn.relu(x)
+
+
+def _split_cores(rows: Array, num_cores: int) -> Array:
+    return rows.reshape(*rows.shape[:-1], num_cores, rows.shape[-1] // num_cores)
+
+
+def _to_slots(weights: Array, slots: Array | None, num_slots: int) -> Array:
+    """[t, k, c] to [t, k, slot, c]: each weight in its own slot, zero in the others."""
+    if slots is None:
+        return weights[:, :, None, :]
+    return weights[:, :, None, :] * jax.nn.one_hot(slots, num_slots, dtype=weights.dtype)[..., None]
+
+
+def _from_slots(slot_weights: Array, slots: Array | None) -> Array:
+    """[t, k, slot, c] to [t, k, c]: the entry of each weight's own slot, transpose of _to_slots."""
+    if slots is None:
+        return slot_weights[:, :, 0, :]
+    return jnp.take_along_axis(
+        slot_weights, slots[:, :, None, None], axis=2, mode="promise_in_bounds"
+    )[:, :, 0, :]
+
+
+def _scan_chunks(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, per_token: Any, chunk_size: int
+) -> tuple[Any, Any]:
+    """Folds `body(carry, chunk) -> (carry, outputs)` over chunks of the leading axis.
+
+    Tokens beyond the last whole chunk get a call of their own: padding them would send weights of
+    zero through table rows that nobody selected, and zero times infinity is not zero.
+    """
+    num_tokens = jax.tree.leaves(per_token)[0].shape[0]
+    if num_tokens <= chunk_size:
+        return body(carry, per_token)
+
+    num_chunks = num_tokens // chunk_size
+    split = num_chunks * chunk_size
+    whole = jax.tree.map(
+        lambda x: x[:split].reshape(num_chunks, chunk_size, *x.shape[1:]), per_token
+    )
+    carry, outputs = lax.scan(body, carry, whole)
+    outputs = jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), outputs)
+    if split == num_tokens:
+        return carry, outputs
+    carry, last = body(carry, jax.tree.map(lambda x: x[split:], per_token))
+    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, last)
