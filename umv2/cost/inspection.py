@@ -1,0 +1,128 @@
+"""What a configuration builds: every parameter, and how many there are by part."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from umv2.config import Config, to_dict
+from umv2.cost import accounting
+from umv2.training import optim
+from umv2.training.state import TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of the model, its buffers or its store."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    sharding: str
+    group: str
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """The resolved configuration, its parameters and their counts."""
+
+    config: Config
+    parameters: tuple[Parameter, ...]
+    counts: accounting.ParameterCounts
+    flops_per_token: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values."""
+        return {
+            "config": to_dict(self.config),
+            "parameters": [dataclasses.asdict(parameter) for parameter in self.parameters],
+            "counts": self._counts(),
+            "forward_flops_per_token": self.flops_per_token,
+        }
+
+    def as_text(self) -> str:
+        """Returns the configuration, a table of parameters and a table of counts."""
+        rows = [("parameter", "shape", "dtype", "sharding", "optimizer group", "entries")]
+        for p in self.parameters:
+            shape = " x ".join(map(str, p.shape)) or "scalar"
+            rows.append((p.path, shape, p.dtype, p.sharding, p.group, f"{p.size:,}"))
+        counts = [("count", "parameters")]
+        counts += [(name, f"{value:,}") for name, value in self._counts().items()]
+        flops = [("forward pass", "MFLOP/token")]
+        flops += [(name, f"{value / 1e6:,.3f}") for name, value in self.flops_per_token.items()]
+        config = _lines(to_dict(self.config))
+        tables = [_table(rows), _table(counts), _table(flops)]
+        return "\n\n".join(["\n".join(config), *tables])
+
+    def _counts(self) -> dict[str, int]:
+        counts = dataclasses.asdict(self.counts)
+        for name in ("active", "active_without_embeddings", "total", "total_without_embeddings"):
+            counts[name] = getattr(self.counts, name)
+        # Papers differ; this is UltraMemV2's way (Table 10).
+        counts["active_one_embedding"] = counts["active"] - self.counts.head
+        return counts
+
+
+def inspect(config: Config) -> Inspection:
+    """Lists what the configuration would build, without building it."""
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    state = abstract_state(config, optimizer)
+    return Inspection(
+        config=config,
+        parameters=tuple(_parameters(state)),
+        counts=accounting.parameter_counts(config.model),
+        flops_per_token=accounting.forward_flops_per_token(
+            config.model, config.data.sequence_length
+        ),
+    )
+
+
+def _parameters(state: TrainState) -> list[Parameter]:
+    trained = optim.named_leaves(state.params, state.store)
+    groups = optim.parameter_groups(list(trained))
+    listed = [_parameter(path, leaf, groups[path]) for path, leaf in trained.items()]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.buffers):
+        name = "buffers/" + "/".join(str(entry.key) for entry in path)
+        listed.append(_parameter(name, leaf, "(buffer)"))
+    return listed
+
+
+def _parameter(path: str, leaf: Any, group: str) -> Parameter:
+    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+    axes = [str(axis) for axis in spec if axis is not None]
+    return Parameter(
+        path=path,
+        shape=tuple(leaf.shape),
+        dtype=str(leaf.dtype),
+        sharding=", ".join(axes) or "replicated",
+        group=group,
+    )
+
+
+def _lines(section: dict[str, Any], path: str = "") -> list[str]:
+    lines: list[str] = []
+    for name, value in section.items():
+        if isinstance(value, dict):
+            lines += _lines(value, f"{path}{name}.")
+        else:
+            lines.append(f"{path}{name} = {json.dumps(value)}")
+    return lines
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Lines up columns: the first to the left, numbers in the last to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
+        lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""The state of training: everything that a checkpoint holds and a step changes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int, Key
+
+from umv2.config import Config, ModelConfig
+from umv2.model import layers
+from umv2.model.memory import ValueStore, create_store
+from umv2.model.transformer import Transformer
+from umv2.training import optim
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """A point in training. A pure tree of arrays: no modules, no functions.
+
+    `params` and `buffers` are nested dicts named as the model's attributes. The value store stands
+    beside them, with its own optimizer. `usage` counts how often each memory layer selected each
+    of its visible rows since the last log; it is None for a dense model, as is `store`.
+    """
+
+    step: Int[Array, ""]
+    params: dict[str, Any]
+    store: ValueStore | None
+    buffers: dict[str, Any]
+    optimizer: optim.OptimizerState
+    usage: Int[Array, "l rows"] | None
+
+
+def create_model(config: ModelConfig, key: Key[Array, ""]) -> tuple[Transformer, ValueStore | None]:
+    """Draws a model and its value store."""
+    store = None
+    if config.placements:
+        store = create_store(config, key=layers.named_key(key, "store"))
+    return Transformer(config, key=layers.named_key(key, "model")), store
+
+
+def split_model(model: Transformer) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Returns the model's structure, its parameters and its buffers, the latter as plain dicts."""
+    graphdef, params, buffers = nnx.split(model, nnx.Param, layers.Buffer)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+
+
+def merge_model(graphdef: Any, params: dict[str, Any], buffers: dict[str, Any]) -> Transformer:
+    """Puts together what `split_model` took apart; free within a traced function."""
+    return nnx.merge(graphdef, params, buffers)
+
+
+def model_structure(config: ModelConfig) -> Any:
+    """Returns the graphdef of a model without creating its arrays."""
+    model, _ = jax.eval_shape(lambda: create_model(config, jax.random.key(0)))
+    return nnx.graphdef(model)
+
+
+def create_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
+    """Draws the state at step 0 from `config.seed`. Trace it (jit, eval_shape); it is not light."""
+    model, store = create_model(config.model, jax.random.key(config.seed))
+    _, params, buffers = split_model(model)
+    usage = None
+    if store is not None:
+        layers_and_rows = (len(config.model.placements), config.model.memory.num_visible)
+        usage = jnp.zeros(layers_and_rows, jnp.int32)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        store=store,
+        buffers=buffers,
+        optimizer=optimizer.init(params, store),
+        usage=usage,
+    )
+
+
+def abstract_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
+    """Returns the shapes and dtypes of the state without creating it."""
+    return jax.eval_shape(lambda: create_state(config, optimizer))
+
+
+def refreshed_buffers(
+    graphdef: Any, params: dict[str, Any], buffers: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the buffers with core vectors recomputed for the given parameters."""
+    model = merge_model(graphdef, params, buffers)
+    model.refresh_core_vectors()
+    return split_model(model)[2]

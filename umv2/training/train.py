@@ -1,0 +1,296 @@
+"""Training: one optimizer step as a pure function, and the loop around it."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jaxtyping import Array, Float
+
+from umv2 import parallel
+from umv2.config import Config, ConfigError, to_dict
+from umv2.cost import accounting
+from umv2.data import pipeline, tokenizers
+from umv2.evaluation import perplexity
+from umv2.model.transformer import ModelStats
+from umv2.training import checkpoint, losses, metrics, optim
+from umv2.training.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    merge_model,
+    model_structure,
+    refreshed_buffers,
+)
+from umv2.types import Batch
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient stopped being finite."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What one step reports: cross entropy in nats a token, gradient norm before clipping."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    stats: ModelStats
+
+
+def make_train_step(
+    config: Config, graphdef: Any, optimizer: optim.Optimizer
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Returns the function that takes one optimizer step; jit it with the state donated.
+
+    Gradients are averaged over `train.gradient_accumulation` microbatches, each token counting the
+    same. Core vectors are recomputed from the updated cores, outside the gradient.
+    """
+    accumulation = config.train.gradient_accumulation
+
+    def objective(
+        trained: tuple[Any, Any], buffers: dict[str, Any], batch: Batch, weight: Array
+    ) -> tuple[Array, tuple[Array, ModelStats]]:
+        params, store = trained
+        model = merge_model(graphdef, params, buffers)
+        segment_ids = batch.segment_ids if config.data.mask_across_documents else None
+        output = model(batch.inputs, store=store, segment_ids=segment_ids)
+        nll, squared_log_z, _ = losses.cross_entropy(output.logits, batch.targets, batch.weights)
+        auxiliary = losses.auxiliary(output.stats, params, config.loss) / accumulation
+        loss = (nll + config.loss.z_loss * squared_log_z) / weight + auxiliary
+        return loss, (nll / weight, output.stats)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        trained = (state.params, state.store)
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        weight = jnp.maximum(batch.weights.sum(), 1.0)
+
+        if accumulation == 1:
+            (_, (loss, stats)), gradients = differentiate(trained, state.buffers, batch, weight)
+        else:
+
+            def accumulate(total: Any, microbatch: Batch) -> tuple[Any, ModelStats]:
+                (_, (loss, stats)), gradients = differentiate(
+                    trained, state.buffers, microbatch, weight
+                )
+                return jax.tree.map(jnp.add, total, (loss, gradients)), stats
+
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+            microbatches = jax.tree.map(lambda x: _divide(x, accumulation), batch)
+            (loss, gradients), stacked = jax.lax.scan(accumulate, zeros, microbatches)
+            stats = _over_microbatches(stacked)
+
+        params, store, optimizer_state, gradient_norm = optimizer.update(
+            *gradients, state.optimizer, state.params, state.store
+        )
+        usage = state.usage
+        if usage is not None:
+            usage = usage + stats.memory.row_hits
+            stats = _without_hits(stats)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            store=store,
+            buffers=refreshed_buffers(graphdef, params, state.buffers),
+            optimizer=optimizer_state,
+            usage=usage,
+        )
+        return new_state, StepMetrics(loss=loss, gradient_norm=gradient_norm, stats=stats)
+
+    return train_step
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Trains to `train.num_steps`, or goes on from the newest good checkpoint in `workdir`.
+
+    Writes checkpoints, `config.json`, `metrics.jsonl` and TensorBoard events there. SIGTERM saves
+    and returns.
+
+    Raises:
+      ConfigError: the model and the data do not fit, or the checkpoint has another configuration.
+      DataError: the data cannot be read.
+      TrainingDiverged: a loss or gradient that is not finite; the last checkpoint is kept.
+    """
+    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's"
+            f" {tokenizer.vocab_size}"
+        )
+    mesh = parallel.create_mesh(
+        config.mesh, config.train.batch_size // config.train.gradient_accumulation
+    )
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    checkpointer = checkpoint.Checkpointer(
+        workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
+    )
+    with jax.set_mesh(mesh), checkpointer:
+        state = _restore_or_create(config, optimizer, checkpointer, mesh)
+        first_step = int(state.step)
+        if first_step >= config.train.num_steps:
+            logging.info("%s has already taken its %d steps", workdir, first_step)
+            return
+        corpus = pipeline.load_corpus(config.data, tokenizer)
+        _run(config, workdir, state, optimizer, checkpointer, corpus, mesh)
+
+
+def _run(
+    config: Config,
+    workdir: Path,
+    state: TrainState,
+    optimizer: optim.Optimizer,
+    checkpointer: checkpoint.Checkpointer,
+    corpus: pipeline.Corpus,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    train_config, first_step = config.train, int(state.step)
+    graphdef = model_structure(config.model)
+    train_step = jax.jit(make_train_step(config, graphdef, optimizer), donate_argnums=0)
+    evaluation_step = perplexity.make_evaluation_step(graphdef, config)
+    health = jax.jit(metrics.health_arrays)
+    tokens_per_step = train_config.batch_size * config.data.sequence_length
+    batches = pipeline.train_batches(
+        corpus,
+        config.data,
+        batch_size=train_config.batch_size,
+        start_step=first_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    progress = metrics.Progress(
+        num_steps=train_config.num_steps,
+        first_step=first_step,
+        tokens_per_step=tokens_per_step,
+        flops_per_token=accounting.training_flops_per_token(config),
+        log_interval_steps=train_config.log_interval_steps,
+    )
+    with (
+        metrics.MetricWriter(workdir, config, first_step=first_step) as writer,
+        progress,
+        _TerminationSignal() as termination,
+    ):
+        pending: tuple[int, StepMetrics] | None = None
+        for step in range(first_step + 1, train_config.num_steps + 1):
+            batch = parallel.local_to_global(mesh, next(batches))
+            state, step_metrics = train_step(state, batch)
+            # The device works on this step while the host reads the one before.
+            if pending is not None:
+                _report(*pending, progress, workdir)
+            pending = (step, step_metrics)
+
+            last = step == train_config.num_steps or termination.received
+            if step % train_config.log_interval_steps == 0 or last:
+                loss = _report(*pending, progress, workdir)
+                pending = None
+                record = {
+                    "loss": loss,
+                    "gradient_norm": float(step_metrics.gradient_norm),
+                    "tokens": step * tokens_per_step,
+                    **optimizer.learning_rates(step - 1),
+                    **progress.rates(),
+                    **metrics.memory_health(health(step_metrics.stats, state.usage, state.params)),
+                }
+                writer.write(step, record)
+                state = _forget_usage(state)
+            if step % train_config.evaluation_interval_steps == 0 or last:
+                with progress.paused():
+                    held_out = perplexity.evaluate(
+                        evaluation_step, state, corpus, config, mesh
+                    )
+                writer.write(step, held_out.metrics())
+                logging.info("step %d: %s", step, held_out)
+            if step % train_config.checkpoint_interval_steps == 0 or last:
+                if pending is not None:  # only states that are known to be finite are saved
+                    _report(*pending, progress, workdir)
+                    pending = None
+                checkpointer.save(step, state)
+            if termination.received:
+                checkpointer.wait()
+                logging.info("stopped by SIGTERM after step %d; the state is saved", step)
+                break
+
+
+def _restore_or_create(
+    config: Config,
+    optimizer: optim.Optimizer,
+    checkpointer: checkpoint.Checkpointer,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """Returns the newest good checkpoint's state, or a new one, replicated over the mesh."""
+    if checkpointer.latest_step() is not None:
+        state = checkpointer.restore(abstract_state(config, optimizer))
+        logging.info("continuing after step %d", int(state.step))
+        return state
+    start = time.monotonic()
+    create = jax.jit(
+        lambda: create_state(config, optimizer), out_shardings=parallel.replicated(mesh)
+    )
+    state = jax.block_until_ready(create())
+    logging.info("created the state in %.1f s", time.monotonic() - start)
+    return state
+
+
+def _report(
+    step: int, step_metrics: StepMetrics, progress: metrics.Progress, workdir: Path
+) -> float:
+    """Waits for a step, shows its loss, and stops training where it is not finite."""
+    loss, gradient_norm = float(step_metrics.loss), float(step_metrics.gradient_norm)
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        statistics = metrics.describe_stats(jax.device_get(step_metrics.stats))
+        raise TrainingDiverged(
+            f"step {step}: loss {loss}, gradient norm {gradient_norm}; {statistics}."
+            f" The last good checkpoint is kept in {workdir / 'checkpoints'}"
+        )
+    progress.update(step, loss)
+    return loss
+
+
+def _divide(x: Array, parts: int) -> Array:
+    """[b, ...] -> [parts, b / parts, ...]; every device's rows stay on that device."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def _over_microbatches(stacked: ModelStats) -> ModelStats:
+    """Averages statistics over microbatches; hits are counts, so they add up."""
+    mean = jax.tree.map(lambda x: x.astype(jnp.float32).mean(axis=0), stacked)
+    if mean.memory is None:
+        return mean
+    hits = stacked.memory.row_hits.sum(axis=0)
+    return dataclasses.replace(mean, memory=dataclasses.replace(mean.memory, row_hits=hits))
+
+
+def _without_hits(stats: ModelStats) -> ModelStats:
+    """Drops the per-row counts, which the state accumulates, from what goes to the host."""
+    assert stats.memory is not None
+    empty = stats.memory.row_hits[:, :0]
+    return dataclasses.replace(stats, memory=dataclasses.replace(stats.memory, row_hits=empty))
+
+
+def _forget_usage(state: TrainState) -> TrainState:
+    if state.usage is None:
+        return state
+    return dataclasses.replace(state, usage=jnp.zeros_like(state.usage))
+
+
+class _TerminationSignal:
+    """Notes SIGTERM instead of dying, so that the loop can save and return."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "_TerminationSignal":
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, *_: object) -> None:
+        self.received = True
