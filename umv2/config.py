@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NoReturn
+
+from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
@@ -528,7 +530,7 @@ class Config:
             )
 
 
-def from_config_dict(config: Mapping[str, Any]) -> Config:
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Builds and validates a `Config` from a ConfigDict or a nested mapping.
 
     Raises:
@@ -564,7 +566,7 @@ def differing_fields(left: Mapping[str, Any], right: Mapping[str, Any], path: st
     return differences
 
 
-def nearest_name(name: str, valid: typing.Iterable[str]) -> str:
+def nearest_name(name: str, valid: Iterable[str]) -> str:
     """Returns ' (nearest: ...)' for the valid name closest to a misspelt one, or ''."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
     return f" (nearest: {matches[0]})" if matches else ""
