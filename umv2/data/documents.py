@@ -1,0 +1,180 @@
+"""Token documents that can be read at random, in memory or in memory-mapped files.
+
+The index of token files, one length and one content hash a document, is made by reading every file
+once when it is opened, which also checks every token id before training starts.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt64
+from tqdm import tqdm
+
+from umv2.data.sources import DataError, content_hashes
+
+_SCAN_TOKENS = 1 << 22
+
+
+class Documents(Protocol):
+    """Token documents that can be read in any order; the tokens leave end-of-text out."""
+
+    lengths: Int64[np.ndarray, "n"]
+    content_hashes: UInt64[np.ndarray, "n"]
+
+    def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
+        """Returns tokens [start, stop) of one document."""
+
+
+class InMemoryDocuments:
+    """Documents that lie one after another in one array."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        lengths: Int64[np.ndarray, "n"],
+        content_hashes: UInt64[np.ndarray, "n"],
+    ) -> None:
+        """Takes the joined tokens (any integer type) and the length and hash of each document."""
+        self.lengths = lengths
+        self.content_hashes = content_hashes
+        self._tokens = tokens
+        self._starts = np.cumsum(lengths) - lengths
+
+    def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
+        """Returns tokens [start, stop) of one document."""
+        first = self._starts[index]
+        return self._tokens[first + start : first + stop].astype(np.int32)
+
+
+class DocumentSubset:
+    """Some documents of another sequence, in the given order."""
+
+    def __init__(self, documents: Documents, indices: Int64[np.ndarray, "n"]) -> None:
+        """Selects `documents[indices]` without reading them."""
+        self.lengths = documents.lengths[indices]
+        self.content_hashes = documents.content_hashes[indices]
+        self._documents = documents
+        self._indices = indices
+
+    def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
+        """Returns tokens [start, stop) of one document."""
+        return self._documents.read(int(self._indices[index]), start, stop)
+
+
+def little_endian(dtype: str) -> np.dtype:
+    """Returns the type of tokens in files."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def unknown_id(tokens: Int[np.ndarray, "tokens"], vocab_size: int) -> int | None:
+    """Returns the position of the first token id that is not below `vocab_size`."""
+    if tokens.size and tokens.max() >= vocab_size:
+        return int(np.argmax(tokens >= vocab_size))
+    return None
+
+
+def map_files[T](scan: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
+    """Returns `scan(path)` of each file, in order, several at once, with a progress bar."""
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
+        return list(tqdm(pool.map(scan, paths), "checking token files", len(paths), disable=None))
+
+
+class MemmapDocuments:
+    """Documents of raw token files (OLMo, dolma), each ended by `end_of_text_id`.
+
+    The files are memory-mapped little-endian integers, with or without the header of a real .npy.
+    Opening reads each file once, to find the documents, hash them (as uint32 tokens) and check the
+    ids; in memory stay 28 bytes a document.
+
+    Raises:
+      DataError: for a file that is empty, unreadable, not of `dtype`, not a whole number of tokens
+        long or without any end-of-text, or a token id that is not below `vocab_size`.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], dtype: str, end_of_text_id: int, vocab_size: int
+    ) -> None:
+        """Indexes and checks the files, several at once."""
+        self._paths = paths
+        self._dtype = dtype
+
+        def scan(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return _scan_token_file(path, dtype, end_of_text_id, vocab_size)
+
+        scans = map_files(scan, paths)
+        self._file = np.repeat(np.arange(len(paths), dtype=np.int32), [len(s[0]) for s in scans])
+        self._starts = np.concatenate([starts for starts, _, _ in scans])
+        self.lengths = np.concatenate([lengths for _, lengths, _ in scans])
+        self.content_hashes = np.concatenate([hashes for _, _, hashes in scans])
+        self._open: dict[int, np.ndarray] = {}
+
+    def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
+        """Returns tokens [start, stop) of one document."""
+        file = int(self._file[index])
+        if file not in self._open:
+            self._open[file] = _open_token_file(self._paths[file], self._dtype)
+        first = self._starts[index]
+        return self._open[file][first + start : first + stop].astype(np.int32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickling a memory map would copy the file; a worker process opens its own.
+        return self.__dict__ | {"_open": {}}
+
+
+def _open_token_file(path: Path, dtype: str) -> np.ndarray:
+    expected = little_endian(dtype)
+    try:
+        with path.open("rb") as file:
+            has_header = file.read(6) == b"\x93NUMPY"
+        mapped = np.load(path, mmap_mode="r") if has_header else np.memmap(path, np.uint8, "r")
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if not has_header:
+        if mapped.nbytes % expected.itemsize:
+            raise DataError(
+                f"{path}: truncated at byte offset {mapped.nbytes}: the size is not a multiple of"
+                f" the {expected.itemsize} bytes of data.memmap_dtype={dtype!r}"
+            )
+        return mapped.view(expected)
+    if mapped.dtype != expected or mapped.ndim != 1 or not mapped.size:
+        raise DataError(
+            f"{path}: holds {mapped.dtype} of shape {mapped.shape}, not a row of"
+            f" data.memmap_dtype={dtype!r}"
+        )
+    return mapped
+
+
+def _scan_token_file(
+    path: Path, dtype: str, end_of_text_id: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns start, length and hash of each document that is not empty."""
+    tokens = _open_token_file(path, dtype)
+    ends = []
+    for start in range(0, len(tokens), _SCAN_TOKENS):
+        chunk = tokens[start : start + _SCAN_TOKENS]
+        if (position := unknown_id(chunk, vocab_size)) is not None:
+            header_bytes = path.stat().st_size - tokens.nbytes
+            offset = header_bytes + (start + position) * tokens.itemsize
+            raise DataError(
+                f"{path}: byte offset {offset} (token {start + position}): token id"
+                f" {chunk[position]} is not below vocab_size={vocab_size}"
+            )
+        ends.append(np.flatnonzero(chunk == end_of_text_id) + start)
+    boundaries = np.concatenate(ends)
+    if not boundaries.size:
+        raise DataError(
+            f"{path}: no token is end_of_text_id={end_of_text_id}, so its documents cannot be told"
+            " apart (data.end_of_text_id)"
+        )
+    starts = np.concatenate([[0], boundaries + 1])
+    lengths = np.concatenate([boundaries, [len(tokens)]]) - starts
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    hashes = content_hashes(
+        tokens[start : start + length].astype("<u4").tobytes()
+        for start, length in zip(starts, lengths, strict=True)
+    )
+    return starts, lengths, hashes

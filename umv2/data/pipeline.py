@@ -1,0 +1,365 @@
+"""From documents to batches: split, shuffle, pack, and a grain pipeline that prefetches.
+
+An epoch is one stream of tokens: every document once, in an order drawn from (seed, epoch), each
+with the end-of-text id before it; one more ends the stream. Cut into windows that share one token,
+it gives every token of every document, and the end-of-text after it, as a target exactly once, and
+a document sees nothing but an end-of-text before its first token. What does not fill a window at
+the end of an epoch is dropped. Row `i` of the endless sequence of windows depends on the seed alone
+and step `n` of process `p` of `P` takes rows `[n b + p b/P, n b + (p + 1) b/P)`, so to resume is to
+start at a step.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from absl import logging
+from jaxtyping import Int32
+from tqdm import tqdm
+
+from umv2.config import ConfigError, DataConfig
+from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
+from umv2.data.shards import ArrayRecordDocuments
+from umv2.data.sources import (
+    DataError,
+    content_hash,
+    content_hashes,
+    is_held_out,
+    matching_files,
+    text_documents,
+)
+from umv2.data.tokenizers import ByteTokenizer, Tokenizer
+from umv2.types import Batch
+
+_ENDLESS = 1 << 62
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token documents of both sides of the split."""
+
+    train: Documents
+    held_out: Documents
+    end_of_text_id: int
+    tokenizer: Tokenizer | None
+    # UTF-8; None where the source holds tokens.
+    held_out_texts: tuple[bytes, ...] | None = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def held_out_bytes(self) -> int | None:
+        """UTF-8 bytes of the held-out text, end-of-text counting none; None without tokenizer."""
+        if self.held_out_texts is not None:
+            return sum(map(len, self.held_out_texts))
+        if self.tokenizer is None:
+            return None
+        sizes = self.tokenizer.token_bytes()
+        return sum(int(sizes[tokens].sum()) for tokens in _whole_documents(self.held_out))
+
+    def held_out_text(self) -> bytes:
+        """Returns the held-out documents joined, in UTF-8, to compare with compressors.
+
+        Raises:
+          DataError: for a source of tokens without a tokenizer.
+        """
+        if self.held_out_texts is not None:
+            return b"".join(self.held_out_texts)
+        if self.tokenizer is None:
+            raise DataError("data.tokenizer='none': tokens without a tokenizer have no text")
+        decode = self.tokenizer.decode
+        return "".join(decode(tokens) for tokens in _whole_documents(self.held_out)).encode()
+
+
+def _whole_documents(documents: Documents) -> Iterator[np.ndarray]:
+    for index, length in enumerate(documents.lengths):
+        yield documents.read(index, 0, int(length))
+
+
+def load_corpus(
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    cache_dir: Path | None = None,
+) -> Corpus:
+    """Opens, checks and splits the documents of the configured source.
+
+    Text is held in memory, and its tokens too (`prepare` is for more than that); token files are
+    read once to index and check them, and stay on disk.
+
+    Args:
+      config: the data section of the configuration.
+      tokenizer: of the text, or of the token files; None for token files without one.
+      vocab_size: of the model; every token id must lie below.
+      cache_dir: keeps the tokens of text by content; `~/.cache/umv2` without. Bytes are not kept.
+
+    Raises:
+      DataError: for input that cannot be trained on.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"data.tokenizer={config.tokenizer!r}: its {tokenizer.vocab_size} ids do not fit"
+            f" model.vocab_size={vocab_size}"
+        )
+    end_of_text_id = config.end_of_text_id if tokenizer is None else tokenizer.end_of_text_id
+    if not 0 <= end_of_text_id < vocab_size:
+        raise DataError(
+            f"data.end_of_text_id={end_of_text_id}: must lie in [0, model.vocab_size={vocab_size})"
+        )
+    documents: Documents
+    texts: list[bytes] | None = None
+    match config.source:
+        case "standard_library" | "text":
+            if tokenizer is None:
+                raise DataError(
+                    f"data.tokenizer='none': source {config.source!r} needs a tokenizer"
+                )
+            texts = [text.encode() for text in text_documents(config)]
+            documents = _tokenize(texts, tokenizer, cache_dir or _default_cache_dir())
+        case "memmap":
+            paths = matching_files(config.paths)
+            documents = MemmapDocuments(paths, config.memmap_dtype, end_of_text_id, vocab_size)
+        case "array_record":
+            documents = ArrayRecordDocuments(
+                matching_files(config.paths),
+                end_of_text_id=end_of_text_id,
+                vocab_size=vocab_size,
+                tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
+            )
+        case "hugging_face":
+            raise DataError(
+                "data.source='hugging_face' is streamed once: tokenize it with"
+                " `python main.py --mode=prepare`, then train with data.source='array_record'"
+            )
+    held_out = is_held_out(documents.content_hashes, config.held_out_fraction)
+    if held_out.all() or not held_out.any():
+        raise DataError(
+            f"data.held_out_fraction={config.held_out_fraction}: leaves"
+            f" {'no' if held_out.all() else 'all'} documents of {held_out.size} for training;"
+            " each side needs at least one"
+        )
+    corpus = Corpus(
+        train=DocumentSubset(documents, np.flatnonzero(~held_out)),
+        held_out=DocumentSubset(documents, np.flatnonzero(held_out)),
+        end_of_text_id=end_of_text_id,
+        tokenizer=tokenizer,
+        held_out_texts=None if texts is None else tuple(texts[i] for i in np.flatnonzero(held_out)),
+    )
+    stream = PackedStream(corpus.train, end_of_text_id, shuffle_seed=None)
+    if stream.num_targets < config.sequence_length:
+        raise DataError(
+            f"data.sequence_length={config.sequence_length}: the {len(corpus.train.lengths)}"
+            f" training documents hold only {stream.num_targets} tokens, less than one sequence"
+        )
+    logging.info(
+        "corpus: %d documents (%d tokens) to train, %d (%d tokens) held out",
+        len(corpus.train.lengths),
+        corpus.train.lengths.sum(),
+        len(corpus.held_out.lengths),
+        corpus.held_out.lengths.sum(),
+    )
+    return corpus
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umv2"
+
+
+def _tokenize(texts: Sequence[bytes], tokenizer: Tokenizer, cache_dir: Path) -> InMemoryDocuments:
+    hashes = content_hashes(texts)
+    if isinstance(tokenizer, ByteTokenizer):
+        lengths = np.array([len(text) for text in texts], np.int64)
+        return InMemoryDocuments(np.frombuffer(b"".join(texts), np.uint8), lengths, hashes)
+    key = content_hash(hashes.tobytes() + tokenizer.fingerprint.encode())
+    path = cache_dir / f"tokens-{key:016x}.npz"
+    if path.exists():
+        with np.load(path) as cached:
+            return InMemoryDocuments(cached["tokens"], cached["lengths"], hashes)
+    bar = tqdm(texts, "tokenizing", unit=" documents", disable=None)
+    encoded = [tokenizer.encode(text.decode()) for text in bar]
+    lengths = np.array([len(tokens) for tokens in encoded], np.int64)
+    tokens = np.concatenate(encoded)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    # Of its own process and renamed, because several may tokenize the same text at once.
+    temporary = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(temporary, tokens=tokens, lengths=lengths)
+    temporary.replace(path)
+    return InMemoryDocuments(tokens, lengths, hashes)
+
+
+class PackedStream:
+    """The documents of one epoch as one stream of tokens.
+
+    Each document has `end_of_text_id` before it; so have all positions after the last document.
+    """
+
+    def __init__(self, documents: Documents, end_of_text_id: int, shuffle_seed: int | None) -> None:
+        """Without a seed the documents keep their order in every epoch."""
+        self.num_targets = int(documents.lengths.sum()) + len(documents.lengths)
+        self._documents = documents
+        self._end_of_text_id = end_of_text_id
+        self._shuffle_seed = shuffle_seed
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def read(self, epoch: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
+        """Returns the tokens at positions [start, stop) of an epoch."""
+        order, ends = self._layout(epoch)
+        tokens = np.full(stop - start, self._end_of_text_id, np.int32)
+        place = int(np.searchsorted(ends, start, side="right"))
+        while place < len(order) and (begin := int(ends[place - 1]) if place else 0) < stop:
+            first = begin + 1  # after the end-of-text
+            left, right = max(start, first), min(stop, int(ends[place]))
+            if left < right:
+                index = int(order[place])
+                tokens[left - start : right - start] = self._documents.read(
+                    index, left - first, right - first
+                )
+            place += 1
+        return tokens
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of the documents and the position after each; kept for the current epoch."""
+        current = self._epoch
+        if current is None or current[0] != epoch:
+            count = len(self._documents.lengths)
+            order = (
+                np.arange(count)
+                if self._shuffle_seed is None
+                else np.random.default_rng([self._shuffle_seed, epoch]).permutation(count)
+            )
+            ends = np.cumsum(self._documents.lengths[order] + 1)
+            # One assignment, because threads share the stream.
+            self._epoch = current = (epoch, order, ends)
+        return current[1:]
+
+
+class PackedBatches:
+    """Random access to one process's share of the batches: element `n` is step `n`."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: DataConfig,
+        *,
+        held_out: bool,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ) -> None:
+        """Endless and shuffled for training; one pass in a fixed order for held-out."""
+        if batch_size % process_count:
+            raise ConfigError(
+                f"batch_size={batch_size}: must be a multiple of the {process_count} processes"
+            )
+        self._stream = PackedStream(
+            corpus.held_out if held_out else corpus.train,
+            corpus.end_of_text_id,
+            shuffle_seed=None if held_out else config.seed,
+        )
+        self._held_out = held_out
+        self._config = config
+        self._end_of_text_id = corpus.end_of_text_id
+        self._batch_size = batch_size
+        local_size = batch_size // process_count
+        self._local_rows = range(process_index * local_size, (process_index + 1) * local_size)
+
+    def __len__(self) -> int:
+        if not self._held_out:
+            return _ENDLESS
+        rows = math.ceil(self._stream.num_targets / self._config.sequence_length)
+        return math.ceil(rows / self._batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        length = self._config.sequence_length
+        num_targets = self._stream.num_targets
+        windows, weights = [], []
+        for local_row in self._local_rows:
+            epoch, row = 0, int(step) * self._batch_size + local_row
+            if not self._held_out:
+                epoch, row = divmod(row, num_targets // length)
+            start = row * length
+            windows.append(self._stream.read(epoch, start, start + length + 1))
+            weights.append(start + np.arange(length) < num_targets)
+        tokens = np.stack(windows)
+        inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        segment_ids = np.zeros_like(inputs)
+        if self._config.mask_across_documents:
+            # The end-of-text before a document is its first token.
+            segment_ids[:, 1:] = np.cumsum(inputs[:, 1:] == self._end_of_text_id, axis=1)
+        return Batch(inputs, targets, segment_ids, np.stack(weights).astype(np.float32))
+
+
+def train_batches(
+    corpus: Corpus,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "grain.DatasetIterator[Batch]":
+    """Yields this process's rows of every global batch from `start_step` on, without end.
+
+    Batches are numpy arrays of `batch_size / process_count` rows. `close()` ends the prefetching
+    threads or processes.
+
+    Raises:
+      ConfigError: when the processes cannot share a batch evenly.
+    """
+    batches = PackedBatches(
+        corpus,
+        config,
+        held_out=False,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return _prefetch(batches, config, start_step)
+
+
+def held_out_batches(
+    corpus: Corpus,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "grain.DatasetIterator[Batch]":
+    """Yields this process's rows of one pass over the held-out documents, in a fixed order.
+
+    Every token, and the end-of-text after each document, is a target of weight 1 exactly once; the
+    rest of the last batch has weight 0.
+
+    Raises:
+      ConfigError: when the processes cannot share a batch evenly.
+    """
+    batches = PackedBatches(
+        corpus,
+        config,
+        held_out=True,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return _prefetch(batches, config, 0)
+
+
+def _prefetch(
+    batches: PackedBatches, config: DataConfig, start_step: int
+) -> "grain.DatasetIterator[Batch]":
+    # One thread: it keeps batches in order of need and off the training loop, and packing holds the
+    # interpreter lock for most of its time. num_workers adds processes.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch_batches)
+    dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options)
+    if config.num_workers:
+        dataset = dataset.mp_prefetch(
+            grain.multiprocessing.MultiprocessingOptions(
+                num_workers=config.num_workers,
+                per_worker_buffer_size=math.ceil(config.prefetch_batches / config.num_workers),
+            )
+        )
+    return iter(dataset)

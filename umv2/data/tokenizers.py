@@ -1,0 +1,259 @@
+"""Tokenizers behind one protocol: bytes, Hugging Face `tokenizers` files, SentencePiece models."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from jaxtyping import Int, Int32
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from umv2.data.sources import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+# What published tokenizer files call their end of text; the first one that is present counts.
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_NUM_BYTES = 256
+
+type Ids = Sequence[int] | Int[np.ndarray, "tokens"]
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    end_of_text_id: int
+    # Equal for two tokenizers exactly when they give the same ids.
+    fingerprint: str
+
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """Returns the ids of a text, without end-of-text, even where the text spells its name."""
+
+    def decode(self, ids: Ids) -> str:
+        """Returns the text of ids: end-of-text is dropped, invalid UTF-8 replaced."""
+
+    def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
+        """Returns how many UTF-8 bytes of text each id stands for; control tokens stand for 0."""
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and id 256 for end-of-text."""
+
+    vocab_size = _NUM_BYTES + 1
+    end_of_text_id = _NUM_BYTES
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """Returns the bytes of a text."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        """Returns the text of bytes."""
+        return bytes(int(i) for i in ids if 0 <= i < _NUM_BYTES).decode("utf-8", "replace")
+
+    def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
+        """Returns 1 for every byte and 0 for end-of-text."""
+        sizes = np.ones(self.vocab_size, np.int32)
+        sizes[self.end_of_text_id] = 0
+        return sizes
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizers` JSON file whose pieces spell bytes (GPT-2 style) or Metaspace text."""
+
+    def __init__(self, path: str | Path, end_of_text_id: int) -> None:
+        """Reads the file; an `end_of_text_id` of -1 asks for the tokenizer's own.
+
+        Raises:
+          DataError: for a file that is unreadable, has no known end-of-text, or has a decoder that
+            does not say which bytes a piece stands for.
+        """
+        content = _read(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # The library raises nothing narrower.
+            raise DataError(f"{path}: not a tokenizers file: {error}") from error
+        # The name of a special token within a document is text like any other.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._decoders = _decoder_types(json.loads(content).get("decoder"))
+        if not self._decoders & {"ByteLevel", "Metaspace", "ByteFallback"}:
+            raise DataError(
+                f"{path}: decoder {sorted(self._decoders)}: only ByteLevel, Metaspace and"
+                " ByteFallback say how many bytes a token stands for"
+            )
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.fingerprint = _fingerprint(content)
+        if end_of_text_id < 0:
+            known = (self._tokenizer.token_to_id(name) for name in _END_OF_TEXT_NAMES)
+            end_of_text_id = next((i for i in known if i is not None), -1)
+        self.end_of_text_id = _require_end_of_text(path, end_of_text_id, self.vocab_size)
+
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """Returns the ids of a text, without what the file's post-processor would add."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        """Returns the text of ids."""
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.end_of_text_id]
+        return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
+        """Returns the bytes of each piece; special tokens stand for 0."""
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for piece, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            # The GPT-2 alphabet writes each byte as one character.
+            sizes[index] = len(piece) if "ByteLevel" in self._decoders else _piece_bytes(piece)
+        for index, added in self._tokenizer.get_added_tokens_decoder().items():
+            sizes[index] = 0 if added.special else len(added.content.encode("utf-8"))
+        sizes[self.end_of_text_id] = 0
+        return sizes
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model.
+
+    Bytes are counted as the pieces spell them: a model that normalises text, or puts a space before
+    it, spells other bytes than it was given; the unknown piece counts as 0.
+    """
+
+    def __init__(self, path: str | Path, end_of_text_id: int) -> None:
+        """Reads the model; an `end_of_text_id` of -1 asks for its </s>.
+
+        Raises:
+          DataError: for a file that is unreadable or has no end-of-text.
+        """
+        content = _read(path)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a SentencePiece model: {error}") from error
+        self.vocab_size = self._processor.get_piece_size()
+        self.fingerprint = _fingerprint(content)
+        own = self._processor.eos_id()
+        self.end_of_text_id = _require_end_of_text(
+            path, own if end_of_text_id < 0 else end_of_text_id, self.vocab_size
+        )
+
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """Returns the ids of a text, without begin and end marks."""
+        ids = self._processor.encode(text, out_type=int, add_bos=False, add_eos=False)
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        """Returns the text of ids."""
+        return self._processor.decode(
+            [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.end_of_text_id]
+        )
+
+    def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
+        """Returns the bytes of each piece; control and unknown pieces stand for 0."""
+        processor = self._processor
+        sizes = np.array(
+            [
+                0
+                if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)
+                else _piece_bytes(processor.id_to_piece(i))
+                for i in range(self.vocab_size)
+            ],
+            np.int32,
+        )
+        sizes[self.end_of_text_id] = 0
+        return sizes
+
+
+def load_tokenizer(name: str, end_of_text_id: int = -1) -> Tokenizer | None:
+    """Returns the tokenizer that `data.tokenizer` names; None for "none".
+
+    Args:
+      name: "bytes", "none", or the path of a `tokenizers` .json or a SentencePiece .model file.
+      end_of_text_id: the id that ends a document; -1 for the tokenizer's own.
+
+    Raises:
+      DataError: for another name, an unreadable file or an impossible end-of-text id.
+    """
+    if name == "none":
+        return None
+    if name == "bytes":
+        if end_of_text_id not in (-1, ByteTokenizer.end_of_text_id):
+            raise DataError(
+                f"data.end_of_text_id={end_of_text_id}: the byte tokenizer has its own,"
+                f" {ByteTokenizer.end_of_text_id} (or -1)"
+            )
+        return ByteTokenizer()
+    match Path(name).suffix:
+        case ".json":
+            return HuggingFaceTokenizer(name, end_of_text_id)
+        case ".model":
+            return SentencePieceTokenizer(name, end_of_text_id)
+        case _:
+            raise DataError(
+                f"data.tokenizer={name!r}: must be 'bytes', 'none' or a path that ends in .json"
+                " (Hugging Face tokenizers) or .model (SentencePiece)"
+            )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
+    """Trains a byte-level BPE on texts, with a progress bar, and writes it as a `tokenizers` file.
+
+    Id 0 is `<|endoftext|>`, ids 1 to 256 are the bytes, so that no text is unknown.
+
+    Raises:
+      DataError: for a vocabulary too small to hold those.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise DataError(
+            f"vocab_size={vocab_size}: a byte-level BPE needs at least {len(alphabet) + 1}, the"
+            f" bytes and {END_OF_TEXT}"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(alphabet),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"data.tokenizer={str(path)!r}: cannot be read: {error}") from error
+
+
+def _fingerprint(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _require_end_of_text(path: str | Path, end_of_text_id: int, vocab_size: int) -> int:
+    if not 0 <= end_of_text_id < vocab_size:
+        raise DataError(
+            f"{path}: end-of-text id {end_of_text_id} is not among its {vocab_size} ids; give"
+            " data.end_of_text_id"
+        )
+    return end_of_text_id
+
+
+def _decoder_types(decoder: dict | None) -> set[str]:
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*map(_decoder_types, decoder.get("decoders", [])))
+
+
+def _piece_bytes(piece: str) -> int:
+    """UTF-8 bytes of a piece that writes a space as U+2581 and a lone byte as <0xFF>."""
+    return 1 if _BYTE_PIECE.fullmatch(piece) else len(piece.replace("\u2581", " ").encode("utf-8"))
