@@ -103,7 +103,7 @@ class MemoryLayer(nnx.Module):
           start: first row of this layer's window, which wraps round the end of the store.
         """
         shared = (
-            jax.tree.map(lambda parameter: parameter[...], self._retrieval_parameters()),
+            self._retrieval_arrays(),
             store,
             jnp.asarray(start, jnp.int32),
         )
@@ -122,11 +122,11 @@ class MemoryLayer(nnx.Module):
         )
         return y, stats
 
-    def _retrieval_parameters(self) -> dict[str, nnx.Variable]:
+    def _retrieval_arrays(self) -> dict[str, Array]:
         names = ["keys", "key_norm", "query_norm", "core_u", "core_v", "shuffle"]
         if self.config.scoring == "tucker":
             names.append("cores")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name)[...] for name in names}
 
     def _look_up(self, batched: tuple, shared: tuple) -> tuple[Float[Array, "b t e"], dict]:
         """Retrieves and pools the rows for one device's tokens."""
