@@ -14,15 +14,16 @@ from kernels_pallas.value_aggregation.reference import Activation, accumulation_
 MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
 
 # Bytes of rows that one chunk of tokens fetches, when the caller names no chunk size.
-# CPU, measured on 2 cores, float32, K = 32, 129,600 rows, forward + backward, in milliseconds:
+# CPU, measured: forward + backward in milliseconds, best of 5 interleaved runs on 2 shared cores,
+# float32, K = 32, 129,600 rows:
 #
-#     T, D_v = D_p        32     64    128    256   1024 tokens   no chunks
-#     2048, 192            -    125      -    125    143            208
-#     2048, 384          277    240    246    268    290            341
-#     8192, 192          307    272    307    319    387            792
-#     8192, 384          656    596    562    611    719           1353
+#     T, D_v = D_p    chunks of 32     64    128    256   1024 tokens   no chunks
+#     2048, 192                174    161    176    156    181             360
+#     2048, 384                385    375    372    404    488            1020
+#     8192, 192                401    361    367    421    414             826
 #
-# The best chunks fetch 3 to 12 MiB, about what the cache keeps between fetch and use.
+# Anything between 3 and 13 MB of rows is as good; larger chunks leave the cache between fetch and
+# use, and no chunks at all also pay for fresh memory pages.
 _CPU_CHUNK_BYTES = 8 * 2**20
 # An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
 # easily holds. Reasoned, not measured.
