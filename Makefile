@@ -71,7 +71,7 @@ $(stamp):
 	fi; \
 	touch $(mark); \
 	rm -f .venv/pins-*; \
-	$(python) -m pip install --quiet --disable-pip-version-check \
+	$(python) -m pip install -qq --disable-pip-version-check \
 	    -r requirements.txt -r requirements-dev.txt $(if $(EXTRAS),-e '.[$(EXTRAS)]'); \
 	rm $(mark); \
 	touch $@
