@@ -22,8 +22,7 @@ MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are in
 #     2048, 384                385    375    372    404    488            1020
 #     8192, 192                401    361    367    421    414             826
 #
-# Anything between 3 and 13 MB of rows is as good; larger chunks leave the cache between fetch and
-# use, and no chunks at all also pay for fresh memory pages.
+# Chunks of 3 to 13 MB of rows are equally good within the noise; 8 MiB lies between.
 _CPU_CHUNK_BYTES = 8 * 2**20
 # An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
 # easily holds. Reasoned, not measured.
