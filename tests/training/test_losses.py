@@ -1,0 +1,123 @@
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from umv2 import config as config_lib
+from umv2 import types
+from umv2.model import transformer
+from umv2.training import losses
+
+OFF = config_lib.LossConfig(z_loss=0.0, tucker_penalty=0.0, tucker_margin=0.15, balance_loss=0.0)
+
+
+def example() -> tuple[jax.Array, jax.Array, jax.Array]:
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(random.normal(size=(8, 3, 5)), jnp.float32)
+    targets = jnp.asarray(random.integers(0, 5, size=(8, 3)), jnp.int32)
+    weights = jnp.asarray(random.integers(0, 2, size=(8, 3)), jnp.float32)
+    return logits, targets, weights
+
+
+def model_stats(balance: list[float] | None) -> transformer.ModelStats:
+    memory = None
+    if balance is not None:
+        zeros = jnp.zeros(len(balance))
+        memory = types.LayerStats(
+            balance_loss=jnp.asarray(balance),
+            output_variance=zeros,
+            top_score=zeros,
+            last_score=zeros,
+            row_hits=jnp.zeros((len(balance), 4), jnp.int32),
+        )
+    return transformer.ModelStats(ffn_variance=jnp.ones(2), memory=memory)
+
+
+def test_cross_entropy_by_hand() -> None:
+    logits = jnp.log(jnp.asarray([[[1.0, 2.0, 5.0], [2.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]))
+    targets = jnp.asarray([[2, 0, 1]])
+    weights = jnp.asarray([[1.0, 1.0, 0.0]])
+    nll, squared, count = losses.cross_entropy(logits, targets, weights)
+    np.testing.assert_allclose(nll, math.log(8 / 5) + math.log(4 / 2), rtol=1e-6)
+    np.testing.assert_allclose(squared, math.log(8) ** 2 + math.log(4) ** 2, rtol=1e-6)
+    assert count == 2
+
+
+def test_large_logits_stay_finite() -> None:
+    logits = jnp.asarray([[[1e4, -1e4]]])
+    nll, _, _ = losses.cross_entropy(logits, jnp.asarray([[1]]), jnp.ones((1, 1)))
+    np.testing.assert_allclose(nll, 2e4)
+
+
+def test_gradient_is_softmax_minus_target() -> None:
+    logits, targets, weights = example()
+    gradient = jax.grad(lambda x: losses.cross_entropy(x, targets, weights)[0])(logits)
+    expected = jax.nn.softmax(logits) - jax.nn.one_hot(targets, 5)
+    np.testing.assert_allclose(gradient, expected * weights[..., None], atol=1e-6)
+
+
+def test_eight_devices_agree_with_one() -> None:
+    logits, targets, weights = example()
+
+    def total(logits: Any, targets: Any, weights: Any) -> jax.Array:
+        nll, squared, count = losses.cross_entropy(logits, targets, weights)
+        return (nll + 0.1 * squared) / count
+
+    step = jax.value_and_grad(total)
+    loss, gradient = jax.jit(step)(logits, targets, weights)
+    mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        divided = jax.device_put((logits, targets, weights), PartitionSpec("replica"))
+        divided_loss, divided_gradient = jax.jit(step)(*divided)
+    assert gradient.sharding.num_devices == 1
+    assert divided_gradient.sharding.spec[0] == "replica"
+    np.testing.assert_allclose(divided_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(divided_gradient, gradient, atol=1e-7)
+
+
+def test_auxiliary_losses_are_off_by_default() -> None:
+    assert losses.auxiliary(model_stats(None), {}, OFF) == 0
+
+
+def test_balance_loss_sums_over_layers() -> None:
+    config = dataclasses.replace(OFF, balance_loss=0.001)
+    total = losses.auxiliary(model_stats([2.0, 3.0]), {}, config)
+    np.testing.assert_allclose(total, 0.005, rtol=1e-6)
+
+
+def test_tucker_penalty_sums_over_layers() -> None:
+    # Two cores that add up to diag(2, 0.25) and diag(1, 0.35); only the second value counts.
+    first = jnp.asarray([[[[1.5, 0.0], [0.0, 0.0]]], [[[0.5, 0.0], [0.0, 0.25]]]])
+    second = jnp.asarray([[[[1.0, 0.0], [0.0, 0.3]]], [[[0.0, 0.0], [0.0, 0.05]]]])
+    params = {"memory": {"cores": jnp.stack([first, second])}}
+    config = dataclasses.replace(OFF, tucker_penalty=0.5)
+    total = losses.auxiliary(model_stats([0.0, 0.0]), params, config)
+    np.testing.assert_allclose(total, 0.5 * (0.1**2 + 0.2**2), rtol=1e-5)
+
+
+def test_tucker_penalty_reaches_the_cores_only_above_the_margin() -> None:
+    config = dataclasses.replace(OFF, tucker_penalty=1.0)
+
+    def penalty(cores: jax.Array) -> jax.Array:
+        return losses.auxiliary(model_stats([0.0]), {"memory": {"cores": cores}}, config)
+
+    cores = jnp.diag(jnp.asarray([2.0, 0.25])).reshape(1, 1, 1, 2, 2)
+    expected = jnp.zeros_like(cores).at[..., 1, 1].set(2 * 0.1)
+    np.testing.assert_allclose(jax.grad(penalty)(cores), expected, atol=1e-6)
+    below = jnp.diag(jnp.asarray([2.0, 0.1])).reshape(1, 1, 1, 2, 2)
+    assert not jax.grad(penalty)(below).any()
+
+
+@pytest.mark.parametrize("field", ["balance_loss", "tucker_penalty"])
+def test_a_coefficient_scales_its_loss(field: str) -> None:
+    params = {"memory": {"cores": jnp.diag(jnp.asarray([2.0, 0.5])).reshape(1, 1, 1, 2, 2)}}
+    stats = model_stats([1.5])
+    once = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 1.0}))
+    thrice = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 3.0}))
+    assert once > 0
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)

@@ -1,0 +1,261 @@
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from configs import base
+from umv2 import config as config_lib
+from umv2.model import memory
+from umv2.training import optim, state
+
+NUM_STEPS = 100
+
+
+def optimizer_config(**changes: Any) -> config_lib.OptimizerConfig:
+    config = config_lib.from_config_dict(base.get_config()).optimizer
+    defaults = {"learning_rate": 1.0, "warmup_steps": 10, "final_fraction": 0.1}
+    return dataclasses.replace(config, **(defaults | changes))
+
+
+def small_model(*, tied: bool) -> config_lib.Config:
+    config = base.get_config()
+    config.model.hidden_size, config.model.num_layers, config.model.num_heads = 16, 2, 2
+    config.model.num_key_value_heads, config.model.ffn_size, config.model.vocab_size = 2, 16, 16
+    config.model.tie_embeddings = tied
+    config.model.memory.update(num_keys=8, key_dim=8, top_m=4, shortlist=4, value_dim=8)
+    return config_lib.from_config_dict(config)
+
+
+def tiny_tree() -> tuple[dict[str, Any], memory.ValueStore]:
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    params = {"embedding": draw(3, 2), "final_norm": {"weight": draw(2)}}
+    return params, memory.ValueStore(values=draw(4, 2), pre_values=draw(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", {0: 0, 5: 0.5, 10: 1, 55: 0.55, 100: 0.1, 150: 0.1}),
+        ("constant", {0: 0, 5: 0.5, 10: 1, 55: 1, 100: 1}),
+        ("constant_then_cosine", {0: 0, 5: 0.5, 10: 1, 60: 1, 80: 0.55, 100: 0.1}),
+    ],
+)
+def test_learning_rate_at_chosen_steps(schedule: str, expected: dict[int, float]) -> None:
+    config = optimizer_config(schedule=schedule, decay_start_step=60)
+    rate = optim.learning_rate(config, NUM_STEPS)
+    np.testing.assert_allclose(
+        [rate(step) for step in expected], list(expected.values()), rtol=1e-6
+    )
+
+
+def test_cosine_falls_as_a_cosine() -> None:
+    rate = optim.learning_rate(optimizer_config(warmup_steps=0), NUM_STEPS)
+    expected = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2
+    np.testing.assert_allclose([rate(0), rate(25)], [1.0, expected], rtol=1e-6)
+
+
+def test_values_multiplier_falls_linearly_and_stays() -> None:
+    config = optimizer_config(
+        schedule="constant",
+        values_multiplier=4.0,
+        values_final_multiplier=1.0,
+        values_decay_fraction=0.5,
+    )
+    rate = optim.values_learning_rate(config, NUM_STEPS)
+    # 4 - 3 * step / 50, times the warm-up.
+    np.testing.assert_allclose(
+        [rate(step) for step in (0, 5, 10, 25, 50, 100)], [0, 1.85, 3.4, 2.5, 1, 1], rtol=1e-6
+    )
+
+
+def test_values_multiplier_multiplies_the_cosine() -> None:
+    config = optimizer_config(values_multiplier=1.5, values_final_multiplier=1.5)
+    base_rate = optim.learning_rate(config, NUM_STEPS)
+    rate = optim.values_learning_rate(config, NUM_STEPS)
+    for step in (0, 7, 40, 99):
+        np.testing.assert_allclose(rate(step), 1.5 * base_rate(step), rtol=1e-6)
+
+
+def test_constant_values_learning_rate_has_the_same_warm_up() -> None:
+    config = optimizer_config(values_schedule="constant", values_learning_rate=1e-3)
+    rate = optim.values_learning_rate(config, NUM_STEPS)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(90)], [0, 5e-4, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_of_a_model_has_exactly_one_group(tied: bool) -> None:
+    config = small_model(tied=tied)
+
+    def create() -> dict[str, Any]:
+        model, store = state.create_model(config.model, jax.random.key(0))
+        params = state.split_model(model)[1]
+        named = optim.named_parameters(params, store)
+        assert len(named) == len(jax.tree.leaves((params, store)))
+        return named
+
+    groups = optim.parameter_groups(jax.eval_shape(create))
+    assert set(groups.values()) == {"embeddings", "norms", "matrices", "keys", "values"}
+    assert groups["model/blocks/attention/query_norm/weight"] == "norms"
+    assert groups["model/memory/query_norm"] == "norms"
+    assert groups["model/memory/query"] == "matrices"
+    assert groups["model/memory/cores"] == "keys"
+    assert groups["store/pre_values"] == "values"
+    assert groups.get("model/head") == (None if tied else "matrices")
+
+
+def test_every_group_has_a_weight_decay() -> None:
+    fields = {field.name for field in dataclasses.fields(config_lib.WeightDecayConfig)}
+    assert {rule.group for rule in optim.RULES} == fields
+
+
+def test_a_parameter_without_a_rule_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'model/router' must match exactly one .* matches none"):
+        optim.parameter_groups(["model/embedding", "model/router"])
+
+
+def test_a_parameter_with_two_rules_is_named() -> None:
+    rules = (optim.Rule("norms", r"model/.*"), optim.Rule("matrices", r"model/head"))
+    with pytest.raises(ValueError, match=r"'model/head' must match .* model/\.\*, model/head"):
+        optim.parameter_groups(["model/head"], rules)
+
+
+def test_a_parameter_without_a_rule_stops_the_optimizer() -> None:
+    with pytest.raises(ValueError, match="model/router"):
+        optim.Optimizer(optimizer_config(), NUM_STEPS).init({"router": jnp.ones(2)}, None)
+
+
+def test_update_equals_adamw_in_numpy() -> None:
+    decay = config_lib.WeightDecayConfig(
+        embeddings=0.1, norms=0.0, matrices=0.3, keys=0.4, values=0.5
+    )
+    config = optimizer_config(
+        schedule="constant",
+        learning_rate=0.01,
+        warmup_steps=0,
+        clip_norm=1.0,
+        weight_decay=decay,
+        values_multiplier=4.0,
+        values_final_multiplier=4.0,
+    )
+    optimizer = optim.Optimizer(config, NUM_STEPS)
+    trained = tiny_tree()
+    opt_state = optimizer.init(*trained)
+    update = jax.jit(optimizer.update)
+    # The order of leaves: embedding, final_norm, values, pre_values.
+    expected = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(trained)]
+    rates, decays = [0.01, 0.01, 0.04, 0.04], [0.1, 0.0, 0.5, 0.5]
+    first, second = [np.zeros_like(x) for x in expected], [np.zeros_like(x) for x in expected]
+
+    for step in (1, 2):
+        gradients = jax.tree.map(lambda x, scale=step: scale * jnp.cos(x), trained)
+        flat = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]
+        norm = math.sqrt(sum(float(np.sum(g**2)) for g in flat))
+        assert norm > config.clip_norm
+        for i, gradient in enumerate(flat):
+            clipped = gradient / norm
+            first[i] = 0.9 * first[i] + 0.1 * clipped
+            second[i] = 0.95 * second[i] + 0.05 * clipped**2
+            direction = first[i] / (1 - 0.9**step)
+            direction /= np.sqrt(second[i] / (1 - 0.95**step)) + 1e-8
+            expected[i] = expected[i] - rates[i] * (direction + decays[i] * expected[i])
+        *trained, opt_state, seen_norm = update(*gradients, opt_state, *trained)
+        np.testing.assert_allclose(seen_norm, norm, rtol=1e-6)
+        for leaf, value in zip(jax.tree.leaves(trained), expected, strict=True):
+            assert leaf.dtype == jnp.float32
+            np.testing.assert_allclose(leaf, value, rtol=1e-5, atol=1e-7)
+
+
+def test_clip_counts_the_store_and_leaves_small_gradients_alone() -> None:
+    params, store = tiny_tree()
+    config = optimizer_config(warmup_steps=0, clip_norm=5.0)
+    optimizer = optim.Optimizer(config, NUM_STEPS)
+    zeros = jax.tree.map(jnp.zeros_like, (params, store))
+
+    def first_moments(scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+        params_gradient = dict(zeros[0], embedding=jnp.zeros((3, 2)).at[0, 0].set(3 * scale))
+        store_gradient = dataclasses.replace(
+            zeros[1], values=jnp.zeros((4, 2)).at[1, 1].set(4 * scale)
+        )
+        _, _, new, norm = optimizer.update(
+            params_gradient, store_gradient, optimizer.init(params, store), params, store
+        )
+        return new.model[0].mu["embedding"][0, 0], new.store[0].mu.values[1, 1], norm
+
+    # The norm of (3, 4) is 5. First moments after one step: (1 - beta1) times the gradient.
+    np.testing.assert_allclose(first_moments(1.0), (0.3, 0.4, 5.0), rtol=1e-6)
+    np.testing.assert_allclose(first_moments(0.5), (0.15, 0.2, 2.5), rtol=1e-6)
+    np.testing.assert_allclose(first_moments(10.0), (0.3, 0.4, 50.0), rtol=1e-6)
+
+
+def test_a_zero_gradient_stays_finite() -> None:
+    params, store = tiny_tree()
+    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS)
+    gradients = jax.tree.map(jnp.zeros_like, (params, store))
+    updated = optimizer.update(
+        gradients[0], gradients[1], optimizer.init(params, store), params, store
+    )
+    assert updated[3] == 0
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updated))
+
+
+def test_values_learning_rate_moves_the_store_only() -> None:
+    params, store = tiny_tree()
+    gradients = jax.tree.map(jnp.ones_like, (params, store))
+
+    def step(multiplier: float) -> tuple[Any, Any]:
+        config = optimizer_config(
+            warmup_steps=0, values_multiplier=multiplier, values_final_multiplier=multiplier
+        )
+        optimizer = optim.Optimizer(config, NUM_STEPS)
+        return optimizer.update(
+            gradients[0], gradients[1], optimizer.init(params, store), params, store
+        )[:2]
+
+    (params_1, store_1), (params_3, store_3) = step(1.0), step(3.0)
+    jax.tree.map(np.testing.assert_array_equal, params_1, params_3)
+    np.testing.assert_allclose(
+        store_3.values - store.values, 3 * (store_1.values - store.values), rtol=1e-4
+    )
+
+
+def test_a_dense_model_has_no_store_to_update() -> None:
+    params, _ = tiny_tree()
+    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    new_params, store, _, norm = jax.jit(optimizer.update)(
+        gradient, None, optimizer.init(params, None), params, None
+    )
+    assert store is None
+    np.testing.assert_allclose(norm, math.sqrt(8), rtol=1e-6)
+    assert not np.array_equal(new_params["embedding"], params["embedding"])
+
+
+def test_moments_are_divided_over_devices_as_their_parameters_are() -> None:
+    mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
+    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS)
+    params, _ = tiny_tree()
+    with jax.set_mesh(mesh):
+        values = jax.device_put(jnp.ones((16, 2)), PartitionSpec("replica"))
+        store = memory.ValueStore(values=values, pre_values=None)
+        params = jax.device_put(params, PartitionSpec())
+        opt_state = jax.jit(optimizer.init)(params, store)
+        gradients = jax.tree.map(jnp.ones_like, (params, store))
+        _, new_store, opt_state, _ = jax.jit(optimizer.update)(*gradients, opt_state, params, store)
+    for array in (new_store.values, opt_state.store[0].mu.values, opt_state.store[0].nu.values):
+        assert array.sharding.spec[0] == "replica"
+        assert array.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_reported_learning_rates_are_those_of_the_next_update() -> None:
+    config = optimizer_config(values_multiplier=2.0, values_final_multiplier=2.0)
+    rates = optim.Optimizer(config, NUM_STEPS).learning_rates(5)
+    assert rates == pytest.approx({"learning_rate": 0.5, "values_learning_rate": 1.0})
