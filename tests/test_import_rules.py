@@ -120,11 +120,10 @@ def import_fault(module: str, name: str) -> str | None:
             allowed = is_within(name, *IMPORTS[importer], *sys.stdlib_module_names)
             return None if allowed else f"imports {name}, not one of {IMPORTS[importer]}"
     here, there = place(module), place(name)
-    if here is None or there is None or here == there:
+    if here is None or there is None or here == there or here[0] < there[0]:
         return None
-    if here[0] == there[0] and TIERS[here[0]] in (JOBS, KNOWN_TO_ALL):
-        return None
-    return f"imports {name}, which stands above or beside it" if there[0] <= here[0] else None
+    peers = here[0] == there[0] and TIERS[here[0]] in (JOBS, KNOWN_TO_ALL)
+    return None if peers else f"imports {name}, which stands above or beside it"
 
 
 def faults(module: str, source: str) -> list[str]:
