@@ -1,7 +1,6 @@
-"""Text to batches: sources, tokenizers, the pipeline, and preparation of token shards."""
+"""Text to batches: sources, tokenizers, the pipeline; `umv2.data.prepare` makes token shards."""
 
 from umv2.data.pipeline import Corpus, held_out_batches, load_corpus, train_batches
-from umv2.data.prepare import prepare, train_tokenizer
 from umv2.data.sources import DataError
 from umv2.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -12,7 +11,5 @@ __all__ = [
     "held_out_batches",
     "load_corpus",
     "load_tokenizer",
-    "prepare",
     "train_batches",
-    "train_tokenizer",
 ]

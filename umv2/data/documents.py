@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64, UInt64
+from jaxtyping import Int32, Int64, Integer, UInt64
 from tqdm import tqdm
 
 from umv2.data.sources import DataError, content_hashes
@@ -19,6 +19,7 @@ from umv2.data.sources import DataError, content_hashes
 _SCAN_TOKENS = 1 << 22
 
 
+@runtime_checkable
 class Documents(Protocol):
     """Token documents that can be read in any order; the tokens leave end-of-text out."""
 
@@ -70,7 +71,7 @@ def little_endian(dtype: str) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def unknown_id(tokens: Int[np.ndarray, "tokens"], vocab_size: int) -> int | None:
+def unknown_id(tokens: Integer[np.ndarray, "tokens"], vocab_size: int) -> int | None:
     """Returns the position of the first token id that is not below `vocab_size`."""
     if tokens.size and tokens.max() >= vocab_size:
         return int(np.argmax(tokens >= vocab_size))

@@ -238,7 +238,11 @@ class PackedStream:
 
 
 class PackedBatches:
-    """Random access to one process's share of the batches: element `n` is step `n`."""
+    """Random access to one process's share of the batches: element `n` is the fields of step `n`.
+
+    Fields rather than a `Batch`, so that grain may rebuild them with other leaves on their way
+    between processes.
+    """
 
     def __init__(
         self,
@@ -273,7 +277,7 @@ class PackedBatches:
         rows = math.ceil(self._stream.num_targets / self._config.sequence_length)
         return math.ceil(rows / self._batch_size)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         length = self._config.sequence_length
         num_targets = self._stream.num_targets
         windows, weights = [], []
@@ -290,7 +294,37 @@ class PackedBatches:
         if self._config.mask_across_documents:
             # The end-of-text before a document is its first token.
             segment_ids[:, 1:] = np.cumsum(inputs[:, 1:] == self._end_of_text_id, axis=1)
-        return Batch(inputs, targets, segment_ids, np.stack(weights).astype(np.float32))
+        return {
+            "inputs": inputs,
+            "targets": targets,
+            "segment_ids": segment_ids,
+            "weights": np.stack(weights).astype(np.float32),
+        }
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches in numpy arrays, built ahead of need; `close()` ends the threads or processes."""
+
+    def __init__(self, batches: PackedBatches, config: DataConfig, start_step: int) -> None:
+        # One thread: it keeps batches in order of need and off the training loop, and packing holds
+        # the interpreter lock for most of its time. num_workers adds processes.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch_batches)
+        dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options)
+        if config.num_workers:
+            dataset = dataset.mp_prefetch(
+                grain.multiprocessing.MultiprocessingOptions(
+                    num_workers=config.num_workers,
+                    per_worker_buffer_size=math.ceil(config.prefetch_batches / config.num_workers),
+                )
+            )
+        self._fields = iter(dataset)
+
+    def __next__(self) -> Batch:
+        return Batch(**next(self._fields))
+
+    def close(self) -> None:
+        """Stops prefetching; the iterator cannot be used afterwards."""
+        self._fields.close()
 
 
 def train_batches(
@@ -301,11 +335,11 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> "grain.DatasetIterator[Batch]":
+) -> BatchIterator:
     """Yields this process's rows of every global batch from `start_step` on, without end.
 
-    Batches are numpy arrays of `batch_size / process_count` rows. `close()` ends the prefetching
-    threads or processes.
+    Batches have `batch_size / process_count` rows. Worker processes (`config.num_workers`) need
+    absl's flags to be parsed.
 
     Raises:
       ConfigError: when the processes cannot share a batch evenly.
@@ -318,7 +352,7 @@ def train_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    return _prefetch(batches, config, start_step)
+    return BatchIterator(batches, config, start_step)
 
 
 def held_out_batches(
@@ -328,7 +362,7 @@ def held_out_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> "grain.DatasetIterator[Batch]":
+) -> BatchIterator:
     """Yields this process's rows of one pass over the held-out documents, in a fixed order.
 
     Every token, and the end-of-text after each document, is a target of weight 1 exactly once; the
@@ -345,21 +379,4 @@ def held_out_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    return _prefetch(batches, config, 0)
-
-
-def _prefetch(
-    batches: PackedBatches, config: DataConfig, start_step: int
-) -> "grain.DatasetIterator[Batch]":
-    # One thread: it keeps batches in order of need and off the training loop, and packing holds the
-    # interpreter lock for most of its time. num_workers adds processes.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch_batches)
-    dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options)
-    if config.num_workers:
-        dataset = dataset.mp_prefetch(
-            grain.multiprocessing.MultiprocessingOptions(
-                num_workers=config.num_workers,
-                per_worker_buffer_size=math.ceil(config.prefetch_batches / config.num_workers),
-            )
-        )
-    return iter(dataset)
+    return BatchIterator(batches, config, 0)

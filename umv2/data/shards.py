@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
-from jaxtyping import Int, Int32
+from jaxtyping import Int32, Integer
 
 from umv2.data.documents import little_endian, map_files, unknown_id
 from umv2.data.sources import HASH_BYTES, DataError
@@ -59,7 +59,7 @@ class ShardManifest:
         temporary.replace(folder / MANIFEST_NAME)
 
 
-def encode_record(tokens: Int[np.ndarray, "tokens"], text_hash: int, dtype: str) -> bytes:
+def encode_record(tokens: Integer[np.ndarray, "tokens"], text_hash: int, dtype: str) -> bytes:
     """Returns the record of one document (see `ShardManifest`)."""
     return text_hash.to_bytes(HASH_BYTES, "little") + tokens.astype(little_endian(dtype)).tobytes()
 

@@ -5,12 +5,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
 import tokenizers
-from jaxtyping import Int, Int32
+from jaxtyping import Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from umv2.data.sources import DataError
@@ -21,9 +21,10 @@ _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NUM_BYTES = 256
 
-type Ids = Sequence[int] | Int[np.ndarray, "tokens"]
+type Ids = Sequence[int] | Integer[np.ndarray, "tokens"]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
