@@ -19,12 +19,12 @@ from umv2.config import ConfigError, MeshConfig
 REPLICA = "replica"
 
 
-def create_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+def create_mesh(config: MeshConfig, *batch_sizes: int) -> Mesh:
     """Returns the mesh over all devices of all processes, or over the first `mesh.replica`.
 
     Args:
       config: the mesh section.
-      batch_size: sequences of one microbatch, which the replicas divide.
+      *batch_sizes: sequences of each kind of batch that the replicas will divide.
 
     Raises:
       ConfigError: more replicas than devices, or a batch that they do not divide.
@@ -33,11 +33,12 @@ def create_mesh(config: MeshConfig, batch_size: int) -> Mesh:
     replicas = available if config.replica == -1 else config.replica
     if replicas > available:
         raise ConfigError(f"mesh.replica={replicas}: must be at most the {available} devices here")
-    if batch_size % replicas:
-        raise ConfigError(
-            f"mesh.replica={replicas}: must divide the {batch_size} sequences of a microbatch"
-            " (train.batch_size / train.gradient_accumulation)"
-        )
+    for batch_size in batch_sizes:
+        if batch_size % replicas:
+            raise ConfigError(
+                f"mesh.replica={replicas}: must divide every batch, and one has {batch_size}"
+                " sequences (train.batch_size / train.gradient_accumulation, evaluation.batch_size)"
+            )
     devices = np.asarray(jax.devices()[:replicas])
     return Mesh(devices, (REPLICA,), axis_types=(AxisType.Explicit,))
 

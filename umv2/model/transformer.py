@@ -245,9 +245,7 @@ class Transformer(nnx.Module):
                 store = tables
 
         def body(x: Float[Array, "b t d"], copy: dict[str, Any]) -> tuple[Any, Any]:
-            return self._run_group(
-                segment, x, copy, store=store, mask=mask, position=position
-            )
+            return self._run_group(segment, x, copy, store=store, mask=mask, position=position)
 
         body = _rematerialised(body, config.remat)
         if config.scan_layers:
@@ -278,9 +276,7 @@ class Transformer(nnx.Module):
         for index in range(segment.period):
             block = _member(copy["blocks"], index)
             old_cache = _member(copy["cache"], index) if "cache" in copy else None
-            residual, y, new_cache = block.attend(
-                x, mask=mask, cache=old_cache, position=position
-            )
+            residual, y, new_cache = block.attend(x, mask=mask, cache=old_cache, position=position)
             fed_forward = block.ffn(y)
             x = residual + fed_forward
             if member < len(segment.placements) and segment.placements[member][0] == index:

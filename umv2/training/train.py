@@ -1,6 +1,7 @@
 """Training: one optimizer step as a pure function, and the loop around it."""
 
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -14,7 +15,7 @@ from absl import logging
 from jaxtyping import Array, Float
 
 from umv2 import parallel
-from umv2.config import Config, ConfigError, to_dict
+from umv2.config import Config, to_dict
 from umv2.cost import accounting
 from umv2.data import pipeline, tokenizers
 from umv2.evaluation import perplexity
@@ -118,15 +119,10 @@ def train(config: Config, workdir: Path) -> None:
       DataError: the data cannot be read.
       TrainingDiverged: a loss or gradient that is not finite; the last checkpoint is kept.
     """
-    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer)
-    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's"
-            f" {tokenizer.vocab_size}"
-        )
-    mesh = parallel.create_mesh(
-        config.mesh, config.train.batch_size // config.train.gradient_accumulation
-    )
+    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
+    corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
+    microbatch_size = config.train.batch_size // config.train.gradient_accumulation
+    mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
@@ -137,7 +133,6 @@ def train(config: Config, workdir: Path) -> None:
         if first_step >= config.train.num_steps:
             logging.info("%s has already taken its %d steps", workdir, first_step)
             return
-        corpus = pipeline.load_corpus(config.data, tokenizer)
         _run(config, workdir, state, optimizer, checkpointer, corpus, mesh)
 
 
@@ -153,7 +148,9 @@ def _run(
     train_config, first_step = config.train, int(state.step)
     graphdef = model_structure(config.model)
     train_step = jax.jit(make_train_step(config, graphdef, optimizer), donate_argnums=0)
-    evaluation_step = perplexity.make_evaluation_step(graphdef, config)
+    evaluation_step = perplexity.make_evaluation_step(
+        graphdef, mask_across_documents=config.data.mask_across_documents
+    )
     health = jax.jit(metrics.health_arrays)
     tokens_per_step = train_config.batch_size * config.data.sequence_length
     batches = pipeline.train_batches(
@@ -201,11 +198,16 @@ def _run(
                 state = _forget_usage(state)
             if step % train_config.evaluation_interval_steps == 0 or last:
                 with progress.paused():
-                    held_out = perplexity.evaluate(
-                        evaluation_step, state, corpus, config, mesh
+                    held_out = perplexity.evaluate_corpus(
+                        functools.partial(
+                            evaluation_step, state.params, state.buffers, state.store
+                        ),
+                        corpus,
+                        config,
+                        mesh=mesh,
                     )
-                writer.write(step, held_out.metrics())
-                logging.info("step %d: %s", step, held_out)
+                writer.write(step, {"tokens": step * tokens_per_step, **held_out.metrics()})
+                logging.info("step %d: held-out %s", step, held_out)
             if step % train_config.checkpoint_interval_steps == 0 or last:
                 if pending is not None:  # only states that are known to be finite are saved
                     _report(*pending, progress, workdir)

@@ -1,0 +1,37 @@
+"""UltraMemV2 on the sources of Python's standard library, about an hour on 2 CPU cores.
+
+python main.py --config=configs/cpu_small.py --workdir=runs/cpu_small
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = tiny.get_config()
+
+    model = config.model
+    model.hidden_size = 256
+    model.num_layers = 6
+    model.num_heads = model.num_key_value_heads = 4
+    model.ffn_size = 512
+
+    memory = model.memory
+    memory.num_keys = 128
+    memory.key_dim = 128
+    memory.top_m = memory.shortlist = 16
+
+    config.data.sequence_length = 512
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 2e-3
+    optimizer.warmup_steps = 100
+
+    train = config.train
+    train.num_steps = 4000
+    train.batch_size = 8
+    train.evaluation_interval_steps = 500
+    train.checkpoint_interval_steps = 500
+    return config

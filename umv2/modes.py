@@ -1,0 +1,87 @@
+"""What each `--mode` of main.py does."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from umv2 import parallel
+from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
+from umv2.data import pipeline, tokenizers
+from umv2.data import prepare as data_preparation
+from umv2.evaluation import perplexity, report
+from umv2.inference.decode import Generator
+from umv2.training import checkpoint, inspection
+from umv2.training import train as training
+from umv2.training.state import merge_model, model_structure
+
+train = training.train
+inspect = inspection.inspect
+
+
+def evaluate(config: Config | None, workdir: Path) -> report.Report:
+    """Evaluates the newest good checkpoint on the held-out documents and draws the loss curve.
+
+    Raises:
+      ConfigError: a configuration that is not the run's.
+      CheckpointError: there is no checkpoint that can be read.
+    """
+    config = _run_config(config, workdir)
+    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
+    corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
+    mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
+    with jax.set_mesh(mesh):
+        restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
+        step = perplexity.make_evaluation_step(
+            model_structure(config.model), mask_across_documents=config.data.mask_across_documents
+        )
+        held_out = perplexity.evaluate_corpus(
+            lambda batch: step(restored.params, restored.buffers, restored.store, batch),
+            corpus,
+            config,
+            mesh=mesh,
+        )
+    return report.write(workdir, restored.step, held_out, corpus)
+
+
+def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]:
+    """Yields the prompt and its continuation by the newest good checkpoint.
+
+    Raises:
+      ConfigError: a configuration that is not the run's, or a run without a tokenizer.
+      CheckpointError: there is no checkpoint that can be read.
+    """
+    config = _run_config(config, workdir)
+    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
+    if tokenizer is None:
+        raise ConfigError("data.tokenizer='none': generating text needs a tokenizer")
+    restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
+    model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    yield prompt
+    generator = Generator(model, restored.store, tokenizer=tokenizer, config=config.generate)
+    yield from generator.generate(prompt)
+
+
+def prepare(config: Config, output_dir: Path) -> None:
+    """Tokenises the configured text into token shards, on all cores."""
+    data_preparation.prepare(config.data, output_dir, num_processes=os.cpu_count() or 1)
+
+
+def train_tokenizer(config: Config, output_dir: Path, vocab_size: int) -> Path:
+    """Trains a byte-level BPE on the configured text and returns the file for data.tokenizer."""
+    path = output_dir / f"bpe_{vocab_size}.json"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    data_preparation.train_tokenizer(config.data, path, vocab_size)
+    return path
+
+
+def _run_config(config: Config | None, workdir: Path) -> Config:
+    """Returns the run's own configuration, with what `config` may change of it."""
+    saved = from_config_dict(checkpoint.saved_config(workdir / "checkpoints"))
+    if config is None:
+        return saved
+    differences = differing_fields(to_dict(saved)["model"], to_dict(config)["model"], "model.")
+    if differences:
+        raise ConfigError(f"--config: not the model of {workdir}: " + "; ".join(differences))
+    return config
