@@ -268,7 +268,7 @@ class DataConfig:
     mask_across_documents: bool
     num_workers: Natural
     prefetch_batches: Positive
-    seed: int
+    seed: Natural
 
     def validate(self) -> None:
         """Raises ConfigError for impossible values."""
@@ -395,7 +395,7 @@ class GenerateConfig:
     temperature: NaturalFloat
     top_k: Natural
     top_p: Annotated[float, Interval(0, 1, includes_low=False)]
-    seed: int
+    seed: Natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,7 +418,7 @@ class MeshConfig:
 class Config:
     """A whole experiment."""
 
-    seed: int
+    seed: Natural
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig

@@ -31,12 +31,12 @@ def require(condition: bool, field: str, value: object, rule: str) -> None:
 class Interval:
     """Rule of one number by itself: which values it may take."""
 
-    low: float
-    high: float = math.inf
+    low: int | float
+    high: int | float = math.inf
     includes_low: bool = True
     includes_high: bool = True
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: int | float) -> bool:
         """Tells whether a number keeps the rule."""
         above = value >= self.low if self.includes_low else value > self.low
         return above and (value <= self.high if self.includes_high else value < self.high)

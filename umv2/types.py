@@ -8,7 +8,11 @@ pre-value width, `l` memory layer. Sides (row, column) are a literal axis of siz
 import dataclasses
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+# Batches are numpy arrays until they reach the devices.
+AnyArray = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -16,12 +20,12 @@ from jaxtyping import Array, Float, Int
 class Batch:
     """Packed sequences. `targets[t]` is the token after `inputs[t]`."""
 
-    inputs: Int[Array, "b t"]
-    targets: Int[Array, "b t"]
+    inputs: Int[AnyArray, "b t"]
+    targets: Int[AnyArray, "b t"]
     # Number of the document within its sequence, from 0.
-    segment_ids: Int[Array, "b t"]
+    segment_ids: Int[AnyArray, "b t"]
     # 1 where the target counts in the loss, 0 where it is padding.
-    weights: Float[Array, "b t"]
+    weights: Float[AnyArray, "b t"]
 
 
 @jax.tree_util.register_dataclass
