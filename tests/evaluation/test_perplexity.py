@@ -1,0 +1,134 @@
+"""Held-out measures against numbers computed by hand, and on one device against eight."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from umv2 import parallel
+from umv2.config import MeshConfig, from_config_dict
+from umv2.evaluation import perplexity
+from umv2.model.memory import ValueStore
+from umv2.training import state
+from umv2.types import Batch
+
+VOCABULARY = 16
+LENGTH = 12
+
+
+@functools.cache
+def model_parts() -> tuple[Any, dict[str, Any], dict[str, Any], ValueStore]:
+    """Structure, parameters, buffers and store of two blocks with an untied head."""
+    config = base.get_config()
+    config.model.update(
+        vocab_size=VOCABULARY, hidden_size=16, num_layers=2, num_heads=2, num_key_value_heads=2
+    )
+    config.model.update(ffn_size=16, tie_embeddings=False, compute_dtype="float32")
+    config.model.memory.update(num_keys=4, key_dim=4, top_m=2, shortlist=2, value_dim=6)
+    config.model.memory.update(pre_value_dim=2)
+    model_config = from_config_dict(config).model
+    key = jax.random.key(0, impl="unsafe_rbg")  # compiles in half the time
+    model, store = jax.jit(lambda: state.create_model(model_config, key))()
+    assert store is not None
+    return *state.split_model(model), store
+
+
+def batch_of(rows: int, seed: int = 0, padding_rows: int = 0) -> Batch:
+    """Random tokens in two documents a row; the last rows are padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCABULARY, (rows, LENGTH + 1)).astype(np.int32)
+    weights = np.ones((rows, LENGTH), np.float32)
+    weights[rows - padding_rows :] = 0
+    segments = np.tile((np.arange(LENGTH) >= 5).astype(np.int32), (rows, 1))
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments, weights)
+
+
+def evaluate(
+    batches: list[Batch], *, replicas: int = 1, mask: bool = True, head_scale: float = 1.0
+) -> perplexity.HeldOut:
+    graphdef, params, buffers, store = model_parts()
+    params = params | {"head": params["head"] * head_scale}
+    rows = batches[0].inputs.shape[0]
+    mesh = parallel.create_mesh(MeshConfig(replica=replicas), rows)
+    step = perplexity.make_evaluation_step(graphdef, mask_across_documents=mask)
+    arguments = jax.device_put((params, buffers, store), parallel.replicated(mesh))
+    return perplexity.evaluate(
+        functools.partial(step, *arguments), batches, mesh=mesh, num_bytes=None
+    )
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
+    held_out = evaluate([batch_of(4), batch_of(4, seed=1)], head_scale=0.0)
+    assert held_out.loss_nats_per_token == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert held_out.perplexity == pytest.approx(VOCABULARY, rel=1e-5)
+    assert held_out.num_tokens == 2 * 4 * LENGTH
+    assert evaluate([batch_of(4)]).perplexity != pytest.approx(VOCABULARY, rel=1e-3)
+
+
+def test_bits_per_byte_by_hand() -> None:
+    # Two batches, 3 + 1 tokens, 6 + 2 nats; 4 bytes.
+    sums = iter([(jnp.float32(6.0), jnp.float32(3.0)), (jnp.float32(2.0), jnp.float32(1.0))])
+    mesh = parallel.create_mesh(MeshConfig(replica=1), 1)
+    held_out = perplexity.evaluate(
+        lambda batch: next(sums), [batch_of(1), batch_of(1)], mesh=mesh, num_bytes=4
+    )
+    # e^2 = 7.389..., 8 / ln 2 / 4 = 2.885...
+    expected = (2.0, 7.38905609893065, 2.8853900817779268, 4, 4)
+    assert dataclasses.astuple(held_out) == pytest.approx(expected, rel=1e-12)
+    assert str(held_out) == "loss 2.0000 nats a token, perplexity 7.389, 2.8854 bits a byte"
+    assert held_out.metrics().keys() == {
+        "held_out_loss",
+        "held_out_perplexity",
+        "held_out_bits_per_byte",
+    }
+
+
+def test_without_bytes_there_is_no_bits_per_byte() -> None:
+    held_out = evaluate([batch_of(2)])
+    assert held_out.bits_per_byte is None
+    assert held_out.metrics().keys() == {"held_out_loss", "held_out_perplexity"}
+
+
+def test_batches_add_up_in_float64() -> None:
+    # In float32, 2^24 + 1 = 2^24.
+    sums = iter([(2.0**24, 2.0**24), (1.0, 1.0), (1.0, 1.0)])
+    mesh = parallel.create_mesh(MeshConfig(replica=1), 1)
+    held_out = perplexity.evaluate(
+        lambda batch: tuple(map(jnp.float32, next(sums))),
+        [batch_of(1)] * 3,
+        mesh=mesh,
+        num_bytes=None,
+    )
+    assert held_out.num_tokens == 2**24 + 2
+
+
+def test_padding_rows_do_not_count() -> None:
+    whole, padded = batch_of(2), batch_of(4, padding_rows=2)
+    np.testing.assert_array_equal(whole.inputs, padded.inputs[:2])
+    expected, found = evaluate([whole]), evaluate([padded])
+    assert found.num_tokens == expected.num_tokens == 2 * LENGTH
+    assert found.loss_nats_per_token == pytest.approx(expected.loss_nats_per_token, rel=1e-6)
+    unpadded = evaluate([batch_of(4)])
+    assert unpadded.loss_nats_per_token != pytest.approx(expected.loss_nats_per_token, rel=1e-4)
+
+
+def test_documents_are_masked_where_the_configuration_says_so() -> None:
+    masked, unmasked = evaluate([batch_of(4)]), evaluate([batch_of(4)], mask=False)
+    assert masked.loss_nats_per_token != pytest.approx(unmasked.loss_nats_per_token, rel=1e-5)
+    whole = dataclasses.replace(batch_of(4), segment_ids=np.zeros((4, LENGTH), np.int32))
+    assert evaluate([whole]) == evaluate([whole], mask=False)
+
+
+def test_one_device_and_eight_give_the_same_number() -> None:
+    assert jax.device_count() == 8
+    batches = [batch_of(8), batch_of(8, seed=1, padding_rows=3)]
+    one, eight = evaluate(batches), evaluate(batches, replicas=8)
+    assert one.num_tokens == eight.num_tokens == 13 * LENGTH
+    assert eight.loss_nats_per_token == pytest.approx(one.loss_nats_per_token, rel=1e-6)
+    assert evaluate(batches, replicas=8) == eight

@@ -1,0 +1,126 @@
+"""Loss, perplexity and bits per byte on held-out text."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from umv2 import parallel
+from umv2.config import Config
+from umv2.data.pipeline import Corpus, held_out_batches
+from umv2.model.memory import ValueStore
+from umv2.training import losses
+from umv2.training.state import merge_model
+from umv2.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """How well a model predicts a text; what needs the number of bytes is None without it."""
+
+    loss_nats_per_token: float
+    perplexity: float
+    bits_per_byte: float | None
+    num_tokens: int
+    num_bytes: int | None
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the measures under the names that they are logged by."""
+        measures = {
+            "held_out_loss": self.loss_nats_per_token,
+            "held_out_perplexity": self.perplexity,
+            "held_out_bits_per_byte": self.bits_per_byte,
+        }
+        return {name: value for name, value in measures.items() if value is not None}
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss_nats_per_token:.4f} nats a token, perplexity {self.perplexity:.3f}"
+        return (
+            text if self.bits_per_byte is None else f"{text}, {self.bits_per_byte:.4f} bits a byte"
+        )
+
+
+def make_evaluation_step(
+    graphdef: Any, *, mask_across_documents: bool
+) -> Callable[
+    [dict[str, Any], dict[str, Any], ValueStore | None, Batch],
+    tuple[Float[Array, ""], Float[Array, ""]],
+]:
+    """Returns the compiled function (params, buffers, store, batch) -> (nats, weight).
+
+    Both are sums over the tokens of the global batch, the same on every process.
+    """
+
+    @jax.jit
+    def evaluation_step(
+        params: dict[str, Any], buffers: dict[str, Any], store: ValueStore | None, batch: Batch
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        model = merge_model(graphdef, params, buffers)
+        segment_ids = batch.segment_ids if mask_across_documents else None
+        logits = model(batch.inputs, store=store, segment_ids=segment_ids).logits
+        nats, _, weight = losses.cross_entropy(logits, batch.targets, batch.weights)
+        return nats, weight
+
+    return evaluation_step
+
+
+def evaluate(
+    evaluation_step: Callable[[Batch], tuple[Float[Array, ""], Float[Array, ""]]],
+    batches: Iterable[Batch],
+    *,
+    mesh: Mesh,
+    num_bytes: int | None,
+) -> HeldOut:
+    """Evaluates one pass over a text; batches are added up in float64.
+
+    Args:
+      evaluation_step: of `make_evaluation_step`, with all arguments but the batch given.
+      batches: this process's rows of each; all of one shape, filled up with weight 0.
+      mesh: the replicas that divide the rows.
+      num_bytes: of the text in UTF-8, where each of its tokens is one target of weight 1.
+    """
+    total_nats = total_weight = 0.0
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            nats, weight = evaluation_step(parallel.local_to_global(mesh, batch))
+            total_nats += float(nats)
+            total_weight += float(weight)
+    loss = total_nats / total_weight
+    return HeldOut(
+        loss_nats_per_token=loss,
+        perplexity=float(np.exp(loss)),  # math.exp would raise for a model that diverged
+        bits_per_byte=None if num_bytes is None else total_nats / (math.log(2) * num_bytes),
+        num_tokens=round(total_weight),
+        num_bytes=num_bytes,
+    )
+
+
+def evaluate_corpus(
+    evaluation_step: Callable[[Batch], tuple[Float[Array, ""], Float[Array, ""]]],
+    corpus: Corpus,
+    config: Config,
+    *,
+    mesh: Mesh,
+) -> HeldOut:
+    """Evaluates one pass over the held-out documents of a corpus.
+
+    The end-of-text after each document is a token to predict, too, of no bytes.
+
+    Raises:
+      ConfigError: when the processes cannot share `evaluation.batch_size` evenly.
+    """
+    batches = held_out_batches(
+        corpus,
+        config.data,
+        batch_size=config.evaluation.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        return evaluate(evaluation_step, batches, mesh=mesh, num_bytes=corpus.held_out_bytes)
