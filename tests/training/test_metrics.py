@@ -253,8 +253,7 @@ def test_a_terminal_has_a_bar_and_log_lines_above_it(
     ],
 )
 def test_peak_flops_of_known_devices(kind: str, expected: float | None) -> None:
-    device: Any = python_types.SimpleNamespace(platform="gpu", device_kind=kind)
-    assert metrics.peak_flops(device) == expected
+    assert metrics._tabulated_flops(kind) == expected
 
 
 def test_devices_of_one_cpu_share_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:

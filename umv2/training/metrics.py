@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class MetricWriter:
         if config.train.wandb_project:
             self._add_wandb(workdir, config)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,7 +170,7 @@ class Progress:
         self._bar: tqdm.tqdm | None = None
         self._open = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=self._num_steps,
@@ -255,7 +255,11 @@ def peak_flops(device: jax.Device) -> float | None:
     """
     if device.platform == "cpu":
         return _measured_cpu_flops()
-    return next((flops for kind, flops in PEAK_FLOPS if kind in device.device_kind), None)
+    return _tabulated_flops(device.device_kind)
+
+
+def _tabulated_flops(device_kind: str) -> float | None:
+    return next((flops for kind, flops in PEAK_FLOPS if kind in device_kind), None)
 
 
 @functools.cache
