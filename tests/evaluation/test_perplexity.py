@@ -13,6 +13,9 @@ import pytest
 from configs import base
 from umv2 import parallel
 from umv2.config import MeshConfig, from_config_dict
+from umv2.data.documents import InMemoryDocuments
+from umv2.data.pipeline import Corpus
+from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import perplexity
 from umv2.model.memory import ValueStore
 from umv2.training import state
@@ -97,10 +100,10 @@ def test_without_bytes_there_is_no_bits_per_byte() -> None:
 
 def test_batches_add_up_in_float64() -> None:
     # In float32, 2^24 + 1 = 2^24.
-    sums = iter([(2.0**24, 2.0**24), (1.0, 1.0), (1.0, 1.0)])
+    sums = iter(jnp.float32([2.0**24, 1.0, 1.0]))
     mesh = parallel.create_mesh(MeshConfig(replica=1), 1)
     held_out = perplexity.evaluate(
-        lambda batch: tuple(map(jnp.float32, next(sums))),
+        lambda batch: (jnp.float32(0.0), next(sums)),
         [batch_of(1)] * 3,
         mesh=mesh,
         num_bytes=None,
@@ -132,3 +135,27 @@ def test_one_device_and_eight_give_the_same_number() -> None:
     assert one.num_tokens == eight.num_tokens == 13 * LENGTH
     assert eight.loss_nats_per_token == pytest.approx(one.loss_nats_per_token, rel=1e-6)
     assert evaluate(batches, replicas=8) == eight
+
+
+def test_every_held_out_byte_counts_once() -> None:
+    config = base.get_config()
+    config.data.sequence_length = 3
+    config.evaluation.batch_size = 2
+    tokens = np.frombuffer(b"abcde", np.uint8)
+    documents = InMemoryDocuments(tokens, np.array([3, 2]), np.zeros(2, np.uint64))
+    end = ByteTokenizer.end_of_text_id
+    corpus = Corpus(documents, documents, end, ByteTokenizer(), held_out_texts=(b"abc", b"de"))
+
+    def one_bit_a_token(batch: Batch) -> tuple[jax.Array, jax.Array]:
+        weight = jnp.sum(batch.weights)
+        return weight * math.log(2), weight
+
+    held_out = perplexity.evaluate_corpus(
+        one_bit_a_token,
+        corpus,
+        from_config_dict(config),
+        mesh=parallel.create_mesh(MeshConfig(replica=2), 2),
+    )
+    # Five bytes and an end-of-text for each of the two documents.
+    assert (held_out.num_tokens, held_out.num_bytes) == (7, 5)
+    assert held_out.bits_per_byte == pytest.approx(7 / 5)

@@ -64,8 +64,10 @@ def prefill(
     `tokens` may end in padding: no position sees a later one, and decoding overwrites the padding
     before it is seen.
     """
-    cache = model.empty_cache(tokens.shape[0], length)
-    return model(tokens, store=store, cache=cache).cache
+    empty = model.empty_cache(tokens.shape[0], length)
+    cache = model(tokens, store=store, cache=empty).cache
+    assert cache is not None  # because one was given
+    return cache
 
 
 @functools.partial(
@@ -99,6 +101,7 @@ def decode(
         top_p=top_p,
         vocab_size=vocab_size,
     )
+    assert output.cache is not None  # because one was given
     return following, output.cache
 
 
@@ -141,7 +144,8 @@ class Generator:
         """Yields the ids that continue a prompt: `max_new_tokens`, or those before end-of-text."""
         config, end_of_text_id = self._config, self._tokenizer.end_of_text_id
         # The last token of the prompt is the first to decode: prefill needs no logits.
-        *read, last = end_of_text_id, *prompt.tolist()
+        ids: list[int] = [end_of_text_id, *prompt.tolist()]
+        read, last = ids[:-1], ids[-1]
         bucket = max(_SMALLEST_BUCKET, 1 << (len(read) - 1).bit_length())
         padded = np.full((1, bucket), end_of_text_id, np.int32)
         padded[0, : len(read)] = read
