@@ -1,0 +1,382 @@
+import dataclasses
+import io
+import json
+import logging as std_logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from jax.sharding import AxisType, PartitionSpec
+
+from configs import base
+from umv2 import config as config_lib
+from umv2.model import memory
+from umv2.training import checkpoint, optim, state
+
+CONFIG = {"seed": 0, "train": {"num_steps": 10, "log_interval_steps": 5}}
+
+
+def make_state(step: int, *, dense: bool = False) -> state.TrainState:
+    """A small state of any shapes, with every kind of leaf that a real one has."""
+    random = np.random.default_rng(step)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    params = {"embedding": draw(64, 8), "final_norm": {"weight": draw(8)}}
+    store = None if dense else memory.ValueStore(values=draw(128, 4), pre_values=draw(128, 2))
+    optimizer = optim.Optimizer(config_lib.from_config_dict(base.get_config()).optimizer, 100)
+    opt_state = optimizer.init(params, store)
+    gradients = jax.tree.map(jnp.sin, (params, store))
+    opt_state = optimizer.update(gradients[0], gradients[1], opt_state, params, store)[2]
+    return state.TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params=params,
+        store=store,
+        buffers={"memory": {"shuffle": jnp.asarray(random.permutation(16), jnp.int32)}},
+        optimizer=opt_state,
+        usage=None if dense else jnp.asarray(random.integers(0, 2**31 - 1, (1, 128)), jnp.int32),
+    )
+
+
+def open_checkpoints(
+    directory: Path, *, keep: int = 3, config: dict[str, Any] = CONFIG
+) -> checkpoint.Checkpointer:
+    return checkpoint.Checkpointer(directory, keep=keep, config=config)
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    lefts, rights = (jax.tree_util.tree_leaves_with_path(tree) for tree in (left, right))
+    for (left_path, a), (right_path, b) in zip(lefts, rights, strict=True):
+        assert (left_path, a.dtype, a.shape) == (right_path, b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def data_file(directory: Path) -> Path:
+    """The file that holds the arrays."""
+    return max(files_of(directory / "state"), key=lambda path: path.stat().st_size)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    with open_checkpoints(directory) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, make_state(step))
+    return directory
+
+
+@pytest.fixture
+def two(two_saved: Path, tmp_path: Path) -> Path:
+    """Checkpoints of steps 1 and 2, to damage."""
+    return Path(shutil.copytree(two_saved, tmp_path / "checkpoints"))
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What is logged."""
+    stream = io.StringIO()
+    handler = std_logging.StreamHandler(stream)
+    logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()
+    logger.addHandler(handler)
+    logging.set_verbosity(logging.INFO)
+    yield stream
+    logging.set_verbosity(verbosity)
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_round_trip_keeps_every_bit(tmp_path: Path, dense: bool) -> None:
+    saved = make_state(7, dense=dense)
+    odd = jnp.asarray([np.nan, -0.0, np.inf, 1e-45, -np.nan, 0, 0, 0], jnp.float32)
+    saved.params["final_norm"]["weight"] = odd
+    with open_checkpoints(tmp_path) as checkpointer:
+        checkpointer.save(7, saved)
+        checkpointer.wait()
+        assert checkpointer.latest_step() == 7
+    with open_checkpoints(tmp_path) as checkpointer:
+        restored = checkpointer.restore(make_state(0, dense=dense))
+    assert_same_bits(restored, saved)
+
+
+def test_the_state_may_be_donated_after_save(tmp_path: Path) -> None:
+    live, expected = make_state(1), make_state(1)
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    with open_checkpoints(tmp_path) as checkpointer:
+        checkpointer.save(1, live)
+        spoiled = jax.block_until_ready(spoil(live))
+        checkpointer.wait()
+        assert live.params["embedding"].is_deleted()
+        assert not np.array_equal(spoiled.params["embedding"], expected.params["embedding"])
+        assert_same_bits(checkpointer.restore(expected), expected)
+
+
+def test_arrays_come_back_divided_over_the_mesh(tmp_path: Path) -> None:
+    saved = make_state(3)
+    mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
+    with open_checkpoints(tmp_path) as checkpointer:
+        checkpointer.save(3, saved)
+        with jax.set_mesh(mesh):
+            divided = jax.device_put(saved.store, PartitionSpec("replica"))
+            restored = checkpointer.restore(dataclasses.replace(saved, store=divided))
+    assert restored.store is not None
+    assert restored.store.values.addressable_shards[0].data.shape == (16, 4)
+    assert restored.params["embedding"].sharding.is_fully_replicated
+    assert restored.params["embedding"].sharding.num_devices == 8
+    assert_same_bits(restored, saved)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    with open_checkpoints(tmp_path, keep=2) as checkpointer:
+        for step in (5, 10, 15, 20):
+            checkpointer.save(step, make_state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["15", "20"]
+
+
+def test_metadata_tells_config_and_versions(two: Path) -> None:
+    (path,) = (two / "2" / "metadata").glob("metadata")
+    metadata = json.loads(path.read_text())
+    assert metadata["config"] == CONFIG
+    assert metadata["versions"]["jax"] == jax.__version__
+    assert metadata["num_processes"] == 1
+    assert metadata["arrays"]["store/values"] == {"dtype": "float32", "shape": [128, 4]}
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, overwrite, flip_a_bit])
+def test_a_newest_checkpoint_with_damaged_arrays_is_skipped(
+    two: Path, damage: Callable[[Path], None], log: io.StringIO
+) -> None:
+    damage(data_file(two / "2"))
+    with open_checkpoints(two) as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
+    assert f"skipping a damaged checkpoint: {two / '2'} (" in log.getvalue()
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, overwrite])
+def test_a_newest_checkpoint_with_damaged_metadata_is_skipped(
+    two: Path, damage: Callable[[Path], None], log: io.StringIO
+) -> None:
+    damage(two / "2" / "metadata" / "metadata")
+    with open_checkpoints(two) as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
+    assert f"skipping a damaged checkpoint: {two / '2'} (" in log.getvalue()
+    assert checkpoint.saved_config(two) == CONFIG
+
+
+def test_no_damage_to_any_file_gives_wrong_numbers(two_saved: Path, tmp_path: Path) -> None:
+    states = {step: make_state(step) for step in (1, 2)}
+    restored_steps = []
+    for number, file in enumerate(files_of(two_saved / "2")):
+        for damage in (delete, truncate, overwrite):
+            folder = tmp_path / f"{damage.__name__}_{number}"
+            shutil.copytree(two_saved, folder)
+            damage(folder / file.relative_to(two_saved))
+            with open_checkpoints(folder) as checkpointer:
+                restored = checkpointer.restore(states[1])
+            assert_same_bits(restored, states[int(restored.step)])
+            restored_steps.append(int(restored.step))
+            shutil.rmtree(folder)
+    assert {1} <= set(restored_steps) <= {1, 2}
+
+
+def test_the_run_can_save_the_damaged_step_again(two: Path) -> None:
+    overwrite(data_file(two / "2"))
+    with open_checkpoints(two) as checkpointer:
+        checkpointer.restore(make_state(0))
+        assert checkpointer.latest_step() == 1
+        checkpointer.save(2, make_state(2))
+    assert sorted(path.name for path in two.iterdir()) == ["1", "2", "damaged_2"]
+    with open_checkpoints(two) as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(2))
+
+
+def test_nothing_readable_is_an_error_that_names_the_folder(two: Path) -> None:
+    for step in ("1", "2"):
+        overwrite(data_file(two / step))
+    with (
+        open_checkpoints(two) as checkpointer,
+        pytest.raises(checkpoint.CheckpointError, match="no checkpoint can be read") as error,
+    ):
+        checkpointer.restore(make_state(0))
+    assert str(two / "1") in str(error.value)
+    assert str(two / "2") in str(error.value)
+
+
+def test_an_empty_or_missing_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with (
+        open_checkpoints(tmp_path) as checkpointer,
+        pytest.raises(checkpoint.CheckpointError, match=f"there is no checkpoint in {tmp_path}"),
+    ):
+        checkpointer.restore(make_state(0))
+    with pytest.raises(checkpoint.CheckpointError, match="none does not exist"):
+        checkpoint.saved_config(tmp_path / "none")
+
+
+def test_what_a_killed_save_left_is_invisible_and_removed(two: Path) -> None:
+    # Orbax writes into a folder of this name and renames it when it is complete.
+    unfinished = two / "3.orbax-checkpoint-tmp"
+    shutil.copytree(two / "2", unfinished)
+    delete(data_file(unfinished))
+    assert checkpoint.saved_config(two) == CONFIG
+    with open_checkpoints(two) as checkpointer:
+        assert checkpointer.latest_step() == 2
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(2))
+        checkpointer.save(3, make_state(3))
+    assert sorted(path.name for path in two.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_step_is_not_saved_behind_a_later_one(two: Path) -> None:
+    with (
+        open_checkpoints(two) as checkpointer,
+        pytest.raises(checkpoint.CheckpointError, match="step 2 cannot follow step 2"),
+    ):
+        checkpointer.save(2, make_state(2))
+
+
+def test_another_shape_or_tree_is_said_plainly(two: Path) -> None:
+    other = make_state(0)
+    other.params["embedding"] = jnp.zeros((64, 9))
+    del other.params["final_norm"]
+    with open_checkpoints(two) as checkpointer, pytest.raises(checkpoint.CheckpointError) as error:
+        checkpointer.restore(other)
+    assert "params/embedding: 'float32[64, 8]' -> 'float32[64, 9]'" in str(error.value)
+    assert "params/final_norm/weight: 'float32[8]' -> '(absent)'" in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_another_configuration_is_refused_before_it_is_called_damage(two: Path) -> None:
+    config = {"seed": 1, "train": {"num_steps": 10, "log_interval_steps": 7}}
+    with (
+        open_checkpoints(two, config=config) as checkpointer,
+        pytest.raises(config_lib.ConfigError) as error,
+    ):
+        checkpointer.restore(make_state(0))
+    assert str(error.value).splitlines() == [
+        "the checkpoint has another configuration (saved -> given):",
+        "  seed: 0 -> 1",
+    ]
+
+
+def test_runtime_fields_may_differ() -> None:
+    saved = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    config = base.get_config()
+    config.train.log_interval_steps = 1
+    config.train.tensorboard = False
+    config.evaluation.batch_size = 2
+    config.generate.seed = 5
+    config.mesh.replica = 1
+    config.data.num_workers = 3
+    config.model.scan_layers = False
+    config.model.remat = "full"
+    config.model.memory.chunk_tokens = 32
+    current = config_lib.to_dict(config_lib.from_config_dict(config))
+    assert len(config_lib.differing_fields(saved, current)) == 9
+    checkpoint.check_config(saved, current)
+
+
+def test_every_other_difference_is_one_line() -> None:
+    saved = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    config = base.get_config()
+    config.model.memory.top_m = 8
+    config.optimizer.learning_rate = 1e-3
+    config.train.log_interval_steps = 1
+    current = config_lib.to_dict(config_lib.from_config_dict(config))
+    with pytest.raises(config_lib.ConfigError) as error:
+        checkpoint.check_config(saved, current)
+    assert str(error.value).splitlines()[1:] == [
+        "  model.memory.top_m: 16 -> 8",
+        "  optimizer.learning_rate: 0.0004 -> 0.001",
+    ]
+
+
+def test_runtime_fields_are_fields() -> None:
+    config = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    for field in checkpoint.RUNTIME_FIELDS:
+        section: Any = config
+        for name in field.removesuffix(".*").split("."):
+            section = section[name]
+
+
+def test_orbax_does_not_chatter(tmp_path: Path, log: io.StringIO) -> None:
+    with open_checkpoints(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1))
+        checkpointer.wait()
+        checkpointer.restore(make_state(1))
+    assert log.getvalue() == ""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, config_lib.Config, Any]:
+    """A checkpoint of a real model: its folder, configuration and state."""
+    config_dict = base.get_config()
+    config_dict.model.update(hidden_size=16, num_layers=1, num_heads=2, num_key_value_heads=2)
+    config_dict.model.update(ffn_size=16, vocab_size=16)
+    config_dict.model.memory.update(num_keys=8, key_dim=8, top_m=4, shortlist=4, value_dim=8)
+    config = config_lib.from_config_dict(config_dict)
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    saved = jax.jit(lambda: state.create_state(config, optimizer))()
+    directory = tmp_path_factory.mktemp("trained")
+    with open_checkpoints(directory, config=config_lib.to_dict(config)) as checkpointer:
+        checkpointer.save(4, saved)
+    return directory, config, saved
+
+
+def test_a_model_is_restored_without_its_optimizer(
+    trained: tuple[Path, config_lib.Config, Any],
+) -> None:
+    directory, config, saved = trained
+    assert config_lib.from_config_dict(checkpoint.saved_config(directory)) == config
+    restored = checkpoint.restore_for_inference(directory, config)
+    assert restored.step == 4
+    assert_same_bits(
+        (restored.params, restored.store, restored.buffers),
+        (saved.params, saved.store, saved.buffers),
+    )
+
+
+def test_reading_a_run_changes_nothing_in_its_folder(
+    trained: tuple[Path, config_lib.Config, Any], tmp_path: Path
+) -> None:
+    directory, config, _ = trained
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    shutil.copytree(copy / "4", copy / "5")
+    overwrite(data_file(copy / "5"))
+    (copy / "6.orbax-checkpoint-tmp").mkdir()
+    before = sorted(copy.rglob("*"))
+    assert checkpoint.restore_for_inference(copy, config).step == 4
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_a_model_of_another_size_is_refused(trained: tuple[Path, config_lib.Config, Any]) -> None:
+    directory, config, _ = trained
+    model = dataclasses.replace(config.model, ffn_size=24)
+    with pytest.raises(checkpoint.CheckpointError, match=r"blocks/ffn/up: 'float32\[1, 16, 16\]'"):
+        checkpoint.restore_for_inference(directory, dataclasses.replace(config, model=model))

@@ -1,0 +1,342 @@
+"""Checkpoints: complete or invisible, checked bit by bit when read, with their configuration.
+
+A checkpoint is a folder named after its step. `state` holds every array of the train state under
+its name ("params/blocks/ffn/up"); `metadata` holds the configuration, package versions, the number
+of processes, and the shape, dtype and checksum of every array.
+"""
+
+import dataclasses
+import fnmatch
+import importlib.metadata
+import logging as std_logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, UInt32
+
+from umv2.config import Config, ConfigError, differing_fields
+from umv2.model.memory import ValueStore
+from umv2.training import optim
+from umv2.training.state import TrainState, abstract_state
+
+# What may change when a run goes on: how the same numbers are computed, shown and kept.
+RUNTIME_FIELDS = (
+    "train.log_interval_steps",
+    "train.evaluation_interval_steps",
+    "train.checkpoint_interval_steps",
+    "train.num_checkpoints_kept",
+    "train.tensorboard",
+    "train.wandb_project",
+    "evaluation.*",
+    "generate.*",
+    "mesh.*",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "model.scan_layers",
+    "model.remat",
+    "model.attention",
+    "model.memory.chunk_tokens",
+)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class CheckpointError(RuntimeError):
+    """There is no checkpoint that can be read, or it is one of another model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A trained model, without what only training needs."""
+
+    step: int
+    params: dict[str, Any]
+    store: ValueStore | None
+    buffers: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves the train state in the background, and restores the newest good one.
+
+    A checkpoint appears under its name once it is complete; what a killed process left unfinished
+    is removed. The `keep` newest are kept. Use it as a context: leaving it waits for the disk.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, config: dict[str, Any]):
+        self._directory, self._config = directory.absolute(), config
+        self._manager = _open(
+            self._directory,
+            cleanup_tmp_directories=True,
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begins to save; returns as soon as the state may be donated.
+
+        Raises:
+          CheckpointError: there is a checkpoint of this step or a later one.
+        """
+        arrays = _named(state)
+        checksums = jax.device_get(_checksums(arrays))
+        metadata = {
+            "config": self._config,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "num_processes": jax.process_count(),
+            "arrays": {name: _describe(array) for name, array in arrays.items()},
+            "checksums": {name: int(checksum) for name, checksum in checksums.items()},
+        }
+        started = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata)
+            ),
+        )
+        if not started:
+            raise CheckpointError(
+                f"step {step} cannot follow step {self.latest_step()} in {self._directory}"
+            )
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step, be its checkpoint good or damaged."""
+        return self._manager.latest_step()
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """Returns the newest good checkpoint; damaged ones are skipped with a warning.
+
+        The skipped are renamed to `damaged_<step>`, so that the run can save their steps again.
+
+        Args:
+          abstract: shapes, dtypes and shardings. What has no sharding of its own is replicated
+            over the mesh in use.
+
+        Raises:
+          ConfigError: the checkpoint's configuration differs in more than `RUNTIME_FIELDS`.
+          CheckpointError: none can be read, or its arrays are not those of `abstract`.
+        """
+        wanted = _named(abstract)
+
+        def read(step: int) -> tuple[int, dict[str, Any], dict[str, Array]]:
+            metadata = _read_metadata(self._manager, step)
+            check_config(metadata["config"], self._config)
+            _check_arrays(metadata["arrays"], wanted)
+            return step, metadata, _read_arrays(self._manager, step, wanted, metadata["checksums"])
+
+        step, metadata, arrays = _newest(self._manager, read)
+        if metadata["num_processes"] != jax.process_count():
+            logging.warning(
+                "checkpoint %d was saved by %d processes, not %d: the training data changes order",
+                step,
+                metadata["num_processes"],
+                jax.process_count(),
+            )
+        self._set_aside_after(step)
+        return _unnamed(abstract, arrays)
+
+    def _set_aside_after(self, step: int) -> None:
+        if jax.process_index() == 0:
+            for later in self._manager.all_steps():
+                if later > step:
+                    aside = self._directory / f"damaged_{later}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self._directory / str(later)).rename(aside)
+        ocp.multihost.sync_global_processes("umv2_checkpoints_set_aside")
+        self._manager.reload()
+
+
+def saved_config(directory: Path) -> dict[str, Any]:
+    """Returns the configuration, as nested dicts, of the newest checkpoint that can tell it.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    with _open_to_read(directory) as manager:
+        return _newest(manager, lambda step: _read_metadata(manager, step)["config"])
+
+
+def restore_for_inference(directory: Path, config: Config) -> Restored:
+    """Returns the model of the newest good checkpoint; the optimizer's arrays are not read.
+
+    Raises:
+      CheckpointError: none can be read, or it is not a model of this configuration.
+    """
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    state = abstract_state(config, optimizer)
+    abstract = {"params": state.params, "store": state.store, "buffers": state.buffers}
+    wanted = _named(abstract)
+
+    def read(step: int) -> Restored:
+        metadata = _read_metadata(manager, step)
+        saved = metadata["arrays"].items()
+        _check_arrays({k: v for k, v in saved if k.partition("/")[0] in abstract}, wanted)
+        arrays = _read_arrays(manager, step, wanted, metadata["checksums"])
+        return Restored(step=step, **_unnamed(abstract, arrays))
+
+    with _open_to_read(directory) as manager:
+        return _newest(manager, read)
+
+
+def check_config(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    runtime_fields: Sequence[str] = RUNTIME_FIELDS,
+) -> None:
+    """Compares the configuration of a checkpoint with that of the run which is to continue it.
+
+    Raises:
+      ConfigError: they differ in more than the runtime fields (patterns); one line for each field.
+    """
+    differences = [
+        line
+        for line in differing_fields(saved, current)
+        if not any(fnmatch.fnmatchcase(line.partition(":")[0], field) for field in runtime_fields)
+    ]
+    if differences:
+        raise ConfigError(
+            "the checkpoint has another configuration (saved -> given):\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    logging.get_absl_logger().addFilter(_is_no_chatter)
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers={
+            # Trained weights hardly compress (8 %), and trying to takes most of the time.
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "metadata": ocp.JsonCheckpointHandler(),
+        },
+    )
+
+
+def _open_to_read(directory: Path) -> ocp.CheckpointManager:
+    if not directory.is_dir():
+        raise CheckpointError(f"there is no checkpoint: {directory} does not exist")
+    return _open(directory.absolute(), create=False, read_only=True)
+
+
+def _is_no_chatter(record: std_logging.LogRecord) -> bool:
+    """Keeps what orbax logs on every save and restore from the terminal."""
+    return record.levelno >= std_logging.WARNING or "/orbax/" not in record.pathname
+
+
+def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
+    """Returns what `read` makes of the newest checkpoint that it does not find damaged."""
+    faults = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            return read(step)
+        except (ConfigError, CheckpointError):
+            raise
+        except Exception as error:  # orbax, tensorstore and json raise all kinds
+            reason = (str(error).splitlines() or [""])[0][:300]
+            fault = f"{manager.directory / str(step)} ({type(error).__name__}: {reason})"
+            logging.warning("skipping a damaged checkpoint: %s", fault)
+            faults.append(fault)
+    if faults:
+        raise CheckpointError(f"no checkpoint can be read: {'; '.join(faults)}")
+    raise CheckpointError(f"there is no checkpoint in {manager.directory}")
+
+
+def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+
+
+def _read_arrays(
+    manager: ocp.CheckpointManager,
+    step: int,
+    wanted: Mapping[str, Any],
+    checksums: Mapping[str, int],
+) -> dict[str, Array]:
+    """Reads the wanted arrays alone, and checks that they are what was saved."""
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
+        for name, leaf in wanted.items()
+    }
+    state_args = ocp.args.PyTreeRestore(
+        abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    arrays = manager.restore(step, args=ocp.args.Composite(state=state_args)).state
+    changed = [
+        name
+        for name, checksum in jax.device_get(_checksums(arrays)).items()
+        if checksum != checksums[name]
+    ]
+    if changed:
+        raise ValueError(f"not what was saved: {', '.join(changed)}")
+    return arrays
+
+
+def _sharding(leaf: Any) -> Sharding:
+    """The sharding of an abstract array, on the devices of the mesh in use."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, getattr(leaf.sharding, "spec", PartitionSpec()))
+
+
+@jax.jit
+def _checksums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    """Sums the mixed bits of each array modulo 2^32, so that order and sharding do not matter.
+
+    What the disk returns has no checksum of its own, and a missing chunk reads as zeros. Without
+    mixing, two flips of a sign bit would cancel.
+    """
+
+    def checksum(array: Array) -> Array:
+        word = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+        bits = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+        bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+        return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
+
+    return {name: checksum(array) for name, array in arrays.items()}
+
+
+def _check_arrays(saved: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Any]) -> None:
+    expected = {name: _describe(leaf) for name, leaf in wanted.items()}
+    differences = differing_fields(
+        {name: f"{array['dtype']}{array['shape']}" for name, array in saved.items()},
+        {name: f"{array['dtype']}{array['shape']}" for name, array in expected.items()},
+    )
+    if differences:
+        raise CheckpointError(
+            "the checkpoint is one of another model (saved -> expected):\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def _describe(array: Any) -> dict[str, Any]:
+    return {"dtype": str(array.dtype), "shape": list(array.shape)}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree under their paths, in the tree's order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _unnamed(abstract: Any, arrays: Mapping[str, Array]) -> Any:
+    """Returns the tree whose leaves `_named` took apart."""
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in _named(abstract)])
