@@ -22,7 +22,7 @@ from umv2.model.transformer import Transformer
 from umv2.training.state import create_model
 
 TOKENIZER = ByteTokenizer()
-GREEDY = GenerateConfig(max_new_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+GREEDY = GenerateConfig(max_new_tokens=24, temperature=0.0, top_k=0, top_p=1.0, seed=0)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
 # Probabilities 1/10, 4/10, 2/10, 1/10, 2/10: ties on purpose, both of 0.2 and of 0.1.
 LOGITS = np.log(np.array([[1.0, 4.0, 2.0, 1.0, 2.0]], np.float32))
@@ -43,6 +43,7 @@ def small_model(family: str) -> tuple[Transformer, ValueStore | None]:
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in half the time
     model, store = jax.jit(lambda: create_model(model_config, key))()
     model.embedding[...] *= 10
+    model.blocks.attention.query_norm.weight[...] *= 10
     model.blocks.attention.output[...] *= 10
     return model, store
 
