@@ -5,6 +5,7 @@ Flags are read here and nowhere else; each mode is a function of the library.
 
 import contextlib
 import json
+import logging as std_logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from umv2.config import Config, ConfigError, from_config_dict, nearest_name
+from umv2.schema import UserError
 
 _MODES = {
     "train": "train, or continue the run in --workdir",
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
     # The library is imported only now, so that --help and a misspelt flag answer at once.
     from umv2 import modes
 
-    config = from_config_dict(_CONFIG.value) if _CONFIG.value is not None else None
+    config = _load_config()
     match _MODE.value:
         case "train":
             modes.train(_needed(config), _workdir())
@@ -62,6 +64,14 @@ def main(argv: list[str]) -> None:
             print(modes.train_tokenizer(_needed(config), _workdir(), _VOCAB_SIZE.value))
 
 
+def _load_config() -> Config | None:
+    try:
+        values = _CONFIG.value
+        return None if values is None else from_config_dict(values)
+    except OSError as error:
+        raise ConfigError(f"--config: {error}") from error
+
+
 def _needed(config: Config | None) -> Config:
     if config is None:
         raise ConfigError(f"--config: mode {_MODE.value!r} needs one, such as configs/tiny.py")
@@ -77,13 +87,15 @@ def _workdir() -> Path:
 def _parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; a mistake ends in one line that names the flag and the rule."""
     with _one_line_errors():
-        overrides = [a for a in arguments[1:] if a.startswith(("--config.", "-config."))]
         try:
             return flags.FLAGS(arguments)
         except (AttributeError, KeyError) as error:
-            # ml_collections says which name it misses, but not where.
+            # An override of a field that does not exist. ml_collections says which name it misses,
+            # but not where, so the fields are looked up in the configuration without overrides.
+            overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
+            sys.argv = [a for a in arguments if a not in overrides]  # it reads overrides from there
             flags.FLAGS.unparse_flags()
-            flags.FLAGS([a for a in arguments if a not in overrides])
+            flags.FLAGS(sys.argv)
             for override in overrides:
                 _check_field(override.lstrip("-").split("=")[0].removeprefix("config."))
             raise ConfigError(str(error)) from error
@@ -104,16 +116,10 @@ def _check_field(path: str) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Ends the program with one line for mistakes that the user can mend."""
+    """Ends the program with one line for mistakes that the user can mend; bugs keep their trace."""
     try:
         yield
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    except (OSError, ValueError) as error:
-        # ConfigError, DataError and CheckpointError are ValueErrors whose text is for the user;
-        # other ValueErrors are bugs and keep their trace.
-        if isinstance(error, ValueError) and type(error) is ValueError:
-            raise
+    except (flags.Error, UserError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 
 
@@ -122,7 +128,15 @@ def _run(argv: list[str]) -> None:
         main(argv)
 
 
-if __name__ == "__main__":
+def _set_up_logging() -> None:
+    """Shows the library's messages with the time of day, and of jax only what is wrong."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
+    formatter = std_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.get_absl_handler().setFormatter(formatter)
+    std_logging.getLogger("jax").setLevel(std_logging.WARNING)
+
+
+if __name__ == "__main__":
+    _set_up_logging()
     app.run(_run, flags_parser=_parse_flags)

@@ -13,14 +13,14 @@ def get_config() -> ConfigDict:
     config = tiny.get_config()
 
     model = config.model
-    model.hidden_size = 256
-    model.num_layers = 6
+    model.hidden_size = 192
+    model.num_layers = 4
     model.num_heads = model.num_key_value_heads = 4
-    model.ffn_size = 512
+    model.ffn_size = 384
 
     memory = model.memory
     memory.num_keys = 128
-    memory.key_dim = 128
+    memory.key_dim = 96
     memory.top_m = memory.shortlist = 16
 
     config.data.sequence_length = 512
@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
     optimizer.warmup_steps = 100
 
     train = config.train
-    train.num_steps = 4000
+    train.num_steps = 2400
     train.batch_size = 8
-    train.evaluation_interval_steps = 500
-    train.checkpoint_interval_steps = 500
+    train.evaluation_interval_steps = 300
+    train.checkpoint_interval_steps = 150
     return config

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     memory = model.memory
     memory.num_keys = 64
     memory.key_dim = 64
-    memory.top_m = memory.shortlist = 16
+    memory.top_m = memory.shortlist = 8
     memory.value_dim = 48
     memory.pre_value_dim = 16
 
@@ -37,9 +37,9 @@ def get_config() -> ConfigDict:
     optimizer.values_final_multiplier = 1.0
 
     train = config.train
-    train.num_steps = 600
+    train.num_steps = 360
     train.batch_size = 8
-    train.evaluation_interval_steps = 300
-    train.checkpoint_interval_steps = 200
+    train.evaluation_interval_steps = 120
+    train.checkpoint_interval_steps = 120
     config.evaluation.batch_size = 32
     return config

@@ -12,7 +12,11 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NoReturn
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """A mistake of the user's and not the program's; the message is all that they need."""
+
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot work; the message names the field, the value and the rule."""
 
 
@@ -70,7 +74,7 @@ def differing_fields(
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
     """Returns ' (nearest: ...)' for the valid name closest to a misspelt one, or ''."""
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f" (nearest: {matches[0]})" if matches else ""
 
 

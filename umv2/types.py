@@ -6,13 +6,17 @@ pre-value width, `l` memory layer. Sides (row, column) are a literal axis of siz
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Batches are numpy arrays until they reach the devices.
-AnyArray = Array | np.ndarray
+# Batches are numpy arrays until they reach the devices; type checkers need not tell them apart.
+if TYPE_CHECKING:
+    AnyArray = Array
+else:
+    AnyArray = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from jaxtyping import Bool, UInt64
 
 from umv2.config import DataConfig
+from umv2.schema import UserError
 
 # Distributions ship these folders in some packages and not in others, so leaving them out makes the
 # corpus nearly the same everywhere; tests and demos are also the least edited text.
@@ -30,7 +31,7 @@ _SKIPPED_FILES = re.compile(r"_sysconfigdata.*|sitecustomize\.py|usercustomize\.
 HASH_BYTES = 8
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be trained on; the message names the file and the place in it."""
 
 

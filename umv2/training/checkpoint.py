@@ -23,6 +23,7 @@ from jaxtyping import Array, UInt32
 
 from umv2.config import Config, ConfigError, differing_fields
 from umv2.model.memory import ValueStore
+from umv2.schema import UserError
 from umv2.training import optim
 from umv2.training.state import TrainState, abstract_state
 
@@ -47,7 +48,7 @@ RUNTIME_FIELDS = (
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """There is no checkpoint that can be read, or it is one of another model."""
 
 

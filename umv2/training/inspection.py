@@ -86,7 +86,7 @@ def inspect(config: Config) -> Inspection:
 
 
 def _parameters(state: TrainState) -> list[Parameter]:
-    trained = optim.named_leaves(state.params, state.store)
+    trained = optim.named_parameters(state.params, state.store)
     groups = optim.parameter_groups(list(trained))
     listed = [_parameter(path, leaf, groups[path]) for path, leaf in trained.items()]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.buffers):

@@ -20,6 +20,7 @@ from umv2.cost import accounting
 from umv2.data import pipeline, tokenizers
 from umv2.evaluation import perplexity
 from umv2.model.transformer import ModelStats
+from umv2.schema import UserError
 from umv2.training import checkpoint, losses, metrics, optim
 from umv2.training.state import (
     TrainState,
@@ -32,7 +33,7 @@ from umv2.training.state import (
 from umv2.types import Batch
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError):
     """The loss or its gradient stopped being finite."""
 
 
@@ -94,7 +95,7 @@ def make_train_step(
         usage = state.usage
         if usage is not None:
             usage = usage + stats.memory.row_hits
-            stats = _without_hits(stats)
+            stats = _reported(stats, config)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
@@ -128,7 +129,7 @@ def train(config: Config, workdir: Path) -> None:
         workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
     )
     with jax.set_mesh(mesh), checkpointer:
-        state = _restore_or_create(config, optimizer, checkpointer, mesh)
+        state = _restore_or_create(config, optimizer, checkpointer)
         first_step = int(state.step)
         if first_step >= config.train.num_steps:
             logging.info("%s has already taken its %d steps", workdir, first_step)
@@ -151,7 +152,8 @@ def _run(
     evaluation_step = perplexity.make_evaluation_step(
         graphdef, mask_across_documents=config.data.mask_across_documents
     )
-    health = jax.jit(metrics.health_arrays)
+    write_blocks = tuple(write for _, write in config.model.placements)
+    health = jax.jit(functools.partial(metrics.health_arrays, write_blocks=write_blocks))
     tokens_per_step = train_config.batch_size * config.data.sequence_length
     batches = pipeline.train_batches(
         corpus,
@@ -223,17 +225,15 @@ def _restore_or_create(
     config: Config,
     optimizer: optim.Optimizer,
     checkpointer: checkpoint.Checkpointer,
-    mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """Returns the newest good checkpoint's state, or a new one, replicated over the mesh."""
+    """Returns the newest good checkpoint's state, or a new one."""
     if checkpointer.latest_step() is not None:
         state = checkpointer.restore(abstract_state(config, optimizer))
         logging.info("continuing after step %d", int(state.step))
         return state
     start = time.monotonic()
-    create = jax.jit(
-        lambda: create_state(config, optimizer), out_shardings=parallel.replicated(mesh)
-    )
+    # Under the mesh, arrays come out as the step will return them, so that it compiles once.
+    create = jax.jit(lambda: create_state(config, optimizer))
     state = jax.block_until_ready(create())
     logging.info("created the state in %.1f s", time.monotonic() - start)
     return state
@@ -268,11 +268,16 @@ def _over_microbatches(stacked: ModelStats) -> ModelStats:
     return dataclasses.replace(mean, memory=dataclasses.replace(mean.memory, row_hits=hits))
 
 
-def _without_hits(stats: ModelStats) -> ModelStats:
-    """Drops the per-row counts, which the state accumulates, from what goes to the host."""
+def _reported(stats: ModelStats, config: Config) -> ModelStats:
+    """Leaves out what nobody reads, so that XLA does not compute it.
+
+    The state accumulates row hits; a balance loss with coefficient 0 costs a softmax over all keys.
+    """
     assert stats.memory is not None
-    empty = stats.memory.row_hits[:, :0]
-    return dataclasses.replace(stats, memory=dataclasses.replace(stats.memory, row_hits=empty))
+    memory = dataclasses.replace(stats.memory, row_hits=stats.memory.row_hits[:, :0])
+    if config.loss.balance_loss == 0:
+        memory = dataclasses.replace(memory, balance_loss=memory.balance_loss[:0])
+    return dataclasses.replace(stats, memory=memory)
 
 
 def _forget_usage(state: TrainState) -> TrainState:
