@@ -6,7 +6,7 @@ pre-value width, `l` memory layer. Sides (row, column) are a literal axis of siz
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 # Batches are numpy arrays until they reach the devices; type checkers need not tell them apart.
 if TYPE_CHECKING:
-    AnyArray = Array
+    AnyArray = Any
 else:
     AnyArray = Array | np.ndarray
 

@@ -43,8 +43,9 @@ def create_model(config: ModelConfig, key: Key[Array, ""]) -> tuple[Transformer,
 
 def split_model(model: Transformer) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Returns the model's structure, its parameters and its buffers, the latter as plain dicts."""
-    graphdef, params, buffers = nnx.split(model, nnx.Param, layers.Buffer)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+    graphdef, *states = nnx.split(model, nnx.Param, layers.Buffer)
+    params, buffers = (nnx.to_pure_dict(state) for state in states)
+    return graphdef, params, buffers
 
 
 def merge_model(graphdef: Any, params: dict[str, Any], buffers: dict[str, Any]) -> Transformer:

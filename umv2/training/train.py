@@ -89,8 +89,9 @@ def make_train_step(
             (loss, gradients), stacked = jax.lax.scan(accumulate, zeros, microbatches)
             stats = _over_microbatches(stacked)
 
+        params_gradient, store_gradient = gradients
         params, store, optimizer_state, gradient_norm = optimizer.update(
-            *gradients, state.optimizer, state.params, state.store
+            params_gradient, store_gradient, state.optimizer, state.params, state.store
         )
         usage = state.usage
         if usage is not None:
@@ -262,7 +263,7 @@ def _divide(x: Array, parts: int) -> Array:
 def _over_microbatches(stacked: ModelStats) -> ModelStats:
     """Averages statistics over microbatches; hits are counts, so they add up."""
     mean = jax.tree.map(lambda x: x.astype(jnp.float32).mean(axis=0), stacked)
-    if mean.memory is None:
+    if mean.memory is None or stacked.memory is None:
         return mean
     hits = stacked.memory.row_hits.sum(axis=0)
     return dataclasses.replace(mean, memory=dataclasses.replace(mean.memory, row_hits=hits))
