@@ -1,0 +1,164 @@
+"""Step time and memory of a configuration beside its dense and unrolled counterparts.
+
+    python -m experiments.step_time --config=configs/tiny.py --output=experiments/results
+
+Three training steps are compiled: the configuration as it is, with `scan_layers=False`, and dense
+with the FFN widened to the same active parameters. They then take turns, so that whatever else the
+machine does meets all alike; what counts is the ratio of medians. Appends a JSON line to
+OUTPUT/step_time.jsonl and prints a table.
+"""
+
+import datetime
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration to measure.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for step_time.jsonl; none: print only.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.")
+_WARM_UP_ROUNDS = 2
+
+
+def variants(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns the configurations to compare, by name; the first is the reference."""
+    from umv2.config import from_config_dict
+    from umv2.cost import accounting
+
+    unrolled, dense = config.copy_and_resolve_references(), config.copy_and_resolve_references()
+    unrolled.model.scan_layers = not config.model.scan_layers
+    dense.model.family = "dense"
+    active = accounting.parameter_counts(from_config_dict(config).model).active
+    missing = active - accounting.parameter_counts(from_config_dict(dense).model).active
+    dense.model.ffn_size += round(
+        missing / (3 * config.model.hidden_size * config.model.num_layers)
+    )
+    return {
+        "as configured": config,
+        f"scan_layers={unrolled.model.scan_layers}": unrolled,
+        f"dense, ffn_size={dense.model.ffn_size}": dense,
+    }
+
+
+class Step:
+    """A compiled training step with a state and a batch to run it on."""
+
+    def __init__(self, values: ConfigDict):
+        import jax
+
+        from umv2 import parallel
+        from umv2.config import from_config_dict
+        from umv2.cost import accounting
+        from umv2.data import pipeline, tokenizers
+        from umv2.training import optim, train
+        from umv2.training.state import create_state, model_structure
+
+        config = from_config_dict(values)
+        tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
+        corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
+        batches = pipeline.train_batches(
+            corpus, config.data, batch_size=config.train.batch_size, start_step=0
+        )
+        optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+        self._mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
+        with jax.set_mesh(self._mesh):
+            self._state = jax.jit(lambda: create_state(config, optimizer))()
+            self._batch = parallel.local_to_global(self._mesh, next(batches))
+            step = train.make_train_step(config, model_structure(config.model), optimizer)
+            start = time.perf_counter()
+            lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
+            self._compiled = lowered.compile()
+            self.compile_seconds = time.perf_counter() - start
+        batches.close()
+        memory = self._compiled.memory_analysis()
+        assert memory is not None  # every XLA backend of jax reports it
+        self.temporary_bytes = memory.temp_size_in_bytes
+        self.peak_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        self.active_parameters = accounting.parameter_counts(config.model).active
+        self.seconds: list[float] = []
+
+    def run(self, *, timed: bool) -> None:
+        """Takes one step."""
+        import jax
+
+        start = time.perf_counter()
+        with jax.set_mesh(self._mesh):
+            self._state, metrics = self._compiled(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        if timed:
+            self.seconds.append(time.perf_counter() - start)
+
+
+def measure(config: ConfigDict, rounds: int) -> dict[str, Any]:
+    """Returns medians, quartiles, ratios to the dense step, and memory of every variant."""
+    import jax
+    import numpy as np
+
+    steps = {name: Step(values) for name, values in variants(config).items()}
+    for round_index in range(_WARM_UP_ROUNDS + rounds):
+        for step in steps.values():
+            step.run(timed=round_index >= _WARM_UP_ROUNDS)
+    *_, dense = steps.values()
+    results = {}
+    for name, step in steps.items():
+        low, median, high = np.percentile(step.seconds, [25, 50, 75])
+        # Ratios within a round: what disturbs the machine then disturbs both.
+        ratios = np.percentile(np.divide(step.seconds, dense.seconds), [25, 50, 75])
+        results[name] = {
+            "median_seconds": median,
+            "quartile_seconds": [low, high],
+            "ratio_to_dense": ratios[1],
+            "ratio_quartiles": [ratios[0], ratios[2]],
+            "compile_seconds": step.compile_seconds,
+            "temporary_bytes": step.temporary_bytes,
+            "peak_bytes": step.peak_bytes,
+            "active_parameters": step.active_parameters,
+        }
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "rounds": rounds,
+        "tokens_per_step": config.train.batch_size * config.data.sequence_length,
+        "variants": results,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the measurements as lined-up columns."""
+    lines = [
+        f"{'variant':<26}{'ratio to dense':>22}{'quartiles':>16}{'compile s':>11}"
+        f"{'temporary MiB':>15}{'peak MiB':>10}{'active':>12}"
+    ]
+    for name, row in results["variants"].items():
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"{name:<26}{row['ratio_to_dense']:>22.3f}{f'{low:.3f}-{high:.3f}':>16}"
+            f"{row['compile_seconds']:>11.1f}{row['temporary_bytes'] / 2**20:>15.1f}"
+            f"{row['peak_bytes'] / 2**20:>10.1f}{row['active_parameters']:>12,}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints and records."""
+    del argv
+    results = measure(_CONFIG.value, _ROUNDS.value)
+    print(table(results))
+    if _OUTPUT.value:
+        record = {"config": config_flags.get_config_filename(flags.FLAGS["config"]), **results}
+        with (Path(_OUTPUT.value) / "step_time.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
