@@ -5,12 +5,15 @@ its name ("params/blocks/ffn/up"); `metadata` holds the configuration, package v
 of processes, and the shape, dtype and checksum of every array.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
+import gc
 import importlib.metadata
 import logging as std_logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +241,20 @@ def _is_no_chatter(record: std_logging.LogRecord) -> bool:
     return record.levelno >= std_logging.WARNING or "/orbax/" not in record.pathname
 
 
+@contextlib.contextmanager
+def _without_abandoned_reads() -> Iterator[None]:
+    """Keeps quiet the reads that orbax abandons when one fails, whose error alone it raises."""
+    hook, asyncio_logger = sys.unraisablehook, std_logging.getLogger("asyncio")
+    disabled, asyncio_logger.disabled = asyncio_logger.disabled, True
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()  # they speak when they are collected
+        sys.unraisablehook, asyncio_logger.disabled = hook, disabled
+
+
+@_without_abandoned_reads()
 def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
     """Returns what `read` makes of the newest checkpoint that it does not find damaged."""
     faults = []
