@@ -23,15 +23,15 @@ def get_config() -> ConfigDict:
     memory.key_dim = 96
     memory.top_m = memory.shortlist = 16
 
-    config.data.sequence_length = 512
-
     optimizer = config.optimizer
-    optimizer.learning_rate = 2e-3
+    optimizer.learning_rate = 1e-3
     optimizer.warmup_steps = 100
+    optimizer.values_multiplier = 4.0  # for short runs, paper section 4.2.9
+    optimizer.values_final_multiplier = 1.0
 
     train = config.train
     train.num_steps = 2400
-    train.batch_size = 8
-    train.evaluation_interval_steps = 300
+    train.batch_size = 16
+    train.evaluation_interval_steps = 600
     train.checkpoint_interval_steps = 150
     return config

@@ -6,7 +6,8 @@ pre-value width, `l` memory layer. Sides (row, column) are a literal axis of siz
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import jax
 import numpy as np
@@ -19,8 +20,30 @@ else:
     AnyArray = Array | np.ndarray
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclass_transform(frozen_default=True)
+def struct[T](cls: type[T]) -> type[T]:
+    """Makes a class a frozen dataclass and a pytree with all its fields as children.
+
+    Unlike `jax.tree_util.register_dataclass`, rebuilding it does not call `__init__`: JAX rebuilds
+    trees with shapes, shardings or None in place of arrays, which run-time type checks refuse.
+    """
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(made)]
+
+    def flatten(instance: T) -> tuple[list[tuple[Any, Any]], None]:
+        return [(jax.tree_util.GetAttrKey(n), getattr(instance, n)) for n in names], None
+
+    def unflatten(_: None, children: Iterable[Any]) -> T:
+        instance = object.__new__(made)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(instance, name, child)
+        return instance
+
+    jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+    return made
+
+
+@struct
 class Batch:
     """Packed sequences. `targets[t]` is the token after `inputs[t]`."""
 
@@ -32,8 +55,7 @@ class Batch:
     weights: Float[AnyArray, "b t"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class LayerStats:
     """What one sparse layer reports of one batch; a scan over layers stacks it along axis 0.
 

@@ -1,6 +1,5 @@
 """Causal self-attention with rotary positions and a key-value cache."""
 
-import dataclasses
 from typing import Literal
 
 import jax
@@ -10,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from umv2.config import ModelConfig
 from umv2.model import initialization, layers
+from umv2.types import struct
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class KeyValueCache:
     """Keys and values of the positions seen so far, of one layer or stacked over layers."""
 

@@ -1,7 +1,5 @@
 """The value store and the memory layer that reads it (UltraMemV2, arXiv 2508.18756, section 3)."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,11 +8,10 @@ from jaxtyping import Array, Float, Int, Key
 from umv2 import parallel
 from umv2.config import ModelConfig
 from umv2.model import initialization, layers, retrieval
-from umv2.types import LayerStats
+from umv2.types import LayerStats, struct
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class ValueStore:
     """All value tables of a model, one after another; the only owner of these arrays.
 

@@ -8,7 +8,6 @@ Selections are best first, ties go to the lower index. Gradients reach scores th
 pairs alone.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
@@ -16,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from umv2.types import struct
+
 QueryLayout = Literal["per_rank", "shared", "released"]
 Scoring = Literal["tucker", "sum"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class Selection:
     """The chosen pairs of row and column keys of each token."""
 

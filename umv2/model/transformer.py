@@ -22,11 +22,10 @@ from umv2.config import ModelConfig
 from umv2.model import initialization, layers, retrieval
 from umv2.model.attention import Attention, KeyValueCache
 from umv2.model.memory import MemoryLayer, ValueStore
-from umv2.types import LayerStats
+from umv2.types import LayerStats, struct
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class ModelStats:
     """What a forward pass observed: of every block's FFN, and of every memory layer."""
 
@@ -34,8 +33,7 @@ class ModelStats:
     memory: LayerStats | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class ModelOutput:
     """Result of a forward pass."""
 

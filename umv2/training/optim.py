@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from umv2.config import OptimizerConfig
 from umv2.model.memory import ValueStore
+from umv2.types import struct
 
 MODEL, STORE = "model/", "store/"
 
@@ -107,8 +108,7 @@ def values_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Sched
     return lambda step: base(step) * multiplier(step)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class OptimizerState:
     """AdamW's moments and step count, of the model and of the value store."""
 

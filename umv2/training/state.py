@@ -1,6 +1,5 @@
 """The state of training: everything that a checkpoint holds and a step changes."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,10 +12,10 @@ from umv2.model import layers
 from umv2.model.memory import ValueStore, create_store
 from umv2.model.transformer import Transformer
 from umv2.training import optim
+from umv2.types import struct
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class TrainState:
     """A point in training. A pure tree of arrays: no modules, no functions.
 

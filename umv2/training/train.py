@@ -30,15 +30,14 @@ from umv2.training.state import (
     model_structure,
     refreshed_buffers,
 )
-from umv2.types import Batch
+from umv2.types import Batch, struct
 
 
 class TrainingDiverged(UserError):
     """The loss or its gradient stopped being finite."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct
 class StepMetrics:
     """What one step reports: cross entropy in nats a token, gradient norm before clipping."""
 
@@ -246,7 +245,7 @@ def _report(
     """Waits for a step, shows its loss, and stops training where it is not finite."""
     loss, gradient_norm = float(step_metrics.loss), float(step_metrics.gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        statistics = metrics.describe_stats(jax.device_get(step_metrics.stats))
+        statistics = metrics.describe_stats(step_metrics.stats)
         raise TrainingDiverged(
             f"step {step}: loss {loss}, gradient norm {gradient_norm}; {statistics}."
             f" The last good checkpoint is kept in {workdir / 'checkpoints'}"
