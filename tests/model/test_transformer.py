@@ -1,0 +1,424 @@
+"""The decoder: causality, equivalent ways to run it, and where memory layers stand."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import base
+from tests.model.drawn import drawn
+from umv2 import config as config_lib
+from umv2.model import attention, layers, memory, transformer
+
+_LENGTH = 6
+
+
+def _config(num_layers: int = 4, **fields: Any) -> config_lib.ModelConfig:
+    """A small model; fields of `model.memory` are named memory_..."""
+    config = base.get_config()
+    config.model.update(
+        vocab_size=24,
+        hidden_size=16,
+        num_layers=num_layers,
+        num_heads=4,
+        num_key_value_heads=2,
+        ffn_size=24,
+        compute_dtype="float32",
+        tie_embeddings=False,
+    )
+    config.model.memory.update(
+        num_keys=4,
+        key_dim=8,
+        value_dim=12,
+        pre_value_dim=4,
+        top_m=3,
+        shortlist=3,
+        initialization="released",  # spares the calibration
+    )
+    for name, value in fields.items():
+        if name.startswith("memory_"):
+            config.model.memory[name.removeprefix("memory_")] = value
+        else:
+            config.model[name] = value
+    return config_lib.from_config_dict(config).model
+
+
+def _model(config: config_lib.ModelConfig) -> transformer.Transformer:
+    return drawn(lambda: transformer.Transformer(config, key=jax.random.key(0)))
+
+
+def _store(config: config_lib.ModelConfig) -> memory.ValueStore | None:
+    if not config.placements:
+        return None
+    rows, sizes = len(config.placements) * config.memory.num_values, config.memory
+    generator = np.random.default_rng(1)
+    values = generator.normal(size=(rows, sizes.value_dim)).astype(np.float32)
+    pre_values = generator.normal(size=(rows, sizes.pre_value_dim)).astype(np.float32)
+    return memory.ValueStore(
+        values=jnp.asarray(values),
+        pre_values=jnp.asarray(pre_values) if sizes.pre_value_dim else None,
+    )
+
+
+def _tokens(length: int = _LENGTH) -> jax.Array:
+    tokens = np.random.default_rng(2).permutation(24)[: 2 * length]
+    return jnp.asarray(tokens.reshape(2, length), jnp.int32)
+
+
+def _trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, list[jax.Array]]:
+    """Traces a function of the leaves of its arguments, and returns the leaves too.
+
+    Tracing puts descriptions in the place of arrays, which typed dataclasses refuse.
+    """
+    leaves = jax.tree.leaves(arguments)
+    structure: Any = jax.tree.structure(arguments)
+    flat = jax.jit(lambda *leaves: jax.tree.leaves(function(*structure.unflatten(leaves))))
+    return flat.trace(*leaves), leaves
+
+
+def _loss(
+    model: transformer.Transformer, store: memory.ValueStore | None, tokens: jax.Array
+) -> jax.Array:
+    return jnp.mean(jnp.square(model(tokens, store=store).logits))
+
+
+@functools.cache
+def _value_and_gradients(config: config_lib.ModelConfig) -> tuple[str, list[jax.Array]]:
+    """Returns the jaxpr of the differentiated loss, and its values."""
+    graph, *states = nnx.split(_model(config), nnx.Param, nnx.Variable)
+    parameters, rest = states
+
+    def loss(parameters: Any, store: Any) -> jax.Array:
+        return _loss(nnx.merge(graph, parameters, rest), store, _tokens())
+
+    function = jax.value_and_grad(loss, argnums=(0, 1))
+    traced, leaves = _trace(function, parameters, _store(config))
+    return str(traced.jaxpr), traced.lower().compile()(*leaves)
+
+
+def _assert_close(left: Any, right: Any) -> None:
+    left, right = jax.tree.leaves(left), jax.tree.leaves(right)
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5 * float(jnp.abs(b).max()) + 1e-12)
+
+
+# --- what a position sees ---
+
+
+def _influence(segment_ids: np.ndarray) -> np.ndarray:
+    """Whether the logits at a position depend on the token at another: [position, token]."""
+    tokens = _tokens()[:1]
+    jacobian = _jacobian()(tokens, jnp.asarray(segment_ids[None], jnp.int32))  # [t, vocab, d]
+    return np.any(np.asarray(jacobian)[:, np.asarray(tokens[0])] != 0, axis=-1)
+
+
+@functools.cache
+def _jacobian() -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the derivative of a score of each position's logits by the embedding."""
+    config = _config(num_layers=2)
+    store = _store(config)
+    graph, *states = nnx.split(_model(config), nnx.PathContains("embedding"), nnx.Variable)
+    embedding, rest = states
+
+    @jax.jit
+    def jacobian(tokens: jax.Array, ids: jax.Array) -> jax.Array:
+        def scores(embedding: Any) -> jax.Array:
+            model = nnx.merge(graph, embedding, rest)
+            logits = model(tokens, store=store, segment_ids=ids).logits
+            return jnp.square(logits[0]).sum(axis=-1)
+
+        return jax.tree.leaves(jax.jacrev(scores)(embedding))[0]
+
+    return jacobian
+
+
+def test_positions_depend_on_all_before_them_and_none_after() -> None:
+    one_document = np.zeros(_LENGTH, int)
+    np.testing.assert_array_equal(_influence(one_document), np.tri(_LENGTH, dtype=bool))
+
+
+def test_positions_depend_on_their_own_document_alone() -> None:
+    ids = np.asarray([0, 0, 1, 1, 1, 2])
+    expected = np.tri(_LENGTH, dtype=bool) & (ids[:, None] == ids[None, :])
+    np.testing.assert_array_equal(_influence(ids), expected)
+
+
+def test_without_documents_a_sequence_is_one_document() -> None:
+    config = _config()
+    model, store, tokens = _model(config), _store(config), _tokens()
+    forward = jax.jit(lambda ids: model(tokens, store=store, segment_ids=ids).logits)
+    _assert_close(forward(None), forward(jnp.full_like(tokens, 3)))
+    apart = jnp.asarray([[0, 0, 0, 1, 1, 1]] * 2, jnp.int32)
+    assert not np.allclose(forward(None), forward(apart), atol=1e-3)
+
+
+# --- ways to run it ---
+
+
+def test_scanned_and_unrolled_layers_agree() -> None:
+    scanned, unrolled = _config(num_layers=2), _config(num_layers=2, scan_layers=False)
+    (looped, left), (flat, right) = map(_value_and_gradients, (scanned, unrolled))
+    assert looped.count("scan[") > flat.count("scan[")
+    _assert_close(left, right)
+
+
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+def test_rematerialisation_changes_no_result(remat: str) -> None:
+    (plain, left), (checkpointed, right) = map(
+        _value_and_gradients, (_config(num_layers=2), _config(num_layers=2, remat=remat))
+    )
+    assert "remat2[" not in plain
+    assert "remat2[" in checkpointed
+    assert ("policy=None" in checkpointed) == (remat == "full")
+    _assert_close(left, right)
+
+
+def test_program_size_is_flat_in_depth() -> None:
+    def lines(num_layers: int) -> int:
+        config = _config(num_layers)
+        function = jax.grad(_loss, argnums=1)
+        traced, _ = _trace(function, _model(config), _store(config), _tokens())
+        return len(traced.lower().as_text().splitlines())
+
+    assert lines(2) == lines(8)
+
+
+def test_prefill_and_decode_equal_the_full_forward_pass() -> None:
+    config = _config(memory_read_layers=(1, 3), memory_write_layers=(2, 3))
+    model, store, tokens = _model(config), _store(config), _tokens(8)
+    full = jax.jit(lambda model: model(tokens, store=store))(model)
+    assert full.cache is None
+
+    step = jax.jit(
+        lambda model, tokens, cache, position: model(
+            tokens, store=store, cache=cache, position=position
+        )
+    )
+    output = step(model, tokens[:, :5], model.empty_cache(2, 10), jnp.asarray(0))
+    logits = [output.logits]
+    for position in range(5, 8):
+        token = tokens[:, position : position + 1]
+        output = step(model, token, output.cache, jnp.asarray(position))
+        logits.append(output.logits)
+    _assert_close(jnp.concatenate(logits, axis=1), full.logits)
+
+
+@pytest.mark.parametrize("wanted", ["statistics", "logits"])
+def test_a_compiled_decode_step_counts_no_rows_unless_asked(wanted: str) -> None:
+    config = _config()
+    model, store = _model(config), _store(config)
+
+    def step(model: transformer.Transformer, cache: Any, token: jax.Array) -> Any:
+        output = model(token, store=store, cache=cache, position=3)
+        return (output.logits, output.cache, output.stats if wanted == "statistics" else None)
+
+    traced, _ = _trace(step, model, model.empty_cache(2, 8), _tokens(1))
+    program = traced.lower().compile().as_text() or ""
+    assert ("scatter" in program) == (wanted == "statistics")
+
+
+# --- parts ---
+
+
+def test_grouped_queries_equal_repeated_key_value_heads() -> None:
+    grouped = drawn(lambda: attention.Attention(_config(), key=jax.random.key(0)))
+    config = _config(num_key_value_heads=4)
+    repeated = drawn(lambda: attention.Attention(config, key=jax.random.key(0)))
+    assert grouped.key.shape == (16, 8)
+    for name in ("key", "value"):
+        heads = getattr(grouped, name)[...].reshape(16, 2, 4)
+        getattr(repeated, name)[...] = jnp.repeat(heads, 2, axis=1).reshape(16, 16)
+    norm_weights = grouped.key_norm.weight[...].reshape(2, 4)
+    repeated.key_norm.weight[...] = jnp.repeat(norm_weights, 2, axis=0).reshape(16)
+    x = jax.random.normal(jax.random.key(3), (2, _LENGTH, 16))
+    _assert_close(repeated(x)[0], grouped(x)[0])
+
+
+def test_attention_depends_on_relative_positions_alone() -> None:
+    layer = drawn(lambda: attention.Attention(_config(), key=jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(3), (2, _LENGTH, 16))
+    _assert_close(layer(x, position=7)[0], layer(x)[0])
+    turned, _ = layer(x[:, ::-1])
+    assert not np.allclose(turned[:, ::-1], layer(x)[0], atol=1e-3)
+
+
+def test_tied_embeddings_are_the_head() -> None:
+    tied, untied = _config(tie_embeddings=True), _config(tie_embeddings=False)
+    left, right = _model(tied), _model(untied)
+    assert not hasattr(left, "head")
+    store, tokens, loss = _store(tied), _tokens(), jax.jit(_loss)
+    assert not np.allclose(loss(left, store, tokens), loss(right, store, tokens))
+    right.head[...] = right.embedding[...]
+    _assert_close(loss(left, store, tokens), loss(right, store, tokens))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"memory_query": "per_rank", "memory_sharing": "ring", "memory_share_group": 4},
+        pytest.param(
+            {"memory_query": "shared", "memory_sharing": "block", "memory_share_group": 2},
+            marks=pytest.mark.slow,
+        ),
+        {
+            "memory_query": "released",
+            "memory_sharing": "no_ring",
+            "memory_share_group": 2,
+            "memory_num_heads": 4,
+            "memory_key_expansion": 2,
+            "memory_projection": "per_block",
+            "memory_pre_value_dim": 0,
+        },
+        pytest.param(
+            {
+                "memory_scoring": "sum",
+                "memory_tucker_rank": 1,
+                "memory_num_cores": 1,
+                "memory_activation": "gelu",
+            },
+            marks=pytest.mark.slow,
+        ),
+        {"family": "dense"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_memory_trains_every_parameter(fields: dict[str, Any]) -> None:
+    config = _config(**fields)
+    graph, *states = nnx.split(_model(config), nnx.Param, nnx.Variable)
+    parameters, rest = states
+
+    def loss(parameters: Any, store: Any) -> tuple[jax.Array, Any]:
+        output = nnx.merge(graph, parameters, rest)(_tokens(), store=store)
+        return jnp.mean(jnp.square(output.logits)), output.stats
+
+    (_, stats), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+        parameters, _store(config)
+    )
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
+        assert np.any(gradient != 0), jax.tree_util.keystr(path)
+    assert stats.ffn_variance.shape == (4,)
+    if config.family == "memory":
+        hits = np.asarray(stats.memory.row_hits)
+        assert hits.shape == (4, config.memory.num_visible)
+        assert (hits.sum(axis=1) == 2 * _LENGTH * config.memory.num_selected).all()
+        assert stats.memory.balance_loss.shape == (4,)
+
+
+def test_core_vectors_of_all_layers_are_refreshed() -> None:
+    model = _model(_config())
+    model.refresh_core_vectors()
+    model.memory.cores[...] = model.memory.cores[...].at[2].set(jnp.diag(jnp.asarray([1.0, 4.0])))
+    before = model.memory.core_u[...]
+    model.refresh_core_vectors()
+    after = np.asarray(model.memory.core_u[...])
+    np.testing.assert_allclose(np.abs(after[2]), [[0, 1]], atol=1e-6)
+    np.testing.assert_allclose(np.delete(after, 2, 0), np.delete(before, 2, 0), atol=1e-5)
+
+
+# --- where memory layers stand ---
+
+
+def _plan(num_layers: int, *placements: tuple[int, int]) -> list[tuple]:
+    """(start, period, repeats, memory_start, placements) of each segment; blocks from 1 given."""
+    from_zero = tuple((read - 1, write - 1) for read, write in placements)
+    return [dataclasses.astuple(s) for s in transformer.plan_segments(num_layers, from_zero)]
+
+
+def test_plan_of_a_memory_layer_in_every_block() -> None:
+    assert _plan(6, *((i, i) for i in range(1, 7))) == [(0, 1, 6, 0, ((0, 0),))]
+
+
+def test_plan_of_a_dense_model() -> None:
+    assert _plan(6) == [(0, 1, 6, 0, ())]
+
+
+def test_plan_of_ultramem_with_skips() -> None:
+    assert _plan(20, (2, 5), (6, 9), (10, 13), (14, 17)) == [
+        (0, 1, 1, 0, ()),
+        (1, 4, 4, 0, ((0, 3),)),
+        (17, 1, 3, 4, ()),
+    ]
+
+
+def test_plan_of_memory_plus() -> None:
+    every_fourth = [(4, 4), (8, 8), (12, 12), (16, 16)]
+    assert _plan(16, *every_fourth) == [(0, 4, 4, 0, ((3, 3),))]
+    assert _plan(20, *every_fourth) == [(0, 4, 4, 0, ((3, 3),)), (16, 1, 4, 4, ())]
+
+
+def test_plan_keeps_overlapping_placements_in_one_group() -> None:
+    assert _plan(4, (1, 3), (2, 4)) == [(0, 4, 1, 0, ((0, 2), (1, 3)))]
+    assert _plan(8, (1, 3), (2, 4), (5, 7), (6, 8)) == [(0, 4, 2, 0, ((0, 2), (1, 3)))]
+    assert _plan(5, (1, 4), (2, 3)) == [(0, 4, 1, 0, ((0, 3), (1, 2))), (4, 1, 1, 2, ())]
+
+
+@hypothesis.given(st.integers(1, 12), st.data())
+def test_plans_hold_every_block_and_every_placement_once(
+    num_layers: int, data: st.DataObject
+) -> None:
+    reads = sorted(data.draw(st.sets(st.integers(0, num_layers - 1))))
+    placements = tuple((r, data.draw(st.integers(r, num_layers - 1))) for r in reads)
+    end = 0
+    found: list[tuple[int, int]] = []
+    for segment in transformer.plan_segments(num_layers, placements):
+        assert segment.start == end
+        assert segment.memory_start == len(found)
+        for copy in range(segment.repeats):
+            offset = segment.start + copy * segment.period
+            found += [(read + offset, write + offset) for read, write in segment.placements]
+        end += segment.period * segment.repeats
+    assert end == num_layers
+    assert tuple(found) == placements
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "sharing"),
+    [((1, 2), (3, 3), "none"), ((1, 2), (1, 3), "ring")],
+)
+def test_memory_is_read_and_added_where_it_is_placed(
+    reads: tuple[int, ...], writes: tuple[int, ...], sharing: str
+) -> None:
+    config = _config(
+        num_layers=3,
+        memory_read_layers=reads,
+        memory_write_layers=writes,
+        memory_sharing=sharing,
+        memory_share_group=2 if sharing == "ring" else 1,
+    )
+    model, store, tokens = _model(config), _store(config), _tokens()
+    assert store is not None
+
+    def member(tree: Any, index: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[index], tree)
+
+    @jax.jit
+    def by_hand(model: transformer.Transformer) -> jax.Array:
+        x = model.embedding[...][tokens]
+        outputs: dict[int, jax.Array] = {}
+        for index in range(3):
+            block = member(model.blocks, index)
+            attended, _ = block.attention(block.attention_norm(x))
+            x = x + attended
+            y = block.ffn_norm(x)
+            if index + 1 in reads:
+                place = reads.index(index + 1)
+                outputs[place], _ = member(model.memory, place)(y, store=store, start=16 * place)
+            x = x + block.ffn(y)
+            for place, write in enumerate(writes):
+                if write == index + 1:
+                    x = x + outputs[place]
+        return layers.linear(model.final_norm(x), model.head[...].T)
+
+    forward = jax.jit(lambda model, store: model(tokens, store=store).logits)
+    _assert_close(forward(model, store), by_hand(model))
+    without = jax.tree.map(jnp.zeros_like, store)
+    assert not np.allclose(forward(model, without), by_hand(model), atol=1e-3)
