@@ -66,7 +66,8 @@ def get_config() -> ConfigDict:
     data.paths = ()  # globs, for text (text, JSONL, Parquet), array_record and memmap
     data.text_field = "text"  # key of the text in JSONL, Parquet and Hugging Face records
     data.memmap_dtype = "uint16"  # of token files: uint16 | uint32
-    data.hugging_face_name = ""  # data set, configuration and split, streamed by --mode=prepare
+    # Data set, its configuration and split, streamed by --mode=prepare.
+    data.hugging_face_name = ""
     data.hugging_face_config = ""
     data.hugging_face_split = "train"
     data.tokenizer = "bytes"  # | path of a tokenizers .json or SentencePiece .model | none
@@ -84,9 +85,9 @@ def get_config() -> ConfigDict:
     optimizer.schedule = "cosine"  # | constant | constant_then_cosine (continued training)
     optimizer.decay_start_step = 0  # step at which constant_then_cosine starts to decay
     optimizer.final_fraction = 0.1  # of the peak, at the end of the cosine; OLMoE
-    optimizer.beta1 = 0.9
-    optimizer.beta2 = 0.95
-    optimizer.epsilon = 1e-8
+    optimizer.beta1 = 0.9  # OLMoE
+    optimizer.beta2 = 0.95  # OLMoE
+    optimizer.epsilon = 1e-8  # OLMoE
     optimizer.clip_norm = 1.0  # of the global gradient norm, value tables included
     optimizer.weight_decay = ConfigDict()  # decoupled; 0.1 on everything as in OLMoE
     optimizer.weight_decay.embeddings = 0.1
@@ -114,10 +115,10 @@ def get_config() -> ConfigDict:
     train.num_steps = 200  # optimizer steps
     train.batch_size = 16  # sequences a step, over all processes
     train.gradient_accumulation = 1  # microbatches a step
-    train.log_interval_steps = 10
+    train.log_interval_steps = 10  # loss, rates and health of the memory layers
     train.evaluation_interval_steps = 100  # held-out loss; also after the last step
     train.checkpoint_interval_steps = 100  # also after the last step
-    train.num_checkpoints_kept = 3
+    train.num_checkpoints_kept = 3  # the newest
     train.tensorboard = True  # event files in the work directory
     train.wandb_project = ""  # project for Weights & Biases; empty: off
 
@@ -125,11 +126,11 @@ def get_config() -> ConfigDict:
     config.evaluation.batch_size = 16  # sequences
 
     generate = config.generate = ConfigDict()
-    generate.max_new_tokens = 400
+    generate.max_new_tokens = 400  # beside the prompt
     generate.temperature = 0.8  # 0: greedy
     generate.top_k = 0  # sample from the k likeliest tokens; 0: all
     generate.top_p = 0.95  # sample from the likeliest tokens that hold this probability; 1: all
-    generate.seed = 0
+    generate.seed = 0  # of the samples
 
     config.mesh = ConfigDict()
     config.mesh.replica = -1  # devices that each take a share of the batch; -1: all

@@ -1,4 +1,4 @@
-"""UltraMemV2 on the sources of Python's standard library, about an hour on 2 CPU cores.
+"""UltraMemV2 on the sources of Python's standard library, under an hour on 2 CPU cores.
 
 python main.py --config=configs/cpu_small.py --workdir=runs/cpu_small
 """
@@ -24,14 +24,14 @@ def get_config() -> ConfigDict:
     memory.top_m = memory.shortlist = 16
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 1e-3
+    optimizer.learning_rate = 2e-3
     optimizer.warmup_steps = 100
     optimizer.values_multiplier = 4.0  # for short runs, paper section 4.2.9
     optimizer.values_final_multiplier = 1.0
 
     train = config.train
-    train.num_steps = 2400
+    train.num_steps = 2000
     train.batch_size = 16
-    train.evaluation_interval_steps = 600
+    train.evaluation_interval_steps = 500
     train.checkpoint_interval_steps = 150
     return config

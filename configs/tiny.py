@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.data.sequence_length = 256
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 2e-3  # at 4e-3 the memory's scores and coverage collapse
+    optimizer.learning_rate = 2e-3
     optimizer.warmup_steps = 30
 
     train = config.train

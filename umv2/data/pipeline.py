@@ -4,8 +4,9 @@ An epoch is one stream of tokens: every document once, in an order drawn from (s
 with the end-of-text id before it; one more ends the stream. Cut into windows that share one token,
 it gives every token of every document, and the end-of-text after it, as a target exactly once, and
 a document sees nothing but an end-of-text before its first token. What does not fill a window at
-the end of an epoch is dropped. Row `i` of the endless sequence of windows depends on the seed alone
-and step `n` of process `p` of `P` takes rows `[n b + p b/P, n b + (p + 1) b/P)`, so to resume is to
+the end of an epoch is dropped. The windows are shuffled too, because a batch of neighbours would be
+a batch of one document. Row `i` of the endless sequence of windows depends on the seed alone and
+step `n` of process `p` of `P` takes rows `[n b + p b/P, n b + (p + 1) b/P)`, so to resume is to
 start at a step.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import grain
 import numpy as np
 from absl import logging
+from grain.experimental import index_shuffle
 from jaxtyping import Int32
 from tqdm import tqdm
 
@@ -37,6 +39,7 @@ from umv2.data.tokenizers import ByteTokenizer, Tokenizer
 from umv2.types import Batch
 
 _ENDLESS = 1 << 62
+_SHUFFLE_ROUNDS = 4  # of the block cipher behind index_shuffle; what grain itself uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +287,9 @@ class PackedBatches:
         for local_row in self._local_rows:
             epoch, row = 0, int(step) * self._batch_size + local_row
             if not self._held_out:
-                epoch, row = divmod(row, num_targets // length)
+                num_windows = num_targets // length
+                epoch, row = divmod(row, num_windows)
+                row = _shuffled(row, num_windows, self._config.seed, epoch)
             start = row * length
             windows.append(self._stream.read(epoch, start, start + length + 1))
             weights.append(start + np.arange(length) < num_targets)
@@ -325,6 +330,19 @@ class BatchIterator(Iterator[Batch]):
     def close(self) -> None:
         """Stops prefetching; the iterator cannot be used afterwards."""
         self._fields.close()
+
+
+def _shuffled(window: int, num_windows: int, seed: int, epoch: int) -> int:
+    """Returns the place of a window in a permutation that is drawn from (seed, epoch)."""
+    return index_shuffle(
+        window, max_index=num_windows - 1, seed=_window_seed(seed, epoch), rounds=_SHUFFLE_ROUNDS
+    )
+
+
+@functools.lru_cache
+def _window_seed(seed: int, epoch: int) -> int:
+    # Another number than PackedStream's, so that the two orders have nothing in common.
+    return int(np.random.default_rng([seed, epoch, 1]).integers(2**32))
 
 
 def train_batches(
