@@ -1,11 +1,3 @@
 """UltraMemV2 memory-layer language models in JAX."""
 
-import flax
-
 __version__ = "0.1.0"
-
-# Modules are plain trees of parameters: one Variable reached over two paths is an error, where the
-# default graph mode would let jax.jit untie it in silence. Set for the process rather than with
-# nnx.set_graph_mode, which holds for the calling thread alone.
-flax.config.update("nnx_graph_mode", False)
-flax.config.update("nnx_graph_updates", False)
