@@ -1,0 +1,176 @@
+"""The named configurations: golden text of each, counts against the real tree, and imports."""
+
+import difflib
+import functools
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import base
+from umv2.config import from_config_dict
+from umv2.training import inspection
+
+CONFIGS_DIR = Path(base.__file__).parent
+GOLDEN_DIR = Path(__file__).parent / "golden_text"
+NAMES = sorted(
+    path.stem for path in CONFIGS_DIR.glob("*.py") if path.stem not in ("base", "__init__")
+)
+
+# The part that a parameter counts in, by its path.
+PARTS = {
+    "embedding": r"model/embedding",
+    "head": r"model/head",
+    "attention": r"model/blocks/attention/(query|key|value|output)",
+    "ffn": r"model/blocks/ffn/(gate|up|down)",
+    "norms": r"model/(final_norm|blocks/(\w+/)?\w+_norm)/weight",
+    "memory_projections": r"model/memory/(query|pre|output)",
+    "memory_keys": r"model/memory/(keys|cores|query_norm|key_norm)",
+    "values": r"store/(values|pre_values)",
+}
+
+
+@functools.cache
+def inspected(name: str) -> inspection.Inspection:
+    return inspection.inspect(
+        from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    )
+
+
+def counted_by_part(listed: inspection.Inspection) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for parameter in listed.parameters:
+        if parameter.path.startswith("buffers/"):
+            continue
+        (part,) = (part for part, path in PARTS.items() if re.fullmatch(path, parameter.path))
+        counts[part] += parameter.size
+    return {part: counts[part] for part in PARTS}
+
+
+def assert_counts_are_those_of_the_tree(listed: inspection.Inspection) -> None:
+    counts, by_part = listed.counts, counted_by_part(listed)
+    assert {part: getattr(counts, part) for part in PARTS} == by_part
+    assert counts.total == sum(by_part.values())
+    without = counts.total - by_part["embedding"] - by_part["head"]
+    assert counts.total_without_embeddings == without
+    unused = by_part["values"] - counts.selected_values
+    assert counts.active == counts.total - unused
+    assert counts.active_without_embeddings == without - unused
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_is_its_golden_text(name: str) -> None:
+    text = inspected(name).as_text() + "\n"
+    path = GOLDEN_DIR / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    golden = path.read_text() if path.exists() else ""
+    if text != golden:
+        lines = (golden.splitlines(), text.splitlines())
+        difference = "\n".join(difflib.unified_diff(*lines, "golden", "now", n=0, lineterm=""))
+        pytest.fail(
+            f"{name} is not {path}; if that is meant, run the test with UPDATE_GOLDEN=1 and"
+            f" commit the file:\n{difference}"
+        )
+
+
+def test_no_golden_text_is_left_over() -> None:
+    assert sorted(path.stem for path in GOLDEN_DIR.iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_are_those_of_the_tree(name: str) -> None:
+    assert_counts_are_those_of_the_tree(inspected(name))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {"family": "dense"},
+    "untied": {"tie_embeddings": False},
+    "grouped heads": {"num_key_value_heads": 2},
+    "no query/key norm": {"query_key_norm": False},
+    "per block": {"memory": {"projection": "per_block", "key_expansion": 2}},
+    "shared query": {"memory": {"query": "shared"}},
+    "released query, 3 heads": {"memory": {"query": "released", "num_heads": 3}},
+    "sum": {"memory": {"scoring": "sum", "tucker_rank": 1, "num_cores": 1}},
+    "ring": {"memory": {"sharing": "ring", "share_group": 2}},
+    "block": {"memory": {"sharing": "block", "share_group": 4}},
+    "skip": {"memory": {"read_layers": (1, 2), "write_layers": (2, 4)}},
+    "no pre-values": {"memory": {"pre_value_dim": 0}},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_counts_are_those_of_the_tree_of_a_variant(changes: dict[str, Any]) -> None:
+    config = base.get_config()
+    config.model.update(hidden_size=32, ffn_size=48)
+    config.model.memory.update(num_keys=16, key_dim=8, top_m=4, shortlist=4)
+    config.model.update(changes)
+    listed = inspection.inspect(from_config_dict(config))
+    assert_counts_are_those_of_the_tree(listed)
+    has_memory = config.model.family == "memory"
+    assert (listed.counts.values > 0) == has_memory
+    assert (listed.counts.head > 0) == (not config.model.tie_embeddings)
+
+
+def test_selected_values_by_hand() -> None:
+    config = base.get_config()  # 4 layers, 16 values of 48 + 16
+    config.model.memory.num_heads = 2
+    counts = inspection.inspect(from_config_dict(config)).counts
+    assert counts.selected_values == 4 * 2 * 16 * (48 + 16)
+
+
+def test_the_smallest_published_size_is_that_of_the_paper() -> None:
+    counts = inspected("ultramem_v2_227m_1b2").as_dict()["counts"]
+    # Table 10: 1.18B parameters, 225M of them active with one embedding matrix.
+    assert counts["total_without_embeddings"] == pytest.approx(1.18e9, rel=0.01)
+    assert counts["active_one_embedding"] == pytest.approx(225e6, rel=0.01)
+
+
+def test_every_parameter_is_listed_with_its_group() -> None:
+    listed = {p.path: p for p in inspected("tiny").parameters}
+    values = listed["store/values"]
+    assert (values.shape, values.dtype, values.group) == ((4 * 64 * 64, 48), "float32", "values")
+    assert listed["model/memory/keys"].group == "keys"
+    assert listed["model/embedding"].group == "embeddings"
+    buffers = {path for path, p in listed.items() if p.group == "(buffer)"}
+    assert buffers == {path for path in listed if path.startswith("buffers/")} != set()
+
+
+def test_every_field_of_the_base_configuration_is_explained() -> None:
+    """Each has a comment of its own, or stands in the group below a comment."""
+    lines = [line.strip() for line in (CONFIGS_DIR / "base.py").read_text().splitlines()]
+    in_group = False
+    for line in lines[lines.index("config = ConfigDict()") + 1 : lines.index("return config")]:
+        commented = "# " in line
+        if not line or line.endswith("= ConfigDict()"):
+            in_group = False
+        elif line.startswith("#") or "= ConfigDict()  #" in line:
+            in_group = True
+        else:
+            assert commented or in_group, f"neither unit nor source nor meaning: {line}"
+            in_group = in_group and not commented
+
+
+def test_loading_configurations_imports_no_jax() -> None:
+    imports = "; ".join(f"import configs.{name}" for name in NAMES)
+    loads = "; ".join(f"from_config_dict(configs.{name}.get_config())" for name in NAMES)
+    program = (
+        f"import sys; {imports}; from umv2.config import from_config_dict; {loads};"
+        " heavy = {'jax', 'flax', 'numpy', 'optax', 'orbax'} & set(sys.modules);"
+        " sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=CONFIGS_DIR.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
