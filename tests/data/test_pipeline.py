@@ -80,15 +80,27 @@ def test_an_epoch_predicts_every_token_but_the_tail_once(
     corpus = make_corpus(THREE_DOCUMENTS)  # 9 targets: two windows of four, one token dropped
     documents = [[*document, END] for document in THREE_DOCUMENTS]
     orders = {tuple(itertools.chain(*order))[:8] for order in itertools.permutations(documents)}
-    seen = set()
+    seen, first_windows = set(), set()
     for epoch in range(20):
         (batch,) = take(corpus, config, 1, batch_size=2, start_step=epoch)
-        assert batch.inputs[0, 0] == END
-        assert batch.inputs[1, 0] == batch.targets[0, -1], "windows share one token"
         assert batch.weights.all()
-        seen.add(tuple(batch.targets.ravel().tolist()))
-    assert seen <= orders
-    assert len(seen) == len(orders), "20 epochs show all 6 orders"
+        for first, second in ((0, 1), (1, 0)):  # the windows are shuffled
+            stream = tuple(batch.targets[[first, second]].ravel().tolist())
+            if batch.inputs[first, 0] == END and stream in orders:
+                assert batch.inputs[second, 0] == batch.targets[first, -1], "one token is shared"
+                seen.add(stream)
+                first_windows.add(first)
+                break
+        else:
+            pytest.fail(f"not an epoch: {batch.targets.tolist()}")
+    assert seen == orders, "20 epochs show all 6 orders of the documents"
+    assert first_windows == {0, 1}, "and both orders of the windows"
+
+
+def test_a_batch_is_not_one_document(make_corpus: MakeCorpus, config: DataConfig) -> None:
+    corpus = make_corpus([[number] * 400 for number in range(1, 11)])  # 100 windows each
+    (batch,) = take(corpus, config, 1, batch_size=8)
+    assert len(set(batch.targets[:, 1].tolist())) > 2
 
 
 @given(
