@@ -27,6 +27,8 @@ from umv2.model.transformer import ModelStats
 
 METRICS_FILE = "metrics.jsonl"
 
+Record = Mapping[str, int | float]
+
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets; the first name found in
 # `device_kind` counts. A TPU7x chip is two devices.
 PEAK_FLOPS = (
@@ -56,7 +58,7 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, config: Config, *, first_step: int):
-        self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
+        self._sinks: list[Callable[[int, Record], None]] = []
         self._open = contextlib.ExitStack()
         if jax.process_index() != 0:
             return
@@ -73,7 +75,7 @@ class MetricWriter:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def write(self, step: int, record: Mapping[str, float]) -> None:
+    def write(self, step: int, record: Record) -> None:
         """Adds a record of what was seen after `step` steps."""
         for sink in self._sinks:
             sink(step, record)
@@ -86,7 +88,7 @@ class MetricWriter:
         _drop_later_records(path, first_step)
         file = self._open.enter_context(path.open("a"))
 
-        def write(step: int, record: Mapping[str, float]) -> None:
+        def write(step: int, record: Record) -> None:
             finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
             json.dump({"step": step, "wall_time": time.time(), **finite}, file, allow_nan=False)
             file.write("\n")
@@ -98,7 +100,7 @@ class MetricWriter:
         writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1)
         self._open.callback(writer.close)
 
-        def write(step: int, record: Mapping[str, float]) -> None:
+        def write(step: int, record: Record) -> None:
             for key, value in record.items():
                 writer.add_scalar(key, value, step)
 

@@ -271,12 +271,13 @@ def _over_microbatches(stacked: ModelStats) -> ModelStats:
 def _reported(stats: ModelStats, config: Config) -> ModelStats:
     """Leaves out what nobody reads, so that XLA does not compute it.
 
-    The state accumulates row hits; a balance loss with coefficient 0 costs a softmax over all keys.
+    The state accumulates row hits; a balance loss with coefficient 0 costs a softmax over all keys,
+    and is reported as 0.
     """
     assert stats.memory is not None
     memory = dataclasses.replace(stats.memory, row_hits=stats.memory.row_hits[:, :0])
     if config.loss.balance_loss == 0:
-        memory = dataclasses.replace(memory, balance_loss=memory.balance_loss[:0])
+        memory = dataclasses.replace(memory, balance_loss=jnp.zeros_like(memory.balance_loss))
     return dataclasses.replace(stats, memory=memory)
 
 
