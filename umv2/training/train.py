@@ -1,5 +1,6 @@
 """Training: one optimizer step as a pure function, and the loop around it."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -171,6 +172,7 @@ def _run(
         log_interval_steps=train_config.log_interval_steps,
     )
     with (
+        contextlib.closing(batches),
         metrics.MetricWriter(workdir, config, first_step=first_step) as writer,
         progress,
         _TerminationSignal() as termination,
@@ -184,7 +186,9 @@ def _run(
                 _report(*pending, progress, workdir)
             pending = (step, step_metrics)
 
-            last = step == train_config.num_steps or termination.received
+            # Read once a step: a signal that comes later is for the next, which saves.
+            stopping = termination.received
+            last = stopping or step == train_config.num_steps
             if step % train_config.log_interval_steps == 0 or last:
                 loss = _report(*pending, progress, workdir)
                 pending = None
@@ -215,7 +219,7 @@ def _run(
                     _report(*pending, progress, workdir)
                     pending = None
                 checkpointer.save(step, state)
-            if termination.received:
+            if stopping:
                 checkpointer.wait()
                 logging.info("stopped by SIGTERM after step %d; the state is saved", step)
                 break
