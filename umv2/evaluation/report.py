@@ -69,7 +69,7 @@ def plot_loss(metrics_file: Path, image: Path, compressors: dict[str, float]) ->
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    training = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
     held_out = [
         (r["tokens"], r["held_out_bits_per_byte"])
         for r in records
