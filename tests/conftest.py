@@ -11,10 +11,15 @@ if _DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import jax
 import pytest
+
+if TYPE_CHECKING:
+    from tests.tiny_run import Run
 
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -40,3 +45,25 @@ def x64() -> Iterator[None]:
     """Lets a test use float64 and int64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Run]":
+    """The tiny run of 12 steps, uninterrupted, with a checkpoint every third step.
+
+    Its tests compile each program once, in all processes. Copy the folder before changing it.
+    """
+    # Here, so that tests of kernels run where only jax is installed.
+    from tests import tiny_run
+    from umv2.training.train import train
+
+    workdir = tmp_path_factory.mktemp("finished")
+    paths = tiny_run.write_text(tmp_path_factory.mktemp("text"))
+    config = tiny_run.tiny_config(paths)
+    session = tmp_path_factory.getbasetemp()
+    session = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
+    cache = Path(jax.config.jax_compilation_cache_dir or session / "compiled")
+    with tiny_run.quick_compilation(cache):
+        with tiny_run.compilations() as compiled:
+            train(config, workdir)
+        yield tiny_run.Run(workdir, paths, config, cache, tuple(compiled))

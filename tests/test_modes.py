@@ -1,0 +1,45 @@
+"""Evaluation and generation from the checkpoints of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_run
+from tests.tiny_run import Run
+from umv2 import modes
+from umv2.config import ConfigError
+from umv2.schema import UserError
+
+
+def test_evaluation_repeats_the_held_out_loss_of_the_run(finished: Run) -> None:
+    report = modes.evaluate(None, finished.workdir)
+    last = json.loads((finished.workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert report.step == last["step"] == 12
+    assert report.held_out.loss_nats_per_token == pytest.approx(last["held_out_loss"], rel=1e-6)
+    assert report.held_out.bits_per_byte == pytest.approx(last["held_out_bits_per_byte"], rel=1e-6)
+    saved = json.loads((finished.workdir / "evaluation.json").read_text())
+    assert saved == report.metrics()
+    assert (finished.workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generation_continues_the_prompt_and_repeats_itself(finished: Run) -> None:
+    first, again = ("".join(modes.generate(None, finished.workdir, "Doc")) for _ in range(2))
+    assert first.startswith("Doc")
+    assert len(first) > len("Doc")
+    assert first == again
+
+
+def test_another_model_than_the_run_is_refused(finished: Run) -> None:
+    other = tiny_run.tiny_config(finished.paths, model__ffn_size=32)
+    for mode in (
+        lambda: modes.evaluate(other, finished.workdir),
+        lambda: list(modes.generate(other, finished.workdir, "Doc")),
+    ):
+        with pytest.raises(ConfigError, match=r"model\.ffn_size: 16 -> 32"):
+            mode()
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path)):
+        modes.evaluate(None, tmp_path)
