@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
     """Dispatches on --mode."""
     if len(argv) > 1:
         raise ConfigError(f"{argv[1]}: unexpected argument; options are written --name=value")
-    # The library is imported only now, so that --help and a misspelt flag answer at once.
+    config = _load_config()
+    # JAX is imported only now, so that --help and a mistake in the configuration answer at once.
     from umv2 import modes
 
-    config = _load_config()
     match _MODE.value:
         case "train":
             modes.train(_needed(config), _workdir())
