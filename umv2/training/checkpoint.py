@@ -237,8 +237,8 @@ def _open_to_read(directory: Path) -> ocp.CheckpointManager:
 
 
 def _is_no_chatter(record: std_logging.LogRecord) -> bool:
-    """Keeps what orbax logs on every save and restore from the terminal."""
-    return record.levelno >= std_logging.WARNING or "/orbax/" not in record.pathname
+    """Keeps from the terminal what orbax says of every save and restore; damage is told here."""
+    return record.levelno >= std_logging.ERROR or "/orbax/" not in record.pathname
 
 
 @contextlib.contextmanager
