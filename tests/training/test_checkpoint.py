@@ -384,7 +384,8 @@ def test_reading_a_run_changes_nothing_in_its_folder(
     directory, config, _ = trained
     copy = Path(shutil.copytree(directory, tmp_path / "copy"))
     shutil.copytree(copy / "4", copy / "5")
-    overwrite(data_file(copy / "5"))
+    for file in files_of(copy / "5" / "state"):  # the largest may hold the optimizer alone
+        overwrite(file)
     (copy / "6.orbax-checkpoint-tmp").mkdir()
     before = sorted(copy.rglob("*"))
     assert checkpoint.restore_for_inference(copy, config).step == 4
