@@ -22,7 +22,7 @@ help:  ## list the targets
 train: $(stamp)  ## train the tiny model on this Python's standard library, or resume it
 	$(python) main.py --config=configs/tiny.py --workdir=runs/tiny $(ARGS)
 	$(python) main.py --workdir=runs/tiny --mode=evaluate
-	$(python) main.py --workdir=runs/tiny --mode=generate --prompt="def "
+	$(python) main.py --workdir=runs/tiny --mode=generate --prompt='"""Return '
 
 test: $(stamp)  ## run the tests that are not marked slow
 	$(pytest) -m "not slow" $(ARGS)

@@ -2,7 +2,7 @@
 
     make train
 
-Under 3 minutes on 2 CPU cores.
+Under 3 minutes of training on 2 CPU cores; 2.24 bits per byte on held-out text.
 """
 
 from ml_collections import ConfigDict
