@@ -1,9 +1,8 @@
 import dataclasses
 import io
 import json
-import logging as std_logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 from jax.sharding import AxisType, PartitionSpec
 
 from configs import base
@@ -102,19 +100,6 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(two_saved: Path, tmp_path: Path) -> Path:
     """Checkpoints of steps 1 and 2, to damage."""
     return Path(shutil.copytree(two_saved, tmp_path / "checkpoints"))
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """What is logged."""
-    stream = io.StringIO()
-    handler = std_logging.StreamHandler(stream)
-    logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()
-    logger.addHandler(handler)
-    logging.set_verbosity(logging.INFO)
-    yield stream
-    logging.set_verbosity(verbosity)
-    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("dense", [False, True])

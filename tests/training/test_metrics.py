@@ -1,11 +1,9 @@
 import functools
 import io
 import json
-import logging as std_logging
 import math
 import sys
 import types as python_types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +38,6 @@ def layer_stats(**values: list[float]) -> types.LayerStats:
     given = {name: jnp.asarray(value) for name, value in values.items()}
     fields = dict.fromkeys(["balance_loss", "output_variance", "top_score", "last_score"], zeros)
     return types.LayerStats(**(fields | given), row_hits=jnp.zeros((2, 0), jnp.int32))
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """What is logged."""
-    stream = io.StringIO()
-    handler = std_logging.StreamHandler(stream)
-    logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()
-    logger.addHandler(handler)
-    logging.set_verbosity(logging.INFO)
-    yield stream
-    logging.set_verbosity(verbosity)
-    logger.removeHandler(handler)
 
 
 class Clock:

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int
 from umv2.types import struct
 
 QueryLayout = Literal["per_rank", "shared", "released"]
-Scoring = Literal["tucker", "sum"]
 
 
 @struct
