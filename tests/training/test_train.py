@@ -184,11 +184,11 @@ def test_the_curve_after_a_signal_is_that_without(
     )
     assert ended.returncode == code, ended.stderr
     assert saved_steps(workdir) in saved  # it may die before step 6 is on disk
-    assert max(loss_curve(workdir)) == max(8, *saved[-1])
+    assert max(loss_curve(workdir)) == 8  # SIGTERM writes no record of its own
     assert ("the state is saved" in ended.stderr) == (name == "SIGTERM")
     training.train(finished.config, workdir)
     expected = loss_curve(finished.workdir)
-    assert {step: loss for step, loss in loss_curve(workdir).items() if step % 2 == 0} == expected
+    assert loss_curve(workdir) == expected
     resumed, whole = (
         saved_state(finished.config, folder) for folder in (workdir, finished.workdir)
     )

@@ -113,8 +113,8 @@ def make_train_step(
 def train(config: Config, workdir: Path) -> None:
     """Trains to `train.num_steps`, or goes on from the newest good checkpoint in `workdir`.
 
-    Writes checkpoints, `config.json`, `metrics.jsonl` and TensorBoard events there. SIGTERM saves
-    and returns.
+    Writes checkpoints, which hold the configuration, `metrics.jsonl` and TensorBoard events there.
+    SIGTERM saves and returns.
 
     Raises:
       ConfigError: the model and the data do not fit, or the checkpoint has another configuration.
@@ -188,7 +188,7 @@ def _run(
 
             # Read once a step: a signal that comes later is for the next, which saves.
             stopping = termination.received
-            last = stopping or step == train_config.num_steps
+            last = step == train_config.num_steps
             if step % train_config.log_interval_steps == 0 or last:
                 loss = _report(*pending, progress, workdir)
                 pending = None
@@ -214,7 +214,8 @@ def _run(
                     )
                 writer.write(step, {"tokens": step * tokens_per_step, **held_out.metrics()})
                 logging.info("step %d: held-out %s", step, held_out)
-            if step % train_config.checkpoint_interval_steps == 0 or last:
+            # After SIGTERM there is time to save and for nothing else.
+            if step % train_config.checkpoint_interval_steps == 0 or last or stopping:
                 if pending is not None:  # only states that are known to be finite are saved
                     _report(*pending, progress, workdir)
                     pending = None
