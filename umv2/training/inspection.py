@@ -45,7 +45,7 @@ class Inspection:
         return {
             "config": to_dict(self.config),
             "parameters": [dataclasses.asdict(parameter) for parameter in self.parameters],
-            "counts": self._counts(),
+            "counts": self.counts.as_dict(),
             "forward_flops_per_token": self.flops_per_token,
         }
 
@@ -56,20 +56,12 @@ class Inspection:
             shape = " x ".join(map(str, p.shape)) or "scalar"
             rows.append((p.path, shape, p.dtype, p.sharding, p.group, f"{p.size:,}"))
         counts = [("count", "parameters")]
-        counts += [(name, f"{value:,}") for name, value in self._counts().items()]
+        counts += [(name, f"{value:,}") for name, value in self.counts.as_dict().items()]
         flops = [("forward pass", "MFLOP/token")]
         flops += [(name, f"{value / 1e6:,.3f}") for name, value in self.flops_per_token.items()]
         config = _lines(to_dict(self.config))
         tables = [_table(rows), _table(counts), _table(flops)]
         return "\n\n".join(["\n".join(config), *tables])
-
-    def _counts(self) -> dict[str, int]:
-        counts = dataclasses.asdict(self.counts)
-        for name in ("active", "active_without_embeddings", "total", "total_without_embeddings"):
-            counts[name] = getattr(self.counts, name)
-        # Papers differ; this is UltraMemV2's way (Table 10).
-        counts["active_one_embedding"] = counts["active"] - self.counts.head
-        return counts
 
 
 def inspect(config: Config) -> Inspection:
