@@ -171,7 +171,7 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[s
     """Returns FLOPs of a forward pass for one token by part, averaged over a causal sequence.
 
     That of prefill, but that prefill needs no head; a third of that of training. Parts as in
-    `ParameterCounts`; those that the model lacks are absent.
+    `ParameterCounts`; those that the model lacks are 0.
     """
     # Position t of 1..T sees t positions: (T + 1) / 2 on average.
     return _flops_per_token(config, (sequence_length + 1) / 2)
@@ -192,7 +192,7 @@ def _flops_per_token(config: ModelConfig, context_length: float) -> dict[str, fl
     num_sparse = len(config.placements)
     # Scores and weighted sum: a multiply-add each for every position and entry of the query.
     attended = config.num_layers * 4 * config.hidden_size * context_length
-    flops = {
+    return {
         "attention": 2.0 * counts.attention + attended,
         "ffn": 2.0 * counts.ffn,
         "sparse_projections": 2.0 * num_sparse * sparse.matrices,
@@ -200,7 +200,6 @@ def _flops_per_token(config: ModelConfig, context_length: float) -> dict[str, fl
         "sparse_values": 2.0 * counts.selected,
         "head": 2.0 * config.vocab_size * config.hidden_size,
     }
-    return {part: value for part, value in flops.items() if value}
 
 
 def training_flops_per_token(config: Config) -> float:

@@ -1,0 +1,228 @@
+"""Configurations side by side: parameters, FLOPs, bytes of a decode step, memory of training."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umv2.config import Config
+from umv2.cost import accounting, traffic
+
+BATCH_SIZES = (1, 8, 64, 512)
+# Of the curves: every power of two.
+PLOTTED_BATCH_SIZES = tuple(2**power for power in range(10))
+
+# What a table shows where a configuration has no such part.
+_ABSENT = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of one configuration; bytes read per decode step by batch size."""
+
+    parameters: accounting.ParameterCounts
+    prefill_flops: dict[str, float]
+    decode_flops: dict[str, float]
+    training_flops: float
+    decode_bytes: dict[int, traffic.DecodeBytes]
+    cache_bytes: float
+    training_memory: accounting.TrainingMemory
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON; all bytes are bytes, FLOPs are of one token."""
+        return {
+            "parameters": self.parameters.as_dict(),
+            "prefill_flops_per_token": _with_total(self.prefill_flops),
+            "decode_flops_per_token": _with_total(self.decode_flops),
+            "training_flops_per_token": self.training_flops,
+            "decode_bytes_per_step": {
+                str(batch_size): bytes_read.as_dict()
+                for batch_size, bytes_read in self.decode_bytes.items()
+                if batch_size in BATCH_SIZES
+            },
+            "cache_bytes_per_sequence": self.cache_bytes,
+            "training_bytes": self.training_memory.as_dict(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class CostReport:
+    """Costs by the names of configurations, all at one context length (tokens)."""
+
+    costs: dict[str, Cost]
+    context_length: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        return {
+            "context_length": self.context_length,
+            "configs": {name: cost.as_dict() for name, cost in self.costs.items()},
+        }
+
+    def as_json(self) -> str:
+        """Returns `as_dict` as text."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def as_text(self) -> str:
+        """Returns one table: a row a quantity, a column a configuration.
+
+        Below bytes of a decode step stand ratios to the first configuration.
+        """
+        context = self.context_length
+        rows = [("", *self.costs)]
+        rows += self._section("parameters", lambda cost: cost["parameters"], _count)
+        rows += self._section(
+            f"prefill, MFLOP/token, {context:,} tokens",
+            lambda cost: cost["prefill_flops_per_token"],
+            _millions,
+        )
+        rows += self._section(
+            f"decode, MFLOP/token, context {context:,}",
+            lambda cost: cost["decode_flops_per_token"],
+            _millions,
+        )
+        rows += self._section(
+            "training, MFLOP/token",
+            lambda cost: {"total": cost["training_flops_per_token"]},
+            _millions,
+        )
+        for batch_size in BATCH_SIZES:
+            key = str(batch_size)
+            rows += self._section(
+                f"read per decode step, MB, batch {batch_size}, context {context:,}",
+                lambda cost, key=key: cost["decode_bytes_per_step"][key],
+                _millions,
+            )
+            for sum_name in ("without_cache", "total"):
+                rows += self._ratios(batch_size, sum_name)
+        rows += self._section(
+            "key-value cache, MB",
+            lambda cost: {f"a sequence of {context:,}": cost["cache_bytes_per_sequence"]},
+            _millions,
+        )
+        rows += self._section("training, MB", lambda cost: cost["training_bytes"], _millions)
+        return _lined_up(rows)
+
+    def draw(self, path: Path) -> None:
+        """Draws bytes read per decode step over the batch, and their ratios to the first, as PNG.
+
+        Solid: weights, rows and experts; dashed: with the key-value cache.
+        """
+        from matplotlib.figure import Figure
+
+        compared = len(self.costs) > 1
+        figure = Figure(figsize=(12 if compared else 7, 5), layout="constrained")
+        panels = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
+        first = next(iter(self.costs.values()))
+        for index, (name, cost) in enumerate(self.costs.items()):
+            for attribute, line in (("without_cache", "-"), ("total", "--")):
+                curve = _curve(cost, attribute)
+                style: dict[str, Any] = {"color": f"C{index}", "linestyle": line}
+                label = name if attribute == "without_cache" else None
+                gigabytes = [value / 1e9 for value in curve]
+                panels[0].plot(PLOTTED_BATCH_SIZES, gigabytes, label=label, **style)
+                if compared:
+                    ratios = [a / b for a, b in zip(curve, _curve(first, attribute), strict=True)]
+                    panels[1].plot(PLOTTED_BATCH_SIZES, ratios, label=label, **style)
+        panels[0].set(ylabel="GB read per decode step", yscale="log")
+        if compared:
+            panels[1].set(ylabel=f"ratio to {next(iter(self.costs))}")
+            panels[1].set_ylim(0, None)
+        for axes in panels:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(PLOTTED_BATCH_SIZES, [str(size) for size in PLOTTED_BATCH_SIZES])
+            axes.set_xlabel("batch (sequences)")
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(
+            f"dashed: with the key-value cache, {self.context_length:,} positions a sequence"
+        )
+        figure.savefig(path, dpi=120, format="png")
+
+    def _section(
+        self,
+        title: str,
+        part: Callable[[dict[str, Any]], dict[str, float]],
+        text: Callable[[float], str],
+    ) -> list[tuple[str, ...]]:
+        """Returns a heading and a row for every part that any configuration has."""
+        columns = [part(cost.as_dict()) for cost in self.costs.values()]
+        blank = [""] * len(columns)
+        rows = [("", *blank), (title, *blank)]
+        for name in columns[0]:
+            values = [column[name] for column in columns]
+            if any(values):
+                cells = [text(value) if value else _ABSENT for value in values]
+                rows.append(("  " + name.replace("_", " "), *cells))
+        return rows
+
+    def _ratios(self, batch_size: int, sum_name: str) -> list[tuple[str, ...]]:
+        if len(self.costs) == 1:
+            return []
+        sums = [getattr(cost.decode_bytes[batch_size], sum_name) for cost in self.costs.values()]
+        name = f"  {sum_name.replace('_', ' ')}, ratio"
+        return [(name, *(f"{value / sums[0]:.3f}" for value in sums))]
+
+
+def cost_report(
+    named_configs: Mapping[str, Config], *, context_length: int | None = None
+) -> CostReport:
+    """Counts what each configuration costs, all at one context length.
+
+    Args:
+      named_configs: by the names that the report gives them; ratios are to the first.
+      context_length: tokens of prefill, and positions that a decode step attends to; None: the
+        longest `data.sequence_length` among the configurations.
+
+    Raises:
+      ValueError: no configuration.
+    """
+    if not named_configs:
+        raise ValueError("named_configs is empty: a report needs at least one configuration")
+    if context_length is None:
+        context_length = max(config.data.sequence_length for config in named_configs.values())
+    costs = {name: _cost(config, context_length) for name, config in named_configs.items()}
+    return CostReport(costs=costs, context_length=context_length)
+
+
+def _cost(config: Config, context_length: int) -> Cost:
+    model = config.model
+    batch_sizes = sorted({*BATCH_SIZES, *PLOTTED_BATCH_SIZES})
+    return Cost(
+        parameters=accounting.parameter_counts(model),
+        prefill_flops=accounting.forward_flops_per_token(model, context_length),
+        decode_flops=accounting.decode_flops_per_token(model, context_length),
+        training_flops=accounting.training_flops_per_token(config),
+        decode_bytes={
+            size: traffic.decode_bytes(model, size, context_length) for size in batch_sizes
+        },
+        cache_bytes=traffic.cache_bytes(model, 1, context_length),
+        training_memory=accounting.training_memory(model),
+    )
+
+
+def _curve(cost: Cost, sum_name: str) -> list[float]:
+    return [getattr(cost.decode_bytes[size], sum_name) for size in PLOTTED_BATCH_SIZES]
+
+
+def _with_total(parts: dict[str, float]) -> dict[str, float]:
+    return parts | {"total": sum(parts.values())}
+
+
+def _count(value: float) -> str:
+    return f"{value:,}"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.3f}"
+
+
+def _lined_up(rows: Sequence[tuple[str, ...]]) -> str:
+    """Lines up columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join(lines)
