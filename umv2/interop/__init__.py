@@ -1,0 +1,1 @@
+"""Models in other formats: our own safetensors, Hugging Face OLMoE, published UltraMem."""

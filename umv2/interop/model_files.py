@@ -1,0 +1,96 @@
+"""Models of any family as safetensors, under the names of our parameters, with their configuration.
+
+`model/...` are parameters, `store/...` value tables, `buffers/...` saved state that no gradient
+reaches; all as the train state has them. `config.json` holds the whole resolved configuration.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from umv2.config import Config, ModelConfig, from_config_dict, to_dict
+from umv2.interop.tensor_files import (
+    CONFIG,
+    MAX_SHARD_BYTES,
+    InteropError,
+    TensorFolder,
+    read_json,
+    write_folder,
+)
+from umv2.schema import ConfigError
+from umv2.training.checkpoint import Restored
+from umv2.training.state import create_model, split_model
+
+FORMAT, FORMAT_VERSION = "umv2", 1
+# Where the parts of a model stand in the names of its tensors.
+PREFIXES = {"params": "model", "store": "store", "buffers": "buffers"}
+
+
+def export_model(
+    folder: Path, config: Config, model: Restored, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes a model of any family, in its own dtypes.
+
+    Raises:
+      InteropError: the folder is in use, or cannot be written.
+    """
+    parts = {"params": model.params, "store": model.store, "buffers": model.buffers}
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": model.step,
+        "config": to_dict(config),
+    }
+    tensors = {name: np.asarray(leaf) for name, leaf in named_tensors(parts).items()}
+    write_folder(folder, description, tensors, max_shard_bytes=max_shard_bytes)
+
+
+def load_model(folder: Path) -> tuple[Config, Restored]:
+    """Returns what `export_model` wrote: the configuration, and the model in host memory.
+
+    Raises:
+      InteropError: the folder holds something else, or tensors that are not of its configuration.
+    """
+    path = folder / CONFIG
+    description = read_json(path)
+    for key, value in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
+        if description.get(key) != value:
+            raise InteropError(f"{path}: {key}={description.get(key)!r}: must be {value!r}")
+    try:
+        config = from_config_dict(description.get("config", {}))
+    except ConfigError as error:
+        raise InteropError(f"{path}: config.{error}") from error
+    step = description.get("step")
+    if type(step) is not int:
+        raise InteropError(f"{path}: step={step!r}: must be an integer")
+    abstract = abstract_model(config.model)
+    wanted, tensors = named_tensors(abstract), TensorFolder(folder)
+    tensors.check(
+        {name: leaf.shape for name, leaf in wanted.items()},
+        {name: (str(leaf.dtype),) for name, leaf in wanted.items()},
+    )
+    arrays = dict(tensors)
+    leaves = [arrays[name] for name in wanted]
+    return config, Restored(step=step, **jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+
+
+def abstract_model(config: ModelConfig) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a model's params, store and buffers without its arrays."""
+
+    def create() -> dict[str, Any]:
+        model, store = create_model(config, jax.random.key(0))
+        _, params, buffers = split_model(model)
+        return {"params": params, "store": store, "buffers": buffers}
+
+    return jax.eval_shape(create)
+
+
+def named_tensors(parts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of params, store and buffers under their names in files."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
+        part, _, name = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
+        named[f"{PREFIXES[part]}/{name}"] = leaf
+    return named
