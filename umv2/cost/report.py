@@ -19,8 +19,9 @@ _ABSENT = "-"
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one configuration; bytes read per decode step by batch size."""
+    """Cost of one configuration; bytes read per decode step by batch size, in `compute_dtype`."""
 
+    compute_dtype: str
     parameters: accounting.ParameterCounts
     prefill_flops: dict[str, float]
     decode_flops: dict[str, float]
@@ -32,6 +33,7 @@ class Cost:
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON; all bytes are bytes, FLOPs are of one token."""
         return {
+            "compute_dtype": self.compute_dtype,
             "parameters": self.parameters.as_dict(),
             "prefill_flops_per_token": _with_total(self.prefill_flops),
             "decode_flops_per_token": _with_total(self.decode_flops),
@@ -69,39 +71,34 @@ class CostReport:
 
         Below bytes of a decode step stand ratios to the first configuration.
         """
-        context = self.context_length
-        rows = [("", *self.costs)]
-        rows += self._section("parameters", lambda cost: cost["parameters"], _count)
-        rows += self._section(
-            f"prefill, MFLOP/token, {context:,} tokens",
-            lambda cost: cost["prefill_flops_per_token"],
-            _millions,
-        )
-        rows += self._section(
-            f"decode, MFLOP/token, context {context:,}",
-            lambda cost: cost["decode_flops_per_token"],
-            _millions,
-        )
-        rows += self._section(
-            "training, MFLOP/token",
-            lambda cost: {"total": cost["training_flops_per_token"]},
-            _millions,
-        )
-        for batch_size in BATCH_SIZES:
-            key = str(batch_size)
-            rows += self._section(
-                f"read per decode step, MB, batch {batch_size}, context {context:,}",
-                lambda cost, key=key: cost["decode_bytes_per_step"][key],
-                _millions,
-            )
-            for sum_name in ("without_cache", "total"):
-                rows += self._ratios(batch_size, sum_name)
-        rows += self._section(
-            "key-value cache, MB",
-            lambda cost: {f"a sequence of {context:,}": cost["cache_bytes_per_sequence"]},
-            _millions,
-        )
-        rows += self._section("training, MB", lambda cost: cost["training_bytes"], _millions)
+        context = f"{self.context_length:,}"
+        costs = [cost.as_dict() for cost in self.costs.values()]
+        rows = [("", *self.costs), ("compute dtype", *(cost["compute_dtype"] for cost in costs))]
+
+        def section(title: str, columns: list[dict[str, Any]], text: Callable[[Any], str]) -> None:
+            blank = [""] * len(columns)
+            rows.extend([("", *blank), (title, *blank)])
+            for name in columns[0]:
+                values = [column[name] for column in columns]
+                if any(values):
+                    cells = [text(value) if value else _ABSENT for value in values]
+                    rows.append(("  " + name.replace("_", " "), *cells))
+
+        section("parameters", [cost["parameters"] for cost in costs], "{:,}".format)
+        for name, title in (
+            ("prefill_flops_per_token", f"prefill, MFLOP/token, {context} tokens"),
+            ("decode_flops_per_token", f"decode, MFLOP/token, context {context}"),
+        ):
+            section(title, [cost[name] for cost in costs], _millions)
+        training = [{"total": cost["training_flops_per_token"]} for cost in costs]
+        section("training, MFLOP/token", training, _millions)
+        for size in BATCH_SIZES:
+            title = f"read per decode step, MB, batch {size}, context {context}"
+            section(title, [cost["decode_bytes_per_step"][str(size)] for cost in costs], _millions)
+            rows += self._ratios(size)
+        cache = [{f"a sequence of {context}": cost["cache_bytes_per_sequence"]} for cost in costs]
+        section("key-value cache, MB", cache, _millions)
+        section("training, MB", [cost["training_bytes"] for cost in costs], _millions)
         return _lined_up(rows)
 
     def draw(self, path: Path) -> None:
@@ -140,29 +137,17 @@ class CostReport:
         )
         figure.savefig(path, dpi=120, format="png")
 
-    def _section(
-        self,
-        title: str,
-        part: Callable[[dict[str, Any]], dict[str, float]],
-        text: Callable[[float], str],
-    ) -> list[tuple[str, ...]]:
-        """Returns a heading and a row for every part that any configuration has."""
-        columns = [part(cost.as_dict()) for cost in self.costs.values()]
-        blank = [""] * len(columns)
-        rows = [("", *blank), (title, *blank)]
-        for name in columns[0]:
-            values = [column[name] for column in columns]
-            if any(values):
-                cells = [text(value) if value else _ABSENT for value in values]
-                rows.append(("  " + name.replace("_", " "), *cells))
-        return rows
-
-    def _ratios(self, batch_size: int, sum_name: str) -> list[tuple[str, ...]]:
+    def _ratios(self, batch_size: int) -> list[tuple[str, ...]]:
         if len(self.costs) == 1:
             return []
-        sums = [getattr(cost.decode_bytes[batch_size], sum_name) for cost in self.costs.values()]
-        name = f"  {sum_name.replace('_', ' ')}, ratio"
-        return [(name, *(f"{value / sums[0]:.3f}" for value in sums))]
+        rows = []
+        for sum_name in ("without_cache", "total"):
+            sums = [
+                getattr(cost.decode_bytes[batch_size], sum_name) for cost in self.costs.values()
+            ]
+            name = f"  {sum_name.replace('_', ' ')}, ratio"
+            rows.append((name, *(f"{value / sums[0]:.3f}" for value in sums)))
+        return rows
 
 
 def cost_report(
@@ -190,6 +175,7 @@ def _cost(config: Config, context_length: int) -> Cost:
     model = config.model
     batch_sizes = sorted({*BATCH_SIZES, *PLOTTED_BATCH_SIZES})
     return Cost(
+        compute_dtype=model.compute_dtype,
         parameters=accounting.parameter_counts(model),
         prefill_flops=accounting.forward_flops_per_token(model, context_length),
         decode_flops=accounting.decode_flops_per_token(model, context_length),
@@ -208,10 +194,6 @@ def _curve(cost: Cost, sum_name: str) -> list[float]:
 
 def _with_total(parts: dict[str, float]) -> dict[str, float]:
     return parts | {"total": sum(parts.values())}
-
-
-def _count(value: float) -> str:
-    return f"{value:,}"
 
 
 def _millions(value: float) -> str:

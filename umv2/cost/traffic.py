@@ -88,11 +88,10 @@ def decode_bytes(
     match config.family:
         case "memory":
             memory = config.memory
-            rows = batch_size * memory.num_selected
-            # Addresses are distinct however few the rows behind them.
-            if memory.shuffle:
-                buffers = num_sparse * rows * accounting.INT32_BYTES
-            buffers += num_sparse * accounting.core_vector_bytes(config)
+            rows = float(batch_size * memory.num_selected)
+            # Every token looks its addresses up, however few the rows behind them.
+            addresses = rows * accounting.INT32_BYTES if memory.shuffle else 0.0
+            buffers = num_sparse * (addresses + accounting.core_vector_bytes(config))
             if distinct_rows:
                 rows = expected_distinct(
                     memory.num_visible,
