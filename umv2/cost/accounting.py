@@ -170,8 +170,8 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, float]:
     """Returns FLOPs of a forward pass for one token by part, averaged over a causal sequence.
 
-    That of prefill, but that prefill needs no head; a third of that of training. Parts as in
-    `ParameterCounts`; those that the model lacks are 0.
+    A third of training; prefill is all of it but the head. Parts as in `ParameterCounts`; those
+    that the model lacks are 0.
     """
     # Position t of 1..T sees t positions: (T + 1) / 2 on average.
     return _flops_per_token(config, (sequence_length + 1) / 2)

@@ -23,7 +23,7 @@ class Cost:
 
     compute_dtype: str
     parameters: accounting.ParameterCounts
-    prefill_flops: dict[str, float]
+    forward_flops: dict[str, float]
     decode_flops: dict[str, float]
     training_flops: float
     decode_bytes: dict[int, traffic.DecodeBytes]
@@ -35,7 +35,7 @@ class Cost:
         return {
             "compute_dtype": self.compute_dtype,
             "parameters": self.parameters.as_dict(),
-            "prefill_flops_per_token": _with_total(self.prefill_flops),
+            "forward_flops_per_token": _with_total(self.forward_flops),
             "decode_flops_per_token": _with_total(self.decode_flops),
             "training_flops_per_token": self.training_flops,
             "decode_bytes_per_step": {
@@ -86,7 +86,7 @@ class CostReport:
 
         section("parameters", [cost["parameters"] for cost in costs], "{:,}".format)
         for name, title in (
-            ("prefill_flops_per_token", f"prefill, MFLOP/token, {context} tokens"),
+            ("forward_flops_per_token", f"forward pass, MFLOP/token, {context} tokens"),
             ("decode_flops_per_token", f"decode, MFLOP/token, context {context}"),
         ):
             section(title, [cost[name] for cost in costs], _millions)
@@ -157,7 +157,7 @@ def cost_report(
 
     Args:
       named_configs: by the names that the report gives them; ratios are to the first.
-      context_length: tokens of prefill, and positions that a decode step attends to; None: the
+      context_length: tokens of a forward pass, and positions that a decode step attends to; None: the
         longest `data.sequence_length` among the configurations.
 
     Raises:
@@ -177,7 +177,7 @@ def _cost(config: Config, context_length: int) -> Cost:
     return Cost(
         compute_dtype=model.compute_dtype,
         parameters=accounting.parameter_counts(model),
-        prefill_flops=accounting.forward_flops_per_token(model, context_length),
+        forward_flops=accounting.forward_flops_per_token(model, context_length),
         decode_flops=accounting.decode_flops_per_token(model, context_length),
         training_flops=accounting.training_flops_per_token(config),
         decode_bytes={
@@ -196,7 +196,7 @@ def _with_total(parts: dict[str, float]) -> dict[str, float]:
     return parts | {"total": sum(parts.values())}
 
 
-def _millions(value: float) -> str:
+def _millions(value: int | float) -> str:
     return f"{value / 1e6:,.3f}"
 
 
