@@ -157,8 +157,8 @@ def cost_report(
 
     Args:
       named_configs: by the names that the report gives them; ratios are to the first.
-      context_length: tokens of a forward pass, and positions that a decode step attends to; None: the
-        longest `data.sequence_length` among the configurations.
+      context_length: tokens of a forward pass, and positions that a decode step attends to; None:
+        the longest `data.sequence_length` among the configurations.
 
     Raises:
       ValueError: no configuration.
