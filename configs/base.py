@@ -13,13 +13,17 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of the parameters
 
     model = config.model = ConfigDict()
-    model.family = "memory"  # dense: no memory layers | memory: UltraMem, V1 and V2
+    # dense | memory: UltraMem (V1, V2), Memory+, PKM, PEER by their fields | moe: experts in place
+    # of the FFN. configs/families.py says which fields make which family.
+    model.family = "memory"
     model.vocab_size = 264  # bytes and end-of-text, rounded up to a multiple of 8
     model.hidden_size = 256  # h, width of the residual stream
     model.num_layers = 4  # L, transformer blocks
     model.num_heads = 4  # of the attention
     model.num_key_value_heads = 4  # of the attention; fewer than num_heads: grouped queries
-    model.ffn_size = 512  # inner width of the SwiGLU (half of its gate + up width)
+    # Inner width of the SwiGLU (half of its gate + up width); 0: none, for a mixture of experts,
+    # where more is a shared expert.
+    model.ffn_size = 512
     model.tie_embeddings = True  # one matrix for input embedding and output head
     model.rope_theta = 10000.0  # OLMoE
     model.norm_epsilon = 1e-5  # of every RMSNorm, OLMoE
@@ -44,14 +48,25 @@ def get_config() -> ConfigDict:
     memory.top_m = 16  # m, values a token activates in each head
     memory.shortlist = 16  # s, row (column) candidates kept before the grid; paper: min(m, 128)
     memory.scoring = "tucker"  # tucker | sum: additive, as in product-key memory
+    # Of the selected scores: none (V1) | softmax over those of a head (PKM, Memory+, PEER) | relu
+    # of each (PEER without competition)
+    memory.score_activation = "none"
     # per_rank: a query for each Tucker rank (paper, section 4.2.2) | shared: one row and one column
-    # query for all ranks (V1) | released: the layout of the published PyTorch code
+    # query for all ranks and heads (V1) | per_head: a row and a column query for each head (PKM) |
+    # released: the layout of the published PyTorch code
     memory.query = "per_rank"
+    memory.query_norm = "rms"  # rms (V1) | layer: with weight and bias (PKM) | none
+    memory.key_norm = "rms"  # rms (V1) | none (PKM, Memory+, PEER)
     memory.key_expansion = 1  # E, key expansion: E^2 virtual blocks address the same rows
-    memory.projection = "single"  # single (paper, Eq. 12) | per_block: one a virtual block (V1)
+    memory.shuffle = True  # addresses go through a fixed permutation (V1); False: row-major (PKM)
     memory.value_dim = 48  # D_v
     memory.pre_value_dim = 16  # D_p; 0: plain values. Paper, section 4.2.5: D_p : D_v = 1 : 3
-    memory.activation = "none"  # of the pre-score: none (paper, Eq. 15) | gelu | silu | relu
+    memory.pre_projection = True  # W_p; False: pre-values meet the input itself, D_p = h (PEER)
+    memory.activation = "none"  # of the pre-score: none (paper, Eq. 15) | gelu (PEER) | silu | relu
+    # W_v: single (paper, Eq. 12) | per_block: one a virtual block (V1) | none: D_v = h (PKM, PEER)
+    memory.projection = "single"
+    memory.output_gate = "none"  # of the pooled values: none | silu(W_g y) (Memory+)
+    memory.bias = False  # of the projections of query, output and gate
     # Tables that a layer sees: its own, or a window of share_group tables that wraps round (ring),
     # is clipped at the ends (no_ring), or is fixed for share_group layers (block); section 4.2.8.
     memory.sharing = "none"
@@ -60,6 +75,12 @@ def get_config() -> ConfigDict:
     # standard deviation 1, which must misbehave
     memory.initialization = "principled"
     memory.chunk_tokens = 0  # tokens whose rows are fetched at once; 0: chosen by their size
+
+    moe = model.moe = ConfigDict()  # OLMoE, section 2
+    moe.num_experts = 64
+    moe.top_k = 8  # experts a token activates
+    moe.expert_size = 128  # inner width of one expert's SwiGLU; OLMoE: h / 2
+    moe.renormalize = False  # True: the weights of the chosen experts are divided by their sum
 
     data = config.data = ConfigDict()
     data.source = "standard_library"  # | text | array_record | memmap | hugging_face
@@ -109,7 +130,12 @@ def get_config() -> ConfigDict:
     loss.z_loss = 0.0  # mean squared log-partition of the output softmax
     loss.tucker_penalty = 0.0  # alpha, paper Eq. 17 (V1: 0.001)
     loss.tucker_margin = 0.15  # tau, paper Eq. 17
-    loss.balance_loss = 0.0  # beta, paper Eq. 18-20 (arm: 0.001)
+    loss.balance_loss = 0.0  # beta, of memory keys, paper Eq. 18-20 (arm: 0.001)
+    loss.load_balance = 0.0  # of experts; OLMoE: 0.01
+    # layer: the mean of each layer's own loss (OLMoE's training) | model: of all layers' tokens
+    # together (transformers)
+    loss.load_balance_scope = "layer"
+    loss.router_z_loss = 0.0  # mean squared log-partition of the router's softmax; OLMoE: 0.001
 
     train = config.train = ConfigDict()
     train.num_steps = 200  # optimizer steps

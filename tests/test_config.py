@@ -62,18 +62,21 @@ OUT_OF_RANGE = {
         " model.memory.num_cores model.memory.num_heads model.memory.top_m model.memory.shortlist"
         " model.memory.key_expansion model.memory.value_dim model.memory.share_group"
         " model.vocab_size model.hidden_size model.num_layers model.num_heads"
-        " model.num_key_value_heads model.ffn_size data.prefetch_batches train.num_steps"
+        " model.num_key_value_heads model.moe.num_experts model.moe.top_k model.moe.expert_size"
+        " data.prefetch_batches train.num_steps"
         " train.batch_size train.gradient_accumulation train.log_interval_steps"
         " train.evaluation_interval_steps train.checkpoint_interval_steps"
         " train.num_checkpoints_kept evaluation.batch_size generate.max_new_tokens",
     ),
     "must be >= 0": (
         -1,
-        "seed model.memory.pre_value_dim model.memory.chunk_tokens data.num_workers data.seed"
+        "seed model.ffn_size model.memory.pre_value_dim model.memory.chunk_tokens"
+        " data.num_workers data.seed"
         " optimizer.warmup_steps optimizer.decay_start_step optimizer.weight_decay.embeddings"
         " optimizer.weight_decay.norms optimizer.weight_decay.matrices"
         " optimizer.weight_decay.keys optimizer.weight_decay.values loss.z_loss"
-        " loss.tucker_penalty loss.tucker_margin loss.balance_loss generate.temperature"
+        " loss.tucker_penalty loss.tucker_margin loss.balance_loss loss.load_balance"
+        " loss.router_z_loss generate.temperature"
         " generate.top_k generate.seed",
     ),
     "must be > 0": (
@@ -131,6 +134,30 @@ CONTRADICTIONS = [
         r"top_m=17: must be at most shortlist\*\*2 = 16",
     ),
     ({MEMORY + "value_dim": 49}, "value_dim=49: must be a multiple of num_cores = 2"),
+    (
+        {MEMORY + "score_activation": "softmax"},
+        r"score_activation='softmax': needs num_cores = 1 \(it is 2\)",
+    ),
+    (
+        {MEMORY + "pre_projection": False},
+        "pre_projection=False: .* pre_value_dim = 16 must be model.hidden_size = 256",
+    ),
+    (
+        {MEMORY + "projection": "none"},
+        "projection='none': .* value_dim = 48 must be model.hidden_size = 256",
+    ),
+    ({"model.ffn_size": 0}, "model.ffn_size=0: must be >= 1 in family 'memory'"),
+    ({"model.family": "dense", "model.ffn_size": 0}, "model.ffn_size=0: must be >= 1"),
+    (
+        {"model.family": "moe", "model.moe.top_k": 65},
+        "model.moe.top_k=65: must be at most num_experts = 64",
+    ),
+    ({"loss.load_balance": 0.1}, "loss.load_balance=0.1: needs experts, but .* 'memory'"),
+    ({"loss.router_z_loss": 0.1}, "loss.router_z_loss=0.1: needs experts"),
+    (
+        {"model.family": "moe", "loss.balance_loss": 0.1},
+        "loss.balance_loss=0.1: needs memory layers, but model.family is 'moe'",
+    ),
     ({MEMORY + "scoring": "sum"}, "scoring='sum': .* tucker_rank = 1 and num_cores = 1"),
     (
         {MEMORY + "scoring": "sum", MEMORY + "tucker_rank": 1},

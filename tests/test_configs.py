@@ -30,8 +30,8 @@ PARTS = {
     "attention": r"model/blocks/attention/(query|key|value|output)",
     "ffn": r"model/blocks/ffn/(gate|up|down)",
     "norms": r"model/(final_norm|blocks/(\w+/)?\w+_norm)/weight",
-    "memory_projections": r"model/memory/(query|pre|output)",
-    "memory_keys": r"model/memory/(keys|cores|query_norm|key_norm)",
+    "memory_projections": r"model/sparse/(query|pre|output)",
+    "memory_keys": r"model/sparse/(keys|cores|query_norm|key_norm)",
     "values": r"store/(values|pre_values)",
 }
 
@@ -137,7 +137,7 @@ def test_every_parameter_is_listed_with_its_group() -> None:
     listed = {p.path: p for p in inspected("tiny").parameters}
     values = listed["store/values"]
     assert (values.shape, values.dtype, values.group) == ((4 * 64 * 64, 48), "float32", "values")
-    assert listed["model/memory/keys"].group == "keys"
+    assert listed["model/sparse/keys"].group == "keys"
     assert listed["model/embedding"].group == "embeddings"
     buffers = {path for path, p in listed.items() if p.group == "(buffer)"}
     assert buffers == {path for path in listed if path.startswith("buffers/")} != set()

@@ -44,12 +44,19 @@ class MemoryConfig:
     top_m: Positive
     shortlist: Positive
     scoring: Literal["tucker", "sum"]
-    query: Literal["per_rank", "shared", "released"]
+    score_activation: Literal["none", "softmax", "relu"]
+    query: Literal["per_rank", "shared", "per_head", "released"]
+    query_norm: Literal["rms", "layer", "none"]
+    key_norm: Literal["rms", "none"]
     key_expansion: Positive
-    projection: Literal["single", "per_block"]
+    shuffle: bool
     value_dim: Positive
     pre_value_dim: Natural
+    pre_projection: bool
     activation: Literal["none", "gelu", "silu", "relu"]
+    projection: Literal["single", "per_block", "none"]
+    output_gate: Literal["none", "silu"]
+    bias: bool
     sharing: Literal["none", "ring", "no_ring", "block"]
     share_group: Positive
     initialization: Literal["principled", "released", "unit"]
@@ -86,11 +93,16 @@ class MemoryConfig:
         return self.num_blocks if self.projection == "per_block" else 1
 
     @property
+    def has_pre_projection(self) -> bool:
+        """Whether pre-values meet a projection W_p of the input."""
+        return self.pre_value_dim > 0 and self.pre_projection
+
+    @property
     def num_selected(self) -> int:
         """Values that a token activates in one layer, over all heads."""
         return self.num_heads * self.top_m
 
-    def validate(self) -> None:
+    def validate(self, hidden_size: int) -> None:
         """Raises ConfigError for sizes that contradict each other within one layer."""
         prefix = "model.memory."
         require(
@@ -119,6 +131,14 @@ class MemoryConfig:
                 self.scoring,
                 "additive scores need tucker_rank = 1 and num_cores = 1",
             )
+        if self.score_activation == "softmax":
+            require(
+                self.num_cores == 1,
+                prefix + "score_activation",
+                self.score_activation,
+                f"needs num_cores = 1 (it is {self.num_cores}): one distribution over a head's"
+                " values",
+            )
         if self.query == "released":
             require(
                 self.tucker_rank == 2 and self.num_heads <= 4,
@@ -133,6 +153,22 @@ class MemoryConfig:
                 prefix + "activation",
                 self.activation,
                 "acts on the pre-score, so pre_value_dim must be > 0",
+            )
+        if not self.pre_projection:
+            require(
+                self.pre_value_dim == hidden_size,
+                prefix + "pre_projection",
+                self.pre_projection,
+                f"without it pre-values meet the input itself, so pre_value_dim ="
+                f" {self.pre_value_dim} must be model.hidden_size = {hidden_size}",
+            )
+        if self.projection == "none":
+            require(
+                self.value_dim == hidden_size,
+                prefix + "projection",
+                self.projection,
+                f"without it the pooled values are the output, so value_dim = {self.value_dim}"
+                f" must be model.hidden_size = {hidden_size}",
             )
         require(
             (self.sharing == "none") == (self.share_group == 1),
@@ -150,16 +186,35 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """One mixture of experts (`model.moe`)."""
+
+    num_experts: Positive
+    top_k: Positive
+    expert_size: Positive
+    renormalize: bool
+
+    def validate(self) -> None:
+        """Raises ConfigError for sizes that contradict each other."""
+        require(
+            self.top_k <= self.num_experts,
+            "model.moe.top_k",
+            self.top_k,
+            f"must be at most num_experts = {self.num_experts}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder (`model`)."""
 
-    family: Literal["dense", "memory"]
+    family: Literal["dense", "memory", "moe"]
     vocab_size: Positive
     hidden_size: Positive
     num_layers: Positive
     num_heads: Positive
     num_key_value_heads: Positive
-    ffn_size: Positive
+    ffn_size: Natural
     tie_embeddings: bool
     rope_theta: Annotated[float, Interval(1, includes_low=False)]
     norm_epsilon: PositiveFloat
@@ -169,6 +224,7 @@ class ModelConfig:
     scan_layers: bool
     remat: Literal["none", "full", "dots"]
     memory: MemoryConfig
+    moe: MoeConfig
 
     @property
     def head_dim(self) -> int:
@@ -177,13 +233,24 @@ class ModelConfig:
 
     @property
     def placements(self) -> tuple[tuple[int, int], ...]:
-        """(read, write) block of each memory layer, counted from 0; empty for a dense model."""
+        """(read, write) block of each sparse layer, counted from 0; empty for a dense model."""
         if self.family == "dense":
             return ()
-        if not self.memory.read_layers:
+        if self.family == "moe" or not self.memory.read_layers:
             return tuple((i, i) for i in range(self.num_layers))
         pairs = zip(self.memory.read_layers, self.memory.write_layers, strict=True)
         return tuple((read - 1, write - 1) for read, write in pairs)
+
+    @property
+    def num_selectable(self) -> int:
+        """Rows or experts that one sparse layer selects from; 0 for a dense model."""
+        match self.family:
+            case "memory":
+                return self.memory.num_visible
+            case "moe":
+                return self.moe.num_experts
+            case _:
+                return 0
 
     def validate(self) -> None:
         """Raises ConfigError for sizes that contradict each other."""
@@ -200,9 +267,17 @@ class ModelConfig:
             self.num_key_value_heads,
             f"must divide num_heads = {self.num_heads}",
         )
+        require(
+            self.ffn_size > 0 or self.family == "moe",
+            "model.ffn_size",
+            self.ffn_size,
+            f"must be >= 1 in family {self.family!r}; experts (family 'moe') do without an FFN",
+        )
         if self.family == "memory":
-            self.memory.validate()
+            self.memory.validate(self.hidden_size)
             self._validate_placements()
+        if self.family == "moe":
+            self.moe.validate()
 
     def _validate_placements(self) -> None:
         memory = self.memory
@@ -354,6 +429,9 @@ class LossConfig:
     tucker_penalty: NaturalFloat
     tucker_margin: NaturalFloat
     balance_loss: NaturalFloat
+    load_balance: NaturalFloat
+    load_balance_scope: Literal["layer", "model"]
+    router_z_loss: NaturalFloat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,13 +514,18 @@ class Config:
         self.optimizer.validate(self.train.num_steps)
         self.mesh.validate()
         memory = self.model.memory
-        for name in ("tucker_penalty", "balance_loss"):
+        for name, family, layers in (
+            ("tucker_penalty", "memory", "memory layers"),
+            ("balance_loss", "memory", "memory layers"),
+            ("load_balance", "moe", "experts"),
+            ("router_z_loss", "moe", "experts"),
+        ):
             if getattr(self.loss, name) > 0:
                 require(
-                    self.model.family == "memory",
+                    self.model.family == family,
                     f"loss.{name}",
                     getattr(self.loss, name),
-                    f"needs memory layers, but model.family is {self.model.family!r}",
+                    f"needs {layers}, but model.family is {self.model.family!r}",
                 )
         if self.loss.tucker_penalty > 0:
             require(

@@ -59,12 +59,18 @@ class Batch:
 class LayerStats:
     """What one sparse layer reports of one batch; a scan over layers stacks it along axis 0.
 
-    Means and standard deviations are over tokens (and widths). All are float32 scalars but
-    `row_hits`, the number of times each visible row was selected.
+    Means and variances are over tokens (and widths); all are float32 but `hits`. A score is what
+    weights a value or an expert, summed over cores.
     """
 
+    # Of memory keys (Eq. 18-20), or of experts: E sum_i f_i p_i.
     balance_loss: Float[Array, "*l"]
+    # Mean squared log-partition of the router; 0 for memory layers.
+    router_z_loss: Float[Array, "*l"]
+    # Mean probability that the router gives each expert; no entries for memory layers.
+    router_probability: Float[Array, "*l experts"]
     output_variance: Float[Array, "*l"]
     top_score: Float[Array, "*l"]
     last_score: Float[Array, "*l"]
-    row_hits: Int[Array, "*l rows"]
+    # How often each visible row, or expert, was selected.
+    hits: Int[Array, "*l choices"]

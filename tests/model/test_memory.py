@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import base
 from tests.model.drawn import drawn
@@ -58,7 +59,7 @@ def _inputs(config: config_lib.ModelConfig, num_tokens: int = 10, seed: int = 2)
 def _apply(
     layer: memory.MemoryLayer, x: jax.Array, store: memory.ValueStore, start: int = 0
 ) -> tuple[jax.Array, Any]:
-    return layer(x, store=store, start=start)
+    return layer(x, store=memory.StoreWindow(store=store, start=start))
 
 
 def _assert_close(left: jax.Array, right: np.ndarray | jax.Array) -> None:
@@ -117,54 +118,169 @@ def test_per_block_projection_with_equal_blocks_is_the_single_projection() -> No
     assert not np.allclose(_apply(separate, x, store)[0], _apply(shared, x, store)[0])
 
 
-@pytest.mark.parametrize(
-    ("activation", "scoring", "rank", "cores"),
-    [
-        ("none", "tucker", 2, 2),
-        ("gelu", "tucker", 3, 1),
-        ("silu", "sum", 1, 1),
-        ("relu", "sum", 1, 1),
-    ],
-)
-def test_output_is_the_sum_over_selected_rows(
-    activation: str, scoring: str, rank: int, cores: int
-) -> None:
-    config = _config(
-        activation=activation, scoring=scoring, tucker_rank=rank, num_cores=cores, num_heads=2
-    )
-    sizes, layer, store = config.memory, _layer(config), _store(config)
-    x = _inputs(config, num_tokens=3)
-    y, _ = _apply(layer, x, store, 7)
+_ADDITIVE = {"scoring": "sum", "tucker_rank": 1, "num_cores": 1}
+_PRODUCT_KEYS = _ADDITIVE | {
+    "score_activation": "softmax",
+    "query": "per_head",
+    "query_norm": "none",
+    "key_norm": "none",
+    "shuffle": False,
+}
+_PKM = _PRODUCT_KEYS | {
+    "query_norm": "layer",
+    "value_dim": 16,
+    "pre_value_dim": 0,
+    "projection": "none",
+}
+_PEER = _PRODUCT_KEYS | {
+    "value_dim": 16,
+    "pre_value_dim": 16,
+    "pre_projection": False,
+    "activation": "gelu",
+    "projection": "none",
+}
+_MEMORY_PLUS = _PRODUCT_KEYS | {"output_gate": "silu", "bias": True, "pre_value_dim": 0}
+_KINDS: dict[str, dict[str, Any]] = {
+    "tucker": {},
+    "tucker of rank 3": {"tucker_rank": 3, "num_cores": 1, "activation": "gelu"},
+    "tucker, query per head, gate": {"query": "per_head", "output_gate": "silu"},
+    "additive, silu": _ADDITIVE | {"activation": "silu"},
+    "additive, relu": _ADDITIVE | {"activation": "relu", "query": "shared"},
+    "PKM": _PKM,
+    "PEER": _PEER,
+    "PEER without competition": _PEER | {"score_activation": "relu"},
+    "Memory+": _MEMORY_PLUS,
+    "Memory+ with query norm": _MEMORY_PLUS | {"query_norm": "rms", "bias": False},
+}
 
-    flat = x.reshape(-1, x.shape[-1])
-    chunks = (flat @ layer.query[...]).reshape(6, -1, sizes.key_dim)
-    query = layers.rms_norm(chunks, layer.query_norm[...], config.norm_epsilon)
-    query = query.reshape(6, 2, rank, sizes.key_dim)
-    keys = layers.rms_norm(layer.keys[...], layer.key_norm[...], config.norm_epsilon)
-    scores = np.einsum("tsrq,hsrnq->hsrtn", query, keys)
-    activate = {"none": lambda z: z, "gelu": lambda z: jax.nn.gelu(z, approximate=False)}
-    act = activate.get(activation) or getattr(jax.nn, activation)
-    u, v = np.asarray(layer.core_u[...]), np.asarray(layer.core_v[...])
-    expected = np.zeros((6, sizes.value_dim), np.float32)
-    for head in range(2):
-        for token in range(6):
-            row, column = scores[head, 0, :, token], scores[head, 1, :, token]
-            kept = [np.argsort(-(w[head] @ s))[:4] for w, s in ((u, row), (v, column))]
-            if scoring == "tucker":
-                core = np.asarray(layer.cores[:, head])
-                grid = np.einsum("ri,crq,qj->ijc", row[:, kept[0]], core, column[:, kept[1]])
-            else:
-                grid = (row[0, kept[0]][:, None] + column[0, kept[1]][None, :])[..., None]
-            for flat_index in np.argsort(-grid.sum(-1).reshape(-1))[:4]:
-                i, j = divmod(int(flat_index), 4)
-                address = int(kept[0][i]) * sizes.keys_per_side + int(kept[1][j])
-                table_row = (int(layer.shuffle[address]) + 7) % store.num_rows
+
+def _tucker_grid(
+    row: np.ndarray, column: np.ndarray, u: np.ndarray, v: np.ndarray, cores: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    kept = [np.argsort(-(w @ s))[:4] for w, s in ((u, row), (v, column))]
+    return kept, np.einsum("ri,crq,qj->ijc", row[:, kept[0]], cores, column[:, kept[1]])
+
+
+def _normalised(
+    z: np.ndarray, kind: str, weight: np.ndarray | None, bias: np.ndarray | None, epsilon: float
+) -> np.ndarray:
+    if weight is None:
+        return z
+    z = z - z.mean(-1, keepdims=True) if kind == "layer" else z
+    z = z / np.sqrt(np.square(z).mean(-1, keepdims=True) + epsilon)
+    return z * np.broadcast_to(weight, z.shape) + (0 if bias is None else bias.reshape(1, 1, -1))
+
+
+def _literal(
+    config: config_lib.ModelConfig,
+    layer: memory.MemoryLayer,
+    x: jax.Array,
+    store: memory.ValueStore,
+    start: int,
+) -> np.ndarray:
+    """The layer's output by the equations, token by token and value by value."""
+    sizes, rank = config.memory, config.memory.tucker_rank
+    flat = np.asarray(x.reshape(-1, x.shape[-1]))
+    weights = {name: np.asarray(value[...]) for name, value in nnx.state(layer).items()}
+    pooled = np.zeros((len(flat), sizes.value_dim), np.float32)
+
+    def normalised(z: np.ndarray, name: str, kind: str) -> np.ndarray:
+        given = weights.get(name), weights.get(f"{name}_bias")
+        return _normalised(z, kind, *given, config.norm_epsilon)
+
+    def projected(name: str) -> np.ndarray:
+        bias = weights.get(f"{name}_bias", np.zeros(weights[name].shape[1], np.float32))
+        return flat @ weights[name] + bias[None]
+
+    chunks = projected("query").reshape(len(flat), -1, sizes.key_dim)
+    chunks = normalised(chunks, "query_norm", sizes.query_norm)
+    keys = normalised(weights["keys"], "key_norm", sizes.key_norm)
+    activations = {"none": lambda z: z, "gelu": lambda z: jax.nn.gelu(z, approximate=False)}
+    act = activations.get(sizes.activation) or getattr(jax.nn, sizes.activation)
+    for token, head in np.ndindex(len(flat), sizes.num_heads):
+        match sizes.query:
+            case "per_rank":
+                query = chunks[token].reshape(2, rank, -1)
+            case "shared":
+                query = np.repeat(chunks[token][:, None], rank, axis=1)
+            case _:
+                query = np.repeat(chunks[token].reshape(-1, 2, 1, sizes.key_dim)[head], rank, 1)
+        row, column = np.einsum("srq,srnq->srn", query, keys[head])
+        if sizes.scoring == "tucker":
+            of_head = [weights[name][head] for name in ("core_u", "core_v")]
+            kept, grid = _tucker_grid(row, column, *of_head, weights["cores"][:, head])
+        else:
+            kept = [np.argsort(-s[0])[:4] for s in (row, column)]
+            grid = (row[0, kept[0]][:, None] + column[0, kept[1]][None, :])[..., None]
+        best = np.argsort(-grid.sum(-1).reshape(-1))[:4]
+        scores = grid.reshape(16, -1)[best]
+        if sizes.score_activation == "softmax":
+            scores = np.exp(scores) / np.exp(scores).sum(axis=0, keepdims=True)
+        elif sizes.score_activation == "relu":
+            scores = np.maximum(scores, 0)
+        for flat_index, score in zip(best, scores, strict=True):
+            i, j = divmod(int(flat_index), 4)
+            address = int(kept[0][i]) * sizes.keys_per_side + int(kept[1][j])
+            address = int(weights["shuffle"][address]) if sizes.shuffle else address
+            table_row = (address + start) % store.num_rows
+            gate = 1.0
+            if sizes.pre_value_dim:
                 assert store.pre_values is not None
-                gate = act(jnp.dot(flat[token] @ layer.pre[...], store.pre_values[table_row]))
-                weight = np.repeat(grid[i, j], sizes.value_dim // cores)
-                expected[token] += weight * float(gate) * np.asarray(store.values[table_row])
-    expected = (expected @ np.asarray(layer.output[...])).reshape(y.shape)
-    _assert_close(y, expected)
+                pre_input = projected("pre")[token] if sizes.pre_projection else flat[token]
+                gate = float(act(np.dot(pre_input, store.pre_values[table_row])))
+            weight = np.repeat(score, sizes.value_dim // sizes.num_cores)
+            pooled[token] += weight * gate * np.asarray(store.values[table_row])
+    if sizes.output_gate == "silu":
+        pooled *= np.asarray(jax.nn.silu(projected("output_gate")))
+    if sizes.projection == "none":
+        return pooled.reshape(x.shape)
+    bias = weights.get("output_bias", np.zeros(x.shape[-1], np.float32))
+    return (pooled @ weights["output"] + bias[None]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_output_is_the_sum_over_selected_rows(kind: str) -> None:
+    config = _config(num_heads=2, **_KINDS[kind])
+    layer, store, x = _layer(config), _store(config), _inputs(config, num_tokens=3)
+    if not config.memory.pre_value_dim:
+        store = dataclasses.replace(store, pre_values=None)
+    y, _ = _apply(layer, x, store, 7)
+    _assert_close(y, _literal(config, layer, x, store, 7))
+
+
+def test_peer_is_a_loop_over_experts_of_one_neuron() -> None:
+    """D_p = D_v = h and no projections: expert e is gelu(<x, P_e>) V_e."""
+    config = _config(num_heads=2, **_PEER)
+    layer, store, x = _layer(config), _store(config), _inputs(config, num_tokens=3)
+    assert {"pre", "output"}.isdisjoint(nnx.state(layer))
+    assert store.pre_values is not None
+    y, _ = _apply(layer, x, store)
+
+    sizes, tokens = config.memory, np.asarray(x.reshape(-1, 16))
+    queries = (tokens @ layer.query[...]).reshape(len(tokens), 2, 2, sizes.key_dim)
+    row, column = np.einsum("thsq,hsrnq->shtn", queries, layer.keys[...])
+    expected = np.zeros_like(tokens)
+    for head, token in np.ndindex(2, len(tokens)):
+        scores = (row[head, token][:, None] + column[head, token][None, :]).reshape(-1)
+        chosen = set(np.argsort(-scores)[: sizes.top_m].tolist())
+        total = sum(np.exp(scores[expert]) for expert in chosen)
+        for expert in range(sizes.num_visible):  # all of them
+            neuron = jax.nn.gelu(np.dot(tokens[token], store.pre_values[expert]), approximate=False)
+            share = np.exp(scores[expert]) / total if expert in chosen else 0.0
+            expected[token] += share * float(neuron) * np.asarray(store.values[expert])
+    _assert_close(y, expected.reshape(x.shape))
+
+
+def test_scores_compete_under_softmax_alone() -> None:
+    """The weights of a head sum to 1, whatever the scores."""
+    x = _inputs(_config(), num_tokens=3)
+    tops = {}
+    for name in ("softmax", "relu"):
+        config = _config(num_heads=2, **_PEER | {"score_activation": name, "top_m": 1})
+        _, stats = _apply(_layer(config), x, _store(config))
+        tops[name] = float(stats.top_score)
+    assert tops["softmax"] == pytest.approx(1.0, abs=1e-6)
+    assert tops["relu"] != pytest.approx(1.0, abs=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +311,8 @@ def test_layers_read_the_tables_of_their_window(
 def test_statistics_count_what_was_selected() -> None:
     config = _config(num_heads=2, key_expansion=2)
     _, stats = _apply(_layer(config), _inputs(config), _store(config))
-    assert stats.row_hits.shape == (config.memory.num_visible,)
-    assert int(stats.row_hits.sum()) == 2 * 10 * config.memory.num_selected
+    assert stats.hits.shape == (config.memory.num_visible,)
+    assert int(stats.hits.sum()) == 2 * 10 * config.memory.num_selected
     assert float(stats.top_score) > float(stats.last_score)
 
 
@@ -209,10 +325,10 @@ def test_output_variance_is_that_of_the_output() -> None:
 def test_refreshed_core_vectors_follow_the_cores() -> None:
     layer = memory.MemoryLayer(_config(), key=jax.random.key(0))
     first = layer.core_u[...]
-    layer.refresh_core_vectors()
+    layer.refresh()
     np.testing.assert_allclose(layer.core_u[...], first, atol=1e-6)
     layer.cores[...] = jnp.stack([jnp.diag(jnp.asarray([1.0, 4.0]))[None]] * 2)
-    layer.refresh_core_vectors()
+    layer.refresh()
     np.testing.assert_allclose(jnp.abs(layer.core_u[...]), [[0, 1]], atol=1e-6)
 
 
@@ -264,7 +380,8 @@ def _initial(config: config_lib.ModelConfig) -> tuple[jax.Array, jax.Array, jax.
         layer = memory.MemoryLayer(config, key=key)
         with pytest.MonkeyPatch.context() as patch:
             scores = _record_scores(patch)
-            y, _ = layer(x, store=store, start=index * sizes.num_values)
+            window = memory.StoreWindow(store=store, start=index * sizes.num_values)
+            y, _ = layer(x, store=window)
         ffn = layers.SwiGLU(
             config.hidden_size, config.ffn_size, std=std, down_std=down_std, key=key
         )
@@ -279,13 +396,13 @@ def _initial(config: config_lib.ModelConfig) -> tuple[jax.Array, jax.Array, jax.
 
 def _record_scores(patch: pytest.MonkeyPatch) -> list[jax.Array]:
     scores: list[jax.Array] = []
-    per_core_scores = retrieval.per_core_scores
+    value_weights = retrieval.value_weights
 
-    def recording(selection: retrieval.Selection) -> jax.Array:
-        scores.append(per_core_scores(selection))
-        return scores[0]
+    def recording(selection: retrieval.Selection, score_activation: Any) -> jax.Array:
+        scores.append(selection.scores)
+        return value_weights(selection, score_activation)
 
-    patch.setattr(retrieval, "per_core_scores", recording)
+    patch.setattr(retrieval, "value_weights", recording)
     return scores
 
 
@@ -299,15 +416,18 @@ def _record_scores(patch: pytest.MonkeyPatch) -> list[jax.Array]:
         _slow("small", {"num_heads": 2}),
         _slow("small", {"scoring": "sum", "tucker_rank": 1, "num_cores": 1}),
         _slow("larger", {"query": "shared"}),
+        _slow("small", _PKM | {"value_dim": 64, "num_heads": 4}),
+        _slow("small", _PEER | {"value_dim": 64, "pre_value_dim": 64, "num_heads": 8}),
+        _slow("small", _MEMORY_PLUS | {"query_norm": "rms"}),
     ],
     ids=str,
 )
 def test_initial_variances_are_those_of_the_formulas(size: str, overrides: dict[str, Any]) -> None:
     config = _principled(size, **overrides)
     memory_variances, ffn_variances, scores = _initial(config)
-    score_std = initialization.calibrate(config.memory).score_std
+    weight_square = initialization.calibrate(config.memory).weight_square
     values_std = initialization.memory_initialization(config).values_std
-    expected = initialization.memory_variance(config, values_std, score_std)
+    expected = initialization.memory_variance(config, values_std, weight_square)
     np.testing.assert_allclose(
         expected, initialization.ffn_variance(config, linear_gate=True), rtol=1e-6
     )
@@ -315,7 +435,8 @@ def test_initial_variances_are_those_of_the_formulas(size: str, overrides: dict[
     np.testing.assert_allclose(
         ffn_variances.mean(), initialization.ffn_variance(config, linear_gate=False), rtol=0.05
     )
-    np.testing.assert_allclose(scores.mean(), 1, rtol=0.05)
+    if config.memory.score_activation == "none":
+        np.testing.assert_allclose(scores.mean(), 1, rtol=0.05)
 
 
 def test_arms_differ_in_what_they_name() -> None:
@@ -325,7 +446,7 @@ def test_arms_differ_in_what_they_name() -> None:
     principled, released, unit = start("principled"), start("released"), start("unit")
     assert unit == dataclasses.replace(principled, values_std=1.0)
     assert released.values_std == 0.02
-    assert released.norm_weight == 32**-0.4
+    assert released.query_norm == released.key_norm == 32**-0.4
     assert released.query_std == 32**-0.5
     assert released.output_std == 16**-0.5
     assert principled.query_std == principled.output_std == principled.pre_std == (2 / 320) ** 0.5

@@ -73,7 +73,7 @@ def test_four_rows_by_hand() -> None:
     np.testing.assert_array_equal(visible, [[1, 0, 1]])
     np.testing.assert_array_equal(rows, [[0, 3, 0]])  # (3 + visible) mod 4
     np.testing.assert_array_equal(
-        retrieval.per_core_scores(selection), [[[5, 12], [11, 4], [7, -3]]]
+        retrieval.value_weights(selection, "none"), [[[5, 12], [11, 4], [7, -3]]]
     )
 
 
@@ -194,12 +194,16 @@ def test_query_layouts_by_hand() -> None:
     assert arranged("per_rank", 4, 2) == [[[0, 1], [2, 3]]] * 2
     assert arranged("shared", 2, 2) == [[[0, 0], [1, 1]]] * 2
     first, second = [[0, 0], [1, 1]], [[2, 2], [3, 3]]
+    assert arranged("per_head", 4, 2) == [first, second]
     assert arranged("released", 4, 4) == [first, first, second, second]
 
 
-@pytest.mark.parametrize(("layout", "count"), [("per_rank", 6), ("shared", 2), ("released", 6)])
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [("per_rank", 6), ("shared", 2), ("per_head", 10), ("released", 6)],
+)
 def test_query_chunks_is_what_the_layout_reads(layout: retrieval.QueryLayout, count: int) -> None:
-    assert retrieval.query_chunks(layout, 3) == count
+    assert retrieval.query_chunks(layout, num_heads=5, tucker_rank=3) == count
 
 
 # --- windows and addresses ---
@@ -256,7 +260,14 @@ def test_heads_lie_side_by_side_best_first() -> None:
     )
     virtual = retrieval.virtual_addresses(selection, jnp.arange(8, dtype=jnp.int32), 1)
     assert virtual.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert retrieval.per_core_scores(selection)[..., 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert retrieval.virtual_addresses(selection, None, 3).tolist() == [
+        [0, 3, 12, 15],
+        [6, 9, 18, 21],
+    ]
+    assert retrieval.value_weights(selection, "none")[..., 0].tolist() == [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+    ]
 
 
 # --- auxiliary losses ---

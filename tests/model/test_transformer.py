@@ -307,18 +307,18 @@ def test_every_kind_of_memory_trains_every_parameter(fields: dict[str, Any]) -> 
         assert np.any(gradient != 0), jax.tree_util.keystr(path)
     assert stats.ffn_variance.shape == (4,)
     if config.family == "memory":
-        hits = np.asarray(stats.memory.row_hits)
+        hits = np.asarray(stats.sparse.hits)
         assert hits.shape == (4, config.memory.num_visible)
         assert (hits.sum(axis=1) == 2 * _LENGTH * config.memory.num_selected).all()
-        assert stats.memory.balance_loss.shape == (4,)
+        assert stats.sparse.balance_loss.shape == (4,)
 
 
 def test_core_vectors_of_all_layers_are_refreshed() -> None:
     model = _model(_config())
-    model.refresh_core_vectors()
+    model.refresh()
     model.memory.cores[...] = model.memory.cores[...].at[2].set(jnp.diag(jnp.asarray([1.0, 4.0])))
     before = model.memory.core_u[...]
-    model.refresh_core_vectors()
+    model.refresh()
     after = np.asarray(model.memory.core_u[...])
     np.testing.assert_allclose(np.abs(after[2]), [[0, 1]], atol=1e-6)
     np.testing.assert_allclose(np.delete(after, 2, 0), np.delete(before, 2, 0), atol=1e-5)
@@ -371,7 +371,7 @@ def test_plans_hold_every_block_and_every_placement_once(
     found: list[tuple[int, int]] = []
     for segment in transformer.plan_segments(num_layers, placements):
         assert segment.start == end
-        assert segment.memory_start == len(found)
+        assert segment.sparse_start == len(found)
         for copy in range(segment.repeats):
             offset = segment.start + copy * segment.period
             found += [(read + offset, write + offset) for read, write in segment.placements]

@@ -13,7 +13,15 @@ from umv2 import types
 from umv2.model import transformer
 from umv2.training import losses
 
-OFF = config_lib.LossConfig(z_loss=0.0, tucker_penalty=0.0, tucker_margin=0.15, balance_loss=0.0)
+OFF = config_lib.LossConfig(
+    z_loss=0.0,
+    tucker_penalty=0.0,
+    tucker_margin=0.15,
+    balance_loss=0.0,
+    load_balance=0.0,
+    load_balance_scope="layer",
+    router_z_loss=0.0,
+)
 
 
 def example() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -25,17 +33,19 @@ def example() -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def model_stats(balance: list[float] | None) -> transformer.ModelStats:
-    memory = None
+    sparse = None
     if balance is not None:
         zeros = jnp.zeros(len(balance))
-        memory = types.LayerStats(
+        sparse = types.LayerStats(
             balance_loss=jnp.asarray(balance),
+            router_z_loss=zeros,
+            router_probability=jnp.zeros((len(balance), 0)),
             output_variance=zeros,
             top_score=zeros,
             last_score=zeros,
-            row_hits=jnp.zeros((len(balance), 4), jnp.int32),
+            hits=jnp.zeros((len(balance), 4), jnp.int32),
         )
-    return transformer.ModelStats(ffn_variance=jnp.ones(2), memory=memory)
+    return transformer.ModelStats(ffn_variance=jnp.ones(2), sparse=sparse)
 
 
 def test_cross_entropy_by_hand() -> None:
@@ -81,12 +91,12 @@ def test_eight_devices_agree_with_one() -> None:
 
 
 def test_auxiliary_losses_are_off_by_default() -> None:
-    assert losses.auxiliary(model_stats(None), {}, OFF) == 0
+    assert losses.auxiliary(model_stats(None), {}, OFF, num_tokens=8) == 0
 
 
 def test_balance_loss_sums_over_layers() -> None:
     config = dataclasses.replace(OFF, balance_loss=0.001)
-    total = losses.auxiliary(model_stats([2.0, 3.0]), {}, config)
+    total = losses.auxiliary(model_stats([2.0, 3.0]), {}, config, num_tokens=8)
     np.testing.assert_allclose(total, 0.005, rtol=1e-6)
 
 
@@ -94,9 +104,9 @@ def test_tucker_penalty_sums_over_layers() -> None:
     # Two cores that add up to diag(2, 0.25) and diag(1, 0.35); only the second value counts.
     first = jnp.asarray([[[[1.5, 0.0], [0.0, 0.0]]], [[[0.5, 0.0], [0.0, 0.25]]]])
     second = jnp.asarray([[[[1.0, 0.0], [0.0, 0.3]]], [[[0.0, 0.0], [0.0, 0.05]]]])
-    params = {"memory": {"cores": jnp.stack([first, second])}}
+    params = {"sparse": {"cores": jnp.stack([first, second])}}
     config = dataclasses.replace(OFF, tucker_penalty=0.5)
-    total = losses.auxiliary(model_stats([0.0, 0.0]), params, config)
+    total = losses.auxiliary(model_stats([0.0, 0.0]), params, config, num_tokens=8)
     np.testing.assert_allclose(total, 0.5 * (0.1**2 + 0.2**2), rtol=1e-5)
 
 
@@ -104,7 +114,9 @@ def test_tucker_penalty_reaches_the_cores_only_above_the_margin() -> None:
     config = dataclasses.replace(OFF, tucker_penalty=1.0)
 
     def penalty(cores: jax.Array) -> jax.Array:
-        return losses.auxiliary(model_stats([0.0]), {"memory": {"cores": cores}}, config)
+        return losses.auxiliary(
+            model_stats([0.0]), {"sparse": {"cores": cores}}, config, num_tokens=8
+        )
 
     cores = jnp.diag(jnp.asarray([2.0, 0.25])).reshape(1, 1, 1, 2, 2)
     expected = jnp.zeros_like(cores).at[..., 1, 1].set(2 * 0.1)
@@ -115,9 +127,49 @@ def test_tucker_penalty_reaches_the_cores_only_above_the_margin() -> None:
 
 @pytest.mark.parametrize("field", ["balance_loss", "tucker_penalty"])
 def test_a_coefficient_scales_its_loss(field: str) -> None:
-    params = {"memory": {"cores": jnp.diag(jnp.asarray([2.0, 0.5])).reshape(1, 1, 1, 2, 2)}}
+    params = {"sparse": {"cores": jnp.diag(jnp.asarray([2.0, 0.5])).reshape(1, 1, 1, 2, 2)}}
     stats = model_stats([1.5])
-    once = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 1.0}))
-    thrice = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 3.0}))
+    once = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 1.0}), num_tokens=8)
+    thrice = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 3.0}), num_tokens=8)
     assert once > 0
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def experts_stats(probability: list[list[float]], hits: list[list[int]]) -> types.LayerStats:
+    """Statistics of 4 tokens in two mixtures of experts."""
+    p, f = jnp.asarray(probability), jnp.asarray(hits)
+    zeros = jnp.zeros(2)
+    return types.LayerStats(
+        balance_loss=p.shape[-1] * jnp.sum(f / 4 * p, axis=-1),
+        router_z_loss=jnp.asarray([1.0, 3.0]),
+        router_probability=p,
+        output_variance=zeros,
+        top_score=zeros,
+        last_score=zeros,
+        hits=f,
+    )
+
+
+def test_load_balance_by_hand() -> None:
+    # Each layer favours its own expert; together they are balanced.
+    stats = experts_stats([[0.75, 0.25], [0.25, 0.75]], [[4, 0], [0, 4]])
+    apart = losses.load_balance(stats, "layer", num_tokens=4)
+    together = losses.load_balance(stats, "model", num_tokens=4)
+    np.testing.assert_allclose(apart, 2 * 0.75, rtol=1e-6)
+    np.testing.assert_allclose(together, 2 * (0.5 * 0.5 + 0.5 * 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"load_balance": 0.5}, 0.5 * 1.5),
+        ({"load_balance": 0.5, "load_balance_scope": "model"}, 0.5 * 1.0),
+        ({"router_z_loss": 0.1}, 0.1 * 2.0),
+    ],
+)
+def test_router_losses_are_means_over_layers(given: dict[str, Any], expected: float) -> None:
+    stats = experts_stats([[0.75, 0.25], [0.25, 0.75]], [[4, 0], [0, 4]])
+    model_stats = transformer.ModelStats(ffn_variance=jnp.zeros(2), sparse=stats)
+    config = dataclasses.replace(OFF, **given)
+    total = losses.auxiliary(model_stats, {}, config, num_tokens=4)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)

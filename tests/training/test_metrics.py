@@ -36,8 +36,9 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 def layer_stats(**values: list[float]) -> types.LayerStats:
     zeros = jnp.zeros(2)
     given = {name: jnp.asarray(value) for name, value in values.items()}
-    fields = dict.fromkeys(["balance_loss", "output_variance", "top_score", "last_score"], zeros)
-    return types.LayerStats(**(fields | given), row_hits=jnp.zeros((2, 0), jnp.int32))
+    names = ("balance_loss", "router_z_loss", "output_variance", "top_score", "last_score")
+    fields = dict.fromkeys(names, zeros) | {"router_probability": jnp.zeros((2, 0))}
+    return types.LayerStats(**(fields | given), hits=jnp.zeros((2, 0), jnp.int32))
 
 
 class Clock:
@@ -257,7 +258,7 @@ def test_a_cpu_is_measured() -> None:
 def test_health_by_hand() -> None:
     stats = transformer.ModelStats(
         ffn_variance=jnp.asarray([9.0, 16.0, 4.0]),
-        memory=layer_stats(
+        sparse=layer_stats(
             output_variance=[4.0, 1.0], top_score=[2.0, 3.0], last_score=[0.5, 0.25]
         ),
     )
@@ -265,9 +266,9 @@ def test_health_by_hand() -> None:
     cores = jnp.zeros((2, 2, 1, 2, 2)).at[0, 0, 0].set(jnp.diag(jnp.asarray([1.0, 0.5])))
     cores = cores.at[0, 1, 0].set(jnp.diag(jnp.asarray([2.0, 0.0])))
     cores = cores.at[1, :, 0].set(jnp.asarray([[0.0, 2.0], [1.0, 0.0]]))
-    params = {"memory": {"cores": cores}}
+    params = {"sparse": {"cores": cores}, "blocks": {"ffn": {}}}
     compute = jax.jit(functools.partial(metrics.health_arrays, write_blocks=(1, 2)))
-    health = metrics.memory_health(compute(stats, usage, params))
+    health = metrics.fetched_health(compute(stats, usage, params))
     kl = 0.75 * math.log(0.75 * 4) + 0.25 * math.log(0.25 * 4)
     expected = {
         "coverage": [1.0, 0.5],
@@ -284,44 +285,44 @@ def test_health_by_hand() -> None:
 
 
 def test_health_without_hits_or_cores_is_finite() -> None:
-    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), memory=layer_stats())
+    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), sparse=layer_stats())
     usage = jnp.zeros((2, 4), jnp.int32)
-    params: dict[str, Any] = {"memory": {}}
+    params: dict[str, Any] = {"sparse": {}, "blocks": {}}
     health = metrics.health_arrays(stats, usage, params, write_blocks=(0, 1))
     assert "lambda_1" not in health
     assert all(np.isfinite(values).all() for values in health.values())
 
 
 def test_rank_one_cores_have_one_singular_value() -> None:
-    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), memory=layer_stats())
-    params = {"memory": {"cores": jnp.ones((2, 1, 1, 1, 1))}}
+    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), sparse=layer_stats())
+    params = {"sparse": {"cores": jnp.ones((2, 1, 1, 1, 1))}, "blocks": {}}
     usage = jnp.zeros((2, 4), jnp.int32)
     health = metrics.health_arrays(stats, usage, params, write_blocks=(0, 1))
     assert "lambda_1" in health
     assert "lambda_2" not in health
 
 
-def test_a_dense_model_has_no_memory_health() -> None:
-    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), memory=None)
-    assert metrics.memory_health(metrics.health_arrays(stats, None, {}, write_blocks=())) == {}
+def test_a_dense_model_has_no_health() -> None:
+    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), sparse=None)
+    assert metrics.fetched_health(metrics.health_arrays(stats, None, {}, write_blocks=())) == {}
 
 
 def test_health_runs_under_an_explicit_mesh() -> None:
-    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), memory=layer_stats())
-    params = {"memory": {"cores": jnp.ones((2, 1, 1, 2, 2))}}
+    stats = transformer.ModelStats(ffn_variance=jnp.ones(2), sparse=layer_stats())
+    params = {"sparse": {"cores": jnp.ones((2, 1, 1, 2, 2))}, "blocks": {}}
     mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         inputs = jax.device_put((stats, jnp.ones((2, 4), jnp.int32), params), jax.P())
         compute = jax.jit(functools.partial(metrics.health_arrays, write_blocks=(0, 1)))
-        health = metrics.memory_health(compute(*inputs))
+        health = metrics.fetched_health(compute(*inputs))
     assert health["coverage/layer_2"] == 1.0
 
 
 def test_statistics_are_described_layer_by_layer() -> None:
     memory = layer_stats(output_variance=[0.5, math.nan], top_score=[math.inf, 2.0])
-    stats = transformer.ModelStats(ffn_variance=jnp.asarray([0.25, 1.0]), memory=memory)
+    stats = transformer.ModelStats(ffn_variance=jnp.asarray([0.25, 1.0]), sparse=memory)
     text = metrics.describe_stats(stats)
-    assert text.startswith("ffn_variance: 0.25, 1; memory.balance_loss: 0, 0; ")
-    assert "memory.output_variance: 0.5, nan" in text
-    assert "memory.top_score: inf, 2" in text
-    assert "row_hits" not in text
+    assert text.startswith("ffn_variance: 0.25, 1; sparse.balance_loss: 0, 0; ")
+    assert "sparse.output_variance: 0.5, nan" in text
+    assert "sparse.top_score: inf, 2" in text
+    assert "hits" not in text

@@ -105,9 +105,9 @@ def test_every_parameter_of_a_model_has_exactly_one_group(tied: bool) -> None:
     groups = optim.parameter_groups(jax.eval_shape(create))
     assert set(groups.values()) == {"embeddings", "norms", "matrices", "keys", "values"}
     assert groups["model/blocks/attention/query_norm/weight"] == "norms"
-    assert groups["model/memory/query_norm"] == "norms"
-    assert groups["model/memory/query"] == "matrices"
-    assert groups["model/memory/cores"] == "keys"
+    assert groups["model/sparse/query_norm"] == "norms"
+    assert groups["model/sparse/query"] == "matrices"
+    assert groups["model/sparse/cores"] == "keys"
     assert groups["store/pre_values"] == "values"
     assert groups.get("model/head") == (None if tied else "matrices")
 

@@ -324,17 +324,17 @@ def test_a_batch_is_memorised(finished: Run, state: TrainState) -> None:
 
 def test_core_vectors_are_those_of_the_new_cores(finished: Run, state: TrainState) -> None:
     after, _ = take_steps(finished.config, state, batch_of(0))
-    cores = np.asarray(after.params["memory"]["cores"])
-    assert not np.array_equal(cores, state.params["memory"]["cores"])
+    cores = np.asarray(after.params["sparse"]["cores"])
+    assert not np.array_equal(cores, state.params["sparse"]["cores"])
     left, _, right = np.linalg.svd(cores.sum(axis=1))  # [layer, core, head, r, r] over cores
     expected_u, expected_v = left[..., :, 0], right[..., 0, :]
-    u, v = (np.asarray(after.buffers["memory"][name]) for name in ("core_u", "core_v"))
-    assert not np.array_equal(u, state.buffers["memory"]["core_u"])
+    u, v = (np.asarray(after.buffers["sparse"][name]) for name in ("core_u", "core_v"))
+    assert not np.array_equal(u, state.buffers["sparse"]["core_u"])
     sign = np.sign(np.sum(u * expected_u, axis=-1, keepdims=True))
     np.testing.assert_allclose(u, sign * expected_u, atol=1e-5)
     np.testing.assert_allclose(v, sign * expected_v, atol=1e-5)
     # The sign is that of the pair before.
-    assert np.all(np.sum(u * np.asarray(state.buffers["memory"]["core_u"]), axis=-1) > 0)
+    assert np.all(np.sum(u * np.asarray(state.buffers["sparse"]["core_u"]), axis=-1) > 0)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(finished: Run, state: TrainState) -> None:

@@ -26,20 +26,26 @@ _QUADRATURE_POINTS = 64
 class Calibration:
     """Result of the Monte Carlo calibration of one retrieval layout."""
 
-    norm_weight: float  # start of query and key norm weights: mean selected score 1
-    score_std: float  # sigma_s, standard deviation of the selected per-core scores
+    query_norm: float  # start of the query norm's weight
+    key_norm: float  # start of the key norm's weight
+    weight_square: float  # mean square of what weights a value, 1 + sigma_s^2 where its mean is 1
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryInitialization:
-    """Standard deviations of a memory layer's parameters, and its norms' start."""
+    """Standard deviations of a memory layer's parameters, and its norms' start.
+
+    Those of parameters that the configuration does without have no meaning.
+    """
 
     query_std: float
     pre_std: float
+    gate_std: float
     output_std: float
     key_std: float
     values_std: float
-    norm_weight: float
+    query_norm: float
+    key_norm: float
 
 
 def linear_std(hidden_size: int) -> float:
@@ -82,57 +88,95 @@ def ffn_variance(config: ModelConfig, *, linear_gate: bool) -> float:
     return 0.4 * 0.4 * gate * inner / (2 * config.num_layers)
 
 
-def memory_variance(config: ModelConfig, values_std: float, score_std: float) -> float:
+def memory_variance(config: ModelConfig, values_std: float, weight_square: float) -> float:
     """Returns the variance of a memory layer's output for inputs of mean square 1 (Eq. 22).
 
-    0.16 (1 + sigma_s^2) sigma_V^4 D_p m H D_v / h. With an activation, 0.4 sigma_V^2 D_p, the
-    variance of the pre-score, gives way to the second moment after the activation; without
-    pre-values (D_p = 0) it gives way to 1: 0.4 (1 + sigma_s^2) sigma_V^2 m H D_v / h.
+    0.16 (1 + sigma_s^2) sigma_V^4 D_p m H D_v / h, with weight_square for 1 + sigma_s^2. What a
+    configuration has else changes its factor: with an activation, 0.4 sigma_V^2 D_p, the variance
+    of the pre-score, gives way to the second moment after the activation; without W_p its 0.4
+    gives way to 1; without pre-values (D_p = 0) all of it does. Without W_v, 0.4 D_v / h gives way
+    to 1. A gate multiplies by the second moment of silu.
     """
     memory = config.memory
     pre_score = 1.0
     if memory.pre_value_dim:
-        variance = 0.4 * values_std**2 * memory.pre_value_dim
+        variance = (0.4 if memory.pre_projection else 1.0) * values_std**2 * memory.pre_value_dim
         pre_score = activation_moment(memory.activation, variance)
-    pooled = memory.num_selected * (1 + score_std**2) * pre_score * values_std**2
-    return 0.4 * memory.value_dim / config.hidden_size * pooled
+    pooled = memory.num_selected * weight_square * pre_score * values_std**2
+    if memory.projection != "none":
+        pooled *= 0.4 * memory.value_dim / config.hidden_size
+    if memory.output_gate != "none":
+        pooled *= activation_moment(memory.output_gate, 0.4)
+    return pooled
 
 
-def matched_values_std(config: ModelConfig, score_std: float) -> float:
+def matched_values_std(config: ModelConfig, weight_square: float) -> float:
     """Returns sigma_V for which `memory_variance` equals the paper's FFN variance (Eq. 26).
 
     sigma_V^4 = 0.2 k_inner h / (m H (1 + sigma_s^2) D_p D_v L); solved numerically, so that it
-    holds for activations and for D_p = 0 too.
+    holds for every configuration.
     """
     target = ffn_variance(config, linear_gate=True)
 
     def excess(log_std: float) -> float:
-        return math.log(memory_variance(config, math.exp(log_std), score_std) / target)
+        return math.log(memory_variance(config, math.exp(log_std), weight_square) / target)
 
     return math.exp(scipy.optimize.brentq(excess, math.log(1e-8), math.log(1e8), xtol=1e-12))
 
 
 @functools.lru_cache
 def calibrate(memory: MemoryConfig) -> Calibration:
-    """Solves for the norm weight at which selected scores have mean 1, by Monte Carlo.
+    """Finds the start of the norm weights, and the size of what weights a value, by Monte Carlo.
 
-    Draws queries and keys of mean square 1 and cores, retrieves, and scales: a score
-    ('score' being what weights a value, the per-core G) grows with the fourth power of the common
-    norm weight of queries and keys under Tucker scoring, with the square under additive scoring.
-    Deterministic: the seed is fixed.
+    Draws queries, keys and cores as they are at initialisation, retrieves, and solves for the
+    common weight of the norms there are at which the selected scores ('score' being the per-core
+    G) have mean 1: a score grows with each norm weight, and under Tucker scoring with its square.
+    A softmax has no use for scores of mean 1: there the norms start where the scores of single
+    keys have standard deviation 1. Without norms nothing is left to solve for, and the scores are
+    only measured. Deterministic: the seed is fixed.
     """
+    selected, key_score_std = _draw_selected_scores(memory)
+    num_norms = (memory.query_norm != "none") + (memory.key_norm != "none")
+    scale = 1.0
+    if num_norms and memory.score_activation == "softmax":
+        scale = 1 / key_score_std
+        norm_weight = scale ** (1 / num_norms)
+    elif num_norms:
+        scale = 1 / float(selected.mean(dtype=np.float64))
+        norm_weight = scale ** (1 / (num_norms * (2 if memory.scoring == "tucker" else 1)))
+    else:
+        norm_weight = 1.0
+    weights = selected * scale
+    match memory.score_activation:
+        case "softmax":
+            weights = scipy.special.softmax(weights, axis=-1)
+        case "relu":
+            weights = np.maximum(weights, 0)
+    return Calibration(
+        query_norm=norm_weight,
+        key_norm=norm_weight,
+        weight_square=float(np.square(weights).mean(dtype=np.float64)),
+    )
+
+
+def _draw_selected_scores(memory: MemoryConfig) -> tuple[np.ndarray, float]:
+    """Returns scores [draws, cores, tokens, top_m] under norm weights 1, and the std of a key's."""
     generator = np.random.default_rng(0)
     rank, num_keys = memory.tucker_rank, memory.keys_per_side
     num_draws, num_tokens = _CALIBRATION_CORES, _CALIBRATION_TOKENS
 
-    def normalised(*shape: int) -> np.ndarray:
-        # Not plain normal draws: their lengths vary, and selection would favour the long ones.
+    def draw(*shape: int, norm: str, std: float) -> np.ndarray:
         draws = generator.standard_normal((*shape, memory.key_dim), np.float32)
+        if norm == "none":
+            return draws * np.float32(std)
+        # Not plain normal draws: their lengths vary, and selection would favour the long ones.
         return draws / np.sqrt(np.mean(np.square(draws), axis=-1, keepdims=True))
 
-    keys = normalised(2, rank, num_keys)
+    keys = draw(2, rank, num_keys, norm=memory.key_norm, std=memory.key_dim**-0.5)
     query_rank = rank if memory.query == "per_rank" else 1
-    query = normalised(2, query_rank, num_draws * num_tokens)
+    query_shape = (2, query_rank, num_draws * num_tokens)
+    # Inputs have mean square 1, so a query's entries have the variance of linear maps times h.
+    query = draw(*query_shape, norm=memory.query_norm, std=math.sqrt(0.4))
     scores = (query @ keys.swapaxes(-1, -2)).reshape(2, rank, num_draws, num_tokens, num_keys)
     if memory.scoring == "tucker":
         cores = generator.random((num_draws, memory.num_cores, rank, rank), np.float32)
@@ -148,16 +192,11 @@ def calibrate(memory: MemoryConfig) -> Calibration:
     if memory.scoring == "tucker":
         weighted = np.einsum("rdti,dcrq->dctqi", short[0], cores)
         grid = np.einsum("dctqi,qdtj->dctij", weighted, short[1], optimize=True)
-        power = 4
     else:
         grid = (short[0, 0][..., :, None] + short[1, 0][..., None, :])[:, None]
-        power = 2
     flat = grid.reshape(num_draws, grid.shape[1], num_tokens, size * size)
     best = np.argpartition(-flat.sum(axis=1), memory.top_m - 1, axis=-1)[..., : memory.top_m]
-    selected = np.take_along_axis(flat, best[:, None], axis=-1)
-    mean = float(selected.mean(dtype=np.float64))
-    deviation = float(selected.std(dtype=np.float64))
-    return Calibration(norm_weight=mean ** (-1 / power), score_std=deviation / mean)
+    return np.take_along_axis(flat, best[:, None], axis=-1), float(scores.std(dtype=np.float64))
 
 
 def memory_initialization(config: ModelConfig) -> MemoryInitialization:
@@ -173,18 +212,22 @@ def memory_initialization(config: ModelConfig) -> MemoryInitialization:
         return MemoryInitialization(
             query_std=memory.key_dim**-0.5,
             pre_std=config.hidden_size**-0.5,
+            gate_std=config.hidden_size**-0.5,
             output_std=(memory.num_slots * memory.value_dim) ** -0.5,
             key_std=key_std,
             values_std=0.02,
-            norm_weight=memory.key_dim**-0.4,
+            query_norm=memory.key_dim**-0.4,
+            key_norm=memory.key_dim**-0.4,
         )
     calibration = calibrate(memory)
     unit = memory.initialization == "unit"
     return MemoryInitialization(
         query_std=linear,
         pre_std=linear,
+        gate_std=linear,
         output_std=linear,
         key_std=key_std,
-        values_std=1.0 if unit else matched_values_std(config, calibration.score_std),
-        norm_weight=calibration.norm_weight,
+        values_std=1.0 if unit else matched_values_std(config, calibration.weight_square),
+        query_norm=calibration.query_norm,
+        key_norm=calibration.key_norm,
     )

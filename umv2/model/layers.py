@@ -33,9 +33,12 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """Returns x @ weight in the dtype of x."""
-    return jnp.einsum("...i,io->...o", x, weight.astype(x.dtype))
+def linear(
+    x: Float[Array, "*b i"], weight: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
+) -> Float[Array, "*b o"]:
+    """Returns x @ weight (+ bias) in the dtype of x."""
+    y = jnp.einsum("...i,io->...o", x, weight.astype(x.dtype))
+    return y if bias is None else y + _with_rank(bias, y.ndim).astype(x.dtype)
 
 
 def rms_norm(
@@ -44,9 +47,18 @@ def rms_norm(
     """Returns weight * x / sqrt(mean(x^2) + epsilon) over the last axis, in the dtype of x."""
     wide = x.astype(accumulation_dtype(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    # The weight takes the rank of x: implicit rank promotion hides shape mistakes.
-    weight = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
-    return (wide * scale * weight).astype(x.dtype)
+    return (wide * scale * _with_rank(weight, x.ndim)).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*b d"], weight: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+) -> Float[Array, "*b d"]:
+    """Returns weight * (x - mean) / sqrt(variance + epsilon) + bias over the last axis."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    normalised = centred * scale * _with_rank(weight, x.ndim) + _with_rank(bias, x.ndim)
+    return normalised.astype(x.dtype)
 
 
 def rotate(
@@ -87,3 +99,8 @@ class SwiGLU(nnx.Module):
         """Returns the output in the dtype of x."""
         inner = jax.nn.silu(linear(x, self.gate[...])) * linear(x, self.up[...])
         return linear(inner, self.down[...])
+
+
+def _with_rank(vector: Float[Array, " d"], rank: int) -> Float[Array, "*b d"]:
+    """Adds leading axes of size 1: implicit rank promotion hides shape mistakes."""
+    return jnp.expand_dims(vector, tuple(range(rank - 1)))

@@ -1,4 +1,9 @@
-"""The value store and the memory layer that reads it (UltraMemV2, arXiv 2508.18756, section 3)."""
+"""The value store and the memory layer that reads it.
+
+UltraMemV2 (arXiv 2508.18756, section 3) and its predecessors are one layer: UltraMem
+(arXiv 2411.12364), Memory+ (arXiv 2412.09764), PEER (arXiv 2407.04153) and PKM (arXiv 1907.05242)
+differ from it in the fields of `MemoryConfig` that configs/families.py sets.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +33,14 @@ class ValueStore:
         return self.values.shape[-2]
 
 
+@struct
+class StoreWindow:
+    """The store as one memory layer sees it: rows from `start` on, wrapping round its end."""
+
+    store: ValueStore
+    start: Int[Array, ""] | int
+
+
 def create_store(config: ModelConfig, *, key: Key[Array, ""]) -> ValueStore:
     """Draws the value tables of all memory layers: [L_mem * N, D_v] and [L_mem * N, D_p]."""
     memory = config.memory
@@ -43,104 +56,131 @@ def create_store(config: ModelConfig, *, key: Key[Array, ""]) -> ValueStore:
 class MemoryLayer(nnx.Module):
     """Retrieves `top_m` rows per token and head, and sums them into the residual stream.
 
-    Memory(y) = W_v sum_j G_c[j] act(<W_p y, P[j]>) V[j, slice c] over the selected rows j, with
-    G_c the score of core c (Eq. 6-15). `core_u`, `core_v` and `shuffle` are buffers: `u` and `v`
-    follow the cores once an optimizer step (`refresh_core_vectors`), the shuffle never changes.
+    Memory(y) = W_v (sum_j w_jc act(<W_p y, P[j]>) V[j, slice c]) over the selected rows j, with
+    w_jc the score of core c, or its softmax or ReLU (Eq. 6-15); with an output gate the pooled
+    values are multiplied by silu(W_g y) before W_v (Memory+). What the configuration does without
+    (a projection, a norm, the shuffle) does not exist.
+
+    `core_u`, `core_v` and `shuffle` are buffers: `u` and `v` follow the cores once an optimizer
+    step (`refresh`), the shuffle never changes.
     """
 
     def __init__(self, config: ModelConfig, *, key: Key[Array, ""]):
         memory = config.memory
         start = initialization.memory_initialization(config)
         hidden, heads, rank = config.hidden_size, memory.num_heads, memory.tucker_rank
-        num_chunks = retrieval.query_chunks(memory.query, rank)
-        sides = (heads, 2, rank, memory.keys_per_side, memory.key_dim)
+        num_chunks = retrieval.query_chunks(memory.query, num_heads=heads, tucker_rank=rank)
+        pooled_size = memory.num_slots * memory.value_dim
 
         def parameter(name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
             return nnx.Param(layers.normal(key, name, shape, std))
 
+        def constant(size: int, value: float) -> nnx.Param:
+            return nnx.Param(jnp.full((size,), value, jnp.float32))
+
         self.query = parameter("query", (hidden, num_chunks * memory.key_dim), start.query_std)
+        sides = (heads, 2, rank, memory.keys_per_side, memory.key_dim)
         self.keys = parameter("keys", sides, start.key_std)
-        self.query_norm = nnx.Param(jnp.full((memory.key_dim,), start.norm_weight, jnp.float32))
-        self.key_norm = nnx.Param(jnp.full((memory.key_dim,), start.norm_weight, jnp.float32))
+        if memory.query_norm != "none":
+            self.query_norm = constant(memory.key_dim, start.query_norm)
+        if memory.query_norm == "layer":
+            self.query_norm_bias = constant(memory.key_dim, 0.0)
+        if memory.key_norm != "none":
+            self.key_norm = constant(memory.key_dim, start.key_norm)
         if memory.scoring == "tucker":
             shape = (memory.num_cores, heads, rank, rank)
             cores = jax.random.uniform(layers.named_key(key, "cores"), shape, jnp.float32)
             self.cores = nnx.Param(cores)
             none = jnp.zeros((heads, rank), jnp.float32)
             u, v = retrieval.core_vectors(cores, none, none)
-        else:
-            u = v = jnp.ones((heads, rank), jnp.float32)
-        self.core_u, self.core_v = layers.Buffer(u), layers.Buffer(v)
-        self.shuffle = layers.Buffer(
-            jax.random.permutation(
-                layers.named_key(key, "shuffle"), jnp.arange(sides[3] ** 2, dtype=jnp.int32)
-            )
-        )
-        if memory.pre_value_dim:
+            self.core_u, self.core_v = layers.Buffer(u), layers.Buffer(v)
+        if memory.shuffle:
+            addresses = jnp.arange(memory.keys_per_side**2, dtype=jnp.int32)
+            shuffled = jax.random.permutation(layers.named_key(key, "shuffle"), addresses)
+            self.shuffle = layers.Buffer(shuffled)
+        if memory.has_pre_projection:
             self.pre = parameter("pre", (hidden, memory.pre_value_dim), start.pre_std)
-        pooled = memory.num_slots * memory.value_dim
-        self.output = parameter("output", (pooled, hidden), start.output_std)
+        if memory.output_gate != "none":
+            self.output_gate = parameter("output_gate", (hidden, pooled_size), start.gate_std)
+        if memory.projection != "none":
+            self.output = parameter("output", (pooled_size, hidden), start.output_std)
+        if memory.bias:
+            self.query_bias = constant(num_chunks * memory.key_dim, 0.0)
+            if memory.output_gate != "none":
+                self.output_gate_bias = constant(pooled_size, 0.0)
+            if memory.projection != "none":
+                self.output_bias = constant(hidden, 0.0)
         self.config = memory
         self.norm_epsilon = config.norm_epsilon
 
-    def refresh_core_vectors(self) -> None:
+    def refresh(self) -> None:
         """Recomputes u and v from the cores, with the sign that stays closest to the old pair."""
         if self.config.scoring == "tucker":
             u, v = retrieval.core_vectors(self.cores[...], self.core_u[...], self.core_v[...])
             self.core_u[...], self.core_v[...] = u, v
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, store: ValueStore, start: Int[Array, ""] | int = 0
+        self, x: Float[Array, "b t d"], *, store: StoreWindow
     ) -> tuple[Float[Array, "b t d"], LayerStats]:
         """Returns the memory's output for normalised inputs, and what was observed on the way.
 
         Args:
           x: normalised input, the same that the FFN reads.
-          store: the tables; rows of other layers may be among them.
-          start: first row of this layer's window, which wraps round the end of the store.
+          store: this layer's window of the value tables; rows of other layers may be in it.
         """
-        shared = (
-            self._retrieval_arrays(),
-            store,
-            jnp.asarray(start, jnp.int32),
-        )
-        query = layers.linear(x, self.query[...])
-        pre_inputs = layers.linear(x, self.pre[...]) if self.config.pre_value_dim else None
+        memory = self.config
+        query = layers.linear(x, self.query[...], self._optional("query_bias"))
+        pre_inputs = None
+        if memory.pre_value_dim:
+            pre_inputs = layers.linear(x, self.pre[...]) if memory.has_pre_projection else x
+        shared = (self._retrieval_arrays(), store.store, jnp.asarray(store.start, jnp.int32))
         pooled, sums = parallel.map_over_batch(self._look_up, (query, pre_inputs), shared)
-        y = layers.linear(pooled.astype(x.dtype), self.output[...])
-        selections = x.shape[0] * x.shape[1] * self.config.num_heads
-        balance = retrieval.balance_loss(*sums["balance"])
+        y = pooled.astype(x.dtype)
+        if memory.output_gate == "silu":
+            gate = layers.linear(x, self.output_gate[...], self._optional("output_gate_bias"))
+            y = y * jax.nn.silu(gate)
+        if memory.projection != "none":
+            y = layers.linear(y, self.output[...], self._optional("output_bias"))
+        selections = x.shape[0] * x.shape[1] * memory.num_heads
         stats = LayerStats(
-            balance_loss=balance,
+            balance_loss=retrieval.balance_loss(*sums["balance"]),
+            router_z_loss=jnp.zeros((), jnp.float32),
+            router_probability=jnp.zeros((0,), jnp.float32),
             output_variance=jnp.var(y.astype(jnp.float32)),
             top_score=sums["top_score"] / selections,
             last_score=sums["last_score"] / selections,
-            row_hits=sums["row_hits"],
+            hits=sums["hits"],
         )
         return y, stats
 
-    def _retrieval_arrays(self) -> dict[str, Array]:
-        names = ["keys", "key_norm", "query_norm", "core_u", "core_v", "shuffle"]
-        if self.config.scoring == "tucker":
-            names.append("cores")
-        return {name: getattr(self, name)[...] for name in names}
+    def _optional(self, name: str) -> Array | None:
+        """Returns a variable's array, or None where the configuration does without it."""
+        return getattr(self, name)[...] if hasattr(self, name) else None
+
+    def _retrieval_arrays(self) -> dict[str, Array | None]:
+        names = ("keys", "key_norm", "query_norm", "query_norm_bias", "cores", "core_u", "core_v")
+        return {name: self._optional(name) for name in (*names, "shuffle")}
 
     def _look_up(self, batched: tuple, shared: tuple) -> tuple[Float[Array, "b t e"], dict]:
         """Retrieves and pools the rows for one device's tokens."""
         memory, (query, pre_inputs), (weights, store, start) = self.config, batched, shared
         batch, length = query.shape[:2]
-        chunks = query.reshape(batch * length, -1, memory.key_dim)
-        chunks = layers.rms_norm(chunks, weights["query_norm"], self.norm_epsilon)
-        keys = layers.rms_norm(weights["keys"], weights["key_norm"], self.norm_epsilon)
+        num_tokens = batch * length
         arranged = retrieval.arrange_query(
-            chunks, memory.query, num_heads=memory.num_heads, tucker_rank=memory.tucker_rank
+            self._normalised_query(query.reshape(num_tokens, -1, memory.key_dim), weights),
+            memory.query,
+            num_heads=memory.num_heads,
+            tucker_rank=memory.tucker_rank,
         )
+        keys = weights["keys"]
+        if memory.key_norm == "rms":
+            keys = layers.rms_norm(keys, weights["key_norm"], self.norm_epsilon)
         scores = retrieval.product_key_scores(arranged, keys.astype(arranged.dtype))
         shortlisting = retrieval.shortlist_scores(scores, weights["core_u"], weights["core_v"])
         selection = retrieval.select(
             scores,
             shortlisting,
-            weights.get("cores"),
+            weights["cores"],
             top_m=memory.top_m,
             shortlist=memory.shortlist,
         )
@@ -148,22 +188,36 @@ class MemoryLayer(nnx.Module):
         block, visible, rows = retrieval.table_rows(
             virtual, start, num_visible=memory.num_visible, num_rows=store.num_rows
         )
+        value_weights = retrieval.value_weights(selection, memory.score_activation)
         pooled = parallel.value_aggregation(
             store.values,
             rows,
-            retrieval.per_core_scores(selection),
+            value_weights,
             pre_values=store.pre_values,
-            pre_inputs=None if pre_inputs is None else pre_inputs.reshape(batch * length, -1),
+            pre_inputs=None if pre_inputs is None else pre_inputs.reshape(num_tokens, -1),
             activation=None if memory.activation == "none" else memory.activation,
             slots=block if memory.num_slots > 1 else None,
             num_slots=memory.num_slots,
             chunk_size=memory.chunk_tokens or None,
         )
-        totals = jax.lax.stop_gradient(selection.scores).sum(axis=-1)
+        totals = jax.lax.stop_gradient(value_weights).sum(axis=-1)
+        totals = totals.reshape(num_tokens, memory.num_heads, memory.top_m)
         sums = {
             "balance": retrieval.balance_statistics(shortlisting, memory.shortlist),
             "top_score": totals[..., 0].sum(),
             "last_score": totals[..., -1].sum(),
-            "row_hits": jnp.zeros(memory.num_visible, jnp.int32).at[visible].add(1),
+            "hits": jnp.zeros(memory.num_visible, jnp.int32).at[visible].add(1),
         }
         return pooled.reshape(batch, length, -1), sums
+
+    def _normalised_query(
+        self, chunks: Float[Array, "t q_chunks q"], weights: dict[str, Array | None]
+    ) -> Float[Array, "t q_chunks q"]:
+        norm, bias = weights["query_norm"], weights["query_norm_bias"]
+        match self.config.query_norm:
+            case "rms":
+                return layers.rms_norm(chunks, norm, self.norm_epsilon)
+            case "layer":
+                return layers.layer_norm(chunks, norm, bias, self.norm_epsilon)
+            case _:
+                return chunks

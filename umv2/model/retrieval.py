@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from umv2.types import struct
 
-QueryLayout = Literal["per_rank", "shared", "released"]
+QueryLayout = Literal["per_rank", "shared", "per_head", "released"]
 
 
 @struct
@@ -29,9 +29,15 @@ class Selection:
     scores: Float[Array, "h t k c"]
 
 
-def query_chunks(layout: QueryLayout, tucker_rank: int) -> int:
+def query_chunks(layout: QueryLayout, *, num_heads: int, tucker_rank: int) -> int:
     """Returns how many vectors of key_dim the query projection gives."""
-    return 2 if layout == "shared" else 2 * tucker_rank
+    match layout:
+        case "shared":
+            return 2
+        case "per_head":
+            return 2 * num_heads
+        case _:
+            return 2 * tucker_rank
 
 
 def arrange_query(
@@ -44,7 +50,8 @@ def arrange_query(
     """Gives each head, side and rank its query.
 
     Layouts: `per_rank`, chunks in the order (side, rank), the same for every head (section 4.2.2);
-    `shared`, a row and a column chunk for all ranks and heads (V1); `released`, as the published
+    `shared`, a row and a column chunk for all ranks and heads (V1); `per_head`, chunks in the order
+    (head, side), the same for every rank (PKM, arXiv 1907.05242); `released`, as the published
     PyTorch code reads its four chunks: head i takes 2 (i // 2) for the row and 2 (i // 2) + 1 for
     the column, whatever the rank, so that one or two heads leave half of the projection unused.
     """
@@ -55,6 +62,8 @@ def arrange_query(
             by_rank = chunks.reshape(1, 2, tucker_rank, num_tokens, key_dim)
         case "shared":
             by_rank = chunks.reshape(1, 2, 1, num_tokens, key_dim)
+        case "per_head":
+            by_rank = chunks.reshape(num_heads, 2, 1, num_tokens, key_dim)
         case "released":
             heads = 2 * (np.arange(num_heads) // 2)
             by_rank = chunks[heads[:, None] + np.arange(2)[None, :]][:, :, None]
@@ -73,9 +82,16 @@ def product_key_scores(
 
 
 def shortlist_scores(
-    scores: Float[Array, "h 2 r t n"], u: Float[Array, "h r"], v: Float[Array, "h r"]
+    scores: Float[Array, "h 2 r t n"],
+    u: Float[Array, "h r"] | None,
+    v: Float[Array, "h r"] | None,
 ) -> Float[Array, "h 2 t n"]:
-    """Returns the rank-1 approximation by which keys are shortlisted: S_row u, S_col v (step 5)."""
+    """Returns the rank-1 approximation by which keys are shortlisted: S_row u, S_col v (step 5).
+
+    Additive scores have rank 1 already, and no u and v.
+    """
+    if u is None or v is None:
+        return scores[:, :, 0]
     return jnp.einsum("hsrtn,hsr->hstn", scores, jnp.stack([u, v], axis=1))
 
 
@@ -128,11 +144,14 @@ def select(
 
 
 def virtual_addresses(
-    selection: Selection, shuffle: Int[Array, " a"], keys_per_side: int
+    selection: Selection, shuffle: Int[Array, " a"] | None, keys_per_side: int
 ) -> Int[Array, "t hk"]:
-    """Returns shuffle[i * keys_per_side + j] for the pairs of all heads (step 7)."""
+    """Returns shuffle[i * keys_per_side + j] for the pairs of all heads (step 7).
+
+    Without a shuffle an address is the place in the grid of keys, row by row.
+    """
     grid = selection.rows * keys_per_side + selection.columns
-    return _heads_last(shuffle[grid])
+    return _heads_last(grid if shuffle is None else shuffle[grid])
 
 
 def table_rows(
@@ -149,9 +168,20 @@ def table_rows(
     return block, visible, row
 
 
-def per_core_scores(selection: Selection) -> Float[Array, "t hk c"]:
-    """Returns the scores of all heads' selections side by side."""
-    return _heads_last(selection.scores)
+def value_weights(
+    selection: Selection, score_activation: Literal["none", "softmax", "relu"]
+) -> Float[Array, "t hk c"]:
+    """Returns what weights each core's slice of each value, the heads side by side.
+
+    The per-core scores; or their softmax over the selection of each head (PKM); or their ReLU.
+    """
+    scores = selection.scores
+    match score_activation:
+        case "softmax":
+            scores = jax.nn.softmax(scores, axis=-2)
+        case "relu":
+            scores = jax.nn.relu(scores)
+    return _heads_last(scores)
 
 
 def window_starts(

@@ -1,10 +1,10 @@
-"""The decoder: a stack of blocks, each an attention, an FFN and, where placed, a memory layer.
+"""The decoder: a stack of blocks, each an attention, an FFN and, where placed, a sparse layer.
 
     a = x + Attention(RMSNorm_1(x))
     y = RMSNorm_2(a)
-    out = a + FFN(y) + Memory(y)
+    out = a + FFN(y) + Sparse(y)
 
-Blocks are stacked and scanned, so that compile time is flat in depth. Where memory layers are not
+Blocks are stacked and scanned, so that compile time is flat in depth. Where sparse layers are not
 in every block, the scan is over the repeating group of blocks.
 """
 
@@ -21,16 +21,20 @@ from umv2 import parallel
 from umv2.config import ModelConfig
 from umv2.model import initialization, layers, retrieval
 from umv2.model.attention import Attention, KeyValueCache
-from umv2.model.memory import MemoryLayer, ValueStore
+from umv2.model.memory import MemoryLayer, StoreWindow, ValueStore
+from umv2.model.moe import MixtureOfExperts
 from umv2.types import LayerStats, struct
+
+# Each is a module `(x, *, store) -> (y, LayerStats)`; y is added beside the FFN's output.
+SPARSE_LAYERS: dict[str, type[nnx.Module]] = {"memory": MemoryLayer, "moe": MixtureOfExperts}
 
 
 @struct
 class ModelStats:
-    """What a forward pass observed: of every block's FFN, and of every memory layer."""
+    """What a forward pass observed: of every block's FFN, and of every sparse layer."""
 
-    ffn_variance: Float[Array, " blocks"]
-    memory: LayerStats | None
+    ffn_variance: Float[Array, " blocks"]  # 0 where there is no FFN
+    sparse: LayerStats | None
 
 
 @struct
@@ -46,19 +50,19 @@ class ModelOutput:
 class Segment:
     """`repeats` copies of a group of `period` blocks, from block `start` on.
 
-    `placements` are the (read, write) blocks of the group's memory layers, relative to the group;
-    `memory_start` is the first copy's first memory layer.
+    `placements` are the (read, write) blocks of the group's sparse layers, relative to the group;
+    `sparse_start` is the first copy's first sparse layer.
     """
 
     start: int
     period: int
     repeats: int
-    memory_start: int
+    sparse_start: int
     placements: tuple[tuple[int, int], ...]
 
 
 def plan_segments(num_layers: int, placements: tuple[tuple[int, int], ...]) -> tuple[Segment, ...]:
-    """Divides the blocks into runs of equal groups; no memory layer reaches out of its group.
+    """Divides the blocks into runs of equal groups; no sparse layer reaches out of its group.
 
     From each position on, takes the group whose copies cover the most blocks (the shortest such
     group), or the shortest group alone where nothing repeats.
@@ -84,8 +88,8 @@ def plan_segments(num_layers: int, placements: tuple[tuple[int, int], ...]) -> t
                 repeats += 1
             covered = period * repeats if repeats > 1 else 0
             if best is None or covered > best.period * best.repeats * (best.repeats > 1):
-                memory_start = sum(read < start for read, _ in placements)
-                best = Segment(start, period, repeats, memory_start, members)
+                sparse_start = sum(read < start for read, _ in placements)
+                best = Segment(start, period, repeats, sparse_start, members)
         assert best is not None  # the group of all remaining blocks is closed
         segments.append(best)
         start += best.period * best.repeats
@@ -93,20 +97,21 @@ def plan_segments(num_layers: int, placements: tuple[tuple[int, int], ...]) -> t
 
 
 class Block(nnx.Module):
-    """Attention and FFN with their norms."""
+    """Attention and FFN (none of size 0) with their norms."""
 
     def __init__(self, config: ModelConfig, *, key: Key[Array, ""]):
         std = initialization.linear_std(config.hidden_size)
         self.attention_norm = layers.RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = Attention(config, key=layers.named_key(key, "attention"))
         self.ffn_norm = layers.RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.ffn = layers.SwiGLU(
-            config.hidden_size,
-            config.ffn_size,
-            std=std,
-            down_std=std * initialization.residual_scale(config.num_layers),
-            key=layers.named_key(key, "ffn"),
-        )
+        if config.ffn_size:
+            self.ffn = layers.SwiGLU(
+                config.hidden_size,
+                config.ffn_size,
+                std=std,
+                down_std=std * initialization.residual_scale(config.num_layers),
+                key=layers.named_key(key, "ffn"),
+            )
 
     def attend(
         self,
@@ -123,11 +128,15 @@ class Block(nnx.Module):
         residual = x + attended
         return residual, self.ffn_norm(residual), cache
 
+    def feed_forward(self, y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns the FFN's output, zero where there is none."""
+        return self.ffn(y) if hasattr(self, "ffn") else jnp.zeros_like(y)
+
 
 class Transformer(nnx.Module):
-    """Decoder-only language model with memory layers.
+    """Decoder-only language model with sparse layers.
 
-    Parameters of blocks and of memory layers are stacked along their first axis. The value store
+    Parameters of blocks and of sparse layers are stacked along their first axis. The value store
     is an argument of the call, not a parameter of the model.
     """
 
@@ -139,9 +148,10 @@ class Transformer(nnx.Module):
             self.head = nnx.Param(layers.normal(key, "head", vocabulary, std))
         self.final_norm = layers.RMSNorm(config.hidden_size, config.norm_epsilon)
         self.blocks = _stack(lambda k: Block(config, key=k), key, "blocks", config.num_layers)
-        num_memory = len(config.placements)
-        if num_memory:
-            self.memory = _stack(lambda k: MemoryLayer(config, key=k), key, "memory", num_memory)
+        num_sparse = len(config.placements)
+        if num_sparse:
+            create: Any = SPARSE_LAYERS[config.family]
+            self.sparse = _stack(lambda k: create(config, key=k), key, "sparse", num_sparse)
         self.config = config
 
     def __call__(
@@ -157,7 +167,7 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: ids in [0, vocab_size).
-          store: the value tables; None for a dense model.
+          store: the value tables; None where there are no memory layers.
           segment_ids: positions attend only within equal ids; None: to everything before them.
           cache: of the positions before `position`, stacked over blocks; None: there are none.
           position: position of tokens[:, 0].
@@ -173,7 +183,7 @@ class Transformer(nnx.Module):
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         x = parallel.lookup(self.embedding[...], tokens).astype(dtype)
 
-        ffn_variances, memory_stats, caches = [], [], []
+        ffn_variances, sparse_stats, caches = [], [], []
         for segment in plan_segments(config.num_layers, config.placements):
             x, (ffn_variance, stats, new_cache) = self._run_segment(
                 segment, x, store=store, mask=mask, cache=cache, position=position
@@ -181,7 +191,7 @@ class Transformer(nnx.Module):
             ffn_variances.append(ffn_variance)
             caches.append(new_cache)
             if segment.placements:
-                memory_stats.append(stats)
+                sparse_stats.append(stats)
         x = self.final_norm(x)
         head = self.embedding if config.tie_embeddings else self.head
         logits = jnp.einsum(
@@ -194,7 +204,7 @@ class Transformer(nnx.Module):
             logits=logits,
             stats=ModelStats(
                 ffn_variance=jnp.concatenate(ffn_variances),
-                memory=_concatenate(memory_stats) if memory_stats else None,
+                sparse=_concatenate(sparse_stats) if sparse_stats else None,
             ),
             cache=None if cache is None else _concatenate(caches),
         )
@@ -206,10 +216,10 @@ class Transformer(nnx.Module):
         zeros = jnp.zeros(shape, config.compute_dtype)
         return KeyValueCache(keys=zeros, values=zeros)
 
-    def refresh_core_vectors(self) -> None:
-        """Recomputes the leading singular vectors of every memory layer's cores."""
-        if self.config.placements:
-            self.memory = jax.vmap(_refreshed)(self.memory)
+    def refresh(self) -> None:
+        """Recomputes what sparse layers derive from their parameters once an optimizer step."""
+        if hasattr(getattr(self, "sparse", None), "refresh"):
+            self.sparse = jax.vmap(_refreshed)(self.sparse)
 
     def _run_segment(
         self,
@@ -228,19 +238,12 @@ class Transformer(nnx.Module):
         if cache is not None:
             per_copy["cache"] = _group(cache, blocks, segment.repeats)
         if segment.placements:
-            assert store is not None
             count = len(segment.placements)
-            members = slice(segment.memory_start, segment.memory_start + count * segment.repeats)
-            per_copy["memory"] = _group(self.memory, members, segment.repeats)
-            tables, starts = self._windows(store)
-            per_copy["starts"] = _group(starts, members, segment.repeats)
-            if config.memory.sharing == "none":
-                # Each layer's own table is a slice of the scanned input, so that its gradient is
-                # a slice too, and not a sum of whole stores.
-                per_copy["store"] = _group(tables, members, segment.repeats)
-                store = None
-            else:
-                store = tables
+            members = slice(segment.sparse_start, segment.sparse_start + count * segment.repeats)
+            per_copy["sparse"] = _group(self.sparse, members, segment.repeats)
+            if store is not None:
+                store, windows = self._windows(store)
+                per_copy |= _group(windows, members, segment.repeats)
 
         def body(x: Float[Array, "b t d"], copy: dict[str, Any]) -> tuple[Any, Any]:
             return self._run_group(segment, x, copy, store=store, mask=mask, position=position)
@@ -255,7 +258,7 @@ class Transformer(nnx.Module):
                 collected.append(output)
             outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
         # [repeats, members of the group, ...] -> [members of the segment, ...]
-        return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+        return x, jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), outputs)
 
     def _run_group(
         self,
@@ -267,41 +270,45 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "b 1 t t"] | None,
         position: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "b t d"], tuple[Any, Any, Any]]:
-        """Runs one group; a memory layer's output waits from its read to its write block."""
+        """Runs one group; a sparse layer's output waits from its read to its write block."""
         member = 0
         waiting: dict[int, list[Float[Array, "b t d"]]] = {}
-        ffn_variances, memory_stats, caches = [], [], []
+        ffn_variances, sparse_stats, caches = [], [], []
         for index in range(segment.period):
             block = _member(copy["blocks"], index)
             old_cache = _member(copy["cache"], index) if "cache" in copy else None
             residual, y, new_cache = block.attend(x, mask=mask, cache=old_cache, position=position)
-            fed_forward = block.ffn(y)
+            fed_forward = block.feed_forward(y)
             x = residual + fed_forward
             if member < len(segment.placements) and segment.placements[member][0] == index:
-                memory_output, stats = _member(copy["memory"], member)(
-                    y,
-                    store=store if store is not None else _member(copy["store"], member),
-                    start=copy["starts"][member],
-                )
-                waiting.setdefault(segment.placements[member][1], []).append(memory_output)
-                memory_stats.append(stats)
+                window = None
+                if "start" in copy:
+                    own = _member(copy["table"], member) if "table" in copy else store
+                    window = StoreWindow(store=own, start=copy["start"][member])
+                sparse_output, stats = _member(copy["sparse"], member)(y, store=window)
+                waiting.setdefault(segment.placements[member][1], []).append(sparse_output)
+                sparse_stats.append(stats)
                 member += 1
-            for memory_output in waiting.pop(index, ()):
-                x = x + memory_output
+            for sparse_output in waiting.pop(index, ()):
+                x = x + sparse_output
             ffn_variances.append(jnp.var(fed_forward.astype(jnp.float32)))
             caches.append(new_cache)
-        stats = _stack_trees(memory_stats) if memory_stats else None
+        stats = _stack_trees(sparse_stats) if sparse_stats else None
         cache = _stack_trees(caches) if "cache" in copy else None
         return x, (jnp.stack(ffn_variances), stats, cache)
 
-    def _windows(self, store: ValueStore) -> tuple[ValueStore, Int[Array, " l"]]:
-        """Returns the store as memory layers see it, and the first row of each one's window."""
+    def _windows(self, store: ValueStore) -> tuple[ValueStore | None, dict[str, Any]]:
+        """Returns the store that memory layers share, and what each has of its own, stacked.
+
+        That is the first row of its window and, where nothing is shared, its table: a slice of the
+        scanned input, so that its gradient is a slice too, and not a sum of whole stores.
+        """
         memory, count = self.config.memory, len(self.config.placements)
         if memory.sharing == "none":
             tables = jax.tree.map(lambda table: table.reshape(count, -1, table.shape[-1]), store)
-            return tables, jnp.zeros(count, jnp.int32)
+            return None, {"table": tables, "start": jnp.zeros(count, jnp.int32)}
         starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
-        return store, jnp.asarray(starts * memory.num_values, jnp.int32)
+        return store, {"start": jnp.asarray(starts * memory.num_values, jnp.int32)}
 
 
 def _stack(create: Callable[[Any], Any], key: Key[Array, ""], name: str, count: int) -> Any:
@@ -309,8 +316,8 @@ def _stack(create: Callable[[Any], Any], key: Key[Array, ""], name: str, count: 
     return jax.vmap(create)(jax.random.split(layers.named_key(key, name), count))
 
 
-def _refreshed(layer: MemoryLayer) -> MemoryLayer:
-    layer.refresh_core_vectors()
+def _refreshed(layer: Any) -> Any:
+    layer.refresh()
     return layer
 
 

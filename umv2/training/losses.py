@@ -1,6 +1,6 @@
-"""What training minimises: cross entropy, and the auxiliary losses of memory layers."""
+"""What training minimises: cross entropy, and the auxiliary losses of sparse layers."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from umv2.config import LossConfig
 from umv2.model import retrieval
 from umv2.model.transformer import ModelStats
+from umv2.types import LayerStats
 
 
 def cross_entropy(
@@ -34,20 +35,45 @@ def cross_entropy(
     )
 
 
-def auxiliary(stats: ModelStats, params: dict[str, Any], config: LossConfig) -> Float[Array, ""]:
-    """Returns the auxiliary losses times their coefficients, summed over memory layers.
+def auxiliary(
+    stats: ModelStats, params: dict[str, Any], config: LossConfig, *, num_tokens: int
+) -> Float[Array, ""]:
+    """Returns the auxiliary losses of a batch of `num_tokens` times their coefficients.
 
-    Every layer has its own balance loss (Eq. 18-20) and Tucker penalty (Eq. 17), so that their
-    strength on one layer does not depend on the number of layers. Those with coefficient 0 are not
-    computed.
+    Every memory layer has its own balance loss (Eq. 18-20) and Tucker penalty (Eq. 17), summed over
+    layers, so that their strength on one layer does not depend on the number of layers. The router
+    losses of experts are means over layers, as in OLMoE. Those with coefficient 0 are not computed.
     """
     total = jnp.zeros(())
+    sparse = stats.sparse
+    if sparse is None:  # Config.validate: all coefficients are 0
+        return total
     if config.balance_loss > 0:
-        assert stats.memory is not None  # Config.validate
-        total += config.balance_loss * jnp.sum(stats.memory.balance_loss)
+        total += config.balance_loss * jnp.sum(sparse.balance_loss)
+    if config.load_balance > 0:
+        total += config.load_balance * load_balance(
+            sparse, config.load_balance_scope, num_tokens=num_tokens
+        )
+    if config.router_z_loss > 0:
+        total += config.router_z_loss * jnp.mean(sparse.router_z_loss)
     if config.tucker_penalty > 0:
         penalties = jax.vmap(lambda cores: retrieval.tucker_penalty(cores, config.tucker_margin))(
-            params["memory"]["cores"]
+            params["sparse"]["cores"]
         )
         total += config.tucker_penalty * jnp.sum(penalties)
     return total
+
+
+def load_balance(
+    experts: LayerStats, scope: Literal["layer", "model"], *, num_tokens: int
+) -> Float[Array, ""]:
+    """Returns the load-balancing loss E sum_i f_i p_i of stacked mixtures of experts.
+
+    f is the number of selections of an expert per token, p its mean probability (OLMoE, arXiv
+    2409.02060, Eq. 2 up to its constant). `layer`: the mean of the layers' losses; `model`: f and p
+    are averaged over layers before the product, as transformers does.
+    """
+    if scope == "layer":
+        return jnp.mean(experts.balance_loss)
+    share = experts.hits.mean(axis=0) / num_tokens
+    return share.size * jnp.sum(share * experts.router_probability.mean(axis=0))

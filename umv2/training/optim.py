@@ -36,12 +36,13 @@ class Rule:
 RULES = (
     Rule("embeddings", r"model/embedding"),
     Rule("norms", r"model/(final_norm|blocks/(\w+/)?\w+_norm)/weight"),
-    Rule("norms", r"model/memory/(query|key)_norm"),
+    Rule("norms", r"model/sparse/((query|key)_norm|\w+_bias)"),
     Rule("matrices", r"model/head"),
     Rule("matrices", r"model/blocks/attention/(query|key|value|output)"),
     Rule("matrices", r"model/blocks/ffn/(gate|up|down)"),
-    Rule("matrices", r"model/memory/(query|pre|output)"),
-    Rule("keys", r"model/memory/(keys|cores)"),
+    Rule("matrices", r"model/sparse/(query|pre|output|output_gate)"),
+    Rule("matrices", r"model/sparse/(router|gate|up|down)"),
+    Rule("keys", r"model/sparse/(keys|cores)"),
     Rule("values", r"store/(values|pre_values)"),
 )
 

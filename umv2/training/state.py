@@ -20,8 +20,9 @@ class TrainState:
     """A point in training. A pure tree of arrays: no modules, no functions.
 
     `params` and `buffers` are nested dicts named as the model's attributes. The value store stands
-    beside them, with its own optimizer. `usage` counts how often each memory layer selected each
-    of its visible rows since the last log; it is None for a dense model, as is `store`.
+    beside them, with its own optimizer; it is None where there are no memory layers. `usage`
+    counts how often each sparse layer selected each of its visible rows, or experts, since the
+    last log; it is None for a dense model.
     """
 
     step: Int[Array, ""]
@@ -29,13 +30,13 @@ class TrainState:
     store: ValueStore | None
     buffers: dict[str, Any]
     optimizer: optim.OptimizerState
-    usage: Int[Array, "l rows"] | None
+    usage: Int[Array, "l choices"] | None
 
 
 def create_model(config: ModelConfig, key: Key[Array, ""]) -> tuple[Transformer, ValueStore | None]:
     """Draws a model and its value store."""
     store = None
-    if config.placements:
+    if config.family == "memory":
         store = create_store(config, key=layers.named_key(key, "store"))
     return Transformer(config, key=layers.named_key(key, "model")), store
 
@@ -63,9 +64,9 @@ def create_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
     model, store = create_model(config.model, jax.random.key(config.seed))
     _, params, buffers = split_model(model)
     usage = None
-    if store is not None:
-        layers_and_rows = (len(config.model.placements), config.model.memory.num_visible)
-        usage = jnp.zeros(layers_and_rows, jnp.int32)
+    if config.model.placements:
+        layers_and_choices = (len(config.model.placements), config.model.num_selectable)
+        usage = jnp.zeros(layers_and_choices, jnp.int32)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -84,7 +85,7 @@ def abstract_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
 def refreshed_buffers(
     graphdef: Any, params: dict[str, Any], buffers: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the buffers with core vectors recomputed for the given parameters."""
+    """Returns the buffers as the given parameters want them: core vectors recomputed."""
     model = merge_model(graphdef, params, buffers)
-    model.refresh_core_vectors()
+    model.refresh()
     return split_model(model)[2]

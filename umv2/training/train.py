@@ -65,8 +65,10 @@ def make_train_step(
         segment_ids = batch.segment_ids if config.data.mask_across_documents else None
         output = model(batch.inputs, store=store, segment_ids=segment_ids)
         nll, squared_log_z, _ = losses.cross_entropy(output.logits, batch.targets, batch.weights)
-        auxiliary = losses.auxiliary(output.stats, params, config.loss) / accumulation
-        loss = (nll + config.loss.z_loss * squared_log_z) / weight + auxiliary
+        auxiliary = losses.auxiliary(
+            output.stats, params, config.loss, num_tokens=batch.inputs.size
+        )
+        loss = (nll + config.loss.z_loss * squared_log_z) / weight + auxiliary / accumulation
         return loss, (nll / weight, output.stats)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -95,7 +97,7 @@ def make_train_step(
         )
         usage = state.usage
         if usage is not None:
-            usage = usage + stats.memory.row_hits
+            usage = usage + stats.sparse.hits
             stats = _reported(stats, config)
         new_state = TrainState(
             step=state.step + 1,
@@ -198,7 +200,7 @@ def _run(
                     "tokens": step * tokens_per_step,
                     **optimizer.learning_rates(step - 1),
                     **progress.rates(),
-                    **metrics.memory_health(health(step_metrics.stats, state.usage, state.params)),
+                    **metrics.fetched_health(health(step_metrics.stats, state.usage, state.params)),
                 }
                 writer.write(step, record)
                 state = _forget_usage(state)
@@ -267,23 +269,23 @@ def _divide(x: Array, parts: int) -> Array:
 def _over_microbatches(stacked: ModelStats) -> ModelStats:
     """Averages statistics over microbatches; hits are counts, so they add up."""
     mean = jax.tree.map(lambda x: x.astype(jnp.float32).mean(axis=0), stacked)
-    if mean.memory is None or stacked.memory is None:
+    if mean.sparse is None or stacked.sparse is None:
         return mean
-    hits = stacked.memory.row_hits.sum(axis=0)
-    return dataclasses.replace(mean, memory=dataclasses.replace(mean.memory, row_hits=hits))
+    hits = stacked.sparse.hits.sum(axis=0)
+    return dataclasses.replace(mean, sparse=dataclasses.replace(mean.sparse, hits=hits))
 
 
 def _reported(stats: ModelStats, config: Config) -> ModelStats:
     """Leaves out what nobody reads, so that XLA does not compute it.
 
-    The state accumulates row hits; a balance loss with coefficient 0 costs a softmax over all keys,
-    and is reported as 0.
+    The state accumulates hits; a balance loss of keys with coefficient 0 costs a softmax over all
+    of them, and is reported as 0.
     """
-    assert stats.memory is not None
-    memory = dataclasses.replace(stats.memory, row_hits=stats.memory.row_hits[:, :0])
-    if config.loss.balance_loss == 0:
-        memory = dataclasses.replace(memory, balance_loss=jnp.zeros_like(memory.balance_loss))
-    return dataclasses.replace(stats, memory=memory)
+    assert stats.sparse is not None
+    sparse = dataclasses.replace(stats.sparse, hits=stats.sparse.hits[:, :0])
+    if config.model.family == "memory" and config.loss.balance_loss == 0:
+        sparse = dataclasses.replace(sparse, balance_loss=jnp.zeros_like(sparse.balance_loss))
+    return dataclasses.replace(stats, sparse=sparse)
 
 
 def _forget_usage(state: TrainState) -> TrainState:

@@ -1,0 +1,110 @@
+"""What the comparisons with golden files share: types, tolerances and a look inside a layer."""
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import base
+from umv2 import config as config_lib
+from umv2 import parallel
+from umv2.model import memory, retrieval
+from umv2.types import LayerStats
+
+Dtype = Literal["float32", "float64"]
+Meta = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+Traced = dict[str, jax.Array]
+
+# Functions whose results inside a memory layer are compared too.
+OBSERVED: list[tuple[ModuleType, str]] = [
+    (retrieval, "arrange_query"),
+    (retrieval, "product_key_scores"),
+    (retrieval, "shortlist_scores"),
+    (retrieval, "select"),
+    (retrieval, "virtual_addresses"),
+    (retrieval, "table_rows"),
+    (retrieval, "value_weights"),
+    (parallel, "value_aggregation"),
+]
+
+
+def observe(
+    layer: memory.MemoryLayer, x: jax.Array, window: memory.StoreWindow
+) -> tuple[jax.Array, LayerStats, dict[str, Any]]:
+    """Runs a memory layer and returns its results, and what the functions inside returned."""
+    seen: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in OBSERVED:
+            patch.setattr(module, name, _observed(getattr(module, name), seen))
+        y, stats = layer(x, store=window)
+    seen["top_k"] = jax.lax.top_k(seen["shortlist_scores"], layer.config.shortlist)
+    seen["selection"] = dataclasses.asdict(seen.pop("select"))
+    return y, stats, seen
+
+
+def replace_all(layer: nnx.Module, kind: type[nnx.Variable], arrays: Traced) -> None:
+    """Replaces all variables of a kind, so that nothing is left as it was drawn."""
+    old = nnx.to_pure_dict(nnx.state(layer, kind))
+    assert jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, arrays)
+    nnx.update(layer, arrays)
+
+
+def run_with_gradients(
+    forward: Callable[..., tuple[Traced, Any]], given: Traced, x: jax.Array
+) -> tuple[Any, dict[str, Arrays]]:
+    """Returns what `forward` saw, and the gradient of each of its objectives.
+
+    `forward(given, x)` returns scalar objectives and anything else; gradients are those of the
+    entries of `given` and, under "x", of x.
+    """
+
+    @jax.jit
+    def run(given: Traced, x: jax.Array) -> tuple[Any, dict[str, Traced]]:
+        objectives, pull_back, seen = jax.vjp(forward, given, x, has_aux=True)
+        gradients = {}
+        for name in objectives:
+            chosen = {
+                other: jnp.full_like(objectives[other], other == name) for other in objectives
+            }
+            of_parameters, of_x = pull_back(chosen)
+            gradients[name] = of_parameters | {"x": of_x}
+        return seen, gradients
+
+    return jax.device_get(run(given, x))
+
+
+def parameters(golden: Arrays) -> Arrays:
+    """Returns the parameters of a file without their prefix."""
+    return {name.removeprefix("param."): golden[name] for name in golden if "param." in name}
+
+
+def small_model(dtype: Dtype, *, hidden_size: int, epsilon: float = 1e-5, **memory: Any) -> Any:
+    """Returns a model configuration whose memory layers have the given fields."""
+    config = base.get_config()
+    model = config.model
+    model.hidden_size, model.norm_epsilon, model.compute_dtype = hidden_size, epsilon, dtype
+    model.num_heads = model.num_key_value_heads = 1
+    # `released` spares the calibration: every parameter is replaced.
+    model.memory.update({"initialization": "released", **memory})
+    return config_lib.from_config_dict(config).model
+
+
+def heads_last(x: np.ndarray) -> np.ndarray:
+    """[h, t, k, ...] -> [t, h * k, ...]."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _observed(function: Callable[..., Any], seen: dict[str, Any]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        seen[function.__name__] = function(*args, **kwargs)
+        return seen[function.__name__]
+
+    return wrapper
