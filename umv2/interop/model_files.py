@@ -58,8 +58,11 @@ def load_model(folder: Path) -> tuple[Config, Restored]:
     for key, value in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
         if description.get(key) != value:
             raise InteropError(f"{path}: {key}={description.get(key)!r}: must be {value!r}")
+    given = description.get("config")
+    if not isinstance(given, dict):
+        raise InteropError(f"{path}: config={given!r}: must be a section")
     try:
-        config = from_config_dict(description.get("config", {}))
+        config = from_config_dict(given)
     except ConfigError as error:
         raise InteropError(f"{path}: config.{error}") from error
     step = description.get("step")

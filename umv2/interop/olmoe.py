@@ -152,6 +152,7 @@ def load_olmoe(
         pieces = np.split(tensor, len(parts), axis=1) if len(parts) > 1 else [tensor]
         for part, piece in zip(parts, pieces, strict=True):
             part[...] = piece
+        del tensor, pieces, piece  # or two tensors are held while the next is read
     return model, jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
 
 

@@ -125,16 +125,18 @@ def write_folder(
     Raises:
       InteropError: the folder is in use, or cannot be written.
     """
+    target = folder.absolute()
+    partial = target.with_name(f".{target.name}.partial")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InteropError(f"{folder}: exists already; name a new or empty folder")
-        partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir(parents=True)
         _write_shards(partial, tensors, dtype, max_shard_bytes)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        partial.rename(folder.absolute())
-    except OSError as error:
+        partial.rename(target)
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise InteropError(f"{folder}: cannot be written: {error}") from error
 
 

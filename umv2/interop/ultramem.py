@@ -88,7 +88,7 @@ def convert_memory(
             f"must have the {len(values)} rows of {_VALUES} and the width of {_PRE_PROJECTION}",
         )
     if share_group > 1:
-        rows = (share_group - 1) // 2 * (len(values) // len(layers))
+        rows = -((share_group - 1) // 2) * (len(values) // len(layers))
         values = np.roll(values, rows, axis=0)
         pre_values = None if pre_values is None else np.roll(pre_values, rows, axis=0)
     return ReleasedMemory(

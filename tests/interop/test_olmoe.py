@@ -1,0 +1,274 @@
+import json
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import base
+from tests.interop.comparison import assert_same_bits
+from tests.model.drawn import drawn
+from umv2.config import Config, ModelConfig, from_config_dict
+from umv2.interop import model_files, olmoe
+from umv2.interop.tensor_files import InteropError
+from umv2.training.state import merge_model, model_structure
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LAYOUTS = ("hub", "native")
+Tensors = dict[str, np.ndarray]
+
+
+def small_config(**changes: Any) -> Config:
+    """A mixture of experts, smaller than the golden one in everything."""
+    config = base.get_config()
+    sizes = {
+        "family": "moe",
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "ffn_size": 0,
+        "tie_embeddings": False,
+        "compute_dtype": "float32",
+        "moe.num_experts": 3,
+        "moe.top_k": 2,
+        "moe.expert_size": 5,
+    }
+    fields = {f"model.{name}": value for name, value in (sizes | changes).items()}
+    config.update_from_flattened_dict(fields)
+    return from_config_dict(config)
+
+
+def published(folder: Path, layout: str = "hub") -> Path:
+    """The golden model as a folder of the hub."""
+    folder.mkdir()
+    shutil.copy(GOLDEN / "olmoe_lm_config.json", folder / "config.json")
+    shutil.copy(GOLDEN / f"olmoe_lm_params_{layout}.safetensors", folder / "model.safetensors")
+    return folder
+
+
+def edit(folder: Path, **changes: Any) -> Path:
+    """Sets keys of the configuration, or removes those given as ..."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return folder
+
+
+def edit_tensors(folder: Path, change: Callable[[Tensors], None]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def load(folder: Path, dtype: olmoe.Dtype = "float32") -> tuple[ModelConfig, Any]:
+    return olmoe.load_olmoe(folder, small_config().model, dtype)
+
+
+def draw_params(config: Config) -> Any:
+    return drawn(lambda: model_files.abstract_model(config.model)["params"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_those_of_the_published_code(layout: str, tmp_path: Path) -> None:
+    model, params = load(published(tmp_path / "model", layout))
+    transformer = merge_model(model_structure(model), params, {})
+    with np.load(GOLDEN / "olmoe_lm.npz") as golden:
+        tokens, wanted = golden["input_ids"], golden["logits"]
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(lambda m, tokens: m(tokens, store=None).logits)
+        logits = run(transformer, jnp.asarray(tokens, jnp.int32))
+    assert np.abs(logits - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_both_layouts_are_the_same_model(tmp_path: Path) -> None:
+    left, right = (load(published(tmp_path / layout, layout)) for layout in LAYOUTS)
+    tensors = [load_file(tmp_path / layout / "model.safetensors") for layout in LAYOUTS]
+    assert tensors[0].keys() != tensors[1].keys()
+    assert left[0] == right[0]
+    assert_same_bits(left[1], right[1])
+
+
+def test_the_configuration_is_that_of_the_file(tmp_path: Path) -> None:
+    base_model = small_config(**{"moe.renormalize": True, "tie_embeddings": True}).model
+    model = olmoe.read_config(published(tmp_path / "model"), base_model)
+    assert (model.family, model.ffn_size, model.query_key_norm) == ("moe", 0, True)
+    assert (model.vocab_size, model.hidden_size, model.num_layers) == (97, 64, 2)
+    assert (model.num_heads, model.num_key_value_heads) == (4, 4)
+    assert (model.rope_theta, model.norm_epsilon) == (10000.0, 1e-5)
+    assert not model.tie_embeddings
+    sizes = model.moe
+    assert (sizes.num_experts, sizes.top_k, sizes.expert_size) == (8, 2, 16)
+    assert not sizes.renormalize
+    assert (model.compute_dtype, model.memory) == ("float32", base_model.memory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"rope_parameters": ..., "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        ({"rope_parameters": {"rope_theta": 500000}}, {"rope_theta": 5e5}),
+        ({"rope_parameters": None}, {"rope_theta": 1e4}),
+        ({"num_key_value_heads": 2}, {"num_key_value_heads": 2}),
+        ({"num_key_value_heads": ...}, {"num_key_value_heads": 4}),
+        ({"rms_norm_eps": 1e-6}, {"norm_epsilon": 1e-6}),
+        ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
+        ({"attention_dropout": ..., "clip_qkv": ..., "architectures": ...}, {}),
+    ],
+)
+def test_keys_are_read_under_all_their_names(
+    tmp_path: Path, changes: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    folder = edit(published(tmp_path / "model"), **changes)
+    model = olmoe.read_config(folder, small_config().model)
+    assert {name: getattr(model, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mixtral"}, "model_type='mixtral': must be 'olmoe'"),
+        ({"model_type": ...}, "model_type: missing; must be 'olmoe'"),
+        ({"architectures": ["OlmoeModel"]}, r"architectures=\['OlmoeModel'\]: must be"),
+        ({"clip_qkv": 8.0}, "clip_qkv=8.0: must be None: queries, keys and values"),
+        ({"attention_bias": True}, "attention_bias=True: must be False"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2}: must be None"),
+        ({"sliding_window": 128}, "sliding_window=128: must be None"),
+        ({"quantization_config": {}}, "quantization_config={}: must be None"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters\.rope_type='yarn': must"),
+        ({"rope_parameters": 3}, "rope_parameters=3: must be a mapping"),
+        ({"rope_theta": 7.0}, r"rope_theta=7\.0: must be rope_parameters\.rope_theta = 10000\.0"),
+        ({"head_dim": 32}, "head_dim=32: must be hidden_size / num_attention_heads"),
+        ({"hidden_size": ...}, "hidden_size: missing; must be an integer >= 1"),
+        ({"num_experts": "8"}, "num_experts='8': must be an integer >= 1"),
+        ({"num_experts": True}, "num_experts=True: must be an integer >= 1"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps=-1: must be a number > 0"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
+        ({"num_experts_per_tok": 9}, r"as our model\.moe\.top_k=9: must be at most"),
+    ],
+)
+def test_a_model_that_we_cannot_compute_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = edit(published(tmp_path / "model"), **changes)
+    with pytest.raises(InteropError, match=rf"config\.json: {message}"):
+        load(folder)
+
+
+def test_a_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InteropError, match=r"config\.json: cannot be read: No such file"):
+        load(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+        tensors["model.layers.2.mlp.gate.weight"] = np.zeros((8, 64), np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].T.copy()
+        tensors["model.norm.weight"] = np.zeros(64, np.int32)
+
+    folder = edit_tensors(published(tmp_path / "model"), change)
+    with pytest.raises(InteropError) as error:
+        load(folder)
+    assert str(error.value) == (
+        f"{folder}: tensors: missing: model.layers.1.mlp.experts.7.up_proj.weight;"
+        " not of this model: model.layers.2.mlp.gate.weight;"
+        " lm_head.weight has shape [64, 97], not [97, 64];"
+        " model.norm.weight is int32, not float32 or bfloat16 or float16"
+    )
+
+
+def test_a_tied_model_has_no_head_of_its_own(tmp_path: Path) -> None:
+    folder = edit(published(tmp_path / "model"), tie_word_embeddings=True)
+    with pytest.raises(InteropError, match=r"not of this model: lm_head\.weight"):
+        load(folder)
+
+    def remove_head(tensors: Tensors) -> None:
+        del tensors["lm_head.weight"]
+
+    params = load(edit_tensors(folder, remove_head))[1]
+    assert "head" not in params
+
+
+def test_what_is_exported_is_what_is_published(tmp_path: Path) -> None:
+    model, params = load(published(tmp_path / "model", "native"))
+    config = small_config()
+    exported = Config(**vars(config) | {"model": model})
+    olmoe.export_olmoe(tmp_path / "out", exported, params)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = load_file(GOLDEN / "olmoe_lm_params_hub.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    golden = json.loads((GOLDEN / "olmoe_lm_config.json").read_text())
+    # Of the model itself; what is left is how transformers trains it and who wrote the file.
+    of_others = {"initializer_range", "transformers_version", "use_cache"}
+    of_training = {"max_position_embeddings": 256, "router_aux_loss_coef": 0.0}
+    assert written.items() >= of_training.items()
+    missing = golden.keys() - of_others - of_training.keys()
+    assert {name: written[name] for name in missing} == {name: golden[name] for name in missing}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_exported_model_comes_back(tmp_path: Path, tied: bool) -> None:
+    config = small_config(**{"tie_embeddings": tied, "moe.renormalize": True, "rope_theta": 500.0})
+    params = draw_params(config)
+    assert ("head" in params) is not tied
+    olmoe.export_olmoe(tmp_path / "out", config, params, max_shard_bytes=2000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    model, loaded = load(tmp_path / "out")
+    assert model == config.model
+    assert_same_bits(loaded, params)
+
+
+def test_bfloat16_is_kept_on_request(tmp_path: Path) -> None:
+    config = small_config()
+    params = draw_params(config)
+    olmoe.export_olmoe(tmp_path / "out", config, params, dtype="bfloat16")
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), params)
+    assert_same_bits(load(tmp_path / "out", "bfloat16")[1], rounded)
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded)
+    assert_same_bits(load(tmp_path / "out")[1], wide)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "dense", "ffn_size": 8}, r"model\.family='dense': must be 'moe' to export"),
+        ({"ffn_size": 8}, r"model\.ffn_size=8: must be 0 to export"),
+        ({"query_key_norm": False}, r"model\.query_key_norm=False: must be True to export"),
+    ],
+)
+def test_what_olmoe_has_no_place_for_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InteropError, match=message):
+        olmoe.export_olmoe(tmp_path / "out", small_config(**changes), {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_loading_holds_one_tensor_beside_the_result(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 4096, "hidden_size": 64, "moe.expert_size": 256}
+    config = small_config(**sizes)
+    olmoe.export_olmoe(tmp_path / "out", config, draw_params(config), max_shard_bytes=10**6)
+    load(published(tmp_path / "warm"))  # imports and traces are none of it
+    load(tmp_path / "out")
+    tracemalloc.start()
+    _, params = load(tmp_path / "out")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    arrays = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    largest = max(4096 * 64, 3 * 256 * 64) * 4
+    assert sum(arrays) > 3 * largest
+    assert peak < sum(arrays) + 1.2 * largest

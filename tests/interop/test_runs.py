@@ -1,0 +1,117 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_run
+from tests.interop.comparison import assert_same_bits
+from tests.tiny_run import Run, logged
+from umv2 import modes
+from umv2.config import Config, ConfigError, to_dict
+from umv2.interop import model_files, olmoe, runs
+from umv2.interop.tensor_files import InteropError
+from umv2.training import checkpoint
+from umv2.training.train import train
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def restored(workdir: Path, config: Config) -> checkpoint.Restored:
+    return checkpoint.restore_for_inference(workdir / "checkpoints", config)
+
+
+def assert_same_model(left: checkpoint.Restored, right: checkpoint.Restored) -> None:
+    for part in ("params", "store", "buffers"):
+        assert_same_bits(getattr(left, part), getattr(right, part))
+
+
+def test_an_exported_run_is_its_newest_checkpoint(finished: Run, tmp_path: Path) -> None:
+    with logged() as messages:
+        runs.export_run(finished.workdir, tmp_path / "out")
+    assert messages[-1] == f"wrote the model of step 12 to {tmp_path / 'out'}"
+    config, model = model_files.load_model(tmp_path / "out")
+    assert (config, model.step) == (finished.config, 12)
+    assert_same_model(model, restored(finished.workdir, finished.config))
+
+
+def test_an_imported_run_evaluates_as_the_exported_one_did(finished: Run, tmp_path: Path) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out", max_shard_bytes=4000)
+    runs.import_model(tmp_path / "out", tmp_path / "run", None)
+    report = modes.evaluate(None, tmp_path / "run")
+    last = json.loads((finished.workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert report.step == 0
+    assert report.held_out.loss_nats_per_token == pytest.approx(last["held_out_loss"], rel=1e-6)
+
+
+def test_an_imported_run_trains_on(finished: Run, tmp_path: Path) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out")
+    runs.import_model(tmp_path / "out", tmp_path / "run", None)
+    train(finished.config, tmp_path / "run")
+    assert restored(tmp_path / "run", finished.config).step == 12
+    first, continued = (
+        json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+        for workdir in (finished.workdir, tmp_path / "run")
+    )
+    assert first["step"] == continued["step"] == 2
+    assert continued["loss"] < 0.95 * first["loss"]  # what was learnt is not lost
+
+
+def test_an_imported_run_may_have_a_configuration_of_its_own(finished: Run, tmp_path: Path) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out")
+    config = tiny_run.tiny_config(finished.paths, train__num_steps=4, model__remat="full")
+    runs.import_model(tmp_path / "out", tmp_path / "run", config)
+    assert checkpoint.saved_config(tmp_path / "run" / "checkpoints") == to_dict(config)
+    imported = restored(tmp_path / "run", config)
+    assert imported.step == 0
+    assert_same_model(imported, restored(finished.workdir, finished.config))
+
+
+def test_another_model_than_that_of_the_folder_is_refused(finished: Run, tmp_path: Path) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out")
+    other = tiny_run.tiny_config(finished.paths, model__ffn_size=32)
+    with pytest.raises(ConfigError, match=r"model\.ffn_size: 16 -> 32"):
+        runs.import_model(tmp_path / "out", tmp_path / "run", other)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out")
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    with pytest.raises(InteropError, match="has checkpoints already"):
+        runs.import_model(tmp_path / "out", tmp_path / "run", None)
+    assert restored(tmp_path / "run", finished.config).step == 12
+
+
+def test_a_run_of_another_family_is_no_olmoe(finished: Run, tmp_path: Path) -> None:
+    with pytest.raises(InteropError, match=r"model\.family='memory': must be 'moe'"):
+        runs.export_run(finished.workdir, tmp_path / "out", "olmoe")
+    assert not (tmp_path / "out").exists()
+
+
+def test_olmoe_becomes_a_run_and_comes_back(tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "olmoe_lm_config.json", folder / "config.json")
+    shutil.copy(GOLDEN / "olmoe_lm_params_hub.safetensors", folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="--config: needed"):
+        runs.import_model(folder, tmp_path / "run", None)
+    config = tiny_run.tiny_config("*.txt")
+    with logged() as messages:
+        runs.import_model(folder, tmp_path / "run", config)
+    assert f"{folder / 'config.json'} says model.family: 'memory' -> 'moe'" in messages
+    runs.export_run(tmp_path / "run", tmp_path / "out", "olmoe")
+    theirs, ours = (olmoe.load_olmoe(path, config.model) for path in (folder, tmp_path / "out"))
+    assert theirs[0] == ours[0]
+    assert_same_bits(theirs[1], ours[1])
+
+
+def test_losses_that_do_not_suit_the_folders_model_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "olmoe_lm_config.json", folder / "config.json")
+    shutil.copy(GOLDEN / "olmoe_lm_params_hub.safetensors", folder / "model.safetensors")
+    config = tiny_run.tiny_config("*.txt", loss__balance_loss=0.1)
+    with pytest.raises(ConfigError, match=r"loss\.balance_loss=0\.1: needs memory layers"):
+        runs.import_model(folder, tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
