@@ -103,17 +103,17 @@ def test_the_context_is_the_longest_sequence_unless_given() -> None:
 def test_the_figure_shows_the_configurations(tmp_path: Path) -> None:
     configs = named()
     drawn = {}
-    for name, chosen in {
-        "two": ("experts", "ultramem_v2"),
-        "same": ("experts", "ultramem_v2"),
-        "others": ("experts", "dense"),
-        "one": ("experts",),
+    for name, others in {
+        "two": {"other": configs["ultramem_v2"]},
+        "same": {"other": configs["ultramem_v2"]},
+        "changed": {"other": configs["dense"]},
+        "one": {},
     }.items():
         path = tmp_path / f"{name}.png"
-        report.cost_report({key: configs[key] for key in chosen}).draw(path)
+        report.cost_report({"first": configs["experts"]} | others).draw(path)
         drawn[name] = path.read_bytes()
         assert drawn[name].startswith(b"\x89PNG")
-    assert drawn["two"] == drawn["same"] != drawn["others"] != drawn["one"]
+    assert drawn["two"] == drawn["same"] != drawn["changed"] != drawn["one"]
 
 
 def test_curves_meet_the_table_at_its_batches() -> None:

@@ -141,20 +141,18 @@ def test_experts_from_k_of_them_to_all() -> None:
 
 
 def test_distinct_rows_from_those_of_one_token_to_all_visible() -> None:
-    config = small_memory(sharing="ring", share_group=4).model
-    values = {
-        (size, distinct): traffic.decode_bytes(
-            config, size, 1, distinct_rows=distinct
-        ).sparse_values
-        for size in (1, 16, 10_000)
-        for distinct in (False, True)
-    }
-    assert values[1, True] == pytest.approx(values[1, False])
-    assert values[16, True] < values[16, False]
-    memory = config.memory
-    row = traffic.bytes_per_entry(config.compute_dtype) * (memory.value_dim + memory.pre_value_dim)
-    assert values[10_000, True] == pytest.approx(4 * memory.num_visible * row)
-    assert memory.num_visible == 4 * memory.num_values
+    config = small_memory(sharing="ring", share_group=4, num_heads=2).model
+    row = traffic.bytes_per_entry(config.compute_dtype) * (6 + 2)
+
+    def rows(batch_size: int, *, distinct: bool) -> float:
+        step = traffic.decode_bytes(config, batch_size, 1, distinct_rows=distinct)
+        return step.sparse_values / (4 * row)  # of one of 4 layers
+
+    # 2 heads choose 4 of 4 tables of 64 rows; the same row now and then.
+    assert rows(1, distinct=False) == 2 * 4
+    assert rows(1, distinct=True) == pytest.approx(256 * (1 - (1 - 4 / 256) ** 2))
+    assert rows(16, distinct=True) < rows(16, distinct=False) == 16 * 8
+    assert rows(10_000, distinct=True) == pytest.approx(256)
 
 
 @pytest.mark.parametrize("copies", [1, 3])
