@@ -7,11 +7,67 @@ python main.py --config=configs/cpu_small.py --workdir=runs/cpu_small
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from configs import families, tiny
+
+# Equal in active and total parameters, FLOPs and values read: python -m experiments.match.
+SIZES: families.Sizes = {
+    "moe": {
+        "moe.num_experts": 32,
+        "moe.expert_size": 76,
+    },
+    "moe_2_of_16": {
+        "moe.num_experts": 8,
+        "moe.expert_size": 309,
+    },
+    "dense": {
+        "ffn_size": 622,
+    },
+    "ultramem": {
+        "ffn_size": 440,
+        "memory.read_layers": (1, 3),
+        "memory.write_layers": (2, 4),
+        "memory.top_m": 11,
+        "memory.shortlist": 11,
+        "memory.num_keys": 148,
+    },
+    "memory_plus": {
+        "ffn_size": 378,
+        "memory.num_heads": 1,
+        "memory.top_m": 5,
+        "memory.shortlist": 5,
+        "memory.num_keys": 74,
+    },
+    "pkm": {
+        "ffn_size": 562,
+        "memory.read_layers": (2,),
+        "memory.write_layers": (2,),
+        "memory.top_m": 5,
+        "memory.shortlist": 5,
+        "memory.num_keys": 148,
+    },
+    "peer": {
+        "ffn_size": 598,
+        "memory.read_layers": (2,),
+        "memory.write_layers": (2,),
+        "memory.num_heads": 2,
+        "memory.top_m": 5,
+        "memory.shortlist": 5,
+        "memory.num_keys": 104,
+    },
+    "peer_relu": {
+        "ffn_size": 598,
+        "memory.read_layers": (2,),
+        "memory.write_layers": (2,),
+        "memory.num_heads": 2,
+        "memory.top_m": 5,
+        "memory.shortlist": 5,
+        "memory.num_keys": 104,
+    },
+}
 
 
-def get_config() -> ConfigDict:
-    """Returns the configuration."""
+def get_config(family: str = families.REFERENCE) -> ConfigDict:
+    """Returns the configuration of a family (configs/families.py)."""
     config = tiny.get_config()
 
     model = config.model
@@ -36,4 +92,4 @@ def get_config() -> ConfigDict:
     train.batch_size = 16
     train.evaluation_interval_steps = 500
     train.checkpoint_interval_steps = 150
-    return config
+    return families.switch(config, family, SIZES)

@@ -7,11 +7,67 @@ Under 3 minutes of training on 2 CPU cores; 2.24 bits per byte on held-out text.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, families
+
+# Equal in active and total parameters, FLOPs and values read: python -m experiments.match.
+SIZES: families.Sizes = {
+    "moe": {
+        "moe.num_experts": 22,
+        "moe.expert_size": 49,
+    },
+    "moe_2_of_16": {
+        "moe.num_experts": 5,
+        "moe.expert_size": 204,
+    },
+    "dense": {
+        "ffn_size": 407,
+    },
+    "ultramem": {
+        "ffn_size": 290,
+        "memory.read_layers": (1, 3),
+        "memory.write_layers": (2, 4),
+        "memory.top_m": 8,
+        "memory.shortlist": 8,
+        "memory.num_keys": 91,
+    },
+    "memory_plus": {
+        "ffn_size": 249,
+        "memory.num_heads": 1,
+        "memory.top_m": 4,
+        "memory.shortlist": 4,
+        "memory.num_keys": 45,
+    },
+    "pkm": {
+        "ffn_size": 371,
+        "memory.read_layers": (2,),
+        "memory.write_layers": (2,),
+        "memory.top_m": 4,
+        "memory.shortlist": 4,
+        "memory.num_keys": 90,
+    },
+    "peer": {
+        "ffn_size": 390,
+        "memory.read_layers": (2,),
+        "memory.write_layers": (2,),
+        "memory.num_heads": 2,
+        "memory.top_m": 4,
+        "memory.shortlist": 4,
+        "memory.num_keys": 64,
+    },
+    "peer_relu": {
+        "ffn_size": 390,
+        "memory.read_layers": (2,),
+        "memory.write_layers": (2,),
+        "memory.num_heads": 2,
+        "memory.top_m": 4,
+        "memory.shortlist": 4,
+        "memory.num_keys": 64,
+    },
+}
 
 
-def get_config() -> ConfigDict:
-    """Returns the configuration."""
+def get_config(family: str = families.REFERENCE) -> ConfigDict:
+    """Returns the configuration of a family (configs/families.py)."""
     config = base.get_config()
 
     model = config.model
@@ -40,4 +96,4 @@ def get_config() -> ConfigDict:
     train.evaluation_interval_steps = 180
     train.checkpoint_interval_steps = 120
     config.evaluation.batch_size = 32
-    return config
+    return families.switch(config, family, SIZES)

@@ -127,7 +127,7 @@ def test_selected_values_by_hand() -> None:
 
 
 def test_the_smallest_published_size_is_that_of_the_paper() -> None:
-    counts = inspected("ultramem_v2_227m_1b2").as_dict()["counts"]
+    counts = inspected("paper_227m_1b2").as_dict()["counts"]
     # Table 10: 1.18B parameters, 225M of them active with one embedding matrix.
     assert counts["total_without_embeddings"] == pytest.approx(1.18e9, rel=0.01)
     assert counts["active_one_embedding"] == pytest.approx(225e6, rel=0.01)

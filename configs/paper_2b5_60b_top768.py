@@ -6,12 +6,12 @@ are active of 60B.
 
 from ml_collections import ConfigDict
 
-from configs import ultramem_v2_2b5_25b
+from configs import paper_2b5_25b
 
 
 def get_config() -> ConfigDict:
     """Returns the configuration."""
-    config = ultramem_v2_2b5_25b.get_config()
+    config = paper_2b5_25b.get_config()
 
     model = config.model
     model.ffn_size = 3120

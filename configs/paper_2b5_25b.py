@@ -7,12 +7,12 @@ FFN such that 2.5B are active of 25B.
 
 from ml_collections import ConfigDict
 
-from configs import ultramem_v2_1b_7b
+from configs import paper_1b_7b
 
 
 def get_config() -> ConfigDict:
     """Returns the configuration."""
-    config = ultramem_v2_1b_7b.get_config()
+    config = paper_1b_7b.get_config()
 
     model = config.model
     model.hidden_size = 2560

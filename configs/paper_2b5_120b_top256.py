@@ -6,12 +6,12 @@ The paper gives top-m, shortlist and totals. Chosen as for the 60B model, with r
 
 from ml_collections import ConfigDict
 
-from configs import ultramem_v2_2b5_60b_top768
+from configs import paper_2b5_60b_top768
 
 
 def get_config() -> ConfigDict:
     """Returns the configuration."""
-    config = ultramem_v2_2b5_60b_top768.get_config()
+    config = paper_2b5_60b_top768.get_config()
 
     model = config.model
     model.ffn_size = 2928

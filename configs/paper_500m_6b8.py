@@ -6,12 +6,12 @@ heads of width 64, and the FFN such that 500M are active.
 
 from ml_collections import ConfigDict
 
-from configs import ultramem_v2_227m_1b2
+from configs import paper_227m_1b2
 
 
 def get_config() -> ConfigDict:
     """Returns the configuration."""
-    config = ultramem_v2_227m_1b2.get_config()
+    config = paper_227m_1b2.get_config()
 
     model = config.model
     model.hidden_size = 1152

@@ -1,0 +1,141 @@
+"""What makes a family: the fields in which a baseline differs from UltraMemV2.
+
+Every file of a published or matched size takes a family as its argument:
+
+    python main.py --config=configs/tiny.py:pkm --workdir=runs/pkm
+
+`switch` sets the fields of the family, then its sizes at that scale. Sizes that no paper gives were
+found by `python -m experiments.match`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+Sizes = Mapping[str, Mapping[str, Any]]
+
+
+def switch(config: ConfigDict, family: str, sizes: Sizes) -> ConfigDict:
+    """Makes a configuration of UltraMemV2 one of another family, and returns it.
+
+    Args:
+      config: of UltraMemV2; changed in place.
+      family: one of FAMILIES.
+      sizes: for each family that exists at this scale, values by path below `model`.
+
+    Raises:
+      ValueError: a family that there is not, or not at this scale.
+    """
+    if family not in FAMILIES or (family != REFERENCE and family not in sizes):
+        known = ", ".join([REFERENCE, *sizes])
+        raise ValueError(f"family {family!r}: must be one of {known}")
+    FAMILIES[family](config)
+    for path, value in sizes.get(family, {}).items():
+        *sections, name = path.split(".")
+        section = config.model
+        for key in sections:
+            section = section[key]
+        section[name] = value
+    return config
+
+
+def dense(config: ConfigDict) -> None:
+    """A transformer without sparse layers, its FFN widened."""
+    config.model.family = "dense"
+
+
+def moe(config: ConfigDict) -> None:
+    """OLMoE (arXiv 2409.02060): dropless experts in place of the FFN, 8 active of each token."""
+    config.model.family = "moe"
+    config.model.ffn_size = 0
+    config.model.moe.top_k = 8
+    config.loss.load_balance = 0.01
+    config.loss.router_z_loss = 0.001
+
+
+def moe_2_of_16(config: ConfigDict) -> None:
+    """Two active experts, four times as wide: what UltraMem (arXiv 2411.12364) was matched to."""
+    moe(config)
+    config.model.moe.top_k = 2
+
+
+def ultramem(config: ConfigDict) -> None:
+    """UltraMem (arXiv 2411.12364), V1: few large memories with skips, implicit value expansion."""
+    hidden_size, memory = config.model.hidden_size, config.model.memory
+    memory.query = "shared"
+    memory.key_dim = hidden_size // 4
+    memory.key_expansion = 2
+    memory.projection = "per_block"
+    memory.num_heads = 2
+    memory.value_dim = hidden_size // 2
+    memory.pre_value_dim = 0
+    config.loss.tucker_penalty = 0.001
+
+
+def _product_keys(config: ConfigDict) -> None:
+    """Additive scores, a query for each head, and a softmax over its selection."""
+    memory = config.model.memory
+    memory.scoring = "sum"
+    memory.tucker_rank = memory.num_cores = 1
+    memory.score_activation = "softmax"
+    memory.query = "per_head"
+    memory.key_norm = "none"
+    memory.shuffle = False
+    memory.value_dim = config.model.hidden_size
+    memory.pre_value_dim = 0
+
+
+def memory_plus(config: ConfigDict) -> None:
+    """Memory+ (arXiv 2412.09764): one table for all memory layers, pooled values gated."""
+    _product_keys(config)
+    memory = config.model.memory
+    memory.key_dim = config.model.hidden_size // 2
+    memory.num_heads = 2
+    memory.output_gate = "silu"
+    # One window of four tables is one table, seen by four layers.
+    memory.sharing = "block"
+    memory.share_group = 4
+
+
+def pkm(config: ConfigDict) -> None:
+    """Product-key memory (arXiv 1907.05242): one memory of plain values, 4 heads."""
+    _product_keys(config)
+    memory = config.model.memory
+    memory.key_dim = config.model.hidden_size // 4
+    memory.num_heads = 4
+    memory.query_norm = "layer"
+    memory.projection = "none"
+
+
+def peer(config: ConfigDict) -> None:
+    """PEER (arXiv 2407.04153): one layer of single-neuron experts, 8 heads."""
+    _product_keys(config)
+    memory = config.model.memory
+    memory.key_dim = config.model.hidden_size // 4
+    memory.num_heads = 8
+    memory.query_norm = "none"
+    memory.pre_value_dim = config.model.hidden_size
+    memory.pre_projection = False
+    memory.activation = "gelu"
+    memory.projection = "none"
+
+
+def peer_relu(config: ConfigDict) -> None:
+    """PEER with experts that do not compete: the ReLU of each score instead of a softmax."""
+    peer(config)
+    config.model.memory.score_activation = "relu"
+
+
+REFERENCE = "ultramem_v2"
+FAMILIES: dict[str, Callable[[ConfigDict], None]] = {
+    REFERENCE: lambda config: None,
+    "moe": moe,
+    "moe_2_of_16": moe_2_of_16,
+    "dense": dense,
+    "ultramem": ultramem,
+    "memory_plus": memory_plus,
+    "pkm": pkm,
+    "peer": peer,
+    "peer_relu": peer_relu,
+}

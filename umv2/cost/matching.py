@@ -1,0 +1,183 @@
+"""Finds the sizes at which one model costs what another does."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+from umv2.config import Config, ConfigError
+from umv2.cost import accounting
+
+TOLERANCE = 0.01
+# A width is a multiple of the largest power of two, up to this one, ...
+_MAX_MULTIPLE = 64
+# ... whose steps change the active parameters by less than this share.
+_MAX_STEP = 0.0025
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantities:
+    """What models are made equal in; embeddings and head are left out of the parameters.
+
+    `flops` are those of a forward pass for one token at the training length; `values_read` the
+    entries of value tables that a token reads (0 for models without memory layers).
+    """
+
+    active: float
+    total: float
+    flops: float
+    values_read: float
+
+
+RULES = tuple(field.name for field in dataclasses.fields(Quantities))
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A model made to cost what a reference does, as nearly as its sizes allow.
+
+    `sizes` are what was found, by path below `model`; `deviations` are relative to the reference,
+    and NaN where a quantity does not exist in the family.
+    """
+
+    config: Config
+    sizes: dict[str, int]
+    quantities: Quantities
+    deviations: dict[str, float]
+
+    @property
+    def unmatched(self) -> dict[str, float]:
+        """Deviations above 1 %, and quantities that the family does not have."""
+        return {n: d for n, d in self.deviations.items() if not abs(d) <= TOLERANCE}
+
+
+def quantities(config: Config) -> Quantities:
+    """Counts what models are made equal in."""
+    counts = accounting.parameter_counts(config.model)
+    flops = accounting.forward_flops_per_token(config.model, config.data.sequence_length)
+    return Quantities(
+        active=counts.active_without_embeddings,
+        total=counts.total_without_embeddings,
+        flops=sum(flops.values()),
+        values_read=counts.selected if config.model.family == "memory" else 0,
+    )
+
+
+def match(reference: Config, candidate: Config, rules: tuple[str, ...] = RULES) -> Match:
+    """Sizes a candidate so that it equals the reference in what `rules` name.
+
+    Found are the width of the FFN or of an expert (active parameters, FLOPs), the number of keys or
+    of experts (total parameters) and the values a head selects (values read); everything else is
+    the candidate's. Among the sizes tried it takes those whose largest deviation is the least. The
+    shortlist is as long as a selection, which is exact for additive scores, but at most 128 for
+    Tucker scores, as in the paper.
+
+    Raises:
+      ConfigError: a rule that there is not, or a reference too small for the candidate.
+    """
+    for rule in rules:
+        if rule not in RULES:
+            raise ConfigError(f"rule {rule!r}: must be one of {', '.join(RULES)}")
+    target = quantities(reference)
+    best: tuple[list[float], Match] | None = None
+    for sizes in _candidates(target, candidate):
+        config = _with_sizes(candidate, sizes)
+        found = quantities(config)
+        deviations = {rule: _deviation(found, target, rule) for rule in rules}
+        known = [abs(deviation) for deviation in deviations.values() if not math.isnan(deviation)]
+        # What cannot be matched at all must not decide about the rest.
+        if candidate.model.family == "dense":
+            known = [abs(deviations[rule]) for rule in rules if rule in ("active", "flops")]
+        # The largest deviation decides, and between equals the next one.
+        cost = sorted(known, reverse=True)
+        if best is None or cost < best[0]:
+            best = cost, Match(config, sizes, found, deviations)
+    if best is None:
+        raise ConfigError(
+            "model: the reference is too small: its active parameters leave none for the"
+            " candidate's FFN or experts"
+        )
+    best[1].config.validate()
+    return best[1]
+
+
+def _deviation(found: Quantities, target: Quantities, rule: str) -> float:
+    ours, wanted = getattr(found, rule), getattr(target, rule)
+    if rule == "values_read" and not (ours and wanted):
+        return math.nan
+    return ours / wanted - 1
+
+
+def _candidates(target: Quantities, candidate: Config) -> Iterator[dict[str, int]]:
+    """Yields sizes to try: for each number of keys or experts, the widths around the solution."""
+    model = candidate.model
+    match model.family:
+        case "dense":
+            yield from _with_widths(target, candidate, {}, "ffn_size")
+        case "moe":
+            for num_experts in range(model.moe.top_k, 257):
+                fixed = {"moe.num_experts": num_experts}
+                yield from _with_widths(target, candidate, fixed, "moe.expert_size")
+        case "memory":
+            fixed = {}
+            memory, tables = model.memory, len(model.placements)
+            row = memory.value_dim + memory.pre_value_dim
+            selected = memory.num_selected * tables * row
+            if target.values_read:
+                per_choice = tables * memory.num_heads * row
+                top_m = max(1, round(target.values_read / per_choice))
+                shortlist = top_m if memory.scoring == "sum" else min(top_m, 128)
+                fixed = {"memory.top_m": top_m, "memory.shortlist": shortlist}
+                selected = top_m * per_choice
+            rows = (target.total - target.active + selected) / (tables * row)
+            nearest = round(math.sqrt(max(rows, 1)))
+            for num_keys in range(max(1, nearest - 2), nearest + 3):
+                sizes = fixed | {"memory.num_keys": num_keys}
+                yield from _with_widths(target, candidate, sizes, "ffn_size")
+
+
+def _with_widths(
+    target: Quantities, candidate: Config, fixed: dict[str, int], name: str
+) -> Iterator[dict[str, int]]:
+    """Yields `fixed` with the widths at which active parameters or FLOPs cross the target."""
+
+    def counted(width: int) -> Quantities:
+        return quantities(_with_sizes(candidate, fixed | {name: width}))
+
+    step = counted(2).active - counted(1).active
+    multiple = 1
+    while multiple < _MAX_MULTIPLE and 2 * multiple * step <= _MAX_STEP * target.active:
+        multiple *= 2
+    crossings = []
+    for rule in ("active", "flops"):
+        wanted = getattr(target, rule)
+        crossings.append(_last(lambda k, r=rule, w=wanted: getattr(counted(k * multiple), r) <= w))
+    low, high = min(crossings), max(crossings)
+    # Between the two, the deviations of active parameters and FLOPs change places.
+    tried = sorted({low, low + 1, (low + high) // 2, (low + high) // 2 + 1, high, high + 1})
+    for factor in tried:
+        if factor >= 1:
+            yield fixed | {name: factor * multiple}
+
+
+def _last(holds: Callable[[int], bool]) -> int:
+    """Returns the last k >= 0 before a monotone condition on k >= 1 fails."""
+    high = next(k for k in (2**i for i in itertools.count()) if not holds(k))
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _with_sizes(config: Config, sizes: dict[str, int]) -> Config:
+    """Replaces fields by their path below `model`."""
+    model = config.model
+    for path, value in sizes.items():
+        section, _, name = path.rpartition(".")
+        if section:
+            replaced = dataclasses.replace(getattr(model, section), **{name: value})
+            model = dataclasses.replace(model, **{section: replaced})
+        else:
+            model = dataclasses.replace(model, **{name: value})
+    return dataclasses.replace(config, model=model)
