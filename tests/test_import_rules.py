@@ -17,7 +17,7 @@ BANNED = {name: entry["msg"] for name, entry in RUFF["flake8-tidy-imports"]["ban
 
 # The packages of JOBS share pieces: the loop evaluates, evaluation restores checkpoints.
 JOBS = ("umv2.training", "umv2.evaluation", "umv2.inference", "umv2.cost", "umv2.interop")
-KNOWN_TO_ALL = ("umv2.schema", "umv2.config", "umv2.types")
+KNOWN_TO_ALL = ("umv2.schema", "umv2.model_config", "umv2.config", "umv2.types")
 # A module imports its own package and the tiers below its own.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("main",),

@@ -118,8 +118,8 @@ def test_per_block_projection_with_equal_blocks_is_the_single_projection() -> No
     assert not np.allclose(_apply(separate, x, store)[0], _apply(shared, x, store)[0])
 
 
-_ADDITIVE = {"scoring": "sum", "tucker_rank": 1, "num_cores": 1}
-_PRODUCT_KEYS = _ADDITIVE | {
+_ADDITIVE: dict[str, Any] = {"scoring": "sum", "tucker_rank": 1, "num_cores": 1}
+_PRODUCT_KEYS: dict[str, Any] = _ADDITIVE | {
     "score_activation": "softmax",
     "query": "per_head",
     "query_norm": "none",
@@ -132,7 +132,7 @@ _PKM = _PRODUCT_KEYS | {
     "pre_value_dim": 0,
     "projection": "none",
 }
-_PEER = _PRODUCT_KEYS | {
+_PEER: dict[str, Any] = _PRODUCT_KEYS | {
     "value_dim": 16,
     "pre_value_dim": 16,
     "pre_projection": False,
@@ -207,8 +207,8 @@ def _literal(
                 query = np.repeat(chunks[token].reshape(-1, 2, 1, sizes.key_dim)[head], rank, 1)
         row, column = np.einsum("srq,srnq->srn", query, keys[head])
         if sizes.scoring == "tucker":
-            of_head = [weights[name][head] for name in ("core_u", "core_v")]
-            kept, grid = _tucker_grid(row, column, *of_head, weights["cores"][:, head])
+            u, v = weights["core_u"][head], weights["core_v"][head]
+            kept, grid = _tucker_grid(row, column, u, v, weights["cores"][:, head])
         else:
             kept = [np.argsort(-s[0])[:4] for s in (row, column)]
             grid = (row[0, kept[0]][:, None] + column[0, kept[1]][None, :])[..., None]
@@ -416,8 +416,8 @@ def _record_scores(patch: pytest.MonkeyPatch) -> list[jax.Array]:
         _slow("small", {"num_heads": 2}),
         _slow("small", {"scoring": "sum", "tucker_rank": 1, "num_cores": 1}),
         _slow("larger", {"query": "shared"}),
-        _slow("small", _PKM | {"value_dim": 64, "num_heads": 4}),
-        _slow("small", _PEER | {"value_dim": 64, "pre_value_dim": 64, "num_heads": 8}),
+        _slow("small", _PKM | {"value_dim": 64}),
+        _slow("small", _PEER | {"value_dim": 64, "pre_value_dim": 64}),
         _slow("small", _MEMORY_PLUS | {"query_norm": "rms"}),
     ],
     ids=str,

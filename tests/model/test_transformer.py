@@ -34,6 +34,7 @@ def _config(num_layers: int = 4, **fields: Any) -> config_lib.ModelConfig:
         compute_dtype="float32",
         tie_embeddings=False,
     )
+    config.model.moe.update(num_experts=6, top_k=2, expert_size=8)
     config.model.memory.update(
         num_keys=4,
         key_dim=8,
@@ -56,7 +57,7 @@ def _model(config: config_lib.ModelConfig) -> transformer.Transformer:
 
 
 def _store(config: config_lib.ModelConfig) -> memory.ValueStore | None:
-    if not config.placements:
+    if config.family != "memory":
         return None
     rows, sizes = len(config.placements) * config.memory.num_values, config.memory
     generator = np.random.default_rng(1)
@@ -260,6 +261,22 @@ def test_tied_embeddings_are_the_head() -> None:
     _assert_close(loss(left, store, tokens), loss(right, store, tokens))
 
 
+_PRODUCT_KEYS = {
+    "memory_scoring": "sum",
+    "memory_score_activation": "softmax",
+    "memory_tucker_rank": 1,
+    "memory_num_cores": 1,
+    "memory_query": "per_head",
+    "memory_key_norm": "none",
+    "memory_shuffle": False,
+    "memory_value_dim": 16,
+    "memory_pre_value_dim": 0,
+    "memory_num_heads": 2,
+    "memory_read_layers": (2,),
+    "memory_write_layers": (3,),
+}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -287,10 +304,32 @@ def test_tied_embeddings_are_the_head() -> None:
             marks=pytest.mark.slow,
         ),
         {"family": "dense"},
+        {"family": "moe", "ffn_size": 0},
+        pytest.param({"family": "moe"}, marks=pytest.mark.slow),
+        _PRODUCT_KEYS | {"memory_query_norm": "layer", "memory_projection": "none"},
+        pytest.param(
+            _PRODUCT_KEYS
+            | {
+                "memory_query_norm": "none",
+                "memory_projection": "none",
+                "memory_pre_value_dim": 16,
+                "memory_pre_projection": False,
+            },
+            marks=pytest.mark.slow,
+        ),
+        _PRODUCT_KEYS
+        | {
+            "memory_output_gate": "silu",
+            "memory_bias": True,
+            "memory_read_layers": (),
+            "memory_write_layers": (),
+            "memory_sharing": "block",
+            "memory_share_group": 4,
+        },
     ],
     ids=str,
 )
-def test_every_kind_of_memory_trains_every_parameter(fields: dict[str, Any]) -> None:
+def test_every_kind_of_layer_trains_every_parameter(fields: dict[str, Any]) -> None:
     config = _config(**fields)
     graph, *states = nnx.split(_model(config), nnx.Param, nnx.Variable)
     parameters, rest = states
@@ -306,29 +345,32 @@ def test_every_kind_of_memory_trains_every_parameter(fields: dict[str, Any]) -> 
         assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
         assert np.any(gradient != 0), jax.tree_util.keystr(path)
     assert stats.ffn_variance.shape == (4,)
-    if config.family == "memory":
-        hits = np.asarray(stats.sparse.hits)
-        assert hits.shape == (4, config.memory.num_visible)
-        assert (hits.sum(axis=1) == 2 * _LENGTH * config.memory.num_selected).all()
-        assert stats.sparse.balance_loss.shape == (4,)
+    assert (np.asarray(stats.ffn_variance) > 0).all() == (config.ffn_size > 0)
+    if config.placements:
+        count, hits = len(config.placements), np.asarray(stats.sparse.hits)
+        assert hits.shape == (count, config.num_selectable)
+        is_moe = config.family == "moe"
+        selected = config.moe.top_k if is_moe else config.memory.num_selected
+        assert (hits.sum(axis=1) == 2 * _LENGTH * selected).all()
+        assert stats.sparse.balance_loss.shape == (count,)
 
 
 def test_core_vectors_of_all_layers_are_refreshed() -> None:
     model = _model(_config())
     model.refresh()
-    model.memory.cores[...] = model.memory.cores[...].at[2].set(jnp.diag(jnp.asarray([1.0, 4.0])))
-    before = model.memory.core_u[...]
+    model.sparse.cores[...] = model.sparse.cores[...].at[2].set(jnp.diag(jnp.asarray([1.0, 4.0])))
+    before = model.sparse.core_u[...]
     model.refresh()
-    after = np.asarray(model.memory.core_u[...])
+    after = np.asarray(model.sparse.core_u[...])
     np.testing.assert_allclose(np.abs(after[2]), [[0, 1]], atol=1e-6)
     np.testing.assert_allclose(np.delete(after, 2, 0), np.delete(before, 2, 0), atol=1e-5)
 
 
-# --- where memory layers stand ---
+# --- where sparse layers stand ---
 
 
 def _plan(num_layers: int, *placements: tuple[int, int]) -> list[tuple]:
-    """(start, period, repeats, memory_start, placements) of each segment; blocks from 1 given."""
+    """(start, period, repeats, sparse_start, placements) of each segment; blocks from 1 given."""
     from_zero = tuple((read - 1, write - 1) for read, write in placements)
     return [dataclasses.astuple(s) for s in transformer.plan_segments(num_layers, from_zero)]
 
@@ -411,7 +453,9 @@ def test_memory_is_read_and_added_where_it_is_placed(
             y = block.ffn_norm(x)
             if index + 1 in reads:
                 place = reads.index(index + 1)
-                outputs[place], _ = member(model.memory, place)(y, store=store, start=16 * place)
+                outputs[place], _ = member(model.sparse, place)(
+                    y, store=memory.StoreWindow(store=store, start=16 * place)
+                )
             x = x + block.ffn(y)
             for place, write in enumerate(writes):
                 if write == index + 1:

@@ -1,6 +1,7 @@
 """What the comparisons with golden files share: types, tolerances and a look inside a layer."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from umv2 import config as config_lib
 from umv2 import parallel
 from umv2.model import memory, retrieval
 from umv2.types import LayerStats
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 Dtype = Literal["float32", "float64"]
 Meta = dict[str, Any]
@@ -57,7 +60,7 @@ def replace_all(layer: nnx.Module, kind: type[nnx.Variable], arrays: Traced) -> 
 
 
 def run_with_gradients(
-    forward: Callable[..., tuple[Traced, Any]], given: Traced, x: jax.Array
+    forward: Callable[..., tuple[Traced, Any]], given: Arrays, x: np.ndarray
 ) -> tuple[Any, dict[str, Arrays]]:
     """Returns what `forward` saw, and the gradient of each of its objectives.
 

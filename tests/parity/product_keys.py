@@ -199,7 +199,7 @@ def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
     cotangents = {prefix: golden[f"g{prefix[5:-1]}"] for prefix in prefixes or [""]}
 
     def forward(given: Traced, x: jax.Array) -> tuple[Traced, dict[str, Any]]:
-        tables = {"pre_values": None} | {
+        tables: dict[str, Any] = {"pre_values": None} | {
             ours: given[theirs] for theirs, ours in family.tables.items() if theirs in given
         }
         window = memory.StoreWindow(store=memory.ValueStore(**tables), start=0)

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import typing
 from typing import Any
 
 import jax
@@ -126,11 +127,13 @@ def test_tucker_penalty_reaches_the_cores_only_above_the_margin() -> None:
 
 
 @pytest.mark.parametrize("field", ["balance_loss", "tucker_penalty"])
-def test_a_coefficient_scales_its_loss(field: str) -> None:
+def test_a_coefficient_scales_its_loss(field: Any) -> None:
     params = {"sparse": {"cores": jnp.diag(jnp.asarray([2.0, 0.5])).reshape(1, 1, 1, 2, 2)}}
     stats = model_stats([1.5])
-    once = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 1.0}), num_tokens=8)
-    thrice = losses.auxiliary(stats, params, dataclasses.replace(OFF, **{field: 3.0}), num_tokens=8)
+    once, thrice = (
+        losses.auxiliary(stats, params, dataclasses.replace(OFF, **change), num_tokens=8)
+        for change in typing.cast(list[dict[str, Any]], [{field: 1.0}, {field: 3.0}])
+    )
     assert once > 0
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from umv2.config import Config, ConfigError
 from umv2.cost import accounting
@@ -148,11 +149,12 @@ def _with_widths(
     multiple = 1
     while multiple < _MAX_MULTIPLE and 2 * multiple * step <= _MAX_STEP * target.active:
         multiple *= 2
-    crossings = []
-    for rule in ("active", "flops"):
-        wanted = getattr(target, rule)
-        crossings.append(_last(lambda k, r=rule, w=wanted: getattr(counted(k * multiple), r) <= w))
-    low, high = min(crossings), max(crossings)
+    low, high = sorted(
+        (
+            _last(lambda k: counted(k * multiple).active <= target.active),
+            _last(lambda k: counted(k * multiple).flops <= target.flops),
+        )
+    )
     # Between the two, the deviations of active parameters and FLOPs change places.
     tried = sorted({low, low + 1, (low + high) // 2, (low + high) // 2 + 1, high, high + 1})
     for factor in tried:
@@ -172,12 +174,11 @@ def _last(holds: Callable[[int], bool]) -> int:
 
 def _with_sizes(config: Config, sizes: dict[str, int]) -> Config:
     """Replaces fields by their path below `model`."""
-    model = config.model
+    model: Any = config.model
     for path, value in sizes.items():
         section, _, name = path.rpartition(".")
+        change: dict[str, Any] = {name: value}
         if section:
-            replaced = dataclasses.replace(getattr(model, section), **{name: value})
-            model = dataclasses.replace(model, **{section: replaced})
-        else:
-            model = dataclasses.replace(model, **{name: value})
+            change = {section: dataclasses.replace(getattr(model, section), **change)}
+        model = dataclasses.replace(model, **change)
     return dataclasses.replace(config, model=model)

@@ -5,6 +5,8 @@ UltraMemV2 (arXiv 2508.18756, section 3) and its predecessors are one layer: Ult
 differ from it in the fields of `MemoryConfig` that configs/families.py sets.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -157,7 +159,7 @@ class MemoryLayer(nnx.Module):
         """Returns a variable's array, or None where the configuration does without it."""
         return getattr(self, name)[...] if hasattr(self, name) else None
 
-    def _retrieval_arrays(self) -> dict[str, Array | None]:
+    def _retrieval_arrays(self) -> dict[str, Any]:
         names = ("keys", "key_norm", "query_norm", "query_norm_bias", "cores", "core_u", "core_v")
         return {name: self._optional(name) for name in (*names, "shuffle")}
 
@@ -211,7 +213,7 @@ class MemoryLayer(nnx.Module):
         return pooled.reshape(batch, length, -1), sums
 
     def _normalised_query(
-        self, chunks: Float[Array, "t q_chunks q"], weights: dict[str, Array | None]
+        self, chunks: Float[Array, "t q_chunks q"], weights: dict[str, Any]
     ) -> Float[Array, "t q_chunks q"]:
         norm, bias = weights["query_norm"], weights["query_norm_bias"]
         match self.config.query_norm:

@@ -281,10 +281,7 @@ class Transformer(nnx.Module):
             fed_forward = block.feed_forward(y)
             x = residual + fed_forward
             if member < len(segment.placements) and segment.placements[member][0] == index:
-                window = None
-                if "start" in copy:
-                    own = _member(copy["table"], member) if "table" in copy else store
-                    window = StoreWindow(store=own, start=copy["start"][member])
+                window = _window(copy, member, store)
                 sparse_output, stats = _member(copy["sparse"], member)(y, store=window)
                 waiting.setdefault(segment.placements[member][1], []).append(sparse_output)
                 sparse_stats.append(stats)
@@ -309,6 +306,14 @@ class Transformer(nnx.Module):
             return None, {"table": tables, "start": jnp.zeros(count, jnp.int32)}
         starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
         return store, {"start": jnp.asarray(starts * memory.num_values, jnp.int32)}
+
+
+def _window(copy: dict[str, Any], member: int, shared: ValueStore | None) -> StoreWindow | None:
+    """Returns what one sparse layer of a group sees of the value store, if there is one."""
+    if "start" not in copy:
+        return None
+    store = _member(copy["table"], member) if shared is None else shared
+    return StoreWindow(store=store, start=copy["start"][member])
 
 
 def _stack(create: Callable[[Any], Any], key: Key[Array, ""], name: str, count: int) -> Any:

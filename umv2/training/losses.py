@@ -75,5 +75,6 @@ def load_balance(
     """
     if scope == "layer":
         return jnp.mean(experts.balance_loss)
-    share = experts.hits.mean(axis=0) / num_tokens
-    return share.size * jnp.sum(share * experts.router_probability.mean(axis=0))
+    probability = experts.router_probability
+    share = experts.hits.astype(probability.dtype).mean(axis=0) / num_tokens
+    return share.size * jnp.sum(share * probability.mean(axis=0))
