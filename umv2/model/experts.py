@@ -109,8 +109,8 @@ def _by_platform(ragged: Callable[..., Any], blocked: Callable[..., Any], *opera
     """Calls the one that suits the platform which the program is lowered for.
 
     Not the one that traces it: a CPU compiles for TPUs too. XLA has grouped products on TPU alone.
-    On CPU, and on NVIDIA GPUs but for an experimental flag, it turns `ragged_dot` into a dense
-    product of all rows with all experts.
+    On CPU and NVIDIA GPUs (seen in programs compiled for an H200 by jax 0.12.0.1) it turns
+    `ragged_dot` into a dense product of all rows with all experts.
     """
     return lax.platform_dependent(
         *operands,

@@ -1,0 +1,132 @@
+"""Step time of the mixture of experts beside a plain one, and beside another configuration.
+
+    python -m experiments.moe_step_time --config=configs/tiny.py:moe --reference=configs/tiny.py \
+        --output=experiments/results
+
+Training steps are compiled of the configuration as it is, of the same with its experts written
+plainly (`jax.lax.ragged_dot`, `jnp.take` and `lax.top_k`, differentiated by JAX), and of
+--reference, if there is one. They then take turns, so that whatever else the machine does meets
+all alike; what counts are the ratios within a round. Appends a JSON line to
+OUTPUT/moe_step_time.jsonl and prints a table. --rounds is that of experiments.step_time.
+"""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import step_time  # its flags, --config, --output and --rounds, are ours too
+
+_REFERENCE = config_flags.DEFINE_config_file("reference", None, "Configuration to compare with.")
+_WARM_UP_ROUNDS = 2
+
+
+def plain_mixture(x: Any, weights: Any, dispatch: Any, gate: Any, up: Any, down: Any) -> Any:
+    """Does the work of `umv2.model.experts.mixture` without a derivative of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), dispatch.group_sizes)
+
+    rows = jnp.take(x, dispatch.pairs // weights.shape[1], axis=0)
+    out = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
+    return jnp.einsum("tkd,tk->td", jnp.take(out, dispatch.rows, axis=0), weights.astype(x.dtype))
+
+
+def plain_step(config: ConfigDict) -> step_time.Step:
+    """Compiles a training step with the plain mixture in place of the layer's own."""
+    import jax
+
+    from umv2.model import experts, moe
+
+    with (
+        mock.patch.object(experts, "mixture", side_effect=plain_mixture) as mixture,
+        mock.patch.object(moe, "_largest", side_effect=jax.lax.top_k) as largest,
+    ):
+        step = step_time.Step(config)
+    assert mixture.called
+    assert largest.called
+    return step
+
+
+def measure(config: ConfigDict, reference: ConfigDict | None, rounds: int) -> dict[str, Any]:
+    """Returns medians, quartiles, ratios to the configuration's step, and memory of all steps."""
+    import jax
+    import numpy as np
+
+    if config.model.family != "moe":
+        raise app.UsageError(f"--config has model.family={config.model.family!r}: must be 'moe'")
+    steps = {"moe": step_time.Step(config), "moe, plain": plain_step(config)}
+    if reference is not None:
+        steps[f"reference, {reference.model.family}"] = step_time.Step(reference)
+    for round_index in range(_WARM_UP_ROUNDS + rounds):
+        for step in steps.values():
+            step.run(timed=round_index >= _WARM_UP_ROUNDS)
+    results = {}
+    for name, step in steps.items():
+        low, median, high = np.percentile(step.seconds, [25, 50, 75])
+        ratios = np.percentile(np.divide(step.seconds, steps["moe"].seconds), [25, 50, 75])
+        results[name] = {
+            "median_seconds": median,
+            "quartile_seconds": [low, high],
+            "ratio_to_moe": ratios[1],
+            "ratio_quartiles": [ratios[0], ratios[2]],
+            "compile_seconds": step.compile_seconds,
+            "temporary_bytes": step.temporary_bytes,
+            "peak_bytes": step.peak_bytes,
+            "active_parameters": step.active_parameters,
+        }
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "rounds": rounds,
+        "moe": config.model.moe.to_dict(),
+        "tokens_per_step": config.train.batch_size * config.data.sequence_length,
+        "variants": results,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the measurements as lined-up columns."""
+    lines = [
+        f"{'variant':<22}{'seconds':>9}{'ratio to moe':>14}{'quartiles':>16}{'compile s':>11}"
+        f"{'temporary MiB':>15}{'active':>12}"
+    ]
+    for name, row in results["variants"].items():
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"{name:<22}{row['median_seconds']:>9.3f}{row['ratio_to_moe']:>14.3f}"
+            f"{f'{low:.3f}-{high:.3f}':>16}{row['compile_seconds']:>11.1f}"
+            f"{row['temporary_bytes'] / 2**20:>15.1f}{row['active_parameters']:>12,}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints and records."""
+    del argv
+    options = flags.FLAGS
+    results = measure(options.config, _REFERENCE.value, options.rounds)
+    print(table(results))
+    if options.output:
+        names = {"config": config_flags.get_config_filename(options["config"])}
+        if _REFERENCE.value is not None:
+            names["reference"] = config_flags.get_config_filename(options["reference"])
+        with (Path(options.output) / "moe_step_time.jsonl").open("a") as file:
+            file.write(json.dumps(names | results) + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
