@@ -6,9 +6,11 @@ Flags are read here and nowhere else; each mode is a function of the library.
 import contextlib
 import json
 import logging as std_logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -21,19 +23,33 @@ _MODES = {
     "evaluate": "held-out loss, perplexity and bits per byte of the run in --workdir",
     "generate": "continue --prompt with the model in --workdir",
     "inspect": "resolved configuration and every parameter (--json for machines)",
+    "cost": "parameters, FLOPs and bytes of --config beside those of --compare, with a plot",
     "prepare": "tokenise text or a Hugging Face data set into token shards in --workdir",
     "train_tokenizer": "train a byte-pair encoding of --vocab_size on the corpus, into --workdir",
+    "export": "write the model of the run in --workdir to --folder, as --format",
+    "import": "make --workdir a run that starts from the model in --folder",
 }
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; evaluate and generate default to the run's own."
+    "config",
+    None,
+    "A file of configs/, with ':FAMILY' for another than UltraMemV2 (configs/families.py);"
+    " evaluate and generate default to the run's own.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's checkpoints and metrics.")
 _MODE = flags.DEFINE_enum(
     "mode", "train", list(_MODES), "; ".join(f"{name}: {what}" for name, what in _MODES.items())
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue (generate).")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text (inspect, evaluate).")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text (inspect, evaluate, cost).")
+_COMPARE = flags.DEFINE_list("compare", [], "Other configurations, as FILE or FILE:FAMILY (cost).")
+_CONTEXT = flags.DEFINE_integer(
+    "context", None, "Positions that a token attends to (cost); default: the sequence length.", 1
+)
+_FOLDER = flags.DEFINE_string("folder", None, "Folder of an exchanged model (export, import).")
+_FORMAT = flags.DEFINE_enum(
+    "format", "umv2", ["umv2", "olmoe"], "umv2: any family | olmoe: of Hugging Face (export)."
+)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Entries to train (train_tokenizer).")
 
 
@@ -58,10 +74,18 @@ def main(argv: list[str]) -> None:
         case "inspect":
             inspection = modes.inspect(_needed(config))
             print(json.dumps(inspection.as_dict()) if _JSON.value else inspection.as_text())
+        case "cost":
+            folder = Path(_WORKDIR.value or ".")
+            costs = modes.cost(_compared(_needed(config)), _CONTEXT.value, folder)
+            print(costs.as_json() if _JSON.value else costs.as_text())
         case "prepare":
             modes.prepare(_needed(config), _workdir())
         case "train_tokenizer":
             print(modes.train_tokenizer(_needed(config), _workdir(), _VOCAB_SIZE.value))
+        case "export":
+            modes.export_run(_workdir(), _folder(), cast(Any, _FORMAT.value))
+        case "import":
+            modes.import_model(_folder(), _workdir(), config)
 
 
 def _load_config() -> Config | None:
@@ -72,10 +96,46 @@ def _load_config() -> Config | None:
         raise ConfigError(f"--config: {error}") from error
 
 
+def _compared(config: Config) -> dict[str, Config]:
+    """Returns --config and the configurations of --compare, by the names of their files."""
+    named = {_label(config_flags.get_config_filename(flags.FLAGS["config"])): config}
+    for entry in _COMPARE.value:
+        if _label(entry) in named:
+            raise ConfigError(f"--compare={entry}: {_label(entry)} is there already")
+        try:
+            values = flags.FlagValues()  # read as --config is, but for overrides
+            config_flags.DEFINE_config_file("entry", entry, flag_values=values)
+            values([""])
+            named[_label(entry)] = from_config_dict(values.entry)
+        except (OSError, flags.Error) as error:
+            raise ConfigError(f"--compare={entry}: {_last_line(error)}") from error
+    return named
+
+
+def _label(file: str) -> str:
+    """'configs/tiny.py:moe' -> 'tiny:moe'."""
+    path, colon, family = file.partition(":")
+    return Path(path).stem + colon + family
+
+
+def _last_line(error: Exception) -> str:
+    """Returns what a mistake in a configuration file says, without its trace."""
+    last = str(error).strip().splitlines()[-1]
+    if "get_config() takes" in last:
+        return "the file is of one family: leave out the colon and what follows"
+    return re.sub(r"^[A-Za-z]+Error: ", "", last)
+
+
 def _needed(config: Config | None) -> Config:
     if config is None:
         raise ConfigError(f"--config: mode {_MODE.value!r} needs one, such as configs/tiny.py")
     return config
+
+
+def _folder() -> Path:
+    if not _FOLDER.value:
+        raise ConfigError(f"--folder: mode {_MODE.value!r} needs the folder of the model")
+    return Path(_FOLDER.value)
 
 
 def _workdir() -> Path:
@@ -120,7 +180,10 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (flags.Error, UserError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        message = str(error)
+        if "Traceback" in message:  # of a configuration file, within the flag's own message
+            message = f"{message.partition(': ')[0]}: {_last_line(error)}"
+        sys.exit("error: " + " ".join(message.split()))
 
 
 def _run(argv: list[str]) -> None:

@@ -54,6 +54,20 @@ TINY = "--config=configs/tiny.py"
         ([TINY], "--workdir: mode 'train' needs the folder of the run"),
         (["--mode=evaluate", "--workdir=/nonexistent"], "/nonexistent/checkpoints does not exist"),
         ([TINY, "--mode=evaluat"], "evaluat"),
+        (
+            [TINY + ":mixture", "--mode=inspect"],
+            "--config=configs/tiny.py:mixture: family 'mixture': must be one of ultramem_v2, moe",
+        ),
+        (["--config=configs/paper_430m_5b.py:moe", "--mode=inspect"], "the file is of one family"),
+        (
+            [TINY, "--mode=cost", "--compare=configs/tiny.py:mixture"],
+            "--compare=configs/tiny.py:mixture: family 'mixture': must be one of",
+        ),
+        ([TINY, "--mode=cost", "--compare=configs/none.py"], "--compare=configs/none.py: "),
+        ([TINY, "--mode=cost", "--compare=configs/tiny.py"], "tiny is there already"),
+        ([TINY, "--mode=cost", "--context=0"], "context=0"),
+        (["--mode=import", "--workdir=x"], "--folder: mode 'import' needs the folder"),
+        (["--mode=export", "--folder=x"], "--workdir: mode 'export' needs the folder"),
         ([TINY, "--wrkdir=x"], "wrkdir"),
         ([TINY, "inspect"], "inspect: unexpected argument"),
     ],
@@ -84,6 +98,35 @@ def test_inspect_lists_every_parameter_as_json() -> None:
         "group": "values",
     }
     assert listed["counts"]["embedding"] == 264 * 128
+
+
+def test_costs_of_several_configurations_stand_side_by_side(tmp_path: Path) -> None:
+    arguments = [TINY + ":moe", "--mode=cost", f"--workdir={tmp_path}", "--compare=" + TINY[9:]]
+    costs = json.loads(output_of(*arguments, "--json"))["configs"]
+    assert list(costs) == ["tiny:moe", "tiny"]
+    totals = [cost["parameters"]["total"] for cost in costs.values()]
+    assert totals[0] != totals[1]
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+    header = output_of(*arguments).splitlines()[0]
+    assert header.split() == ["tiny:moe", "tiny"]
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_and_imported(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    paths = tiny_run.write_text(tmp_path / "text")
+    env = tiny_run.environment(tmp_path / "compiled")
+    folder, run, copy = (tmp_path / name for name in ("model", "run", "copy"))
+    output_of(*tiny_run.flags(paths), f"--workdir={run}", env=env)
+    output_of("--mode=export", f"--workdir={run}", f"--folder={folder}")
+    assert (folder / "model.safetensors").exists()
+    output_of("--mode=import", f"--folder={folder}", f"--workdir={copy}", env=env)
+    losses = [
+        json.loads(output_of("--mode=evaluate", "--json", f"--workdir={workdir}", env=env))
+        for workdir in (run, copy)
+    ]
+    assert losses[1]["step"] == 0
+    assert losses[1]["held_out_loss"] == pytest.approx(losses[0]["held_out_loss"], rel=1e-6)
 
 
 @pytest.mark.slow

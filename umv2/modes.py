@@ -1,23 +1,28 @@
 """What each `--mode` of main.py does."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from umv2 import parallel
 from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
+from umv2.cost import report as cost_report
 from umv2.data import pipeline, tokenizers
 from umv2.data import prepare as data_preparation
 from umv2.evaluation import perplexity, report
 from umv2.inference.decode import Generator
+from umv2.interop import runs
 from umv2.training import checkpoint, inspection
 from umv2.training import train as training
 from umv2.training.state import merge_model, model_structure
 
 train = training.train
 inspect = inspection.inspect
+export_run = runs.export_run
+import_model = runs.import_model
 
 
 def evaluate(config: Config | None, workdir: Path) -> report.Report:
@@ -61,6 +66,17 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
     yield prompt
     generator = Generator(model, restored.store, tokenizer=tokenizer, config=config.generate)
     yield from generator.generate(prompt)
+
+
+def cost(
+    named_configs: Mapping[str, Config], context_length: int | None, output_dir: Path
+) -> cost_report.CostReport:
+    """Counts what each configuration costs; draws the bytes of a decode step into `cost.png`."""
+    report = cost_report.cost_report(named_configs, context_length=context_length)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report.draw(output_dir / "cost.png")
+    logging.info("wrote %s", output_dir / "cost.png")
+    return report
 
 
 def prepare(config: Config, output_dir: Path) -> None:

@@ -307,20 +307,24 @@ def test_scan_over_layers_with_checkpoint_equals_a_python_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis_type", "check_vma"),
-    [(AxisType.Auto, True), (AxisType.Explicit, True), (AxisType.Explicit, False)],
+    ("axis_type", "check_vma", "activation"),
+    [
+        (AxisType.Auto, True, None),
+        (AxisType.Explicit, True, "gelu"),
+        (AxisType.Explicit, False, "silu"),
+    ],
 )
 def test_inside_shard_map_a_replicated_table_gets_the_gradient_of_all_tokens(
-    axis_type: AxisType, check_vma: bool
+    axis_type: AxisType, check_vma: bool, activation: Activation | None
 ) -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(axis_type,))
     inputs = make_inputs(num_tokens=4 * jax.device_count(), num_slots=2)
-    num_slots = inputs.pop("num_slots")
+    options = {"num_slots": inputs.pop("num_slots"), "activation": activation}
     specs = {name: PartitionSpec(None if name in TABLES else "data") for name in inputs}
 
     def sharded(**inputs: Array) -> Array:
         return jax.shard_map(
-            lambda inputs: value_aggregation(**inputs, num_slots=num_slots, chunk_size=3),
+            lambda inputs: value_aggregation(**inputs, **options, chunk_size=3),
             in_specs=(specs,),
             out_specs=PartitionSpec("data"),
             check_vma=check_vma,
@@ -329,7 +333,7 @@ def test_inside_shard_map_a_replicated_table_gets_the_gradient_of_all_tokens(
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(inputs[name], specs[name]) for name in inputs}
         got = output_and_grads(sharded, placed)
-    want = output_and_grads(value_aggregation, inputs, num_slots=num_slots)
+    want = output_and_grads(value_aggregation, inputs, **options)
     assert_all_close(got, want)
 
 

@@ -14,6 +14,7 @@ TOLERANCE = 0.01
 _MAX_MULTIPLE = 64
 # ... whose steps change the active parameters by less than this share.
 _MAX_STEP = 0.0025
+_EXPERT = "moe.expert_size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,10 @@ def quantities(config: Config) -> Quantities:
     counts = accounting.parameter_counts(config.model)
     flops = accounting.forward_flops_per_token(config.model, config.data.sequence_length)
     return Quantities(
-        active=counts.active_without_embeddings,
-        total=counts.total_without_embeddings,
+        active=float(counts.active_without_embeddings),
+        total=float(counts.total_without_embeddings),
         flops=sum(flops.values()),
-        values_read=counts.selected if config.model.family == "memory" else 0,
+        values_read=float(counts.selected) if config.model.family == "memory" else 0.0,
     )
 
 
@@ -83,6 +84,10 @@ def match(reference: Config, candidate: Config, rules: tuple[str, ...] = RULES) 
     best: tuple[list[float], Match] | None = None
     for sizes in _candidates(target, candidate):
         config = _with_sizes(candidate, sizes)
+        try:
+            config.validate()
+        except ConfigError:  # such as fewer keys than a shortlist
+            continue
         found = quantities(config)
         deviations = {rule: _deviation(found, target, rule) for rule in rules}
         known = [abs(deviation) for deviation in deviations.values() if not math.isnan(deviation)]
@@ -95,10 +100,10 @@ def match(reference: Config, candidate: Config, rules: tuple[str, ...] = RULES) 
             best = cost, Match(config, sizes, found, deviations)
     if best is None:
         raise ConfigError(
-            "model: the reference is too small: its active parameters leave none for the"
-            " candidate's FFN or experts"
+            f"model: the reference is too small: its {target.active:,.0f} active and"
+            f" {target.total:,.0f} total parameters leave too few for the candidate's FFN, keys or"
+            " experts"
         )
-    best[1].config.validate()
     return best[1]
 
 
@@ -116,9 +121,9 @@ def _candidates(target: Quantities, candidate: Config) -> Iterator[dict[str, int
         case "dense":
             yield from _with_widths(target, candidate, {}, "ffn_size")
         case "moe":
-            for num_experts in range(model.moe.top_k, 257):
+            for num_experts in _numbers_of_experts(target, candidate):
                 fixed = {"moe.num_experts": num_experts}
-                yield from _with_widths(target, candidate, fixed, "moe.expert_size")
+                yield from _with_widths(target, candidate, fixed, _EXPERT)
         case "memory":
             fixed = {}
             memory, tables = model.memory, len(model.placements)
@@ -135,6 +140,19 @@ def _candidates(target: Quantities, candidate: Config) -> Iterator[dict[str, int
             for num_keys in range(max(1, nearest - 2), nearest + 3):
                 sizes = fixed | {"memory.num_keys": num_keys}
                 yield from _with_widths(target, candidate, sizes, "ffn_size")
+
+
+def _numbers_of_experts(target: Quantities, candidate: Config) -> range:
+    """Returns the numbers around that at which active and total parameters are both met."""
+    model, num_experts = candidate.model, candidate.model.moe.top_k
+    for _ in range(4):  # the router takes its share of the active parameters, and so of the width
+        fixed = {"moe.num_experts": num_experts}
+        widths = [s[_EXPERT] for s in _with_widths(target, candidate, fixed, _EXPERT)]
+        if not widths:
+            break
+        expert = 3 * model.hidden_size * min(widths) * model.num_layers
+        num_experts = model.moe.top_k + max(0, round((target.total - target.active) / expert))
+    return range(max(model.moe.top_k, num_experts - 4), num_experts + 5)
 
 
 def _with_widths(
@@ -155,6 +173,8 @@ def _with_widths(
             _last(lambda k: counted(k * multiple).flops <= target.flops),
         )
     )
+    if high == 0:  # not even the narrowest fits
+        return
     # Between the two, the deviations of active parameters and FLOPs change places.
     tried = sorted({low, low + 1, (low + high) // 2, (low + high) // 2 + 1, high, high + 1})
     for factor in tried:

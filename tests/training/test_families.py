@@ -1,0 +1,99 @@
+"""Every family through the production training step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import families, tiny
+from tests import tiny_run
+from umv2 import parallel
+from umv2.config import from_config_dict
+from umv2.training import optim
+from umv2.training import train as training
+from umv2.training.state import abstract_state, model_structure
+from umv2.types import Batch
+
+_PRODUCT_KEYS: dict[str, Any] = {
+    "scoring": "sum",
+    "score_activation": "softmax",
+    "tucker_rank": 1,
+    "num_cores": 1,
+    "query": "per_head",
+    "key_norm": "none",
+    "shuffle": False,
+    "value_dim": 16,
+}
+_PEER = _PRODUCT_KEYS | {
+    "query_norm": "none",
+    "pre_value_dim": 16,
+    "pre_projection": False,
+    "activation": "gelu",
+    "projection": "none",
+}
+# As in configs/families.py, at the size of tiny_run.
+SMALL: dict[str, dict[str, Any]] = {
+    "moe": {
+        "model.family": "moe",
+        "model.ffn_size": 0,
+        "model.moe.num_experts": 4,
+        "model.moe.top_k": 2,
+        "model.moe.expert_size": 8,
+        "loss.load_balance": 0.01,
+        "loss.router_z_loss": 0.001,
+    },
+    "peer": {f"model.memory.{name}": value for name, value in _PEER.items()},
+}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("replicas", [1, 8])
+def test_the_step_of_every_family_is_well_typed_on_a_mesh(family: str, replicas: int) -> None:
+    """Explicit shardings and manual axes are checked while tracing."""
+    values = tiny.get_config(family)
+    values.mesh.replica = replicas
+    values.model.memory.initialization = "released"  # spares the calibration
+    config = from_config_dict(values)
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, optimizer)
+        step = training.make_train_step(config, model_structure(config.model), optimizer)
+        sharding = parallel.batch_sharded(mesh)
+        shape = (config.train.batch_size, config.data.sequence_length)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        after, metrics = jax.eval_shape(step, state, _batch(ids, weights))
+    described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == described
+    assert metrics.loss.sharding.spec == PartitionSpec()
+    assert (state.usage is None) == (family == "dense")
+    assert (state.store is None) == (config.model.family != "memory")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SMALL)
+def test_eight_devices_train_as_one(family: str, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    paths = tiny_run.write_text(tmp_path / "text")
+    changes = {name.replace(".", "__"): value for name, value in SMALL[family].items()}
+    curves = []
+    for replicas in (1, 8):
+        config = tiny_run.tiny_config(paths, mesh__replica=replicas, **changes)
+        workdir = tmp_path / str(replicas)
+        training.train(config, workdir)
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        curves.append([record["loss"] for record in map(json.loads, lines) if "loss" in record])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[0][-1] < curves[0][0] - 0.3
+
+
+def _batch(ids: Any, weights: Any) -> Batch:
+    """A batch of descriptions: typed dataclasses refuse them in their constructor."""
+    ones = jnp.ones((1, 1), jnp.int32)
+    example = Batch(ones, ones, ones, jnp.ones((1, 1)))
+    return jax.tree.unflatten(jax.tree.structure(example), [ids, ids, ids, weights])
