@@ -35,10 +35,11 @@ def small_model(family: str) -> tuple[Transformer, ValueStore | None]:
     config.model.update(
         hidden_size=32, num_layers=2, num_heads=2, num_key_value_heads=1, ffn_size=32
     )
-    config.model.update(family=family, scan_layers=family == "memory")
+    config.model.update(family=family, scan_layers=family != "dense")
     config.model.update(tie_embeddings=False, compute_dtype="float32")
     config.model.memory.update(num_keys=8, key_dim=8, top_m=4, shortlist=4, value_dim=12)
     config.model.memory.update(pre_value_dim=4, chunk_tokens=8)
+    config.model.moe.update(num_experts=6, top_k=2, expert_size=16)
     model_config = from_config_dict(config).model
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in half the time
     model, store = jax.jit(lambda: create_model(model_config, key))()
@@ -123,7 +124,7 @@ def test_a_nucleus_reached_exactly_holds_no_further_id() -> None:
     assert set(ids.tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("family", ["memory", "dense"])
+@pytest.mark.parametrize("family", ["memory", "dense", "moe"])
 def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(family: str) -> None:
     model, store = small_model(family)
     generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
