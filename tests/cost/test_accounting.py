@@ -234,11 +234,9 @@ def grid_flops(config: ModelConfig) -> int:
 def test_matrix_products_are_those_of_the_traced_program(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # CPUs loop over (expert, block of rows), as many as there are; the products of accelerators,
+    # CPUs and GPUs loop over (expert, block of rows), as many as there are; the products of TPUs,
     # grouped by expert, do the same work with its size known.
-    monkeypatch.setattr(
-        jax.lax, "platform_dependent", lambda *arguments, default, **_: default(*arguments)
-    )
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, tpu, **_: tpu(*arguments))
     config = wide(name)
     function, arguments = forward_pass(config)
     traced = matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
