@@ -1,15 +1,21 @@
 """The public operator: checks its arguments and owns the derivative."""
 
 import functools
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.value_aggregation import xla
+from kernels_pallas import dispatch
+from kernels_pallas.value_aggregation import pallas_tpu, xla
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+
+Implementation = Literal["xla", "pallas_tpu"]
+
+# What an unnamed implementation is: the first that can take the call.
+AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")}
 
 MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
 
@@ -40,6 +46,8 @@ def value_aggregation(
     slots: Int32[Array, "num_tokens top_m"] | None = None,
     num_slots: int = 1,
     chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+    platform: dispatch.Platform | None = None,
 ) -> Float[Array, "num_tokens {num_slots}*value_dim"]:
     """Sums, for each token, the selected rows of a table, weighted by score and pre-score.
 
@@ -73,28 +81,50 @@ def value_aggregation(
         activation: applied to the pre-score; "gelu" is the exact one, with erf.
         slots: where in its token's output each selection is added, in [0, num_slots), unchecked.
         num_slots: outputs a token; 1 without `slots`.
-        chunk_size: tokens that are processed at once. By default a power of two, from a budget of
-            bytes for the default backend; name it when compiling for another platform.
+        chunk_size: tokens that plain XLA processes at once: all of "xla", and the sums of the
+            tables' gradients of "pallas_tpu". By default a power of two, from a budget of bytes
+            for the platform.
+        implementation: of the forward and the backward pass. "xla" runs everywhere; "pallas_tpu",
+            on TPU, never writes the fetched rows to memory. By default the first of `AUTOMATIC`
+            that supports the call, which is logged once.
+        platform: what the call will be compiled for, where it is not the platform of the mesh in
+            context nor the default backend: ahead-of-time compilation for TPU in a CPU process.
 
     Raises:
         ValueError: an argument's rank, shape, dtype or value breaks a rule above; the message names
             the argument, what it got and the rule.
+        UnsupportedError: the named implementation cannot take the call; the message says why.
     """
     _check_arrays(values, indices, scores, pre_values, pre_inputs, slots)
     _check_options(pre_values, activation, slots, num_slots, chunk_size)
+    target = dispatch.lowering_platform(platform)
+    case: Any = (values, indices, scores, pre_values, pre_inputs, slots, num_slots, target)
+    reasons = {
+        "xla": lambda: xla.unsupported_reason(*case),
+        "pallas_tpu": lambda: pallas_tpu.unsupported_reason(*case),
+    }
+    chosen = dispatch.choose("value_aggregation", implementation, target, AUTOMATIC, reasons)
     values, scores, pre_values, pre_inputs = _vary_alike(
         (values, scores, pre_values, pre_inputs), (indices, slots)
     )
     if chunk_size is None:
         row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
         itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize
-        chunk_size = _default_chunk_size(indices.shape[1] * row_dim * itemsize)
-    return _aggregate(
-        values, indices, scores, pre_values, pre_inputs, slots, activation, num_slots, chunk_size
-    )
+        chunk_size = _default_chunk_size(indices.shape[1] * row_dim * itemsize, target)
+    arrays = (values, indices, scores, pre_values, pre_inputs, slots)
+    return _aggregate(*arrays, _Options(activation, num_slots, chunk_size, chosen))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+class _Options(NamedTuple):
+    """What is known while tracing."""
+
+    activation: Activation | None
+    num_slots: int
+    chunk_size: int
+    implementation: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _aggregate(
     values: Array,
     indices: Array,
@@ -102,13 +132,12 @@ def _aggregate(
     pre_values: Array | None,
     pre_inputs: Array | None,
     slots: Array | None,
-    activation: Activation | None,
-    num_slots: int,
-    chunk_size: int,
+    options: _Options,
 ) -> Array:
-    return xla.forward(
-        values, indices, scores, pre_values, pre_inputs, slots, activation, num_slots, chunk_size
-    )
+    arrays = (values, indices, scores, pre_values, pre_inputs)
+    if options.implementation == "pallas_tpu":
+        return pallas_tpu.forward(*arrays, options.activation)
+    return xla.forward(*arrays, slots, options.activation, options.num_slots, options.chunk_size)
 
 
 def _aggregate_fwd(*args: Any) -> tuple[Array, Any]:
@@ -116,26 +145,24 @@ def _aggregate_fwd(*args: Any) -> tuple[Array, Any]:
 
 
 def _aggregate_bwd(
-    activation: Activation | None,
-    num_slots: int,
-    chunk_size: int,
-    arrays: Any,
-    output_grad: Array,
+    options: _Options, residuals: Any, output_grad: Array
 ) -> tuple[Array | None, ...]:
-    values, indices, scores, pre_values, pre_inputs, slots = arrays
-    values_grad, scores_grad, pre_values_grad, pre_inputs_grad = xla.backward(
-        values, indices, scores, pre_values, pre_inputs, slots, output_grad,
-        activation, num_slots, chunk_size,
-    )  # fmt: skip
+    values, indices, scores, pre_values, pre_inputs, slots = residuals
+    arrays = (values, indices, scores, pre_values, pre_inputs)
+    activation, num_slots, chunk_size, implementation = options
+    if implementation == "pallas_tpu":
+        grads = pallas_tpu.backward(*arrays, output_grad, activation, chunk_size)
+    else:
+        grads = xla.backward(*arrays, slots, output_grad, activation, num_slots, chunk_size)
+    values_grad, scores_grad, pre_values_grad, pre_inputs_grad = grads
     return values_grad, None, scores_grad, pre_values_grad, pre_inputs_grad, None
 
 
 _aggregate.defvjp(_aggregate_fwd, _aggregate_bwd)
 
 
-def _default_chunk_size(bytes_per_token: int) -> int:
-    on_cpu = jax.default_backend() == "cpu"
-    chunk_bytes = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
+def _default_chunk_size(bytes_per_token: int, platform: str) -> int:
+    chunk_bytes = _CPU_CHUNK_BYTES if platform == "cpu" else _ACCELERATOR_CHUNK_BYTES
     num_tokens = max(1, chunk_bytes // max(1, bytes_per_token))
     # A power of two divides the usual batch, which spares the smaller last chunk.
     return 1 << (num_tokens.bit_length() - 1)

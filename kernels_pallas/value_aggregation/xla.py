@@ -20,6 +20,21 @@ from kernels_pallas.value_aggregation.reference import Activation, accumulation_
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+def unsupported_reason(
+    values: Any,
+    indices: Any,
+    scores: Any,
+    pre_values: Any,
+    pre_inputs: Any,
+    slots: Any,
+    num_slots: int,
+    platform: str,
+) -> str | None:
+    """Why this implementation cannot take arguments of these shapes and dtypes: it always can."""
+    del values, indices, scores, pre_values, pre_inputs, slots, num_slots, platform
+    return None
+
+
 def forward(
     values: Float[Array, "num_values value_dim"],
     indices: Int32[Array, "num_tokens top_m"],
@@ -45,7 +60,7 @@ def forward(
         rows = _split_cores(_fetch_rows(values, indices, dtype), num_cores)
         return None, _einsum("tksc,tkcd->tscd", _to_slots(weights, slots, num_slots), rows)
 
-    _, output = _scan_chunks(aggregate, None, (indices, scores, pre_inputs, slots), chunk_size)
+    _, output = scan_chunks(aggregate, None, (indices, scores, pre_inputs, slots), chunk_size)
     return output.reshape(indices.shape[0], num_slots * values.shape[1])
 
 
@@ -98,7 +113,7 @@ def backward(
     # zeros_like keeps the manual axes over which a table varies inside shard_map; zeros would not.
     zeros = jax.tree.map(lambda table: jnp.zeros_like(table, dtype), (values, pre_values))
     per_token = (indices, scores, pre_inputs, slots, output_grad)
-    grads = _scan_chunks(accumulate, zeros, per_token, chunk_size)
+    grads = scan_chunks(accumulate, zeros, per_token, chunk_size)
     (values_grad, pre_values_grad), (scores_grad, pre_inputs_grad) = grads
     return jax.tree.map(
         lambda grad, primal: grad.astype(primal.dtype),
@@ -149,7 +164,7 @@ def _from_slots(slot_weights: Array, slots: Array | None) -> Array:
     )[:, :, 0, :]
 
 
-def _scan_chunks(
+def scan_chunks(
     body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, per_token: Any, chunk_size: int
 ) -> tuple[Any, Any]:
     """Folds `body(carry, chunk) -> (carry, outputs)` over chunks of the leading axis.

@@ -1,0 +1,89 @@
+"""Which implementation of an operator runs: the one asked for, or the first that can.
+
+An implementation says in words why it cannot take a call. Asked for by name it raises them; nobody
+is handed another implementation unawares: what is chosen automatically follows a fixed table and is
+logged, with the reasons against those that stood before it.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+Platform = Literal["cpu", "gpu", "tpu"]
+
+
+class UnsupportedError(ValueError):
+    """The implementation that was asked for cannot take this call; the message says why."""
+
+
+def lowering_platform(platform: Platform | None = None) -> str:
+    """The platform that a call is to be compiled for, which a trace cannot know for sure.
+
+    It is `platform` where the caller names one; else that of the mesh in context
+    (`jax.set_mesh`, also over the devices of a topology that is not attached); else
+    `jax.default_backend()`. So only ahead-of-time compilation without a mesh, for a platform other
+    than the default, needs the name.
+
+    Raises:
+        ValueError: `platform` is not "cpu", "gpu" or "tpu".
+    """
+    if platform is None:
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        return jax.default_backend() if device is None else device.platform
+    if platform not in get_args(Platform):
+        raise ValueError(f"platform: got {platform!r}, must be one of {get_args(Platform)}")
+    return platform
+
+
+def choose(
+    operator: str,
+    implementation: str | None,
+    platform: str,
+    automatic: Mapping[str, tuple[str, ...]],
+    unsupported_reasons: Mapping[str, Callable[[], str | None]],
+) -> str:
+    """Returns the name of the implementation that a call gets.
+
+    Args:
+        operator: its name, for messages.
+        implementation: the one asked for, or None for an automatic choice.
+        platform: what the call is compiled for.
+        automatic: for each platform, the implementations in the order in which they are tried. A
+            platform that is not listed gets the last one of "cpu".
+        unsupported_reasons: for each implementation, why it cannot take the call, or None.
+
+    Raises:
+        ValueError: there is no implementation of that name.
+        UnsupportedError: the one asked for, or every one of the platform, cannot take the call.
+    """
+    if implementation is not None:
+        if implementation not in unsupported_reasons:
+            known = ", ".join(unsupported_reasons)
+            raise ValueError(
+                f"implementation: got {implementation!r}, must be None or one of {known}"
+            )
+        reason = unsupported_reasons[implementation]()
+        if reason is not None:
+            raise UnsupportedError(f"{operator}, implementation {implementation!r}: {reason}")
+        return implementation
+
+    refused: list[str] = []
+    for name in automatic.get(platform, automatic["cpu"][-1:]):
+        reason = unsupported_reasons[name]()
+        if reason is None:
+            _log_choice(operator, platform, name, "; ".join(refused))
+            return name
+        refused.append(f"not {name}: {reason}")
+    raise UnsupportedError(f"{operator} on {platform}: {'; '.join(refused)}")
+
+
+@functools.cache
+def _log_choice(operator: str, platform: str, name: str, refused: str) -> None:
+    """Logs each different choice once."""
+    suffix = f" ({refused})" if refused else ""
+    logger.info("%s on %s: implementation %s%s", operator, platform, name, suffix)

@@ -1,0 +1,520 @@
+"""Value aggregation on the TensorCores of a TPU, where rows travel from HBM to VMEM and no further.
+
+Each selected row is copied by a DMA of its own into a ring of buffers, one buffer a token, while
+the rows that arrived before are weighted and summed. Step s of the grid starts the copies of block
+s of tokens and computes block s - 1, token by token: a buffer is refilled as soon as it is used up,
+so that the rows of all tokens of a block but one are on their way at any time.
+
+    layouts     The kernels read the tables, `pre_inputs` and the output's gradient row by row
+                (rows contiguous up to tiling, lanes padded to 128 in HBM), and ids and scores with
+                tokens along the lanes ([K, T] and [c, K, T]), so that nothing is padded whatever K
+                is. XLA copies an argument that it holds in another layout. For a narrow table such
+                as [N, 192], whose default layout is the transposed one on v5p, that would be a copy
+                of the table at every call: place tables with
+                `jax.device_put(values, Format(Layout(major_to_minor=(0, 1)), sharding))`.
+    bfloat16    Two rows share each 32-bit word of a tile, and a DMA cannot split a word. A pair of
+                rows is fetched and the wanted one picked, so bfloat16 tables take half the memory
+                but as many bytes of traffic as float32 ones.
+    precision   Everything is float32 on the vector unit; the matrix unit is not used.
+    order       The sum over k is fixed by K alone: the result does not depend on the other tokens.
+
+The backward kernel fetches the rows again and computes the gradients of scores and pre-inputs. The
+tables' gradients are made from its weights by plain XLA: ids are sorted once, and the contributions
+of equal ids, now adjacent, are added in that order.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+from kernels_pallas.value_aggregation.xla import scan_chunks
+
+_LANES, _SUBLANES = 128, 8
+# Arrays with a number a selection, [..., K, T]; the others have a row a token.
+_SELECTIONS = ("smem_ids", "ids", "scores", "scores_grad", "weights", "pre_scores_grad")
+# Tokens a grid step. The rows of a block are in flight together, and 12 MiB of them cover the
+# latency of the memory several times over. Reasoned, not measured.
+_RING_BYTES = 12 * 2**20
+_VMEM_BYTES = 56 * 2**20  # of 64 MiB on v5p and tpu7x; v5e and v6e have 128
+_SMEM_BYTES = 896 * 2**10  # of 1 MiB
+
+
+def unsupported_reason(
+    values: Any,
+    indices: Any,
+    scores: Any,
+    pre_values: Any,
+    pre_inputs: Any,
+    slots: Any,
+    num_slots: int,
+    platform: str,
+) -> str | None:
+    """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
+    tables = (
+        {"values": values} if pre_values is None else {"values": values, "pre_values": pre_values}
+    )
+    top_m = indices.shape[1]
+    reasons = [(platform != "tpu", f"it compiles for TPU, not for {platform}")]
+    reasons.append((slots is not None, f"slots are not implemented (num_slots = {num_slots})"))
+    is_float32 = accumulation_dtype(values, scores, pre_values, pre_inputs) == jnp.float32
+    reasons.append((not is_float32, "it accumulates in float32, not in float64"))
+    for name, table in tables.items():
+        known = table.dtype in (jnp.float32, jnp.bfloat16)
+        reasons.append((not known, f"rows must be float32 or bfloat16, {name} are {table.dtype}"))
+        odd = table.shape[0] % _rows_per_copy(table) != 0
+        reasons.append((odd, f"bfloat16 rows are fetched in pairs, {name} has {table.shape[0]}"))
+        reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
+    reasons.append((0 in indices.shape, f"indices is empty, {indices.shape}"))
+    smem_bytes = 2 * 4 * top_m * _LANES
+    vmem_bytes = _vmem_bytes(_block_tokens(top_m, values, pre_values), scores, values, pre_values)
+    for memory, needed, available in (
+        ("SMEM", smem_bytes, _SMEM_BYTES),
+        ("VMEM", vmem_bytes, _VMEM_BYTES),
+    ):
+        reasons.append(
+            (
+                needed > available,
+                f"top_m = {top_m} needs {needed} bytes of {memory}, there are {available}",
+            )
+        )
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def forward(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    activation: Activation | None,
+) -> Float[Array, "num_tokens value_dim"]:
+    """Computes the output of `value_aggregation` without slots."""
+    call = _Call(values, indices, scores, pre_values, pre_inputs)
+
+    def compute(refs: Any, slot: Array, token: Array, lane: Array) -> None:
+        scores = [_column(refs["scores"].at[core], lane) for core in range(call.num_cores)]
+        if pre_values is None:
+            weights = scores
+        else:
+            pre_scores = _pre_scores(refs, slot, token, lane)
+            gates, _ = _activate(pre_scores, activation)
+            weights = [score * gates for score in scores]
+        for lanes in _lane_chunks(call.value_dim):
+            weight = _by_core(weights, lanes, call.value_dim)
+            rows = _rows(refs, "values", slot, lane, lanes)
+            _put_row(refs["output"], token, lanes, jnp.sum(weight * rows, axis=0, keepdims=True))
+
+    outputs = {"output": call.token_rows(call.value_dim)}
+    return call.run("value_aggregation_forward", compute, {}, outputs)["output"]
+
+
+def backward(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    output_grad: Float[Array, "num_tokens value_dim"],
+    activation: Activation | None,
+    chunk_size: int,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype.
+
+    `chunk_size` is how many tokens' worth of contributions to the tables are held at once.
+    """
+    scores_grad, pre_inputs_grad, weights, pre_scores_grad = _token_grads(
+        values, indices, scores, pre_values, pre_inputs, output_grad, activation
+    )
+    selections = _sort_selections(indices)
+    values_grad = _table_grad(values, selections, weights, output_grad, chunk_size)
+    scores_grad = scores_grad.astype(scores.dtype)
+    if pre_values is None or pre_inputs is None:
+        return values_grad, scores_grad, None, None
+    assert pre_scores_grad is not None and pre_inputs_grad is not None
+    pre_values_grad = _table_grad(pre_values, selections, pre_scores_grad, pre_inputs, chunk_size)
+    return values_grad, scores_grad, pre_values_grad, pre_inputs_grad.astype(pre_inputs.dtype)
+
+
+def _token_grads(
+    values: Array,
+    indices: Array,
+    scores: Array,
+    pre_values: Array | None,
+    pre_inputs: Array | None,
+    output_grad: Array,
+    activation: Activation | None,
+) -> tuple[Array, Array | None, Array, Array | None]:
+    """What the rows are needed for: gradients of scores, pre-inputs, and those of the two tables.
+
+    The latter are outer products, of weights [T, K, c] with the output's gradient, and of the
+    pre-scores' gradients [T, K, 1] with the pre-inputs.
+    """
+    call = _Call(values, indices, scores, pre_values, pre_inputs)
+    cores = range(call.num_cores)
+
+    def compute(refs: Any, slot: Array, token: Array, lane: Array) -> None:
+        weights_grad = [jnp.zeros((call.top_m, 1), jnp.float32) for _ in cores]
+        for lanes in _lane_chunks(call.value_dim):
+            rows = _rows(refs, "values", slot, lane, lanes)
+            products = rows * _row(refs["output_grad"], token, lanes)
+            for core, mask in _cores_in(lanes, call.value_dim, call.num_cores):
+                part = products if mask is None else jnp.where(mask, products, 0)
+                weights_grad[core] += jnp.sum(part, axis=1, keepdims=True)
+        if pre_values is None:
+            for core in cores:
+                _put_column(refs["scores_grad"].at[core], lane, weights_grad[core])
+            return
+
+        gates, slopes = _activate(_pre_scores(refs, slot, token, lane), activation)
+        gates_grad = jnp.zeros_like(gates)
+        for core in cores:
+            score = _column(refs["scores"].at[core], lane)
+            gates_grad += weights_grad[core] * score
+            _put_column(refs["scores_grad"].at[core], lane, weights_grad[core] * gates)
+            _put_column(refs["weights"].at[core], lane, score * gates)
+        pre_scores_grad = gates_grad * slopes
+        _put_column(refs["pre_scores_grad"], lane, pre_scores_grad)
+        for lanes in _lane_chunks(call.pre_value_dim):
+            rows = _rows(refs, "pre_values", slot, lane, lanes)
+            grad = jnp.sum(pre_scores_grad * rows, axis=0, keepdims=True)
+            _put_row(refs["pre_inputs_grad"], token, lanes, grad)
+
+    outputs = {"scores_grad": call.selections(call.num_cores)}
+    if pre_values is not None:
+        outputs["weights"] = call.selections(call.num_cores)
+        outputs["pre_scores_grad"] = call.selections()
+        outputs["pre_inputs_grad"] = call.token_rows(call.pre_value_dim)
+    inputs = {"output_grad": output_grad.astype(jnp.float32)}
+    grads = call.run("value_aggregation_backward", compute, inputs, outputs)
+    scores_grad = jnp.moveaxis(grads["scores_grad"], (0, 2), (2, 0))
+    if pre_values is None:
+        return scores_grad, None, scores.astype(jnp.float32), None
+    weights = jnp.moveaxis(grads["weights"], (0, 2), (2, 0))
+    return scores_grad, grads["pre_inputs_grad"], weights, grads["pre_scores_grad"].T[:, :, None]
+
+
+class _Call:
+    """Shapes, blocks and the grid that the two kernels have in common."""
+
+    def __init__(
+        self,
+        values: Array,
+        indices: Array,
+        scores: Array,
+        pre_values: Array | None,
+        pre_inputs: Array | None,
+    ) -> None:
+        self.num_tokens, self.top_m, self.num_cores = scores.shape
+        self.value_dim = values.shape[1]
+        self.pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
+        self.block_tokens = _block_tokens(self.top_m, values, pre_values)
+        self.lane_tokens = min(_LANES, self.num_tokens)
+        # Two TensorCores of one device (v5p) take one half each; one takes them in turn.
+        lane_blocks = pl.cdiv(self.num_tokens, _LANES)
+        self.num_parts = min(2, lane_blocks)
+        self.part_blocks = pl.cdiv(lane_blocks, self.num_parts) * (_LANES // self.block_tokens)
+        self.vmem_bytes = _vmem_bytes(self.block_tokens, scores, values, pre_values)
+
+        self.tables = {"values": values}
+        self.inputs: dict[str, Array] = {"scores": jnp.moveaxis(scores, (0, 2), (2, 0))}
+        if pre_values is not None and pre_inputs is not None:
+            self.tables["pre_values"] = pre_values
+            self.inputs["pre_inputs"] = pre_inputs
+        self.inputs = {name: x.astype(jnp.float32) for name, x in self.inputs.items()}
+        self.ids = indices.T
+        if any(_rows_per_copy(table) > 1 for table in self.tables.values()):
+            self.inputs["ids"] = self.ids  # as vectors, to tell the rows of a pair
+
+        # Inside shard_map, results vary as the arguments do.
+        self.axis_type = jax.typeof(values).manual_axis_type
+
+    def token_rows(self, width: int) -> jax.ShapeDtypeStruct:
+        """An output with a row a token: [T, width]."""
+        return self._output((self.num_tokens, width))
+
+    def selections(self, *leading: int) -> jax.ShapeDtypeStruct:
+        """An output with a number a selection: [..., K, T]."""
+        return self._output((*leading, self.top_m, self.num_tokens))
+
+    def _output(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=self.axis_type)
+
+    def run(self, name: str, compute: Any, inputs: Any, outputs: Any) -> dict[str, Array]:
+        """Calls `compute(refs, slot, token in block, lane)` for each token, its rows in VMEM."""
+        inputs = self.inputs | inputs
+        operands = {"smem_ids": self.ids} | inputs | self.tables
+        in_specs = [
+            self._block("smem_ids", self.ids),
+            *(self._block(key, x) for key, x in inputs.items()),
+            *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in self.tables),
+        ]
+        names = (*operands, *outputs, *(f"{table}_ring" for table in self.tables), "arrived")
+
+        def kernel(*refs: Any) -> None:
+            self._pipeline(dict(zip(names, refs, strict=True)), compute)
+
+        kernel.__name__ = f"_{name}_kernel"
+        rings = [
+            pltpu.VMEM(
+                (self.block_tokens, _rows_per_copy(table) * self.top_m, table.shape[1]), table.dtype
+            )
+            for table in self.tables.values()
+        ]
+        results = pl.pallas_call(
+            kernel,
+            name=name,
+            grid=(self.num_parts, self.part_blocks + 1),
+            in_specs=in_specs,
+            out_specs=[self._block(key, x) for key, x in outputs.items()],
+            out_shape=list(outputs.values()),
+            scratch_shapes=[
+                *rings,
+                pltpu.SemaphoreType.DMA((len(self.tables), self.block_tokens)),
+            ],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=self.vmem_bytes,
+            ),
+            cost_estimate=self._cost(operands, outputs),
+        )(*operands.values())
+        return dict(zip(outputs, results, strict=True))
+
+    def _block(self, name: str, array: Any) -> pl.BlockSpec:
+        """The part of an array that a step sees: of the block it starts, or that it computes."""
+        started = name == "smem_ids"
+        last_block = pl.cdiv(self.num_tokens, self.block_tokens) - 1
+
+        def block_index(part: Array, step: Array) -> Array:
+            step = step if started else jnp.maximum(step - 1, 0)
+            first = part * self.part_blocks
+            # The last step of a part starts nothing.
+            step = jnp.minimum(step, self.part_blocks - 1)
+            return jnp.minimum(first + step, last_block)
+
+        if name in _SELECTIONS:
+            lane_blocks = _LANES // self.block_tokens
+            leading = (0,) * (len(array.shape) - 1)
+            return pl.BlockSpec(
+                (*array.shape[:-1], self.lane_tokens),
+                lambda part, step: (*leading, lax.div(block_index(part, step), lane_blocks)),
+                memory_space=pltpu.SMEM if started else pltpu.VMEM,
+            )
+        return pl.BlockSpec(
+            (self.block_tokens, array.shape[1]),
+            lambda part, step: (block_index(part, step), 0),
+            memory_space=pltpu.VMEM,
+        )
+
+    def _pipeline(self, refs: Any, compute: Any) -> None:
+        part, step = pl.program_id(0), pl.program_id(1)
+        starting = (part * self.part_blocks + step) * self.block_tokens
+        computing = starting - self.block_tokens
+
+        def visit(token: Array, _: None) -> None:
+            @pl.when((step > 0) & (computing + token < self.num_tokens))
+            def _compute() -> None:
+                self._copy_rows(refs, token, None)
+                compute(refs, token, token, lax.rem(computing + token, _LANES))
+
+            @pl.when((step < self.part_blocks) & (starting + token < self.num_tokens))
+            def _start() -> None:
+                self._copy_rows(refs, token, lax.rem(starting + token, _LANES))
+
+        lax.fori_loop(0, self.block_tokens, visit, None)
+
+    def _copy_rows(self, refs: Any, slot: Array, lane: Array | None) -> None:
+        """Starts the copies of the rows of the token in `lane`, or awaits those of a slot."""
+
+        def copy(k: Array, _: None) -> None:
+            for i, (name, table) in enumerate(self.tables.items()):
+                # Awaiting takes the size of a copy alone: any row does.
+                row = jnp.int32(0) if lane is None else refs["smem_ids"][k, lane]
+                size = _rows_per_copy(table)
+                row = row & -size
+                descriptor = pltpu.make_async_copy(
+                    refs[name].at[pl.ds(pl.multiple_of(row, size), size)],
+                    refs[f"{name}_ring"].at[slot, pl.ds(pl.multiple_of(k * size, size), size)],
+                    refs["arrived"].at[i, slot],
+                )
+                if lane is None:
+                    descriptor.wait()
+                else:
+                    descriptor.start()
+
+        lax.fori_loop(0, self.top_m, copy, None, unroll=math.gcd(self.top_m, 8))
+
+    def _cost(self, operands: Any, outputs: Any) -> pl.CostEstimate:
+        selections = self.num_tokens * self.top_m
+        row_dim = self.value_dim + self.pre_value_dim
+        others = [*outputs.values(), *(x for n, x in operands.items() if n not in self.tables)]
+        return pl.CostEstimate(
+            flops=2 * selections * row_dim,
+            transcendentals=selections,
+            bytes_accessed=4 * (selections * row_dim + sum(math.prod(x.shape) for x in others)),
+        )
+
+
+def _pre_scores(refs: Any, slot: Array, token: Array, lane: Array) -> Array:
+    """The inner products of a token's pre-input with its pre-value rows: [K, 1]."""
+    pre_value_dim = refs["pre_inputs"].shape[1]
+    pre_scores = []
+    for lanes in _lane_chunks(pre_value_dim):
+        products = _rows(refs, "pre_values", slot, lane, lanes)
+        products *= _row(refs["pre_inputs"], token, lanes)
+        pre_scores.append(jnp.sum(products, axis=1, keepdims=True))
+    return sum(pre_scores[1:], start=pre_scores[0])
+
+
+def _rows(refs: Any, name: str, slot: Array, lane: Array, lanes: slice) -> Array:
+    """A chunk of lanes of the rows in a slot, float32: [K, lanes]."""
+    rows = refs[f"{name}_ring"][slot, :, lanes]
+    if rows.dtype == jnp.float32:
+        return rows
+    # A bfloat16 is the upper half of a float32; the even row of a pair lies in the lower half.
+    is_even = _column(refs["ids"], lane) & 1 == 0
+    pairs = pltpu.bitcast(rows, jnp.uint32)
+    words = jnp.where(is_even, pairs << 16, pairs & jnp.uint32(0xFFFF0000))
+    return lax.bitcast_convert_type(words, jnp.float32)
+
+
+def _column(ref: Any, lane: Array) -> Array:
+    """Column `lane` of a [K, T] block: [K, 1]."""
+    block = ref[...]
+    here = lax.broadcasted_iota(jnp.int32, block.shape, 1) == lane
+    return jnp.sum(jnp.where(here, block, 0), axis=1, keepdims=True)
+
+
+def _put_column(ref: Any, lane: Array, column: Array) -> None:
+    """Writes [K, 1] into column `lane` of a [K, T] block."""
+    here = lax.broadcasted_iota(jnp.int32, ref.shape, 1) == lane
+    ref[...] = jnp.where(here, column, ref[...])
+
+
+def _row(ref: Any, token: Array, lanes: slice) -> Array:
+    """Row `token` of a [T, D] block: [1, lanes]. Only whole tiles can be read at a variable row."""
+    block = ref[_tile_of(token), lanes]
+    here = lax.broadcasted_iota(jnp.int32, block.shape, 0) == token & (_SUBLANES - 1)
+    return jnp.sum(jnp.where(here, block, 0), axis=0, keepdims=True)
+
+
+def _put_row(ref: Any, token: Array, lanes: slice, row: Array) -> None:
+    """Writes [1, lanes] into row `token` of a [T, D] block."""
+    block = ref[_tile_of(token), lanes]
+    here = lax.broadcasted_iota(jnp.int32, block.shape, 0) == token & (_SUBLANES - 1)
+    ref[_tile_of(token), lanes] = jnp.where(here, row, block)
+
+
+def _tile_of(token: Array) -> Any:
+    return pl.ds(pl.multiple_of(token & -_SUBLANES, _SUBLANES), _SUBLANES)
+
+
+def _lane_chunks(width: int) -> Iterator[slice]:
+    """Slices of at most one register's lanes, so that few registers are live at a time."""
+    for start in range(0, width, _LANES):
+        yield slice(start, min(start + _LANES, width))
+
+
+def _cores_in(lanes: slice, width: int, num_cores: int) -> Iterator[tuple[int, Array | None]]:
+    """The cores whose slice of a row meets these lanes; a mask where others do so too."""
+    core_dim = width // num_cores
+    first, last = lanes.start // core_dim, (lanes.stop - 1) // core_dim
+    if first == last:
+        yield first, None
+        return
+    position = lax.broadcasted_iota(jnp.int32, (1, lanes.stop - lanes.start), 1) + lanes.start
+    for core in range(first, last + 1):
+        yield core, (position >= core * core_dim) & (position < (core + 1) * core_dim)
+
+
+def _by_core(weights: list[Array], lanes: slice, width: int) -> Array:
+    """The weight [K, 1] of each core, on the lanes of its slice: [K, lanes] or [K, 1]."""
+    (first, _), *others = _cores_in(lanes, width, len(weights))
+    spread = weights[first]
+    for core, mask in others:
+        assert mask is not None
+        spread = jnp.where(mask, weights[core], spread)
+    return spread
+
+
+def _activate(x: Array, activation: Activation | None) -> tuple[Array, Array]:
+    """The activation of pre-scores and its derivative."""
+    match activation:
+        case None:
+            return x, jnp.ones_like(x)
+        case "gelu":
+            probability = (1 + lax.erf(x * math.sqrt(0.5))) / 2
+            density = jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+            return x * probability, probability + x * density
+        case "silu":
+            sigmoid = 1 / (1 + jnp.exp(-x))
+            return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+        case "relu":
+            return jnp.maximum(x, 0), (x > 0).astype(jnp.float32)
+
+
+def _sort_selections(indices: Array) -> tuple[Array, Array]:
+    """Ids in rising order, and their positions in the flattened indices; equal ids keep order."""
+    flat = indices.reshape(-1)
+    ids, order = lax.sort_key_val(flat, lax.iota(jnp.int32, flat.size))
+    return ids, order
+
+
+def _table_grad(
+    table: Array,
+    selections: tuple[Array, Array],
+    weights: Float[Array, "num_tokens top_m num_cores"],
+    factors: Float[Array, "num_tokens dim"],
+    chunk_size: int,
+) -> Array:
+    """Sums weight x factor, the i-th slice of a factor having the i-th weight, by selected row."""
+    _, top_m, num_cores = weights.shape
+    weights = weights.reshape(-1, num_cores)
+    factors = factors.astype(jnp.float32).reshape(factors.shape[0], num_cores, -1)
+
+    def add(grad: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        ids, order = chunk
+        rows = weights[order][:, :, None] * factors[order // top_m]
+        rows = rows.reshape(ids.size, table.shape[1])
+        sums = grad.at[ids].add(rows, mode="promise_in_bounds", indices_are_sorted=True)
+        return sums, None
+
+    grad, _ = scan_chunks(add, jnp.zeros_like(table, jnp.float32), selections, chunk_size * top_m)
+    return grad.astype(table.dtype)
+
+
+def _rows_per_copy(table: Any) -> int:
+    return 2 if table.dtype == jnp.bfloat16 else 1
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _token_bytes(top_m: int, values: Any, pre_values: Any) -> int:
+    """VMEM that the rows of a token take: sublanes and lanes padded to whole tiles of words."""
+    widths = [table.shape[1] for table in (values, pre_values) if table is not None]
+    return 4 * _padded(top_m, _SUBLANES) * sum(_padded(width, _LANES) for width in widths)
+
+
+def _block_tokens(top_m: int, values: Any, pre_values: Any) -> int:
+    """A power of two from 8 to 128, by the bytes of the ring."""
+    tokens = max(_SUBLANES, min(_LANES, _RING_BYTES // _token_bytes(top_m, values, pre_values)))
+    return 1 << (tokens.bit_length() - 1)
+
+
+def _vmem_bytes(block_tokens: int, scores: Any, values: Any, pre_values: Any) -> int:
+    """The ring, two buffers of every block of the backward kernel, and room for temporaries."""
+    _, top_m, num_cores = scores.shape
+    widths = [table.shape[1] for table in (values, pre_values) if table is not None]
+    row_blocks = 4 * block_tokens * sum(_padded(width, _LANES) for width in widths)
+    selection_blocks = 4 * _padded(top_m, _SUBLANES) * _LANES * (3 * num_cores + 2)
+    ring = block_tokens * _token_bytes(top_m, values, pre_values)
+    return ring + 2 * (2 * row_blocks + selection_blocks) + 4 * 2**20
