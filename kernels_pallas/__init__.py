@@ -1,5 +1,6 @@
 """Sparse-memory operators on JAX arrays, usable on their own: this package imports jax alone."""
 
+from kernels_pallas.product_key_top_k.api import product_key_top_k
 from kernels_pallas.value_aggregation.api import value_aggregation
 
-__all__ = ["value_aggregation"]
+__all__ = ["product_key_top_k", "value_aggregation"]

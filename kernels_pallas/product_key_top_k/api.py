@@ -1,0 +1,229 @@
+"""The public operator: checks its arguments and owns the derivative."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.product_key_top_k import xla
+from kernels_pallas.product_key_top_k.reference import scores_dtype
+
+Implementation = Literal["xla"]
+
+MAX_NUM_KEYS = 46340  # addresses are int32, and 46341 squared is beyond 2^31
+
+# Bytes of key scores that one chunk of tokens holds, when the caller names no chunk size.
+_CPU_CHUNK_BYTES = 4 * 2**20
+# An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
+# easily holds. Reasoned, not measured.
+_ACCELERATOR_CHUNK_BYTES = 256 * 2**20
+
+
+def product_key_top_k(
+    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
+    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
+    u: Float[Array, "num_heads rank"] | None,
+    v: Float[Array, "num_heads rank"] | None,
+    cores: Float[Array, "num_cores num_heads rank rank"] | None,
+    *,
+    top_m: int,
+    shortlist: int,
+    implementation: Implementation | None = None,
+    chunk_size: int | None = None,
+) -> tuple[
+    Float[Array, "num_tokens num_heads*top_m cores"], Int32[Array, "num_tokens num_heads*top_m"]
+]:
+    """Finds, for each token and head, the `top_m` best pairs of a row and a column key.
+
+    For head h, side i (0 rows, 1 columns), rank a, and query heads or ranks of 1 that serve all:
+
+        S_i[t, a, k] = <query[h, i, a, t], keys[h, i, a, k]>
+        rows = the shortlist best k of S_0 u[h],   columns = the shortlist best k of S_1 v[h]
+        score_c[t, j, k] = sum over a, b of S_0[t, a, j] cores[c, h, a, b] S_1[t, b, k]
+        chosen = the top_m best (j, k) of rows x columns by sum over c of score_c
+
+    Without cores, score[t, j, k] = S_0[t, 0, j] + S_1[t, 0, k], of one core and rank 1. Sources:
+    Tucker scores, UltraMemV2 (arXiv 2508.18756), eq. 6-8 and 10-11; additive scores, product-key
+    memory (arXiv 1907.05242). `reference.py` says the same with every grid in full.
+
+    Selections are best first. Equal scores (-0 equals 0) go to the key of the lower number in a
+    shortlist, and to the pair whose row, then column, comes earlier in its shortlist. NaN counts as
+    the best of all scores: a key that scores NaN is chosen, and its NaN is returned.
+
+    Sums are accumulated in, and scores have, float32, or float64 if query or keys are; products of
+    query and keys are those of their dtype. The selection is exact for scores so rounded; which of
+    two that differ by a rounding error is better depends on the compiler.
+
+    Gradients reach query, keys and cores through the scores of the chosen pairs alone; u, v and the
+    selection count as constants. They are accumulated like the scores, in a fixed order, and
+    returned in the dtype of their argument. Reverse-mode differentiable only. Inside
+    `jax.shard_map` it works on the local arrays, which may vary over different manual axes.
+
+    Args:
+        query: of each head, side, rank and token; heads and ranks that share a query may be 1.
+        keys: of each head, side and rank.
+        u: what weights the ranks of a row key's score in the shortlist, the first left singular
+            vector of the summed cores.
+        v: the same for columns, the first right singular vector. The closer the cores are to
+            lambda u v^T, the less often the selection has to look at the whole grid.
+        cores: Tucker cores; None, as are then u and v, for additive scores.
+        top_m: pairs to choose for each token and head.
+        shortlist: candidates a side.
+        implementation: None, the best here; or "xla".
+        chunk_size: tokens that are processed at once. By default a power of two, from a budget of
+            bytes for the default backend; name it when compiling for another platform.
+
+    Returns:
+        The score of each chosen pair by core, and its address, row * num_keys + column; the
+        selections of a token's heads lie side by side.
+
+    Raises:
+        ValueError: an argument's rank, shape, dtype or value breaks a rule above; the message names
+            the argument, what it got and the rule.
+    """
+    _check_arrays(query, keys, u, v, cores)
+    _check_options(keys, top_m, shortlist, implementation, chunk_size)
+    query, keys, u, v, cores = _vary_alike((query, keys, u, v, cores))
+    if chunk_size is None:
+        num_heads, num_sides, rank, num_keys, _ = keys.shape
+        row = num_heads * num_sides * rank * num_keys * scores_dtype(query, keys).itemsize
+        chunk_size = _default_chunk_size(row)
+    return _top_k(query, keys, u, v, cores, top_m, shortlist, chunk_size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _top_k(
+    query: Array,
+    keys: Array,
+    u: Array | None,
+    v: Array | None,
+    cores: Array | None,
+    top_m: int,
+    shortlist: int,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    scores, addresses, _ = xla.forward(query, keys, u, v, cores, top_m, shortlist, chunk_size)
+    return scores, addresses
+
+
+def _top_k_fwd(
+    query: Array,
+    keys: Array,
+    u: Array | None,
+    v: Array | None,
+    cores: Array | None,
+    top_m: int,
+    shortlist: int,
+    chunk_size: int,
+) -> tuple[tuple[Array, Array], Any]:
+    scores, addresses, chosen = xla.forward(query, keys, u, v, cores, top_m, shortlist, chunk_size)
+    return (scores, addresses), (query, keys, u, v, cores, addresses, chosen)
+
+
+def _top_k_bwd(
+    top_m: int, shortlist: int, chunk_size: int, residuals: Any, grads: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    query, keys, u, v, cores, addresses, chosen = residuals
+    query_grad, keys_grad, cores_grad = xla.backward(
+        query, keys, cores, addresses, chosen, grads[0], chunk_size
+    )
+    zeros = [None if x is None else jnp.zeros_like(x) for x in (u, v)]
+    return query_grad, keys_grad, *zeros, cores_grad
+
+
+_top_k.defvjp(_top_k_fwd, _top_k_bwd)
+
+
+def _default_chunk_size(bytes_per_token: int) -> int:
+    on_cpu = jax.default_backend() == "cpu"
+    chunk_bytes = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
+    num_tokens = max(1, chunk_bytes // bytes_per_token)
+    # A power of two divides the usual batch, which spares the smaller last chunk.
+    return 1 << (num_tokens.bit_length() - 1)
+
+
+def _vary_alike(arrays: Any) -> Any:
+    """Makes all vary over every manual axis of `shard_map` that any of them varies over.
+
+    JAX then sums the gradient of, say, keys that are the same on all devices over the devices that
+    hold different tokens; a custom derivative must leave that to its caller.
+    """
+
+    def varying(array: Array) -> frozenset[str]:
+        return jax.typeof(array).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
+
+    def vary(array: Array) -> Array:
+        missing = tuple(sorted(axes - varying(array)))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(vary, arrays)
+
+
+def _check_arrays(
+    query: Array, keys: Array, u: Array | None, v: Array | None, cores: Array | None
+) -> None:
+    ranks = {
+        "query": (query, "[num_heads or 1, 2, rank or 1, num_tokens, key_dim]"),
+        "keys": (keys, "[num_heads, 2, rank, num_keys, key_dim]"),
+        "u": (u, "[num_heads, rank]"),
+        "v": (v, "[num_heads, rank]"),
+        "cores": (cores, "[num_cores, num_heads, rank, rank]"),
+    }
+    for name, (array, axes) in ranks.items():
+        if array is None:
+            continue
+        _check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        _check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
+
+    num_heads, num_sides, rank, num_keys, key_dim = keys.shape
+    _check(num_sides == 2, "keys.shape[1]", num_sides, "2, rows and columns")
+    _check(num_keys <= MAX_NUM_KEYS, "keys.shape[3]", num_keys, f"at most {MAX_NUM_KEYS}")
+    rule = f"[{num_heads} or 1, 2, {rank} or 1, num_tokens, {key_dim}], as keys have it"
+    fits = query.shape[0] in (1, num_heads) and query.shape[2] in (1, rank)
+    fits = fits and query.shape[1] == num_sides and query.shape[4] == key_dim
+    _check(fits, "query.shape", query.shape, rule)
+
+    given = ", ".join(
+        f"{name} {'absent' if array is None else 'given'}"
+        for name, array in (("u", u), ("v", v), ("cores", cores))
+    )
+    together = (u is None) == (v is None) == (cores is None)
+    _check(together, "Tucker arrays", given, "all or none")
+    if u is None or v is None or cores is None:
+        _check(rank == 1, "keys.shape[2]", rank, "1 without cores")
+        return
+    for name, vector in (("u", u), ("v", v)):
+        rule = f"[num_heads, rank] = {(num_heads, rank)}"
+        _check(vector.shape == (num_heads, rank), f"{name}.shape", vector.shape, rule)
+    expected = (num_heads, rank, rank)
+    rule = f"[num_heads, rank, rank] = {expected}"
+    _check(cores.shape[1:] == expected, "cores.shape[1:]", cores.shape[1:], rule)
+    _check(cores.shape[0] >= 1, "cores.shape[0]", cores.shape[0], "at least 1")
+
+
+def _check_options(
+    keys: Array,
+    top_m: int,
+    shortlist: int,
+    implementation: Implementation | None,
+    chunk_size: int | None,
+) -> None:
+    num_keys = keys.shape[3]
+    rule = f"from 1 to num_keys = {num_keys}"
+    _check(1 <= shortlist <= num_keys, "shortlist", shortlist, rule)
+    rule = f"from 1 to shortlist squared = {shortlist**2}"
+    _check(1 <= top_m <= shortlist**2, "top_m", top_m, rule)
+    known = implementation in (None, "xla")
+    _check(known, "implementation", repr(implementation), "None or 'xla'")
+    _check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+
+
+def _check(holds: bool, name: str, got: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {got}, must be {rule}")

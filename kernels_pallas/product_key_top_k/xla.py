@@ -1,0 +1,307 @@
+"""Product-key top-k in plain XLA operations: runs on every platform.
+
+Tokens are processed in chunks, so that no more than a chunk's [chunk, n] scores are ever held. The
+best pairs are looked for where both keys stand early in their shortlists, and almost always that is
+proved to be enough; see `_Staircase`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.product_key_top_k.reference import scores_dtype
+
+# DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
+# How far beyond m the staircase reaches where Tucker scores are not monotone, and the share of the
+# grid beyond which it is not worth its while.
+TUCKER_REACH = 2
+MOST_INSIDE = 0.5
+
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Staircase:
+    """The part of the s x s grid of a token in which its best pairs are looked for.
+
+    Row i (from 1) has its first `width` columns: the reach divided by i, with i rounded down to a
+    power of two, so that the part is a few rectangles and contains all (i, j) with i j <= reach.
+
+    Rows and columns stand in their shortlists best first. If scores are additive, pair (i, j) has
+    i j - 1 pairs above and to the left of it, none of which scores less, and which win ties by
+    their lower place in the grid. So reach = m holds the m best. (Rounded sums keep this order;
+    only infinities of both signs break it, by a sum that is not a number.)
+
+    Tucker scores obey this but for the lesser singular values of the core. So the pairs outside are
+    compared with the m-th best inside; if none of them precedes it, the selection is the right one.
+    """
+
+    shortlist: int
+    reach: int
+
+    @property
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """First row, row after the last, and width of each rectangle."""
+        starts = [2**i - 1 for i in range(self.shortlist.bit_length())]
+        ends = [*starts[1:], self.shortlist]
+        return [
+            (start, end, min(self.shortlist, self.reach // (start + 1)))
+            for start, end in zip(starts, ends, strict=True)
+            if self.reach > start
+        ]
+
+    @property
+    def places(self) -> np.ndarray:
+        """Places in the grid, row by row, of the pairs inside, ascending."""
+        grid = np.arange(self.shortlist**2, dtype=np.int32).reshape(self.shortlist, -1)
+        return np.concatenate([grid[a:b, :width].reshape(-1) for a, b, width in self.blocks])
+
+    @property
+    def outside(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of the rectangles that make up the rest of the grid."""
+        parts = [(slice(a, b), slice(width, None)) for a, b, width in self.blocks]
+        parts.append((slice(self.blocks[-1][1], None), slice(0, None)))
+        size = range(self.shortlist)
+        return [(rows, columns) for rows, columns in parts if size[rows] and size[columns]]
+
+
+def forward(
+    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
+    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
+    u: Float[Array, "num_heads rank"] | None,
+    v: Float[Array, "num_heads rank"] | None,
+    cores: Float[Array, "num_cores num_heads rank rank"] | None,
+    top_m: int,
+    shortlist: int,
+    chunk_size: int,
+) -> tuple[Array, Array, Array]:
+    """Computes the results of `product_key_top_k`, and what its backward pass needs.
+
+    Returns:
+        scores, addresses, and S of the chosen keys, [num_tokens, 2, num_heads, rank, top_m].
+    """
+    dtype = scores_dtype(query, keys)
+    num_heads, num_keys, num_tokens = keys.shape[0], keys.shape[3], query.shape[3]
+
+    def choose(_: None, query: Array) -> tuple[None, tuple[Array, Array, Array]]:
+        by_side = _key_scores(query, keys, dtype)
+        rows, row_scores = _shortlist(by_side[:, 0], u, shortlist)
+        columns, column_scores = _shortlist(by_side[:, 1], v, shortlist)
+        places = _best_pairs(row_scores, column_scores, cores, top_m)
+        i, j = places // shortlist, places % shortlist
+        addresses = _take(rows, i) * num_keys + _take(columns, j)
+        chosen = jnp.stack([_take(row_scores, i[:, None]), _take(column_scores, j[:, None])])
+        return None, (
+            _pair_scores(chosen, cores),
+            jnp.moveaxis(addresses, 0, 1),
+            jnp.moveaxis(chosen, 3, 0),
+        )
+
+    _, results = _scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), chunk_size)
+    scores, addresses, chosen = results
+    pairs = (num_tokens, num_heads * top_m)
+    return scores.reshape(*pairs, scores.shape[-1]), addresses.reshape(pairs), chosen
+
+
+def backward(
+    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
+    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
+    cores: Float[Array, "num_cores num_heads rank rank"] | None,
+    addresses: Int32[Array, "num_tokens num_heads*top_m"],
+    chosen: Float[Array, "num_tokens 2 num_heads rank top_m"],
+    scores_grad: Float[Array, "num_tokens num_heads*top_m num_cores"],
+    chunk_size: int,
+) -> tuple[Array, Array, Array | None]:
+    """Computes the gradients of (query, keys, cores), each in its own dtype."""
+    dtype = scores_dtype(query, keys)
+    num_tokens, _, num_heads, _, top_m = chosen.shape
+    num_keys = keys.shape[3]
+    query_axes = _query_axes(query, keys)
+
+    def accumulate(carry: Any, chunk: Any) -> tuple[Any, Array]:
+        keys_grad, cores_grad = carry
+        query, addresses, chosen, scores_grad = chunk
+        if cores is None:
+            sides_grad = jnp.broadcast_to(scores_grad[:, None, :, None, :, 0], chosen.shape)
+        else:
+            core = cores.astype(dtype)
+            rows, columns = chosen[:, 0], chosen[:, 1]
+            cores_grad += _einsum("thkc,thrk,thqk->chrq", scores_grad, rows, columns)
+            rows_grad = _einsum("thkc,chrq,thqk->thrk", scores_grad, core, columns)
+            columns_grad = _einsum("thkc,chrq,thrk->thqk", scores_grad, core, rows)
+            sides_grad = jnp.stack([rows_grad, columns_grad], axis=1)
+        ids = jnp.stack([addresses // num_keys, addresses % num_keys], axis=1)[:, :, :, None]
+        # Few of the keys are chosen, and still two products with all of them are faster than to
+        # fetch the chosen ones and to scatter their gradients, row by row.
+        dense = _scatter_add(sides_grad, jnp.broadcast_to(ids, sides_grad.shape), num_keys)
+        query_grad = _einsum(f"tshrn,hsrnq->t{query_axes}q", dense, keys.astype(dtype)).reshape(
+            query.shape
+        )
+        query = query.reshape(query.shape[0], *_sizes(query_axes, keys), -1)
+        keys_grad += _einsum(f"tshrn,t{query_axes}q->hsrnq", dense, query.astype(dtype))
+        return (keys_grad, cores_grad), query_grad
+
+    # zeros_like keeps the manual axes over which an array varies inside shard_map; zeros would not.
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (keys, cores))
+    per_token = (
+        jnp.moveaxis(query, 3, 0),
+        addresses.reshape(num_tokens, num_heads, top_m),
+        chosen,
+        scores_grad.reshape(num_tokens, num_heads, top_m, -1),
+    )
+    (keys_grad, cores_grad), query_grad = _scan_chunks(accumulate, zeros, per_token, chunk_size)
+    query_grad = jnp.moveaxis(query_grad, 0, 3).astype(query.dtype)
+    cores_grad = None if cores is None else cores_grad.astype(cores.dtype)
+    return query_grad, keys_grad.astype(keys.dtype), cores_grad
+
+
+def _query_axes(query: Array, keys: Array) -> str:
+    """The leading axes of the query but those of size 1 that serve several heads or ranks."""
+    shared_heads = query.shape[0] < keys.shape[0]
+    shared_ranks = query.shape[2] < keys.shape[2]
+    return ("" if shared_heads else "h") + "s" + ("" if shared_ranks else "r")
+
+
+def _sizes(axes: str, keys: Array) -> tuple[int, ...]:
+    return tuple(keys.shape["hsr".index(axis)] for axis in axes)
+
+
+def _key_scores(query: Array, keys: Array, dtype: jnp.dtype) -> Array:
+    """S of every key, [h, 2, r, t, n], from a query of [t, h or 1, 2, r or 1, q]."""
+    axes = _query_axes(jnp.moveaxis(query, 0, 3), keys)
+    query = query.reshape(query.shape[0], *_sizes(axes, keys), -1)
+    return _einsum(f"t{axes}q,hsrnq->hsrtn", query, keys, preferred_element_type=dtype)
+
+
+def _shortlist(scores: Array, weights: Array | None, size: int) -> tuple[Array, Array]:
+    """The best keys of one side by their rank-1 score, [h, t, s], and their S, [h, r, t, s]."""
+    ranking = scores[:, 0]
+    if weights is not None:
+        weights = weights.astype(scores.dtype)[:, :, None, None]
+        ranking = sum(scores[:, i] * weights[:, i] for i in range(scores.shape[1]))
+    # One call a side: slicing a joint result hides the top-k from XLA's CPU compiler, which then
+    # sorts all keys.
+    best = lax.top_k(_orderly(ranking), size)[1]
+    return best, _take(scores, best[:, None])
+
+
+def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) -> Array:
+    """Places of the best pairs in the grid of shortlisted keys, [h, t, m], best first.
+
+    Args:
+        rows: S of the shortlisted row keys, [h, r, t, s].
+        columns: the same of column keys.
+        cores: None for additive scores.
+        top_m: m.
+    """
+    shortlist = rows.shape[-1]
+    if cores is not None:
+        core = cores.astype(rows.dtype).sum(axis=0)
+        # Rank by rank and not as a product of matrices: those of a token would be tiny.
+        rows = jnp.stack(
+            [
+                sum(rows[:, r] * core[:, r, q, None, None] for r in range(rows.shape[1]))
+                for q in range(rows.shape[1])
+            ],
+            axis=1,
+        )
+    staircase = _Staircase(shortlist, top_m * (1 if cores is None else TUCKER_REACH))
+    inside = staircase.places
+    if len(inside) > MOST_INSIDE * shortlist**2:
+        return _best_in_grid(rows, columns, cores is None, top_m)
+
+    parts = [
+        _grid(rows[..., a:b], columns[..., :width], cores is None)
+        for a, b, width in staircase.blocks
+    ]
+    candidates = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in parts], axis=-1)
+    scores, best = lax.top_k(candidates, top_m)
+    places = jnp.asarray(inside)[best]
+    if cores is None:
+        doubtful = ~(jnp.isfinite(rows).all() & jnp.isfinite(columns).all())
+    else:
+        last_score, last_place = scores[..., -1, None, None], places[..., -1, None, None]
+        doubtful = jnp.zeros((), bool)
+        for some_rows, some_columns in staircase.outside:
+            grid = _grid(rows[..., some_rows], columns[..., some_columns], False)
+            place = np.arange(shortlist**2, dtype=np.int32).reshape(shortlist, -1)
+            place = jnp.asarray(place[None, None, some_rows, some_columns])
+            behind = (grid < last_score) | ((grid == last_score) & (place > last_place))
+            doubtful |= ~behind.all()
+    return lax.cond(
+        doubtful,
+        lambda: _best_in_grid(rows, columns, cores is None, top_m),
+        lambda: places,
+    )
+
+
+def _best_in_grid(rows: Array, columns: Array, additive: bool, top_m: int) -> Array:
+    grid = _grid(rows, columns, additive)
+    return lax.top_k(grid.reshape(*grid.shape[:2], -1), top_m)[1]
+
+
+def _grid(rows: Array, columns: Array, additive: bool) -> Array:
+    """Scores of all pairs, [h, t, rows, columns]; what is best has the highest."""
+    rows, columns = rows[..., :, None], columns[..., None, :]
+    if additive:
+        return _orderly(rows[:, 0] + columns[:, 0])
+    return _orderly(sum(rows[:, q] * columns[:, q] for q in range(rows.shape[1])))
+
+
+def _orderly(scores: Array) -> Array:
+    """Makes lax.top_k, which goes by the sign bit too, put NaN before all numbers, and 0 = -0."""
+    scores = jnp.where(scores == 0, 0, scores)
+    return jnp.where(jnp.isnan(scores), jnp.nan, scores)
+
+
+def _pair_scores(chosen: Array, cores: Array | None) -> Array:
+    """Scores by core, [t, h, m, c], from S of the chosen keys, [2, h, r, t, m]."""
+    rows, columns = chosen
+    if cores is None:
+        return jnp.moveaxis(rows + columns, (0, 2), (1, 0)).swapaxes(-1, -2)
+    return _einsum("hrtk,chrq,hqtk->thkc", rows, cores.astype(rows.dtype), columns)
+
+
+def _take(x: Array, places: Array) -> Array:
+    return jnp.take_along_axis(x, places, axis=-1, mode="promise_in_bounds")
+
+
+def _scatter_add(x: Array, ids: Array, size: int) -> Array:
+    """[..., m] to [..., size]: each entry added where its id says."""
+    flat, flat_ids = (y.reshape(-1, y.shape[-1]) for y in (x, ids))
+    tokens = jnp.arange(flat.shape[0], dtype=jnp.int32)[:, None]
+    zeros = jnp.zeros_like(flat, shape=(flat.shape[0], size))
+    return (
+        zeros.at[tokens, flat_ids].add(flat, mode="promise_in_bounds").reshape(*x.shape[:-1], size)
+    )
+
+
+def _scan_chunks(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, per_token: Any, chunk_size: int
+) -> tuple[Any, Any]:
+    """Folds `body(carry, chunk) -> (carry, outputs)` over chunks of the leading axis.
+
+    Tokens beyond the last whole chunk get a call of their own.
+    """
+    num_tokens = jax.tree.leaves(per_token)[0].shape[0]
+    if num_tokens <= chunk_size:
+        return body(carry, per_token)
+
+    num_chunks = num_tokens // chunk_size
+    split = num_chunks * chunk_size
+    whole = jax.tree.map(
+        lambda x: x[:split].reshape(num_chunks, chunk_size, *x.shape[1:]), per_token
+    )
+    carry, outputs = lax.scan(body, carry, whole)
+    outputs = jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), outputs)
+    if split == num_tokens:
+        return carry, outputs
+    carry, last = body(carry, jax.tree.map(lambda x: x[split:], per_token))
+    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, last)
