@@ -26,6 +26,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import families
+from experiments.compiled_step import Step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the reference.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for results.")
@@ -112,8 +113,6 @@ def time_all(reference: ConfigDict, sizes: families.Sizes, names: list[str]) -> 
     """Takes training steps of all families in turns; ratios are within a round."""
     import jax
     import numpy as np
-
-    from experiments.step_time import Step
 
     steps = {family: Step(config_of(reference, family, sizes)) for family in names}
     for index in range(_WARM_UP_ROUNDS + _ROUNDS.value):

@@ -7,7 +7,7 @@ Training steps are compiled of the configuration as it is, of the same with its 
 plainly (`jax.lax.ragged_dot`, `jnp.take` and `lax.top_k`, differentiated by JAX), and of
 --reference, if there is one. They then take turns, so that whatever else the machine does meets
 all alike; what counts are the ratios within a round. Appends a JSON line to
-OUTPUT/moe_step_time.jsonl and prints a table. --rounds is that of experiments.step_time.
+OUTPUT/moe_step_time.jsonl and prints a table.
 """
 
 import datetime
@@ -21,9 +21,12 @@ from unittest import mock
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import step_time  # its flags, --config, --output and --rounds, are ours too
+from experiments import compiled_step
 
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration to measure.")
 _REFERENCE = config_flags.DEFINE_config_file("reference", None, "Configuration to compare with.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; none: print only.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.")
 _WARM_UP_ROUNDS = 2
 
 
@@ -40,7 +43,7 @@ def plain_mixture(x: Any, weights: Any, dispatch: Any, gate: Any, up: Any, down:
     return jnp.einsum("tkd,tk->td", jnp.take(out, dispatch.rows, axis=0), weights.astype(x.dtype))
 
 
-def plain_step(config: ConfigDict) -> step_time.Step:
+def plain_step(config: ConfigDict) -> compiled_step.Step:
     """Compiles a training step with the plain mixture in place of the layer's own."""
     import jax
 
@@ -50,7 +53,7 @@ def plain_step(config: ConfigDict) -> step_time.Step:
         mock.patch.object(experts, "mixture", side_effect=plain_mixture) as mixture,
         mock.patch.object(moe, "_largest", side_effect=jax.lax.top_k) as largest,
     ):
-        step = step_time.Step(config)
+        step = compiled_step.Step(config)
     assert mixture.called
     assert largest.called
     return step
@@ -63,9 +66,9 @@ def measure(config: ConfigDict, reference: ConfigDict | None, rounds: int) -> di
 
     if config.model.family != "moe":
         raise app.UsageError(f"--config has model.family={config.model.family!r}: must be 'moe'")
-    steps = {"moe": step_time.Step(config), "moe, plain": plain_step(config)}
+    steps = {"moe": compiled_step.Step(config), "moe, plain": plain_step(config)}
     if reference is not None:
-        steps[f"reference, {reference.model.family}"] = step_time.Step(reference)
+        steps[f"reference, {reference.model.family}"] = compiled_step.Step(reference)
     for round_index in range(_WARM_UP_ROUNDS + rounds):
         for step in steps.values():
             step.run(timed=round_index >= _WARM_UP_ROUNDS)
@@ -116,14 +119,13 @@ def table(results: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     """Measures, prints and records."""
     del argv
-    options = flags.FLAGS
-    results = measure(options.config, _REFERENCE.value, options.rounds)
+    results = measure(_CONFIG.value, _REFERENCE.value, _ROUNDS.value)
     print(table(results))
-    if options.output:
-        names = {"config": config_flags.get_config_filename(options["config"])}
+    if _OUTPUT.value:
+        names = {"config": config_flags.get_config_filename(flags.FLAGS["config"])}
         if _REFERENCE.value is not None:
-            names["reference"] = config_flags.get_config_filename(options["reference"])
-        with (Path(options.output) / "moe_step_time.jsonl").open("a") as file:
+            names["reference"] = config_flags.get_config_filename(flags.FLAGS["reference"])
+        with (Path(_OUTPUT.value) / "moe_step_time.jsonl").open("a") as file:
             file.write(json.dumps(names | results) + "\n")
 
 

@@ -158,7 +158,7 @@ def main() -> None:
             errors = relative_errors(path, dtype)
             for gradient in (False, True):
                 worst = [e for name, e in errors.items() if name.startswith("grad") == gradient]
-                cells.append(f"{max(worst):20.1e}")
+                cells.append(f"{max(worst):20.1e}" if worst else f"{'none':>20}")
         lines.append(path.stem.ljust(40) + "".join(cells))
     sys.stdout.write("\n".join(lines) + "\n")
 
