@@ -2,7 +2,8 @@
 
     make train
 
-Under 3 minutes of training on 2 CPU cores; 2.24 bits per byte on held-out text.
+Under 3 minutes of training on 2 CPU cores; 2.25 bits per byte on held-out text
+(mean of three seeds).
 """
 
 from ml_collections import ConfigDict

@@ -376,7 +376,7 @@ def test_an_auxiliary_loss_changes_the_gradient(
     with_it, (penalised,) = take_steps(config, state, batch_of(1))
     # The loss that is reported is the cross entropy alone.
     assert float(penalised.loss) == pytest.approx(float(plain.loss), rel=1e-6)
-    assert float(penalised.gradient_norm) != pytest.approx(float(plain.gradient_norm), rel=1e-3)
+    assert float(penalised.gradient_norm) != pytest.approx(float(plain.gradient_norm), rel=1e-4)
     before, after = (
         optim.named_parameters(result.params, result.store) for result in (without, with_it)
     )
