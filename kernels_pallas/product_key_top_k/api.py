@@ -34,7 +34,7 @@ def product_key_top_k(
     implementation: Implementation | None = None,
     chunk_size: int | None = None,
 ) -> tuple[
-    Float[Array, "num_tokens num_heads*top_m cores"], Int32[Array, "num_tokens num_heads*top_m"]
+    Float[Array, "num_tokens num_heads*{top_m} cores"], Int32[Array, "num_tokens num_heads*{top_m}"]
 ]:
     """Finds, for each token and head, the `top_m` best pairs of a row and a column key.
 
@@ -124,7 +124,7 @@ def _top_k_fwd(
 
 
 def _top_k_bwd(
-    top_m: int, shortlist: int, chunk_size: int, residuals: Any, grads: tuple[Array, Array]
+    top_m: int, shortlist: int, chunk_size: int, residuals: Any, grads: Any
 ) -> tuple[Array | None, ...]:
     query, keys, u, v, cores, addresses, chosen = residuals
     query_grad, keys_grad, cores_grad = xla.backward(

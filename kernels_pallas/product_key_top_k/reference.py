@@ -24,7 +24,7 @@ def product_key_top_k_reference(
     top_m: int,
     shortlist: int,
 ) -> tuple[
-    Float[Array, "num_tokens num_heads*top_m cores"], Int32[Array, "num_tokens num_heads*top_m"]
+    Float[Array, "num_tokens num_heads*{top_m} cores"], Int32[Array, "num_tokens num_heads*{top_m}"]
 ]:
     """Defines `product_key_top_k`; arguments, result and dtype are the same."""
     num_heads, _, rank, num_keys, _ = keys.shape

@@ -114,9 +114,9 @@ def backward(
     query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
     keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
     cores: Float[Array, "num_cores num_heads rank rank"] | None,
-    addresses: Int32[Array, "num_tokens num_heads*top_m"],
+    addresses: Int32[Array, "num_tokens pairs"],
     chosen: Float[Array, "num_tokens 2 num_heads rank top_m"],
-    scores_grad: Float[Array, "num_tokens num_heads*top_m num_cores"],
+    scores_grad: Float[Array, "num_tokens pairs num_cores"],
     chunk_size: int,
 ) -> tuple[Array, Array, Array | None]:
     """Computes the gradients of (query, keys, cores), each in its own dtype."""
@@ -201,45 +201,69 @@ def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) ->
         cores: None for additive scores.
         top_m: m.
     """
-    shortlist = rows.shape[-1]
+    additive = cores is None
     if cores is not None:
-        core = cores.astype(rows.dtype).sum(axis=0)
-        # Rank by rank and not as a product of matrices: those of a token would be tiny.
-        rows = jnp.stack(
-            [
-                sum(rows[:, r] * core[:, r, q, None, None] for r in range(rows.shape[1]))
-                for q in range(rows.shape[1])
-            ],
-            axis=1,
-        )
-    staircase = _Staircase(shortlist, top_m * (1 if cores is None else TUCKER_REACH))
-    inside = staircase.places
-    if len(inside) > MOST_INSIDE * shortlist**2:
-        return _best_in_grid(rows, columns, cores is None, top_m)
+        rows = _times_core(rows, cores)
+    staircase = _Staircase(rows.shape[-1], top_m * (1 if additive else TUCKER_REACH))
+    if len(staircase.places) > MOST_INSIDE * staircase.shortlist**2:
+        return _best_in_grid(rows, columns, additive, top_m)
 
+    places, doubtful = _search(staircase, rows, columns, additive, top_m)
+    num_heads, num_tokens = doubtful.shape
+    num_redone = -(-num_heads * num_tokens // 8)
+
+    def redo_some() -> Array:
+        """Doubts are few as a rule: it takes the grids of some tokens to settle them."""
+        which = lax.top_k(doubtful.reshape(-1).astype(jnp.float32), num_redone)[1]
+        heads, tokens = which // num_tokens, which % num_tokens
+        # One token of as many heads.
+        of_rows, of_columns = (x[heads, :, tokens][:, :, None] for x in (rows, columns))
+        redone = _best_in_grid(of_rows, of_columns, additive, top_m)
+        return places.at[heads, tokens].set(redone[:, 0])
+
+    def redo_all() -> Array:
+        return _best_in_grid(rows, columns, additive, top_m)
+
+    num_doubtful = jnp.sum(doubtful, dtype=jnp.int32)
+    branch = (num_doubtful > 0).astype(jnp.int32) + (num_doubtful > num_redone).astype(jnp.int32)
+    return lax.switch(branch, [lambda: places, redo_some, redo_all])
+
+
+def _times_core(rows: Array, cores: Array) -> Array:
+    """S C of the shortlisted rows for the sum C of the cores, [h, r, t, s]."""
+    core = cores.astype(rows.dtype).sum(axis=0)
+    ranks = range(rows.shape[1])
+    # Rank by rank and not as a product of matrices: those of a token would be tiny.
+    products = [sum(rows[:, r] * core[:, r, q, None, None] for r in ranks) for q in ranks]
+    return jnp.stack(products, axis=1)
+
+
+def _search(
+    staircase: _Staircase, rows: Array, columns: Array, additive: bool, top_m: int
+) -> tuple[Array, Array]:
+    """The best pairs inside, [h, t, m], and whether one outside may precede the last, [h, t]."""
+    shortlist = staircase.shortlist
     parts = [
-        _grid(rows[..., a:b], columns[..., :width], cores is None)
-        for a, b, width in staircase.blocks
+        _grid(rows[..., start:end], columns[..., :width], additive)
+        for start, end, width in staircase.blocks
     ]
     candidates = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in parts], axis=-1)
     scores, best = lax.top_k(candidates, top_m)
-    places = jnp.asarray(inside)[best]
-    if cores is None:
-        doubtful = ~(jnp.isfinite(rows).all() & jnp.isfinite(columns).all())
-    else:
-        last_score, last_place = scores[..., -1, None, None], places[..., -1, None, None]
-        doubtful = jnp.zeros((), bool)
-        for some_rows, some_columns in staircase.outside:
-            grid = _grid(rows[..., some_rows], columns[..., some_columns], False)
-            place = np.arange(shortlist**2, dtype=np.int32).reshape(shortlist, -1)
-            place = jnp.asarray(place[None, None, some_rows, some_columns])
-            behind = (grid < last_score) | ((grid == last_score) & (place > last_place))
-            doubtful |= ~behind.all()
-    return lax.cond(
-        doubtful,
-        lambda: _best_in_grid(rows, columns, cores is None, top_m),
-        lambda: places,
-    )
+    places = jnp.asarray(staircase.places).at[best].get(mode="promise_in_bounds")
+    if additive:
+        infinite = jnp.any(~jnp.isfinite(rows[:, 0]) | ~jnp.isfinite(columns[:, 0]), axis=-1)
+        return places, infinite
+
+    last_score, last_place = scores[..., -1, None, None], places[..., -1, None, None]
+    numbers = np.arange(shortlist**2, dtype=np.int32).reshape(1, 1, shortlist, shortlist)
+    num_ahead = jnp.zeros(places.shape[:2], jnp.int32)
+    for some_rows, some_columns in staircase.outside:
+        grid = _grid(rows[..., some_rows], columns[..., some_columns], additive)
+        later = numbers[..., some_rows, some_columns] > last_place
+        # A score or bound that is not a number is neither less nor equal.
+        behind = (grid < last_score) | ((grid == last_score) & later)
+        num_ahead += jnp.sum(~behind, axis=(-1, -2), dtype=jnp.int32)
+    return places, num_ahead > 0
 
 
 def _best_in_grid(rows: Array, columns: Array, additive: bool, top_m: int) -> Array:
