@@ -29,13 +29,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_batching, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
-from kernels_pallas.value_aggregation.xla import scan_chunks
+from kernels_pallas.value_aggregation.table_gradient import sort_selections, table_gradient
 
 _LANES, _SUBLANES = 128, 8
 # Arrays with a number a selection, [..., K, T]; the others have a row a token.
@@ -133,13 +133,15 @@ def backward(
     scores_grad, pre_inputs_grad, weights, pre_scores_grad = _token_grads(
         values, indices, scores, pre_values, pre_inputs, output_grad, activation
     )
-    selections = _sort_selections(indices)
-    values_grad = _table_grad(values, selections, weights, output_grad, chunk_size)
+    selections = sort_selections(indices)
+    values_grad = table_gradient(values, selections, weights, output_grad, chunk_size)
     scores_grad = scores_grad.astype(scores.dtype)
     if pre_values is None or pre_inputs is None:
         return values_grad, scores_grad, None, None
     assert pre_scores_grad is not None and pre_inputs_grad is not None
-    pre_values_grad = _table_grad(pre_values, selections, pre_scores_grad, pre_inputs, chunk_size)
+    pre_values_grad = table_gradient(
+        pre_values, selections, pre_scores_grad, pre_inputs, chunk_size
+    )
     return values_grad, scores_grad, pre_values_grad, pre_inputs_grad.astype(pre_inputs.dtype)
 
 
@@ -268,7 +270,7 @@ class _Call:
             )
             for table in self.tables.values()
         ]
-        results = pl.pallas_call(
+        launch = pl.pallas_call(
             kernel,
             name=name,
             grid=(self.num_parts, self.part_blocks + 1),
@@ -284,7 +286,9 @@ class _Call:
                 vmem_limit_bytes=self.vmem_bytes,
             ),
             cost_estimate=self._cost(operands, outputs),
-        )(*operands.values())
+        )
+        # Pallas cannot map over an array that it leaves in HBM: vmap becomes a loop of calls.
+        results = custom_batching.sequential_vmap(launch)(*operands.values())
         return dict(zip(outputs, results, strict=True))
 
     def _block(self, name: str, array: Any) -> pl.BlockSpec:
@@ -458,36 +462,6 @@ def _activate(x: Array, activation: Activation | None) -> tuple[Array, Array]:
             return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
         case "relu":
             return jnp.maximum(x, 0), (x > 0).astype(jnp.float32)
-
-
-def _sort_selections(indices: Array) -> tuple[Array, Array]:
-    """Ids in rising order, and their positions in the flattened indices; equal ids keep order."""
-    flat = indices.reshape(-1)
-    ids, order = lax.sort_key_val(flat, lax.iota(jnp.int32, flat.size))
-    return ids, order
-
-
-def _table_grad(
-    table: Array,
-    selections: tuple[Array, Array],
-    weights: Float[Array, "num_tokens top_m num_cores"],
-    factors: Float[Array, "num_tokens dim"],
-    chunk_size: int,
-) -> Array:
-    """Sums weight x factor, the i-th slice of a factor having the i-th weight, by selected row."""
-    _, top_m, num_cores = weights.shape
-    weights = weights.reshape(-1, num_cores)
-    factors = factors.astype(jnp.float32).reshape(factors.shape[0], num_cores, -1)
-
-    def add(grad: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        ids, order = chunk
-        rows = weights[order][:, :, None] * factors[order // top_m]
-        rows = rows.reshape(ids.size, table.shape[1])
-        sums = grad.at[ids].add(rows, mode="promise_in_bounds", indices_are_sorted=True)
-        return sums, None
-
-    grad, _ = scan_chunks(add, jnp.zeros_like(table, jnp.float32), selections, chunk_size * top_m)
-    return grad.astype(table.dtype)
 
 
 def _rows_per_copy(table: Any) -> int:
