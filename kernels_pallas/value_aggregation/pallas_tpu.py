@@ -5,13 +5,12 @@ the rows that arrived before are weighted and summed. Step s of the grid starts 
 s of tokens and computes block s - 1, token by token: a buffer is refilled as soon as it is used up,
 so that the rows of all tokens of a block but one are on their way at any time.
 
-    layouts     The kernels read the tables, `pre_inputs` and the output's gradient row by row
-                (rows contiguous up to tiling, lanes padded to 128 in HBM), and ids and scores with
-                tokens along the lanes ([K, T] and [c, K, T]), so that nothing is padded whatever K
-                is. XLA copies an argument that it holds in another layout. For a narrow table such
-                as [N, 192], whose default layout is the transposed one on v5p, that would be a copy
-                of the table at every call: place tables with
-                `jax.device_put(values, Format(Layout(major_to_minor=(0, 1)), sharding))`.
+    layouts     The kernels read tables row by row (lanes padded to 128 in HBM), and ids and scores
+                with tokens along the lanes, [K, T] and [c, K, T]: no padding whatever K is. XLA
+                copies what it holds otherwise. It holds a table whose rows are no multiple of 128
+                wide, [N, 192] say, transposed, so every call would copy the whole table: place it
+                with `jax.device_put(table, Format(Layout(major_to_minor=(0, 1)), sharding))`, and
+                name the same format among the `in_shardings` of the jitted function.
     bfloat16    Two rows share each 32-bit word of a tile, and a DMA cannot split a word. A pair of
                 rows is fetched and the wanted one picked, so bfloat16 tables take half the memory
                 but as many bytes of traffic as float32 ones.

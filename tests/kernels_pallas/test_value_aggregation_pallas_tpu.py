@@ -54,8 +54,10 @@ def few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    """Runs TPU kernels on CPU; a race, a read out of bounds or of nothing shows."""
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    """Runs TPU kernels on CPU, on two cores; a race, a read out of bounds or of nothing shows."""
+    params = pltpu.InterpretParams(
+        num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
+    )
     with pltpu.force_tpu_interpret_mode(params):
         yield
     pltpu.reset_tpu_interpret_mode_state()
