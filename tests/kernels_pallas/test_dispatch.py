@@ -72,13 +72,16 @@ def test_the_platform_is_the_one_named_or_of_the_mesh_or_the_default() -> None:
         assert lowering_platform() == jax.default_backend()
 
 
-def test_value_aggregation_takes_xla_on_cpu_and_refuses_another_by_name() -> None:
+def test_value_aggregation_takes_xla_unless_another_is_named() -> None:
     arrays = (jnp.ones((4, 8)), jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3, 1)))
     default = str(jax.make_jaxpr(lambda: value_aggregation(*arrays, platform="cpu"))())
     named = str(jax.make_jaxpr(lambda: value_aggregation(*arrays, implementation="xla"))())
-    on_tpu = str(jax.make_jaxpr(lambda: value_aggregation(*arrays, platform="tpu"))())
+    on_tpu = [
+        str(jax.make_jaxpr(lambda name=name: value_aggregation(*arrays, **name, platform="tpu"))())
+        for name in ({}, {"implementation": "pallas_tpu"})
+    ]
     assert "pallas_call" not in default
     assert default == named
-    assert "pallas_call" in on_tpu
+    assert ["pallas_call" in jaxpr for jaxpr in on_tpu] == [False, True]
     with pytest.raises(UnsupportedError, match="'pallas_tpu': it compiles for TPU, not for cpu"):
         value_aggregation(*arrays, implementation="pallas_tpu", platform="cpu")
