@@ -14,8 +14,8 @@ from kernels_pallas.value_aggregation.reference import Activation, accumulation_
 
 Implementation = Literal["xla", "pallas_tpu"]
 
-# What an unnamed implementation is: the first that can take the call. "pallas_tpu" has been compiled
-# and interpreted but not run on a TPU, so it is there by name until it is measured.
+# What an unnamed implementation is: the first that can take the call. "pallas_tpu" has been
+# compiled and interpreted but not run on a TPU, so it is there by name until it is measured.
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
