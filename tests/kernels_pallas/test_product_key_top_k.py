@@ -260,7 +260,6 @@ def test_zeros_of_both_signs_are_equal() -> None:
 
 @pytest.mark.parametrize("second_value", [0.15, 1.0, 8.0])
 def test_doubted_tokens_are_selected_from_the_whole_grid(second_value: float) -> None:
-    # The larger the second singular value, the less a place in the shortlists tells of a pair.
     sizes = {"top_m": 20, "shortlist": 30}
     inputs = make_inputs(64, 50, second_value=second_value)
     found, doubtful, whole = staircase_and_grid(inputs, **sizes)
