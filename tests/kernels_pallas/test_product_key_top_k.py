@@ -204,7 +204,7 @@ def test_bfloat16_arrays_match_the_reference_in_float32() -> None:
     inputs = make_inputs(whole=True)
     halves = {name: inputs[name].astype(jnp.bfloat16) for name in ("query", "keys")}
     # Gradients are rounded once to bfloat16, from float32 sums that may differ in the last bit.
-    sizes = {"top_m": 8, "shortlist": 10}
+    sizes: dict[str, Any] = {"top_m": 8, "shortlist": 10}
     assert_matches_reference(inputs | halves, **sizes, chunk_size=2, tolerance=2**-7)
     scores, addresses = product_key_top_k(**inputs | halves, **sizes)
     expected = product_key_top_k(**inputs, **sizes)
@@ -216,7 +216,7 @@ def test_bfloat16_arrays_match_the_reference_in_float32() -> None:
 @pytest.mark.parametrize("num_cores", [0, 2])
 def test_ties_go_where_the_reference_sends_them(num_cores: int) -> None:
     rank = 2 if num_cores else 1
-    sizes = {"top_m": 9, "shortlist": 12}
+    sizes: dict[str, Any] = {"top_m": 9, "shortlist": 12}
     inputs = make_inputs(3, 15, 1, rank, num_cores, key_dim=1, whole=True)
     numbers = 2 * rank * (3 + 15)
 
@@ -298,7 +298,7 @@ def test_a_key_that_scores_nan_is_chosen_and_reported(num_cores: int, bad: float
     rank = 2 if num_cores else 1
     inputs = make_inputs(num_keys=40, rank=rank, num_cores=num_cores)
     inputs["keys"] = inputs["keys"].at[0, 0, 0, 17, 0].set(bad)
-    sizes = {"top_m": 20, "shortlist": 30}
+    sizes: dict[str, Any] = {"top_m": 20, "shortlist": 30}
     scores, addresses = product_key_top_k(**inputs, **sizes, chunk_size=2)
     expected = product_key_top_k_reference(**inputs, **sizes)
     np.testing.assert_array_equal(addresses, expected[1])
@@ -410,7 +410,7 @@ def test_inside_shard_map_replicated_keys_get_the_gradient_of_all_tokens(
     rank = 2 if num_cores else 1
     inputs = make_inputs(4 * jax.device_count(), rank=rank, num_cores=num_cores)
     given = {name: array for name, array in inputs.items() if array is not None}
-    sizes = {"top_m": 12, "shortlist": 12}
+    sizes: dict[str, Any] = {"top_m": 12, "shortlist": 12}
     tokens = PartitionSpec(None, None, None, "data")
     specs = {name: tokens if name == "query" else PartitionSpec() for name in given}
 
