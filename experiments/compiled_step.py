@@ -1,8 +1,15 @@
-"""A training step, compiled and ready to be timed; benchmarks take turns with several."""
+"""Training steps, compiled and ready to be timed, and how benchmarks take turns with them."""
 
+import datetime
+import os
+import platform
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
+
+_WARM_UP_ROUNDS = 2
 
 
 class Step:
@@ -52,3 +59,41 @@ class Step:
         jax.block_until_ready((self._state, metrics))
         if timed:
             self.seconds.append(time.perf_counter() - start)
+
+
+def in_turns(steps: Mapping[str, Step], rounds: int, *, base: str, label: str) -> dict[str, Any]:
+    """Takes steps in turns and returns medians, quartiles, memory, and ratios to one of them.
+
+    Ratios, under `ratio_to_{label}`, are within a round: what disturbs the machine then disturbs
+    all alike. What it ran on stands beside them.
+    """
+    import jax
+    import numpy as np
+
+    for round_index in range(_WARM_UP_ROUNDS + rounds):
+        for step in steps.values():
+            step.run(timed=round_index >= _WARM_UP_ROUNDS)
+    variants = {}
+    for name, step in steps.items():
+        low, median, high = np.percentile(step.seconds, [25, 50, 75])
+        ratios = np.percentile(np.divide(step.seconds, steps[base].seconds), [25, 50, 75])
+        variants[name] = {
+            "median_seconds": median,
+            "quartile_seconds": [low, high],
+            f"ratio_to_{label}": ratios[1],
+            "ratio_quartiles": [ratios[0], ratios[2]],
+            "compile_seconds": step.compile_seconds,
+            "temporary_bytes": step.temporary_bytes,
+            "peak_bytes": step.peak_bytes,
+            "active_parameters": step.active_parameters,
+        }
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "rounds": rounds,
+        "variants": variants,
+    }

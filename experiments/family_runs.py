@@ -16,7 +16,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import platform
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import families
-from experiments.compiled_step import Step
+from experiments.compiled_step import Step, in_turns
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the reference.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for results.")
@@ -35,7 +34,6 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds to run.")
 _FAMILIES = flags.DEFINE_list("families", None, "Families to run; default: all of the scale.")
 _STAGES = flags.DEFINE_list("stages", ["train", "time", "report"], "What to do.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Steps of each family that are timed.")
-_WARM_UP_ROUNDS = 2
 _RUNS, _TIMES = "runs.jsonl", "step_time.json"
 # Batch of the decode step whose traffic the table gives.
 _DECODE_BATCHES = (1, 64)
@@ -111,31 +109,9 @@ def read_runs(output: Path) -> list[dict[str, Any]]:
 
 def time_all(reference: ConfigDict, sizes: families.Sizes, names: list[str]) -> dict[str, Any]:
     """Takes training steps of all families in turns; ratios are within a round."""
-    import jax
-    import numpy as np
-
     steps = {family: Step(config_of(reference, family, sizes)) for family in names}
-    for index in range(_WARM_UP_ROUNDS + _ROUNDS.value):
-        for step in steps.values():
-            step.run(timed=index >= _WARM_UP_ROUNDS)
-    base = steps[families.REFERENCE].seconds
-    results = {}
-    for family, step in steps.items():
-        low, ratio, high = np.percentile(np.divide(step.seconds, base), [25, 50, 75])
-        results[family] = {
-            "ratio_to_reference": ratio,
-            "quartiles": [low, high],
-            "median_seconds": float(np.median(step.seconds)),
-            "peak_bytes": step.peak_bytes,
-        }
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "rounds": _ROUNDS.value,
-        "families": results,
-    }
+    base = families.REFERENCE
+    return in_turns(steps, _ROUNDS.value, base=base, label="reference")
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -155,7 +131,7 @@ def table(reference: ConfigDict, sizes: families.Sizes, output: Path) -> str:
     for record in read_runs(output):
         runs[record["family"]][record["seed"]] = record
     times_file = output / _TIMES
-    times = json.loads(times_file.read_text())["families"] if times_file.exists() else {}
+    times = json.loads(times_file.read_text())["variants"] if times_file.exists() else {}
     base = runs.get(families.REFERENCE, {})
     rows = []
     for family, by_seed in runs.items():
@@ -175,8 +151,8 @@ def table(reference: ConfigDict, sizes: families.Sizes, output: Path) -> str:
         ]
         timing = times.get(family)
         step = (
-            f"{timing['ratio_to_reference']:.2f} ({timing['quartiles'][0]:.2f}-"
-            f"{timing['quartiles'][1]:.2f})"
+            f"{timing['ratio_to_reference']:.2f} ({timing['ratio_quartiles'][0]:.2f}-"
+            f"{timing['ratio_quartiles'][1]:.2f})"
             if timing
             else "not measured"
         )

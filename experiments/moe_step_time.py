@@ -10,10 +10,7 @@ all alike; what counts are the ratios within a round. Appends a JSON line to
 OUTPUT/moe_step_time.jsonl and prints a table.
 """
 
-import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +24,6 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration to meas
 _REFERENCE = config_flags.DEFINE_config_file("reference", None, "Configuration to compare with.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; none: print only.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.")
-_WARM_UP_ROUNDS = 2
 
 
 def plain_mixture(x: Any, weights: Any, dispatch: Any, gate: Any, up: Any, down: Any) -> Any:
@@ -61,43 +57,16 @@ def plain_step(config: ConfigDict) -> compiled_step.Step:
 
 def measure(config: ConfigDict, reference: ConfigDict | None, rounds: int) -> dict[str, Any]:
     """Returns medians, quartiles, ratios to the configuration's step, and memory of all steps."""
-    import jax
-    import numpy as np
-
     if config.model.family != "moe":
         raise app.UsageError(f"--config has model.family={config.model.family!r}: must be 'moe'")
     steps = {"moe": compiled_step.Step(config), "moe, plain": plain_step(config)}
     if reference is not None:
         steps[f"reference, {reference.model.family}"] = compiled_step.Step(reference)
-    for round_index in range(_WARM_UP_ROUNDS + rounds):
-        for step in steps.values():
-            step.run(timed=round_index >= _WARM_UP_ROUNDS)
-    results = {}
-    for name, step in steps.items():
-        low, median, high = np.percentile(step.seconds, [25, 50, 75])
-        ratios = np.percentile(np.divide(step.seconds, steps["moe"].seconds), [25, 50, 75])
-        results[name] = {
-            "median_seconds": median,
-            "quartile_seconds": [low, high],
-            "ratio_to_moe": ratios[1],
-            "ratio_quartiles": [ratios[0], ratios[2]],
-            "compile_seconds": step.compile_seconds,
-            "temporary_bytes": step.temporary_bytes,
-            "peak_bytes": step.peak_bytes,
-            "active_parameters": step.active_parameters,
-        }
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "rounds": rounds,
+    settings = {
         "moe": config.model.moe.to_dict(),
         "tokens_per_step": config.train.batch_size * config.data.sequence_length,
-        "variants": results,
     }
+    return settings | compiled_step.in_turns(steps, rounds, base="moe", label="moe")
 
 
 def table(results: dict[str, Any]) -> str:

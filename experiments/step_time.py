@@ -8,22 +8,18 @@ machine does meets all alike; what counts is the ratio of medians. Appends a JSO
 OUTPUT/step_time.jsonl and prints a table.
 """
 
-import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.compiled_step import Step
+from experiments.compiled_step import Step, in_turns
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration to measure.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for step_time.jsonl; none: print only.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.")
-_WARM_UP_ROUNDS = 2
 
 
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -48,40 +44,10 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
 
 def measure(config: ConfigDict, rounds: int) -> dict[str, Any]:
     """Returns medians, quartiles, ratios to the dense step, and memory of every variant."""
-    import jax
-    import numpy as np
-
     steps = {name: Step(values) for name, values in variants(config).items()}
-    for round_index in range(_WARM_UP_ROUNDS + rounds):
-        for step in steps.values():
-            step.run(timed=round_index >= _WARM_UP_ROUNDS)
-    *_, dense = steps.values()
-    results = {}
-    for name, step in steps.items():
-        low, median, high = np.percentile(step.seconds, [25, 50, 75])
-        # Ratios within a round: what disturbs the machine then disturbs both.
-        ratios = np.percentile(np.divide(step.seconds, dense.seconds), [25, 50, 75])
-        results[name] = {
-            "median_seconds": median,
-            "quartile_seconds": [low, high],
-            "ratio_to_dense": ratios[1],
-            "ratio_quartiles": [ratios[0], ratios[2]],
-            "compile_seconds": step.compile_seconds,
-            "temporary_bytes": step.temporary_bytes,
-            "peak_bytes": step.peak_bytes,
-            "active_parameters": step.active_parameters,
-        }
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "rounds": rounds,
-        "tokens_per_step": config.train.batch_size * config.data.sequence_length,
-        "variants": results,
-    }
+    *_, dense = steps
+    tokens = config.train.batch_size * config.data.sequence_length
+    return {"tokens_per_step": tokens} | in_turns(steps, rounds, base=dense, label="dense")
 
 
 def table(results: dict[str, Any]) -> str:
