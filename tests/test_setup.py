@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import umv2
+import umv2.model
 from tests.test_import_rules import imports, sources
 
 ROOT = Path(__file__).parent.parent
