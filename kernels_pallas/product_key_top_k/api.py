@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.common import check, chunk_tokens, vary_alike
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 
@@ -89,11 +89,13 @@ def product_key_top_k(
     """
     _check_arrays(query, keys, u, v, cores)
     _check_options(keys, top_m, shortlist, implementation, chunk_size)
-    query, keys, u, v, cores = _vary_alike((query, keys, u, v, cores))
+    query, keys, u, v, cores = vary_alike((query, keys, u, v, cores))
     if chunk_size is None:
         num_heads, num_sides, rank, num_keys, _ = keys.shape
         row = num_heads * num_sides * rank * num_keys * scores_dtype(query, keys).itemsize
-        chunk_size = _default_chunk_size(row)
+        on_cpu = jax.default_backend() == "cpu"
+        chunk_bytes = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
+        chunk_size = chunk_tokens(row, chunk_bytes)
     return _top_k(query, keys, u, v, cores, top_m, shortlist, chunk_size)
 
 
@@ -140,33 +142,6 @@ def _top_k_bwd(
 _top_k.defvjp(_top_k_fwd, _top_k_bwd)
 
 
-def _default_chunk_size(bytes_per_token: int) -> int:
-    on_cpu = jax.default_backend() == "cpu"
-    chunk_bytes = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
-    num_tokens = max(1, chunk_bytes // bytes_per_token)
-    # A power of two divides the usual batch, which spares the smaller last chunk.
-    return 1 << (num_tokens.bit_length() - 1)
-
-
-def _vary_alike(arrays: Any) -> Any:
-    """Makes all vary over every manual axis of `shard_map` that any of them varies over.
-
-    JAX then sums the gradient of, say, keys that are the same on all devices over the devices that
-    hold different tokens; a custom derivative must leave that to its caller.
-    """
-
-    def varying(array: Array) -> frozenset[str]:
-        return jax.typeof(array).manual_axis_type.varying
-
-    axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
-
-    def vary(array: Array) -> Array:
-        missing = tuple(sorted(axes - varying(array)))
-        return lax.pcast(array, missing, to="varying") if missing else array
-
-    return jax.tree.map(vary, arrays)
-
-
 def _check_arrays(
     query: Array, keys: Array, u: Array | None, v: Array | None, cores: Array | None
 ) -> None:
@@ -180,34 +155,34 @@ def _check_arrays(
     for name, (array, axes) in ranks.items():
         if array is None:
             continue
-        _check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
+        check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
         floating = jnp.issubdtype(array.dtype, jnp.floating)
-        _check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
+        check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
 
     num_heads, num_sides, rank, num_keys, key_dim = keys.shape
-    _check(num_sides == 2, "keys.shape[1]", num_sides, "2, rows and columns")
-    _check(num_keys <= MAX_NUM_KEYS, "keys.shape[3]", num_keys, f"at most {MAX_NUM_KEYS}")
+    check(num_sides == 2, "keys.shape[1]", num_sides, "2, rows and columns")
+    check(num_keys <= MAX_NUM_KEYS, "keys.shape[3]", num_keys, f"at most {MAX_NUM_KEYS}")
     rule = f"[{num_heads} or 1, 2, {rank} or 1, num_tokens, {key_dim}], as keys have it"
     fits = query.shape[0] in (1, num_heads) and query.shape[2] in (1, rank)
     fits = fits and query.shape[1] == num_sides and query.shape[4] == key_dim
-    _check(fits, "query.shape", query.shape, rule)
+    check(fits, "query.shape", query.shape, rule)
 
     given = ", ".join(
         f"{name} {'absent' if array is None else 'given'}"
         for name, array in (("u", u), ("v", v), ("cores", cores))
     )
     together = (u is None) == (v is None) == (cores is None)
-    _check(together, "Tucker arrays", given, "all or none")
+    check(together, "Tucker arrays", given, "all or none")
     if u is None or v is None or cores is None:
-        _check(rank == 1, "keys.shape[2]", rank, "1 without cores")
+        check(rank == 1, "keys.shape[2]", rank, "1 without cores")
         return
     for name, vector in (("u", u), ("v", v)):
         rule = f"[num_heads, rank] = {(num_heads, rank)}"
-        _check(vector.shape == (num_heads, rank), f"{name}.shape", vector.shape, rule)
+        check(vector.shape == (num_heads, rank), f"{name}.shape", vector.shape, rule)
     expected = (num_heads, rank, rank)
     rule = f"[num_heads, rank, rank] = {expected}"
-    _check(cores.shape[1:] == expected, "cores.shape[1:]", cores.shape[1:], rule)
-    _check(cores.shape[0] >= 1, "cores.shape[0]", cores.shape[0], "at least 1")
+    check(cores.shape[1:] == expected, "cores.shape[1:]", cores.shape[1:], rule)
+    check(cores.shape[0] >= 1, "cores.shape[0]", cores.shape[0], "at least 1")
 
 
 def _check_options(
@@ -219,14 +194,9 @@ def _check_options(
 ) -> None:
     num_keys = keys.shape[3]
     rule = f"from 1 to num_keys = {num_keys}"
-    _check(1 <= shortlist <= num_keys, "shortlist", shortlist, rule)
+    check(1 <= shortlist <= num_keys, "shortlist", shortlist, rule)
     rule = f"from 1 to shortlist squared = {shortlist**2}"
-    _check(1 <= top_m <= shortlist**2, "top_m", top_m, rule)
+    check(1 <= top_m <= shortlist**2, "top_m", top_m, rule)
     known = implementation in (None, "xla")
-    _check(known, "implementation", repr(implementation), "None or 'xla'")
-    _check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
-
-
-def _check(holds: bool, name: str, got: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {got}, must be {rule}")
+    check(known, "implementation", repr(implementation), "None or 'xla'")
+    check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")

@@ -8,7 +8,7 @@ proved to be enough; see `_Staircase`.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.common import scan_chunks
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
@@ -118,7 +119,7 @@ def forward(
             jnp.moveaxis(chosen, 3, 0),
         )
 
-    _, results = _scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), chunk_size)
+    _, results = scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), chunk_size)
     scores, addresses, chosen = results
     pairs = (num_tokens, num_heads * top_m)
     return scores.reshape(*pairs, scores.shape[-1]), addresses.reshape(pairs), chosen
@@ -170,7 +171,7 @@ def backward(
         chosen,
         scores_grad.reshape(num_tokens, num_heads, top_m, -1),
     )
-    (keys_grad, cores_grad), query_grad = _scan_chunks(accumulate, zeros, per_token, chunk_size)
+    (keys_grad, cores_grad), query_grad = scan_chunks(accumulate, zeros, per_token, chunk_size)
     query_grad = jnp.moveaxis(query_grad, 0, 3).astype(query.dtype)
     cores_grad = None if cores is None else cores_grad.astype(cores.dtype)
     return query_grad, keys_grad.astype(keys.dtype), cores_grad
@@ -323,27 +324,3 @@ def _scatter_add(x: Array, ids: Array, size: int) -> Array:
     return (
         zeros.at[tokens, flat_ids].add(flat, mode="promise_in_bounds").reshape(*x.shape[:-1], size)
     )
-
-
-def _scan_chunks(
-    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, per_token: Any, chunk_size: int
-) -> tuple[Any, Any]:
-    """Folds `body(carry, chunk) -> (carry, outputs)` over chunks of the leading axis.
-
-    Tokens beyond the last whole chunk get a call of their own.
-    """
-    num_tokens = jax.tree.leaves(per_token)[0].shape[0]
-    if num_tokens <= chunk_size:
-        return body(carry, per_token)
-
-    num_chunks = num_tokens // chunk_size
-    split = num_chunks * chunk_size
-    whole = jax.tree.map(
-        lambda x: x[:split].reshape(num_chunks, chunk_size, *x.shape[1:]), per_token
-    )
-    carry, outputs = lax.scan(body, carry, whole)
-    outputs = jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), outputs)
-    if split == num_tokens:
-        return carry, outputs
-    carry, last = body(carry, jax.tree.map(lambda x: x[split:], per_token))
-    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, last)

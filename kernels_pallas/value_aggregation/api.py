@@ -5,10 +5,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch
+from kernels_pallas.common import check, chunk_tokens, vary_alike
 from kernels_pallas.value_aggregation import pallas_tpu, xla
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 
@@ -105,13 +105,14 @@ def value_aggregation(
         "pallas_tpu": lambda: pallas_tpu.unsupported_reason(*case),
     }
     chosen = dispatch.choose("value_aggregation", implementation, target, AUTOMATIC, reasons)
-    values, scores, pre_values, pre_inputs = _vary_alike(
+    values, scores, pre_values, pre_inputs = vary_alike(
         (values, scores, pre_values, pre_inputs), (indices, slots)
     )
     if chunk_size is None:
         row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
         itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize
-        chunk_size = _default_chunk_size(indices.shape[1] * row_dim * itemsize, target)
+        chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
+        chunk_size = chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes)
     arrays = (values, indices, scores, pre_values, pre_inputs, slots)
     return _aggregate(*arrays, _Options(activation, num_slots, chunk_size, chosen))
 
@@ -162,32 +163,6 @@ def _aggregate_bwd(
 _aggregate.defvjp(_aggregate_fwd, _aggregate_bwd)
 
 
-def _default_chunk_size(bytes_per_token: int, platform: str) -> int:
-    chunk_bytes = _CPU_CHUNK_BYTES if platform == "cpu" else _ACCELERATOR_CHUNK_BYTES
-    num_tokens = max(1, chunk_bytes // max(1, bytes_per_token))
-    # A power of two divides the usual batch, which spares the smaller last chunk.
-    return 1 << (num_tokens.bit_length() - 1)
-
-
-def _vary_alike(floats: Any, integers: Any) -> Any:
-    """Makes `floats` vary over every manual axis of `shard_map` that any argument varies over.
-
-    JAX then sums the gradient of, say, a table that is the same on all devices over the devices
-    that hold different tokens; a custom derivative must leave that to its caller.
-    """
-
-    def varying(array: Array) -> frozenset[str]:
-        return jax.typeof(array).manual_axis_type.varying
-
-    axes = frozenset().union(*map(varying, jax.tree.leaves((floats, integers))))
-
-    def vary(array: Array) -> Array:
-        missing = tuple(sorted(axes - varying(array)))
-        return lax.pcast(array, missing, to="varying") if missing else array
-
-    return jax.tree.map(vary, floats)
-
-
 def _check_arrays(
     values: Array,
     indices: Array,
@@ -207,31 +182,31 @@ def _check_arrays(
     for name, (array, axes) in ranks.items():
         if array is None:
             continue
-        _check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
+        check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
         if name in ("indices", "slots"):
-            _check(array.dtype == jnp.int32, f"{name}.dtype", array.dtype, "int32")
+            check(array.dtype == jnp.int32, f"{name}.dtype", array.dtype, "int32")
         else:
             floating = jnp.issubdtype(array.dtype, jnp.floating)
-            _check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
+            check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
 
     num_values, value_dim = values.shape
     num_tokens, _, num_cores = scores.shape
-    _check(num_values <= MAX_NUM_VALUES, "values rows", num_values, f"at most {MAX_NUM_VALUES}")
+    check(num_values <= MAX_NUM_VALUES, "values rows", num_values, f"at most {MAX_NUM_VALUES}")
     rule = f"the shape of indices, {indices.shape}"
-    _check(scores.shape[:2] == indices.shape, "scores.shape[:2]", scores.shape[:2], rule)
+    check(scores.shape[:2] == indices.shape, "scores.shape[:2]", scores.shape[:2], rule)
     divides = num_cores > 0 and value_dim % num_cores == 0
-    _check(divides, "scores.shape[-1]", num_cores, f"a divisor of value_dim = {value_dim}")
+    check(divides, "scores.shape[-1]", num_cores, f"a divisor of value_dim = {value_dim}")
     if slots is not None:
-        _check(slots.shape == indices.shape, "slots.shape", slots.shape, rule)
+        check(slots.shape == indices.shape, "slots.shape", slots.shape, rule)
 
     given = f"pre_values {_presence(pre_values)}, pre_inputs {_presence(pre_inputs)}"
-    _check((pre_values is None) == (pre_inputs is None), "pre-values", given, "both or neither")
+    check((pre_values is None) == (pre_inputs is None), "pre-values", given, "both or neither")
     if pre_values is not None and pre_inputs is not None:
         rule = f"as many rows as values, {num_values}"
-        _check(pre_values.shape[0] == num_values, "pre_values.shape", pre_values.shape, rule)
+        check(pre_values.shape[0] == num_values, "pre_values.shape", pre_values.shape, rule)
         expected = (num_tokens, pre_values.shape[1])
         rule = f"[num_tokens, pre_value_dim] = {expected}"
-        _check(pre_inputs.shape == expected, "pre_inputs.shape", pre_inputs.shape, rule)
+        check(pre_inputs.shape == expected, "pre_inputs.shape", pre_inputs.shape, rule)
 
 
 def _check_options(
@@ -242,18 +217,13 @@ def _check_options(
     chunk_size: int | None,
 ) -> None:
     activations = (None, *get_args(Activation))
-    _check(activation in activations, "activation", repr(activation), f"one of {activations}")
+    check(activation in activations, "activation", repr(activation), f"one of {activations}")
     unused = activation is not None and pre_values is None
-    _check(not unused, "activation", repr(activation), "None without pre_values")
-    _check(num_slots >= 1, "num_slots", num_slots, "at least 1")
-    _check(slots is not None or num_slots == 1, "num_slots", num_slots, "1 without slots")
-    _check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+    check(not unused, "activation", repr(activation), "None without pre_values")
+    check(num_slots >= 1, "num_slots", num_slots, "at least 1")
+    check(slots is not None or num_slots == 1, "num_slots", num_slots, "1 without slots")
+    check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
 
 
 def _presence(array: Array | None) -> str:
     return "absent" if array is None else "given"
-
-
-def _check(holds: bool, name: str, got: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {got}, must be {rule}")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.value_aggregation.xla import scan_chunks
+from kernels_pallas.common import scan_chunks
 
 
 def sort_selections(indices: Array) -> tuple[Array, Array]:

@@ -6,7 +6,6 @@ that is ever held. The backward pass fetches the rows again rather than saving t
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.common import scan_chunks
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
@@ -162,31 +162,6 @@ def _from_slots(slot_weights: Array, slots: Array | None) -> Array:
     return jnp.take_along_axis(
         slot_weights, slots[:, :, None, None], axis=2, mode="promise_in_bounds"
     )[:, :, 0, :]
-
-
-def scan_chunks(
-    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, per_token: Any, chunk_size: int
-) -> tuple[Any, Any]:
-    """Folds `body(carry, chunk) -> (carry, outputs)` over chunks of the leading axis.
-
-    Tokens beyond the last whole chunk get a call of their own: padding them would send weights of
-    zero through table rows that nobody selected, and zero times infinity is not zero.
-    """
-    num_tokens = jax.tree.leaves(per_token)[0].shape[0]
-    if num_tokens <= chunk_size:
-        return body(carry, per_token)
-
-    num_chunks = num_tokens // chunk_size
-    split = num_chunks * chunk_size
-    whole = jax.tree.map(
-        lambda x: x[:split].reshape(num_chunks, chunk_size, *x.shape[1:]), per_token
-    )
-    carry, outputs = lax.scan(body, carry, whole)
-    outputs = jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), outputs)
-    if split == num_tokens:
-        return carry, outputs
-    carry, last = body(carry, jax.tree.map(lambda x: x[split:], per_token))
-    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, last)
 
 
 @jax.custom_jvp
