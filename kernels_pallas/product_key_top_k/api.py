@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas import dispatch
 from kernels_pallas.common import check, chunk_tokens, vary_alike
 from kernels_pallas.product_key_top_k import xla
+from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 
 Implementation = Literal["xla"]
+
+# Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
+BACKENDS: dict[str, Any] = {"xla": xla}
+
+# What an unnamed implementation is: the first that can take the call.
+AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 MAX_NUM_KEYS = 46340  # addresses are int32, and 46341 squared is beyond 2^31
 
@@ -36,6 +44,7 @@ def product_key_top_k(
     shortlist: int,
     implementation: Implementation | None = None,
     chunk_size: int | None = None,
+    platform: dispatch.Platform | None = None,
 ) -> tuple[
     Float[Array, "num_tokens num_heads*{top_m} cores"], Int32[Array, "num_tokens num_heads*{top_m}"]
 ]:
@@ -75,9 +84,12 @@ def product_key_top_k(
         cores: Tucker cores; None, as are then u and v, for additive scores.
         top_m: pairs to choose for each token and head.
         shortlist: candidates a side.
-        implementation: None, the best here; or "xla".
-        chunk_size: tokens that are processed at once. By default a power of two, from a budget of
-            bytes for the default backend; name it when compiling for another platform.
+        implementation: of the forward and the backward pass; "xla" runs everywhere. By default the
+            first of `AUTOMATIC` that supports the call, which is logged once.
+        chunk_size: tokens that "xla" processes at once. By default a power of two, from a budget of
+            bytes for the platform.
+        platform: what the call will be compiled for, where it is not the platform of the mesh in
+            context nor the default backend: ahead-of-time compilation for TPU in a CPU process.
 
     Returns:
         The score of each chosen pair by core, and its address, row * num_keys + column; the
@@ -86,31 +98,38 @@ def product_key_top_k(
     Raises:
         ValueError: an argument's rank, shape, dtype or value breaks a rule above; the message names
             the argument, what it got and the rule.
+        UnsupportedError: the named implementation cannot take the call; the message says why.
     """
     _check_arrays(query, keys, u, v, cores)
-    _check_options(keys, top_m, shortlist, implementation, chunk_size)
-    query, keys, u, v, cores = vary_alike((query, keys, u, v, cores))
+    _check_options(keys, top_m, shortlist, chunk_size)
+    target = dispatch.lowering_platform(platform)
     if chunk_size is None:
         num_heads, num_sides, rank, num_keys, _ = keys.shape
         row = num_heads * num_sides * rank * num_keys * scores_dtype(query, keys).itemsize
-        on_cpu = jax.default_backend() == "cpu"
-        chunk_bytes = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
+        chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
         chunk_size = chunk_tokens(row, chunk_bytes)
-    return _top_k(query, keys, u, v, cores, top_m, shortlist, chunk_size)
+    options = Options(top_m, shortlist, chunk_size)
+    reasons = {
+        name: functools.partial(
+            backend.unsupported_reason, query, keys, u, v, cores, options, target
+        )
+        for name, backend in BACKENDS.items()
+    }
+    chosen = dispatch.choose("product_key_top_k", implementation, target, AUTOMATIC, reasons)
+    return _top_k(*vary_alike((query, keys, u, v, cores)), options, chosen)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _top_k(
     query: Array,
     keys: Array,
     u: Array | None,
     v: Array | None,
     cores: Array | None,
-    top_m: int,
-    shortlist: int,
-    chunk_size: int,
+    options: Options,
+    implementation: str,
 ) -> tuple[Array, Array]:
-    scores, addresses, _ = xla.forward(query, keys, u, v, cores, top_m, shortlist, chunk_size)
+    scores, addresses, _ = BACKENDS[implementation].forward(query, keys, u, v, cores, options)
     return scores, addresses
 
 
@@ -120,20 +139,20 @@ def _top_k_fwd(
     u: Array | None,
     v: Array | None,
     cores: Array | None,
-    top_m: int,
-    shortlist: int,
-    chunk_size: int,
+    options: Options,
+    implementation: str,
 ) -> tuple[tuple[Array, Array], Any]:
-    scores, addresses, chosen = xla.forward(query, keys, u, v, cores, top_m, shortlist, chunk_size)
+    forward = BACKENDS[implementation].forward
+    scores, addresses, chosen = forward(query, keys, u, v, cores, options)
     return (scores, addresses), (query, keys, u, v, cores, addresses, chosen)
 
 
 def _top_k_bwd(
-    top_m: int, shortlist: int, chunk_size: int, residuals: Any, grads: Any
+    options: Options, implementation: str, residuals: Any, grads: Any
 ) -> tuple[Array | None, ...]:
     query, keys, u, v, cores, addresses, chosen = residuals
-    query_grad, keys_grad, cores_grad = xla.backward(
-        query, keys, cores, addresses, chosen, grads[0], chunk_size
+    query_grad, keys_grad, cores_grad = BACKENDS[implementation].backward(
+        query, keys, cores, addresses, chosen, grads[0], options
     )
     zeros = [None if x is None else jnp.zeros_like(x) for x in (u, v)]
     return query_grad, keys_grad, *zeros, cores_grad
@@ -189,7 +208,6 @@ def _check_options(
     keys: Array,
     top_m: int,
     shortlist: int,
-    implementation: Implementation | None,
     chunk_size: int | None,
 ) -> None:
     num_keys = keys.shape[3]
@@ -197,6 +215,4 @@ def _check_options(
     check(1 <= shortlist <= num_keys, "shortlist", shortlist, rule)
     rule = f"from 1 to shortlist squared = {shortlist**2}"
     check(1 <= top_m <= shortlist**2, "top_m", top_m, rule)
-    known = implementation in (None, "xla")
-    check(known, "implementation", repr(implementation), "None or 'xla'")
     check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")

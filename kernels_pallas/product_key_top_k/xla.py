@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.common import scan_chunks
+from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
@@ -87,21 +88,28 @@ class _Staircase:
         return [(rows, columns) for rows, columns in parts if size[rows] and size[columns]]
 
 
+def unsupported_reason(
+    query: Any, keys: Any, u: Any, v: Any, cores: Any, options: Options, platform: str
+) -> str | None:
+    """Why this implementation cannot take arguments of these shapes and dtypes: it always can."""
+    del query, keys, u, v, cores, options, platform
+    return None
+
+
 def forward(
     query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
     keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
     u: Float[Array, "num_heads rank"] | None,
     v: Float[Array, "num_heads rank"] | None,
     cores: Float[Array, "num_cores num_heads rank rank"] | None,
-    top_m: int,
-    shortlist: int,
-    chunk_size: int,
+    options: Options,
 ) -> tuple[Array, Array, Array]:
     """Computes the results of `product_key_top_k`, and what its backward pass needs.
 
     Returns:
         scores, addresses, and S of the chosen keys, [num_tokens, 2, num_heads, rank, top_m].
     """
+    top_m, shortlist, chunk_size = options
     dtype = scores_dtype(query, keys)
     num_heads, num_keys, num_tokens = keys.shape[0], keys.shape[3], query.shape[3]
 
@@ -132,7 +140,7 @@ def backward(
     addresses: Int32[Array, "num_tokens pairs"],
     chosen: Float[Array, "num_tokens 2 num_heads rank top_m"],
     scores_grad: Float[Array, "num_tokens pairs num_cores"],
-    chunk_size: int,
+    options: Options,
 ) -> tuple[Array, Array, Array | None]:
     """Computes the gradients of (query, keys, cores), each in its own dtype."""
     dtype = scores_dtype(query, keys)
@@ -171,7 +179,9 @@ def backward(
         chosen,
         scores_grad.reshape(num_tokens, num_heads, top_m, -1),
     )
-    (keys_grad, cores_grad), query_grad = scan_chunks(accumulate, zeros, per_token, chunk_size)
+    (keys_grad, cores_grad), query_grad = scan_chunks(
+        accumulate, zeros, per_token, options.chunk_size
+    )
     query_grad = jnp.moveaxis(query_grad, 0, 3).astype(query.dtype)
     cores_grad = None if cores is None else cores_grad.astype(cores.dtype)
     return query_grad, keys_grad.astype(keys.dtype), cores_grad

@@ -1,7 +1,7 @@
 """The public operator: checks its arguments and owns the derivative."""
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,13 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas import dispatch
 from kernels_pallas.common import check, chunk_tokens, vary_alike
 from kernels_pallas.value_aggregation import pallas_tpu, xla
+from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 
 Implementation = Literal["xla", "pallas_tpu"]
+
+# Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
+BACKENDS: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu}
 
 # What an unnamed implementation is: the first that can take the call. "pallas_tpu" has been
 # compiled and interpreted but not run on a TPU, so it is there by name until it is measured.
@@ -99,34 +103,25 @@ def value_aggregation(
     _check_arrays(values, indices, scores, pre_values, pre_inputs, slots)
     _check_options(pre_values, activation, slots, num_slots, chunk_size)
     target = dispatch.lowering_platform(platform)
-    case: Any = (values, indices, scores, pre_values, pre_inputs, slots, num_slots, target)
-    reasons = {
-        "xla": lambda: xla.unsupported_reason(*case),
-        "pallas_tpu": lambda: pallas_tpu.unsupported_reason(*case),
-    }
-    chosen = dispatch.choose("value_aggregation", implementation, target, AUTOMATIC, reasons)
-    values, scores, pre_values, pre_inputs = vary_alike(
-        (values, scores, pre_values, pre_inputs), (indices, slots)
-    )
     if chunk_size is None:
         row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
         itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize
         chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
         chunk_size = chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes)
-    arrays = (values, indices, scores, pre_values, pre_inputs, slots)
-    return _aggregate(*arrays, _Options(activation, num_slots, chunk_size, chosen))
+    options = Options(activation, num_slots, chunk_size)
+    case = (values, indices, scores, pre_values, pre_inputs, slots, options, target)
+    reasons = {
+        name: functools.partial(backend.unsupported_reason, *case)
+        for name, backend in BACKENDS.items()
+    }
+    chosen = dispatch.choose("value_aggregation", implementation, target, AUTOMATIC, reasons)
+    values, scores, pre_values, pre_inputs = vary_alike(
+        (values, scores, pre_values, pre_inputs), (indices, slots)
+    )
+    return _aggregate(values, indices, scores, pre_values, pre_inputs, slots, options, chosen)
 
 
-class _Options(NamedTuple):
-    """What is known while tracing."""
-
-    activation: Activation | None
-    num_slots: int
-    chunk_size: int
-    implementation: str
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _aggregate(
     values: Array,
     indices: Array,
@@ -134,12 +129,11 @@ def _aggregate(
     pre_values: Array | None,
     pre_inputs: Array | None,
     slots: Array | None,
-    options: _Options,
+    options: Options,
+    implementation: str,
 ) -> Array:
-    arrays = (values, indices, scores, pre_values, pre_inputs)
-    if options.implementation == "pallas_tpu":
-        return pallas_tpu.forward(*arrays, options.activation)
-    return xla.forward(*arrays, slots, options.activation, options.num_slots, options.chunk_size)
+    arrays = (values, indices, scores, pre_values, pre_inputs, slots)
+    return BACKENDS[implementation].forward(*arrays, options)
 
 
 def _aggregate_fwd(*args: Any) -> tuple[Array, Any]:
@@ -147,15 +141,9 @@ def _aggregate_fwd(*args: Any) -> tuple[Array, Any]:
 
 
 def _aggregate_bwd(
-    options: _Options, residuals: Any, output_grad: Array
+    options: Options, implementation: str, residuals: Any, output_grad: Array
 ) -> tuple[Array | None, ...]:
-    values, indices, scores, pre_values, pre_inputs, slots = residuals
-    arrays = (values, indices, scores, pre_values, pre_inputs)
-    activation, num_slots, chunk_size, implementation = options
-    if implementation == "pallas_tpu":
-        grads = pallas_tpu.backward(*arrays, output_grad, activation, chunk_size)
-    else:
-        grads = xla.backward(*arrays, slots, output_grad, activation, num_slots, chunk_size)
+    grads = BACKENDS[implementation].backward(*residuals, output_grad, options)
     values_grad, scores_grad, pre_values_grad, pre_inputs_grad = grads
     return values_grad, None, scores_grad, pre_values_grad, pre_inputs_grad, None
 

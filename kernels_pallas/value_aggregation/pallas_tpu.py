@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.table_gradient import sort_selections, table_gradient
 
@@ -53,7 +54,7 @@ def unsupported_reason(
     pre_values: Any,
     pre_inputs: Any,
     slots: Any,
-    num_slots: int,
+    options: Options,
     platform: str,
 ) -> str | None:
     """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
@@ -62,7 +63,9 @@ def unsupported_reason(
     )
     top_m = indices.shape[1]
     reasons = [(platform != "tpu", f"it compiles for TPU, not for {platform}")]
-    reasons.append((slots is not None, f"slots are not implemented (num_slots = {num_slots})"))
+    reasons.append(
+        (slots is not None, f"slots are not implemented (num_slots = {options.num_slots})")
+    )
     is_float32 = accumulation_dtype(values, scores, pre_values, pre_inputs) == jnp.float32
     reasons.append((not is_float32, "it accumulates in float32, not in float64"))
     for name, table in tables.items():
@@ -93,9 +96,11 @@ def forward(
     scores: Float[Array, "num_tokens top_m num_cores"],
     pre_values: Float[Array, "num_values pre_value_dim"] | None,
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
-    activation: Activation | None,
+    slots: None,
+    options: Options,
 ) -> Float[Array, "num_tokens value_dim"]:
     """Computes the output of `value_aggregation` without slots."""
+    del slots
     call = _Call(values, indices, scores, pre_values, pre_inputs)
 
     def compute(refs: Any, slot: Array, token: Array, lane: Array) -> None:
@@ -104,7 +109,7 @@ def forward(
             weights = scores
         else:
             pre_scores = _pre_scores(refs, slot, token, lane)
-            gates, _ = _activate(pre_scores, activation)
+            gates, _ = _activate(pre_scores, options.activation)
             weights = [score * gates for score in scores]
         for lanes in _lane_chunks(call.value_dim):
             weight = _by_core(weights, lanes, call.value_dim)
@@ -121,14 +126,16 @@ def backward(
     scores: Float[Array, "num_tokens top_m num_cores"],
     pre_values: Float[Array, "num_values pre_value_dim"] | None,
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: None,
     output_grad: Float[Array, "num_tokens value_dim"],
-    activation: Activation | None,
-    chunk_size: int,
+    options: Options,
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype.
 
     `chunk_size` is how many tokens' worth of contributions to the tables are held at once.
     """
+    del slots
+    activation, _, chunk_size = options
     scores_grad, pre_inputs_grad, weights, pre_scores_grad = _token_grads(
         values, indices, scores, pre_values, pre_inputs, output_grad, activation
     )

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.common import scan_chunks
+from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
@@ -27,11 +28,11 @@ def unsupported_reason(
     pre_values: Any,
     pre_inputs: Any,
     slots: Any,
-    num_slots: int,
+    options: Options,
     platform: str,
 ) -> str | None:
     """Why this implementation cannot take arguments of these shapes and dtypes: it always can."""
-    del values, indices, scores, pre_values, pre_inputs, slots, num_slots, platform
+    del values, indices, scores, pre_values, pre_inputs, slots, options, platform
     return None
 
 
@@ -42,11 +43,10 @@ def forward(
     pre_values: Float[Array, "num_values pre_value_dim"] | None,
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
     slots: Int32[Array, "num_tokens top_m"] | None,
-    activation: Activation | None,
-    num_slots: int,
-    chunk_size: int,
-) -> Float[Array, "num_tokens {num_slots}*value_dim"]:
+    options: Options,
+) -> Float[Array, "num_tokens {options.num_slots}*value_dim"]:
     """Computes the output of `value_aggregation`, `chunk_size` tokens at a time."""
+    activation, num_slots, chunk_size = options
     dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
     num_cores = scores.shape[-1]
 
@@ -71,16 +71,15 @@ def backward(
     pre_values: Float[Array, "num_values pre_value_dim"] | None,
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
     slots: Int32[Array, "num_tokens top_m"] | None,
-    output_grad: Float[Array, "num_tokens {num_slots}*value_dim"],
-    activation: Activation | None,
-    num_slots: int,
-    chunk_size: int,
+    output_grad: Float[Array, "num_tokens {options.num_slots}*value_dim"],
+    options: Options,
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype.
 
     Table gradients are dense and start from zero once; every chunk adds its rows in place, in the
     accumulation dtype.
     """
+    activation, num_slots, chunk_size = options
     dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
     num_cores = scores.shape[-1]
 

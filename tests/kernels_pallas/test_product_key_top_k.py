@@ -477,7 +477,7 @@ def test_memory_stays_far_below_that_of_scores_and_grids() -> None:
         ({"shortlist": 21}, "shortlist: got 21, must be from 1 to num_keys = 20"),
         ({"top_m": 0}, "top_m: got 0, must be from 1 to shortlist squared = 25"),
         ({"top_m": 26}, "top_m: got 26, must be from 1 to shortlist squared = 25"),
-        ({"implementation": "cuda"}, "implementation: got 'cuda', must be None or 'xla'"),
+        ({"implementation": "cuda"}, "implementation: got 'cuda', must be None or one of xla"),
         ({"chunk_size": 0}, "chunk_size: got 0, must be at least 1"),
     ],
 )
