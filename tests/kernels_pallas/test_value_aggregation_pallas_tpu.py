@@ -1,14 +1,6 @@
 """The TPU kernels of value aggregation: in the interpreter, and compiled for chips elsewhere."""
 
-import fcntl
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,15 +12,14 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.value_aggregation import pallas_tpu, value_aggregation
 from kernels_pallas.value_aggregation.reference import Activation, value_aggregation_reference
+from tests.kernels_pallas.aot import CHIPS, FUSED_BYTES, run_cases
 from tests.kernels_pallas.test_value_aggregation import (
     assert_all_close,
     make_inputs,
     output_and_grads,
 )
 
-CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 ON_TPU: dict[str, Any] = {"implementation": "pallas_tpu", "platform": "tpu"}
-FUSED_BYTES = 2 * 2**20  # what a fused kernel may need beside arguments and results
 
 SMALL: dict[str, Any] = {
     "num_tokens": 300,
@@ -175,33 +166,13 @@ def test_float64_is_refused() -> None:
         value_aggregation(**make_inputs(dtype=jnp.float64), **ON_TPU)
 
 
-def compile_for_tpu(*cases: dict[str, Any]) -> list[dict[str, Any]]:
-    """Temporaries, arguments and kernels of each case, compiled in a process of its own."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: pip install libtpu")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}
-    # libtpu serves one process of a machine at a time.
-    with Path(tempfile.gettempdir(), "umv2_libtpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("tpu_compile.py")), json.dumps(cases)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
-
-
 def test_kernels_compile_for_every_chip_without_temporaries() -> None:
     cases: list[dict[str, Any]] = [
         {"topology": chip, "what": "forward", "table_dtype": dtype, "num_cores": 2, **SMALL}
         for chip in CHIPS
         for dtype in ("float32", "bfloat16")
     ]
-    for case, result in zip(cases, compile_for_tpu(*cases), strict=True):
+    for case, result in zip(cases, run_cases("tpu_compile.py", *cases), strict=True):
         assert result["kernels"] == ["value_aggregation_forward"], case
         assert result["temporaries"] == 0, case
 
@@ -221,7 +192,7 @@ def test_gradients_compile_alone_over_a_mesh_and_mapped(chip: str) -> None:
         }
         for kind in kinds
     ]
-    results = dict(zip(kinds, compile_for_tpu(*cases), strict=True))
+    results = dict(zip(kinds, run_cases("tpu_compile.py", *cases), strict=True))
     for kind in ("token_grads", "grads", "sharded"):
         assert "value_aggregation_backward" in results[kind]["kernels"], kind
     assert results["token_grads"]["temporaries"] < FUSED_BYTES
@@ -243,6 +214,6 @@ def test_papers_sizes_need_no_temporaries(chip: str) -> None:
         for shape in PAPER.values()
         for dtype in ("float32", "bfloat16")
     ]
-    for case, result in zip(cases, compile_for_tpu(*cases), strict=True):
+    for case, result in zip(cases, run_cases("tpu_compile.py", *cases), strict=True):
         rows = 4 * 8192 * case["top_m"] * (case["value_dim"] + case["pre_value_dim"])
         assert result["temporaries"] < FUSED_BYTES < rows / 100, case

@@ -1,16 +1,12 @@
 """Compiles value aggregation for TPUs that are not attached: python tpu_compile.py CASES
 
 CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and arguments of each.
-Runs as a process of its own, because libtpu serves one process at a time.
+`aot.py` runs it in a process of its own, because libtpu serves one process at a time.
 """
 
 import json
-import os
 import sys
 from typing import Any
-
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no host of TPUs to ask
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
