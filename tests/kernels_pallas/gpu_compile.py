@@ -1,0 +1,162 @@
+"""Compiles an operator for an H200 that is not attached: python gpu_compile.py CASES
+
+CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and arguments and the
+names of the Mosaic GPU kernels of each. `compile_cases` runs it in a process of its own, because
+flags and the platform are fixed when JAX starts. A case has
+
+    operator        a name of OPERATORS
+    arguments       for each argument its [shape, dtype], or null
+    implementation  one of the operator's
+    options         keyword arguments that are no arrays; may be left out
+    what            "forward"; "grads", of the sum of squares of its first floating-point result;
+                    "mapped", the forward under vmap, with two of every array; or "sharded", the
+                    gradients with the arguments in `sharded` split over 4 devices by axis 0
+    wrt             the arguments to differentiate by; by default all of floating point
+    sharded         names of arguments, only for "sharded"
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# How XLA describes the card, as `jaxlib` prints it on one. Fields that are not named are unknown.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 151397597184
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  runtime_version: "13.0.0"
+  driver_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  name: "NVIDIA H200"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+NUM_DEVICES = 4
+
+
+def compile_cases(*cases: dict[str, Any]) -> list[dict[str, Any]]:
+    """What this script says of each case; skips the test that asks where it cannot run."""
+    import pytest  # not needed where this file is the script
+
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip('needs the CUDA plugin: pip install "jax[cuda13]"')
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is nothing to tune on
+        "JAX_PLATFORMS": "cpu",
+    }
+    process = subprocess.run(
+        [sys.executable, __file__, json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+def compiled(case: dict[str, Any]) -> Any:
+    """The program of a case, as XLA compiled it."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from kernels_pallas.product_key_top_k import product_key_top_k
+    from kernels_pallas.value_aggregation import value_aggregation
+
+    operator = {
+        "value_aggregation": value_aggregation,
+        "product_key_top_k": product_key_top_k,
+    }[case["operator"]]
+    what, sharded = case["what"], case.get("sharded", ())
+    num_devices = NUM_DEVICES if what == "sharded" else 1
+    topology = topologies.get_topology_desc(
+        "h200", platform="cuda", topology=f"1x1x{num_devices}", target_config=H200
+    )
+    mesh = jax.sharding.Mesh(topology.devices, ("data",))
+    specs = {
+        name: None if description is None else PartitionSpec("data" if name in sharded else None)
+        for name, description in case["arguments"].items()
+    }
+    arguments: dict[str, Any] = {}
+    for name, description in case["arguments"].items():
+        arguments[name] = None
+        if description is not None:
+            shape, dtype = description
+            arguments[name] = jax.ShapeDtypeStruct(
+                (2, *shape) if what == "mapped" else tuple(shape),
+                jnp.dtype(dtype),
+                sharding=NamedSharding(mesh, specs[name]),
+            )
+    wrt = case.get("wrt") or [
+        name
+        for name, argument in arguments.items()
+        if argument is not None and jnp.issubdtype(argument.dtype, jnp.floating)
+    ]
+
+    # The mesh in context tells the operator what it is compiled for.
+    def forward(arguments: dict[str, Any]) -> Any:
+        return operator(
+            **arguments, **case.get("options", {}), implementation=case["implementation"]
+        )
+
+    def first(arguments: dict[str, Any]) -> Any:
+        return jax.tree.leaves(forward(arguments))[0]
+
+    def first_sharded(arguments: dict[str, Any]) -> Any:
+        return jax.shard_map(first, in_specs=(specs,), out_specs=PartitionSpec("data"))(arguments)
+
+    def grads(arguments: dict[str, Any]) -> Any:
+        result = first_sharded if what == "sharded" else first
+        chosen = {name: arguments[name] for name in wrt}
+        return jax.grad(lambda chosen: jnp.sum(result(arguments | chosen) ** 2))(chosen)
+
+    function = {"forward": forward, "mapped": jax.vmap(forward), "grads": grads, "sharded": grads}
+    with jax.set_mesh(mesh):
+        return jax.jit(function[what]).lower(arguments).compile()
+
+
+def main() -> None:
+    results = []
+    for case in json.loads(sys.argv[1]):
+        program = compiled(case)
+        memory = program.memory_analysis()
+        calls = [line for line in program.as_text().splitlines() if "mosaic_gpu" in line]
+        names = (re.search(r'op_name="[^"]*?([^"/]*)/mpmd_map', line) for line in calls)
+        results.append(
+            {
+                "temporaries": memory.temp_size_in_bytes,
+                "arguments": memory.argument_size_in_bytes,
+                "kernels": [name[1] for name in names if name],
+            }
+        )
+    sys.stdout.write(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
