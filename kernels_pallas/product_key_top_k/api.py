@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, tuned
 from kernels_pallas.common import check, chunk_tokens, vary_alike
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
+from kernels_pallas.product_key_top_k.shapes import sizes
 
 Implementation = Literal["xla"]
 
@@ -86,8 +87,8 @@ def product_key_top_k(
         shortlist: candidates a side.
         implementation: of the forward and the backward pass; "xla" runs everywhere. By default the
             first of `AUTOMATIC` that supports the call, which is logged once.
-        chunk_size: tokens that "xla" processes at once. By default a power of two, from a budget of
-            bytes for the platform.
+        chunk_size: tokens that "xla" processes at once. By default what was measured (`tuned.py`),
+            else a power of two, from a budget of bytes for the platform.
         platform: what the call will be compiled for, where it is not the platform of the mesh in
             context nor the default backend: ahead-of-time compilation for TPU in a CPU process.
 
@@ -103,12 +104,11 @@ def product_key_top_k(
     _check_arrays(query, keys, u, v, cores)
     _check_options(keys, top_m, shortlist, chunk_size)
     target = dispatch.lowering_platform(platform)
-    if chunk_size is None:
-        num_heads, num_sides, rank, num_keys, _ = keys.shape
-        row = num_heads * num_sides * rank * num_keys * scores_dtype(query, keys).itemsize
-        chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
-        chunk_size = chunk_tokens(row, chunk_bytes)
-    options = Options(top_m, shortlist, chunk_size)
+    num_heads, num_sides, rank, num_keys, _ = keys.shape
+    row = num_heads * num_sides * rank * num_keys * scores_dtype(query, keys).itemsize
+    chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    default = tuned.Chunks(chunk_tokens(row, chunk_bytes))
+    options = Options(top_m, shortlist, chunk_size or default.chunk_size)
     reasons = {
         name: functools.partial(
             backend.unsupported_reason, query, keys, u, v, cores, options, target
@@ -116,6 +116,11 @@ def product_key_top_k(
         for name, backend in BACKENDS.items()
     }
     chosen = dispatch.choose("product_key_top_k", implementation, target, AUTOMATIC, reasons)
+    if chosen == "xla" and chunk_size is None:
+        shape = sizes(query, keys, cores, top_m=top_m, shortlist=shortlist)
+        key = tuned.Key.of("product_key_top_k", "xla", "both", shape, query.dtype)
+        chunks = tuned.lookup(default, key, platform=target) or default
+        options = options._replace(chunk_size=chunks.chunk_size)
     return _top_k(*vary_alike((query, keys, u, v, cores)), options, chosen)
 
 

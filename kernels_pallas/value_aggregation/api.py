@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, tuned
 from kernels_pallas.common import check, chunk_tokens, vary_alike
 from kernels_pallas.value_aggregation import pallas_tpu, xla
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+from kernels_pallas.value_aggregation.shapes import sizes
 
 Implementation = Literal["xla", "pallas_tpu"]
 
@@ -87,8 +88,8 @@ def value_aggregation(
         slots: where in its token's output each selection is added, in [0, num_slots), unchecked.
         num_slots: outputs a token; 1 without `slots`.
         chunk_size: tokens that plain XLA processes at once: all of "xla", and the sums of the
-            tables' gradients of "pallas_tpu". By default a power of two, from a budget of bytes
-            for the platform.
+            tables' gradients of "pallas_tpu". By default what was measured for "xla" (`tuned.py`),
+            else a power of two, from a budget of bytes for the platform.
         implementation: of the forward and the backward pass. "xla" runs everywhere; "pallas_tpu",
             on TPU, never writes the fetched rows to memory. By default the first of `AUTOMATIC`
             that supports the call, which is logged once.
@@ -103,18 +104,22 @@ def value_aggregation(
     _check_arrays(values, indices, scores, pre_values, pre_inputs, slots)
     _check_options(pre_values, activation, slots, num_slots, chunk_size)
     target = dispatch.lowering_platform(platform)
-    if chunk_size is None:
-        row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
-        itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize
-        chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
-        chunk_size = chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes)
-    options = Options(activation, num_slots, chunk_size)
+    row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
+    itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize
+    chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    default = tuned.Chunks(chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes))
+    options = Options(activation, num_slots, chunk_size or default.chunk_size)
     case = (values, indices, scores, pre_values, pre_inputs, slots, options, target)
     reasons = {
         name: functools.partial(backend.unsupported_reason, *case)
         for name, backend in BACKENDS.items()
     }
     chosen = dispatch.choose("value_aggregation", implementation, target, AUTOMATIC, reasons)
+    if chosen == "xla" and chunk_size is None:
+        shape = sizes(values, scores, pre_values, num_slots)
+        key = tuned.Key.of("value_aggregation", "xla", "both", shape, values.dtype)
+        chunks = tuned.lookup(default, key, platform=target) or default
+        options = options._replace(chunk_size=chunks.chunk_size)
     values, scores, pre_values, pre_inputs = vary_alike(
         (values, scores, pre_values, pre_inputs), (indices, slots)
     )
