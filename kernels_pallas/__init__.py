@@ -1,6 +1,15 @@
 """Sparse-memory operators on JAX arrays, usable on their own: this package imports jax alone."""
 
 from kernels_pallas.product_key_top_k.api import product_key_top_k
-from kernels_pallas.value_aggregation.api import value_aggregation
+from kernels_pallas.value_aggregation.api import (
+    value_aggregation,
+    value_aggregation_row_gradients,
+)
+from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
-__all__ = ["product_key_top_k", "value_aggregation"]
+__all__ = [
+    "RowGradients",
+    "product_key_top_k",
+    "value_aggregation",
+    "value_aggregation_row_gradients",
+]

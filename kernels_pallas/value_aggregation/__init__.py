@@ -1,5 +1,9 @@
 """Weighted sums of a few rows of a large table, and their gradients."""
 
-from kernels_pallas.value_aggregation.api import value_aggregation
+from kernels_pallas.value_aggregation.api import (
+    value_aggregation,
+    value_aggregation_row_gradients,
+)
+from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
-__all__ = ["value_aggregation"]
+__all__ = ["RowGradients", "value_aggregation", "value_aggregation_row_gradients"]

@@ -9,15 +9,18 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.common import check, chunk_tokens, vary_alike
-from kernels_pallas.value_aggregation import pallas_tpu, xla
+from kernels_pallas.value_aggregation import pallas_tpu, row_gradients_xla, xla
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.shapes import sizes
+from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
 Implementation = Literal["xla", "pallas_tpu"]
 
 # Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
 BACKENDS: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu}
+# Those whose gradients of tables come row-sparse too: `backward` with `max_rows` before `options`.
+ROW_GRADIENTS: dict[str, Any] = {"xla": row_gradients_xla.row_gradients}
 
 # What an unnamed implementation is: the first that can take the call. "pallas_tpu" has been
 # compiled and interpreted but not run on a TPU, so it is there by name until it is measured.
@@ -101,7 +104,90 @@ def value_aggregation(
             the argument, what it got and the rule.
         UnsupportedError: the named implementation cannot take the call; the message says why.
     """
-    _check_arrays(values, indices, scores, pre_values, pre_inputs, slots)
+    chosen, options = _choose(
+        "value_aggregation",
+        tuple(BACKENDS),
+        (values, indices, scores, pre_values, pre_inputs, slots),
+        (activation, num_slots, chunk_size),
+        (implementation, platform),
+    )
+    values, scores, pre_values, pre_inputs = vary_alike(
+        (values, scores, pre_values, pre_inputs), (indices, slots)
+    )
+    return _aggregate(values, indices, scores, pre_values, pre_inputs, slots, options, chosen)
+
+
+def value_aggregation_row_gradients(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    output_grad: Float[Array, "num_tokens {num_slots}*value_dim"],
+    *,
+    pre_values: Float[Array, "num_values pre_value_dim"] | None = None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None = None,
+    activation: Activation | None = None,
+    slots: Int32[Array, "num_tokens top_m"] | None = None,
+    num_slots: int = 1,
+    max_rows: int | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+    platform: dispatch.Platform | None = None,
+) -> RowGradients:
+    """Computes the gradients of `value_aggregation`, those of the tables for selected rows alone.
+
+    With `output_grad` the gradient of the output, these are the gradients of the arguments, all in
+    the accumulation dtype. Those of the tables have a row for each different id, in rising order,
+    and share the ids: nothing of the size of a table is formed, so that an optimizer can update the
+    rows of a few tokens at a cost that does not depend on num_values.
+
+    Not differentiable. Inside `jax.shard_map` the gradients are those of the local tokens; what
+    other devices hold of a table that is the same on all of them is the caller's to add.
+
+    Args:
+        values: see `value_aggregation`, as for all arguments not listed here.
+        output_grad: the gradient of the output.
+        max_rows: how many rows of the tables there is room for. By default there is for all,
+            min(num_tokens * top_m, num_values). Where more are selected, those of the smallest ids
+            are returned, and `num_rows` tells how many there are.
+
+    Raises:
+        ValueError, UnsupportedError: as `value_aggregation`.
+    """
+    chosen, options = _choose(
+        "value_aggregation_row_gradients",
+        tuple(ROW_GRADIENTS),
+        (values, indices, scores, pre_values, pre_inputs, slots),
+        (activation, num_slots, chunk_size),
+        (implementation, platform),
+    )
+    expected = (indices.shape[0], num_slots * values.shape[1])
+    rule = f"[num_tokens, num_slots * value_dim] = {expected}"
+    check(output_grad.shape == expected, "output_grad.shape", output_grad.shape, rule)
+    floating = jnp.issubdtype(output_grad.dtype, jnp.floating)
+    check(floating, "output_grad.dtype", output_grad.dtype, "a floating-point dtype")
+    if max_rows is None:
+        max_rows = min(indices.size, values.shape[0])
+    check(max_rows >= 0, "max_rows", max_rows, "at least 0")
+    values, scores, pre_values, pre_inputs, output_grad = vary_alike(
+        (values, scores, pre_values, pre_inputs, output_grad), (indices, slots)
+    )
+    return ROW_GRADIENTS[chosen](
+        values, indices, scores, pre_values, pre_inputs, slots, output_grad, max_rows, options
+    )
+
+
+def _choose(
+    operator: str,
+    names: tuple[str, ...],
+    arrays: tuple[Any, Any, Any, Any, Any, Any],
+    asked: tuple[Activation | None, int, int | None],
+    where: tuple[str | None, dispatch.Platform | None],
+) -> tuple[str, Options]:
+    """Checks arguments; which of the implementations gets the call, and with what options."""
+    values, indices, scores, pre_values, pre_inputs, slots = arrays
+    activation, num_slots, chunk_size = asked
+    implementation, platform = where
+    _check_arrays(*arrays)
     _check_options(pre_values, activation, slots, num_slots, chunk_size)
     target = dispatch.lowering_platform(platform)
     row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
@@ -109,21 +195,17 @@ def value_aggregation(
     chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
     default = tuned.Chunks(chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes))
     options = Options(activation, num_slots, chunk_size or default.chunk_size)
-    case = (values, indices, scores, pre_values, pre_inputs, slots, options, target)
     reasons = {
-        name: functools.partial(backend.unsupported_reason, *case)
-        for name, backend in BACKENDS.items()
+        name: functools.partial(BACKENDS[name].unsupported_reason, *arrays, options, target)
+        for name in names
     }
-    chosen = dispatch.choose("value_aggregation", implementation, target, AUTOMATIC, reasons)
+    chosen = dispatch.choose(operator, implementation, target, AUTOMATIC, reasons)
     if chosen == "xla" and chunk_size is None:
         shape = sizes(values, scores, pre_values, num_slots)
         key = tuned.Key.of("value_aggregation", "xla", "both", shape, values.dtype)
         chunks = tuned.lookup(default, key, platform=target) or default
         options = options._replace(chunk_size=chunks.chunk_size)
-    values, scores, pre_values, pre_inputs = vary_alike(
-        (values, scores, pre_values, pre_inputs), (indices, slots)
-    )
-    return _aggregate(values, indices, scores, pre_values, pre_inputs, slots, options, chosen)
+    return chosen, options
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
