@@ -1,8 +1,9 @@
 """Compiles an operator for an H200 that is not attached: python gpu_compile.py CASES
 
-CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and arguments and the
-names of the Mosaic GPU kernels of each. `compile_cases` runs it in a process of its own, because
-flags and the platform are fixed when JAX starts. A case has
+CASES is JSON, a list of cases; prints, as JSON, of each the bytes of temporaries and arguments and
+its Mosaic GPU kernels by name: the registers of a thread, and the bytes that it spills, as ptxas
+reports them. Compilation is complete, down to machine code for sm_90a. `compile_cases` runs it in a
+process of its own, because flags and the platform are fixed when JAX starts. A case has
 
     operator        a name of OPERATORS
     arguments       for each argument its [shape, dtype], or null
@@ -21,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +143,33 @@ def compiled(case: dict[str, Any]) -> Any:
         return jax.jit(function[what]).lower(arguments).compile()
 
 
+def kernels(reports: Path) -> dict[str, dict[str, int]]:
+    """What ptxas says of each kernel, by the name that it was given."""
+    found = {}
+    for path in sorted(reports.glob("*.ptxas")):
+        report = path.read_text()
+        name = re.search(r"entry function '(\w+)_mosaic_gpu_kernel'", report)
+        registers = re.search(r"Used (\d+) registers", report)
+        spilled = re.search(r"(\d+) bytes spill stores", report)
+        assert name and registers and spilled, report
+        found[name[1]] = {"registers": int(registers[1]), "spilled": int(spilled[1])}
+    return found
+
+
 def main() -> None:
     results = []
     for case in json.loads(sys.argv[1]):
-        program = compiled(case)
-        memory = program.memory_analysis()
-        calls = [line for line in program.as_text().splitlines() if "mosaic_gpu" in line]
-        names = (re.search(r'op_name="[^"]*?([^"/]*)/mpmd_map', line) for line in calls)
-        results.append(
-            {
-                "temporaries": memory.temp_size_in_bytes,
-                "arguments": memory.argument_size_in_bytes,
-                "kernels": [name[1] for name in names if name],
-            }
-        )
+        with tempfile.TemporaryDirectory() as reports:
+            # Mosaic reads these as it compiles.
+            os.environ |= {"MOSAIC_GPU_DUMP_TO": reports, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+            memory = compiled(case).memory_analysis()
+            results.append(
+                {
+                    "temporaries": memory.temp_size_in_bytes,
+                    "arguments": memory.argument_size_in_bytes,
+                    "kernels": kernels(Path(reports)),
+                }
+            )
     sys.stdout.write(json.dumps(results))
 
 
