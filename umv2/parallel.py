@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import product_key_top_k as product_key_top_k  # noqa: PLC0414 (re-exported)
 from kernels_pallas import value_aggregation as value_aggregation  # noqa: PLC0414 (re-exported)
 from umv2.config import ConfigError, MeshConfig
 

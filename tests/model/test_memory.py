@@ -398,9 +398,9 @@ def _record_scores(patch: pytest.MonkeyPatch) -> list[jax.Array]:
     scores: list[jax.Array] = []
     value_weights = retrieval.value_weights
 
-    def recording(selection: retrieval.Selection, score_activation: Any) -> jax.Array:
-        scores.append(selection.scores)
-        return value_weights(selection, score_activation)
+    def recording(given: jax.Array, *options: Any, **named: Any) -> jax.Array:
+        scores.append(given)
+        return value_weights(given, *options, **named)
 
     patch.setattr(retrieval, "value_weights", recording)
     return scores

@@ -1,6 +1,5 @@
 """Retrieval by hand: a table of four rows is two row keys by two column keys."""
 
-import itertools
 from typing import Any
 
 import hypothesis
@@ -11,47 +10,26 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from umv2 import parallel
 from umv2.model import retrieval
-
-
-def _scores(rows: list[float], columns: list[float]) -> jax.Array:
-    """Scores of one token, head and rank: [h, 2, r, t, n]."""
-    return jnp.asarray([rows, columns], jnp.float32)[None, :, None, None, :]
 
 
 def _random(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
-def _grid(scores: jax.Array, cores: jax.Array | None) -> np.ndarray:
-    """The score of every pair of keys, [h, t, c, n, n], by the definition."""
-    if cores is None:
-        pairs = scores[:, 0, 0, :, :, None] + scores[:, 1, 0, :, None, :]
-        return np.asarray(pairs)[:, :, None]
-    return np.einsum("hrti,chrq,hqtj->htcij", scores[:, 0], cores, scores[:, 1])
-
-
-_select = jax.jit(retrieval.select, static_argnames=("top_m", "shortlist"))
-
-
-def _pairs(selection: retrieval.Selection, head: int, token: int) -> list[tuple[int, int]]:
-    rows = np.asarray(selection.rows)[head, token].tolist()
-    return list(zip(rows, np.asarray(selection.columns)[head, token].tolist(), strict=True))
-
-
 def test_four_rows_by_hand() -> None:
-    # Token 0 asks for (1, 0) on the row side and (1, 1) on the column side, of two ranks each.
-    query = jnp.asarray([[[1.0, 0.0]], [[1.0, 1.0]]])[:, None]  # [2, 1, t, q]
-    query = jnp.broadcast_to(query, (2, 2, 1, 2))[None]  # [h, 2, r, t, q]
+    # Token 0 asks for (1, 0) on the row side and (1, 1) on the column side, for both ranks.
+    query = jnp.asarray([[[1.0, 0.0]], [[1.0, 1.0]]])[None, :, None]  # [1, 2, 1, t, q]
     keys = jnp.asarray(
         [
             [[[1.0, 5.0], [3.0, 0.0]], [[2.0, 0.0], [-1.0, 7.0]]],  # row keys of rank 0 and rank 1
             [[[1.0, 1.0], [0.0, 3.0]], [[0.0, -1.0], [2.0, 2.0]]],  # column keys
         ]
     )[None]
-    scores = retrieval.product_key_scores(query, keys)
-    np.testing.assert_array_equal(scores[0, 0, :, 0], [[1, 3], [2, -1]])  # rank by key
-    np.testing.assert_array_equal(scores[0, 1, :, 0], [[2, 3], [-1, 4]])
+    key_scores = retrieval.product_key_scores(query, keys)
+    np.testing.assert_array_equal(key_scores[0, 0, :, 0], [[1, 3], [2, -1]])  # rank by key
+    np.testing.assert_array_equal(key_scores[0, 1, :, 0], [[2, 3], [-1, 4]])
 
     cores = jnp.asarray([[[[1.0, 0.0], [0.0, 1.0]]], [[[0.0, 1.0], [0.0, 0.0]]]])
     # Core 0 gives S_row . S_col, core 1 gives S_row,0 S_col,1:
@@ -60,125 +38,41 @@ def test_four_rows_by_hand() -> None:
     #   core 1    -1       4      -3      12
     #   total     -1      15       4      17
     u = v = jnp.asarray([[1.0, 0.0]])
-    shortlisting = retrieval.shortlist_scores(scores, u, v)
+    shortlisting = retrieval.shortlist_scores(key_scores, u, v)
     np.testing.assert_array_equal(shortlisting[0, :, 0], [[1, 3], [2, 3]])
-    selection = _select(scores, shortlisting, cores, top_m=3, shortlist=2)
-    assert _pairs(selection, 0, 0) == [(1, 1), (0, 1), (1, 0)]
-    np.testing.assert_array_equal(selection.scores[0, 0], [[5, 12], [11, 4], [7, -3]])
+    scores, grid = parallel.product_key_top_k(query, keys, u, v, cores, top_m=3, shortlist=2)
+    np.testing.assert_array_equal(grid, [[3, 1, 2]])  # pairs (1, 1), (0, 1), (1, 0)
+    np.testing.assert_array_equal(scores, [[[5, 12], [11, 4], [7, -3]]])
 
-    virtual = retrieval.virtual_addresses(selection, jnp.asarray([2, 0, 3, 1], jnp.int32), 2)
+    virtual = retrieval.virtual_addresses(grid, jnp.asarray([2, 0, 3, 1], jnp.int32))
     np.testing.assert_array_equal(virtual, [[1, 0, 3]])  # shuffle[[3, 1, 2]]
+    np.testing.assert_array_equal(retrieval.virtual_addresses(grid, None), grid)
     block, visible, rows = retrieval.table_rows(virtual, 3, num_visible=2, num_rows=4)
     np.testing.assert_array_equal(block, [[0, 0, 1]])
     np.testing.assert_array_equal(visible, [[1, 0, 1]])
     np.testing.assert_array_equal(rows, [[0, 3, 0]])  # (3 + visible) mod 4
-    np.testing.assert_array_equal(
-        retrieval.value_weights(selection, "none"), [[[5, 12], [11, 4], [7, -3]]]
-    )
 
 
 def test_a_shortlist_of_one_hides_the_best_pair() -> None:
-    scores = jnp.asarray([[[[1.0, 0.0]], [[0.0, 9.0]]], [[[1.0, 0.0]], [[0.0, 9.0]]]])[None]
-    cores = jnp.eye(2)[None, None]
-    u = v = jnp.asarray([[1.0, 0.0]])  # sees rank 0 alone, where key 0 is the best
-    shortlisting = retrieval.shortlist_scores(scores, u, v)
-    one = _select(scores, shortlisting, cores, top_m=1, shortlist=1)
-    both = _select(scores, shortlisting, cores, top_m=1, shortlist=2)
-    assert _pairs(one, 0, 0) == [(0, 0)]
-    assert _pairs(both, 0, 0) == [(1, 1)]
+    # Two keys a side; of rank 0 the first is the best, of rank 1 the second, by far.
+    query = jnp.ones((1, 2, 1, 1, 1))
+    keys = jnp.asarray([[[[1.0], [0.0]], [[0.0], [9.0]]]] * 2)[None]
+    u = v = jnp.asarray([[1.0, 0.0]])  # sees rank 0 alone
+    chosen = [
+        parallel.product_key_top_k(
+            query, keys, u, v, jnp.eye(2)[None, None], top_m=1, shortlist=shortlist
+        )[1].tolist()
+        for shortlist in (1, 2)
+    ]
+    assert chosen == [[[0]], [[3]]]  # pairs (0, 0) and (1, 1)
 
 
-def test_ties_go_to_the_lower_index() -> None:
-    scores = _scores([1, 1, 1], [2, 2, 2])
-    selection = _select(scores, scores[:, :, 0], None, top_m=4, shortlist=3)
-    assert _pairs(selection, 0, 0) == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    selection = _select(scores, scores[:, :, 0], None, top_m=4, shortlist=2)
-    assert _pairs(selection, 0, 0) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-
-
-def test_negative_scores_are_selected_where_nothing_better_is() -> None:
-    scores = _scores([-3, -1], [-2, -5])
-    selection = _select(scores, scores[:, :, 0], None, top_m=2, shortlist=2)
-    assert _pairs(selection, 0, 0) == [(1, 0), (0, 0)]
-    np.testing.assert_array_equal(selection.scores[0, 0, :, 0], [-3, -5])
-
-
-def test_a_token_of_nan_scores_leaves_the_others_alone() -> None:
-    scores = jnp.concatenate([_scores([0, 1], [1, 0]), _scores([jnp.nan] * 2, [1, 0])], axis=3)
-    selection = _select(scores, scores[:, :, 0], None, top_m=1, shortlist=2)
-    assert _pairs(selection, 0, 0) == [(1, 0)]
-    assert np.isnan(selection.scores[0, 1]).all()
-    assert 0 <= selection.rows[0, 1, 0] < 2
-
-
-@pytest.mark.parametrize(("top_m", "shortlist"), [(1, 1), (3, 3), (6, 8)])
-def test_additive_selection_is_exact_when_the_shortlist_holds_top_m(
-    top_m: int, shortlist: int
-) -> None:
-    scores = _random(0, 2, 2, 1, 50, 8)
-    selection = _select(scores, scores[:, :, 0], None, top_m=top_m, shortlist=shortlist)
-    everything = _grid(scores, None)
-    best = -np.sort(-everything.reshape(2, 50, -1), axis=-1)[..., :top_m]
-    np.testing.assert_allclose(selection.scores[..., 0], best, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("rank", "num_cores"), [(1, 1), (2, 2), (3, 2)])
-def test_tucker_selection_is_exact_when_the_shortlist_holds_all_keys(
-    rank: int, num_cores: int
-) -> None:
-    heads, tokens, n, top_m = 2, 20, 4, 5
-    scores = _random(0, heads, 2, rank, tokens, n)
-    cores = _random(1, num_cores, heads, rank, rank)
-    selection = _select(scores, scores[:, :, 0], cores, top_m=top_m, shortlist=n)
-    everything = _grid(scores, cores)
-    for head, token in itertools.product(range(heads), range(tokens)):
-        total = everything[head, token].sum(axis=0)
-        expected = np.argsort(-total.reshape(-1), kind="stable")[:top_m]
-        flat = [row * n + column for row, column in _pairs(selection, head, token)]
-        assert flat == expected.tolist()
-        np.testing.assert_allclose(
-            selection.scores[head, token],
-            everything[head, token].reshape(num_cores, -1)[:, expected].T,
-            rtol=1e-4,
-            atol=1e-5,
-        )
-
-
-@pytest.mark.parametrize("scoring", ["tucker", "sum"])
-def test_gradients_pass_through_the_chosen_pairs_alone(x64: None, scoring: str) -> None:
-    rank = 2 if scoring == "tucker" else 1
-    scores = _random(0, 2, 2, rank, 3, 5).astype(jnp.float64)
-    cores = _random(1, 2, 2, rank, rank).astype(jnp.float64) if scoring == "tucker" else None
-    vector = jnp.ones((2, rank))
-
-    @jax.jit
-    def chosen(scores: jax.Array, cores: jax.Array | None) -> jax.Array:
-        shortlisting = retrieval.shortlist_scores(scores, vector, vector)
-        return _select(scores, shortlisting, cores, top_m=3, shortlist=3).scores
-
-    if cores is None:
-        check_grads(lambda scores: chosen(scores, None), (scores,), order=1, modes=["rev"])
-    else:
-        check_grads(chosen, (scores, cores), order=1, modes=["rev"])
-
-    shortlisting = retrieval.shortlist_scores(scores, vector, vector)
-    selection = _select(scores, shortlisting, cores, top_m=3, shortlist=3)
-    gradient = np.asarray(jax.grad(lambda scores: chosen(scores, cores).sum())(scores))
-    for head, token in itertools.product(range(2), range(3)):
-        for side, picks in enumerate([selection.rows, selection.columns]):
-            support = np.flatnonzero(np.any(gradient[head, side, :, token] != 0, axis=0))
-            assert set(support) == set(np.asarray(picks)[head, token])
-
-
-def test_shortlist_scores_reach_the_selection_without_a_gradient() -> None:
-    scores = _random(0, 1, 2, 2, 1, 4)
-
-    def total(shortlisting: jax.Array) -> jax.Array:
-        return _select(
-            scores, shortlisting, jnp.ones((1, 1, 2, 2)), top_m=2, shortlist=2
-        ).scores.sum()
-
-    assert not jnp.any(jax.grad(total)(scores[:, :, 0]))
+def test_softmax_is_over_the_selection_of_each_head() -> None:
+    scores = jnp.log(jnp.asarray([[[1.0], [3.0], [2.0], [8.0]]]))  # one token, two heads of two
+    weights = retrieval.value_weights(scores, "softmax", num_heads=2)
+    np.testing.assert_allclose(weights[0, :, 0], [0.25, 0.75, 0.2, 0.8], rtol=1e-6)
+    assert retrieval.value_weights(-scores, "relu", num_heads=2).tolist() == [[[0]] * 4]
+    assert retrieval.value_weights(scores, "none", num_heads=2) is scores
 
 
 # --- queries ---
@@ -189,7 +83,8 @@ def test_query_layouts_by_hand() -> None:
 
     def arranged(layout: retrieval.QueryLayout, count: int, heads: int) -> list:
         query = retrieval.arrange_query(chunks[:, :count], layout, num_heads=heads, tucker_rank=2)
-        return query[..., 0, 0].tolist()  # [h, 2, r]
+        # Heads and ranks that share a query have size 1.
+        return jnp.broadcast_to(query, (heads, 2, 2, 1, 1))[..., 0, 0].tolist()
 
     assert arranged("per_rank", 4, 2) == [[[0, 1], [2, 3]]] * 2
     assert arranged("shared", 2, 2) == [[[0, 0], [1, 1]]] * 2
@@ -251,23 +146,6 @@ def test_table_rows_wrap_without_overflow(num_rows: int, data: st.DataObject) ->
     assert block[0].tolist() == [address // num_visible for address in virtual]
     assert visible[0].tolist() == [address % num_visible for address in virtual]
     assert rows[0].tolist() == [(address % num_visible + start) % num_rows for address in virtual]
-
-
-def test_heads_lie_side_by_side_best_first() -> None:
-    pairs = jnp.asarray([[[0, 1], [2, 3]], [[4, 5], [6, 7]]], jnp.int32)  # [h, t, k]
-    selection = retrieval.Selection(
-        rows=pairs, columns=jnp.zeros_like(pairs), scores=pairs[..., None].astype(jnp.float32)
-    )
-    virtual = retrieval.virtual_addresses(selection, jnp.arange(8, dtype=jnp.int32), 1)
-    assert virtual.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert retrieval.virtual_addresses(selection, None, 3).tolist() == [
-        [0, 3, 12, 15],
-        [6, 9, 18, 21],
-    ]
-    assert retrieval.value_weights(selection, "none")[..., 0].tolist() == [
-        [0, 1, 4, 5],
-        [2, 3, 6, 7],
-    ]
 
 
 # --- auxiliary losses ---

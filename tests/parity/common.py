@@ -1,6 +1,5 @@
 """What the comparisons with golden files share: types, tolerances and a look inside a layer."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from types import ModuleType
@@ -30,7 +29,7 @@ OBSERVED: list[tuple[ModuleType, str]] = [
     (retrieval, "arrange_query"),
     (retrieval, "product_key_scores"),
     (retrieval, "shortlist_scores"),
-    (retrieval, "select"),
+    (parallel, "product_key_top_k"),
     (retrieval, "virtual_addresses"),
     (retrieval, "table_rows"),
     (retrieval, "value_weights"),
@@ -48,7 +47,7 @@ def observe(
             patch.setattr(module, name, _observed(getattr(module, name), seen))
         y, stats = layer(x, store=window)
     seen["top_k"] = jax.lax.top_k(seen["shortlist_scores"], layer.config.shortlist)
-    seen["selection"] = dataclasses.asdict(seen.pop("select"))
+    seen["scores"], seen["grid"] = seen.pop("product_key_top_k")
     return y, stats, seen
 
 
@@ -97,12 +96,6 @@ def small_model(dtype: Dtype, *, hidden_size: int, epsilon: float = 1e-5, **memo
     # `released` spares the calibration: every parameter is replaced.
     model.memory.update({"initialization": "released", **memory})
     return config_lib.from_config_dict(config).model
-
-
-def heads_last(x: np.ndarray) -> np.ndarray:
-    """[h, t, k, ...] -> [t, h * k, ...]."""
-    x = x.swapaxes(0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _observed(function: Callable[..., Any], seen: dict[str, Any]) -> Callable[..., Any]:

@@ -15,7 +15,6 @@ from tests.parity.common import (
     Dtype,
     Meta,
     Traced,
-    heads_last,
     observe,
     parameters,
     replace_all,
@@ -232,13 +231,12 @@ def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
 
 
 def _results(seen: dict[str, Any], sizes: config_lib.MemoryConfig) -> Arrays:
-    selection = seen["selection"]
     # [head, side, rank 1, token, dim] -> [token, head, side, dim]
     query = seen["arrange_query"][:, :, 0].transpose(2, 0, 1, 3)
     flat_query = query.reshape(len(query), sizes.num_heads, -1)
     results = {
         "idx.real": seen["table_rows"][2],
-        "score.raw": heads_last(selection["scores"])[..., 0],
+        "score.raw": seen["scores"][..., 0],
         "score.best": seen["value_weights"][..., 0],
         "inter.pooled": seen["value_aggregation"],
         "inter.query": flat_query if sizes.bias else query.swapaxes(1, 2),

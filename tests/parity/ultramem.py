@@ -14,7 +14,6 @@ from tests.parity.common import (
     Dtype,
     Meta,
     Traced,
-    heads_last,
     observe,
     parameters,
     replace_all,
@@ -75,19 +74,17 @@ def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
         return objectives, {"y": y, **objectives, **seen}
 
     seen, gradients = run_with_gradients(forward, parameters(golden), golden["x"])
-    selection, shortlisting = seen["selection"], seen["shortlist_scores"]
+    shortlisting = seen["shortlist_scores"]
     block, _, rows = seen["table_rows"]
     u, v = seen["core_vectors"]
     ours = {
         "y": seen["y"],
-        "idx.grid": heads_last(
-            selection["rows"] * config.memory.keys_per_side + selection["columns"]
-        ),
+        "idx.grid": seen["grid"],
         "idx.virtual": seen["virtual_addresses"],
         "idx.group": block,
         "idx.real": rows,
-        "score.best": heads_last(selection["scores"]),
-        "score.total": selection["scores"].sum(axis=-1).swapaxes(0, 1),
+        "score.best": seen["scores"],
+        "score.total": seen["scores"].sum(axis=-1).reshape(len(rows), config.memory.num_heads, -1),
         "inter.pooled": seen["value_aggregation"],
         "buffer.tucker_core_u": u[None, :, None],
         "buffer.tucker_core_v": v[None, :, None],

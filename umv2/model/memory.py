@@ -168,7 +168,7 @@ class MemoryLayer(nnx.Module):
         memory, (query, pre_inputs), (weights, store, start) = self.config, batched, shared
         batch, length = query.shape[:2]
         num_tokens = batch * length
-        arranged = retrieval.arrange_query(
+        query = retrieval.arrange_query(
             self._normalised_query(query.reshape(num_tokens, -1, memory.key_dim), weights),
             memory.query,
             num_heads=memory.num_heads,
@@ -177,20 +177,18 @@ class MemoryLayer(nnx.Module):
         keys = weights["keys"]
         if memory.key_norm == "rms":
             keys = layers.rms_norm(keys, weights["key_norm"], self.norm_epsilon)
-        scores = retrieval.product_key_scores(arranged, keys.astype(arranged.dtype))
-        shortlisting = retrieval.shortlist_scores(scores, weights["core_u"], weights["core_v"])
-        selection = retrieval.select(
-            scores,
-            shortlisting,
-            weights["cores"],
-            top_m=memory.top_m,
-            shortlist=memory.shortlist,
+        keys = keys.astype(query.dtype)
+        u, v, cores = (weights[name] for name in ("core_u", "core_v", "cores"))
+        scores, grid = parallel.product_key_top_k(
+            query, keys, u, v, cores, top_m=memory.top_m, shortlist=memory.shortlist
         )
-        virtual = retrieval.virtual_addresses(selection, weights["shuffle"], memory.keys_per_side)
+        virtual = retrieval.virtual_addresses(grid, weights["shuffle"])
         block, visible, rows = retrieval.table_rows(
             virtual, start, num_visible=memory.num_visible, num_rows=store.num_rows
         )
-        value_weights = retrieval.value_weights(selection, memory.score_activation)
+        value_weights = retrieval.value_weights(
+            scores, memory.score_activation, num_heads=memory.num_heads
+        )
         pooled = parallel.value_aggregation(
             store.values,
             rows,
@@ -202,6 +200,8 @@ class MemoryLayer(nnx.Module):
             num_slots=memory.num_slots,
             chunk_size=memory.chunk_tokens or None,
         )
+        key_scores = retrieval.product_key_scores(query, keys)
+        shortlisting = retrieval.shortlist_scores(key_scores, u, v)
         totals = jax.lax.stop_gradient(value_weights).sum(axis=-1)
         totals = totals.reshape(num_tokens, memory.num_heads, memory.top_m)
         sums = {

@@ -1,11 +1,9 @@
-"""Product-key retrieval as pure functions: scores, shortlist, grid, addresses, sharing windows.
+"""Product-key retrieval as pure functions: queries, addresses, weights, sharing windows, losses.
 
-UltraMemV2 (arXiv 2508.18756), Eq. 6-8 and 10-11, called TDQKR there. Everything acts on the tokens
-of one device, and can be checked by hand on a table of four rows. Heads and sides lead and tokens
-follow (`h`, 2, `r`, `t`, ...), so that scoring is one batched matrix product with no transposition.
-
-Selections are best first, ties go to the lower index. Gradients reach scores through the selected
-pairs alone.
+UltraMemV2 (arXiv 2508.18756), section 3.2, called TDQKR there; the selection itself (Eq. 6-8 and
+10-11) is `kernels_pallas.product_key_top_k`. Everything acts on the tokens of one device, and can
+be checked by hand on a table of four rows. Heads and sides lead and tokens follow (`h`, 2, `r`,
+`t`, ...), so that scoring is one batched matrix product with no transposition.
 """
 
 from typing import Literal
@@ -15,18 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from umv2.types import struct
-
 QueryLayout = Literal["per_rank", "shared", "per_head", "released"]
-
-
-@struct
-class Selection:
-    """The chosen pairs of row and column keys of each token."""
-
-    rows: Int[Array, "h t k"]
-    columns: Int[Array, "h t k"]
-    scores: Float[Array, "h t k c"]
 
 
 def query_chunks(layout: QueryLayout, *, num_heads: int, tucker_rank: int) -> int:
@@ -46,8 +33,8 @@ def arrange_query(
     *,
     num_heads: int,
     tucker_rank: int,
-) -> Float[Array, "h 2 r t q"]:
-    """Gives each head, side and rank its query.
+) -> Float[Array, "query_heads 2 query_ranks t q"]:
+    """Gives each head, side and rank its query; heads or ranks that share one have size 1.
 
     Layouts: `per_rank`, chunks in the order (side, rank), the same for every head (section 4.2.2);
     `shared`, a row and a column chunk for all ranks and heads (V1); `per_head`, chunks in the order
@@ -59,25 +46,26 @@ def arrange_query(
     num_tokens, key_dim = chunks.shape[1:]
     match layout:
         case "per_rank":
-            by_rank = chunks.reshape(1, 2, tucker_rank, num_tokens, key_dim)
+            return chunks.reshape(1, 2, tucker_rank, num_tokens, key_dim)
         case "shared":
-            by_rank = chunks.reshape(1, 2, 1, num_tokens, key_dim)
+            return chunks.reshape(1, 2, 1, num_tokens, key_dim)
         case "per_head":
-            by_rank = chunks.reshape(num_heads, 2, 1, num_tokens, key_dim)
+            return chunks.reshape(num_heads, 2, 1, num_tokens, key_dim)
         case "released":
             heads = 2 * (np.arange(num_heads) // 2)
-            by_rank = chunks[heads[:, None] + np.arange(2)[None, :]][:, :, None]
-    return jnp.broadcast_to(by_rank, (num_heads, 2, tucker_rank, num_tokens, key_dim))
+            return chunks[heads[:, None] + np.arange(2)[None, :]][:, :, None]
 
 
 def product_key_scores(
-    query: Float[Array, "h 2 r t q"], keys: Float[Array, "h 2 r n q"]
+    query: Float[Array, "query_heads 2 query_ranks t q"], keys: Float[Array, "h 2 r n q"]
 ) -> Float[Array, "h 2 r t n"]:
     """Returns the score of every row and column key for each rank: S = <q, K> (step 3).
 
-    Products in the dtype of the inputs, sums and result in float32 (float64 for float64).
+    Products in the dtype of the inputs, sums and result in float32 (float64 for float64). Only the
+    balance loss needs them all; selection goes without.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
+    query = jnp.broadcast_to(query, (*keys.shape[:3], *query.shape[3:]))
     return jnp.einsum("hsrtq,hsrnq->hsrtn", query, keys, preferred_element_type=dtype)
 
 
@@ -95,63 +83,14 @@ def shortlist_scores(
     return jnp.einsum("hsrtn,hsr->hstn", scores, jnp.stack([u, v], axis=1))
 
 
-def select(
-    scores: Float[Array, "h 2 r t n"],
-    shortlisting: Float[Array, "h 2 t n"],
-    cores: Float[Array, "c h r r"] | None,
-    *,
-    top_m: int,
-    shortlist: int,
-) -> Selection:
-    """Returns the top-m pairs of the shortlist grid with their per-core scores (steps 5 and 6).
-
-    Args:
-      scores: S, for every rank.
-      shortlisting: the scores by which `shortlist` candidates a side are kept.
-      cores: Tucker cores; a pair scores sum over c of S_row C_c S_col. None: additive scores,
-        S_row + S_col of rank 1, as in product-key memory (arXiv 1907.05242).
-      top_m: pairs to keep for each token and head.
-      shortlist: candidates a side.
-    """
-    # One call a side: slicing a joint result hides the top-k from XLA's CPU compiler, which then
-    # sorts all keys.
-    rows, columns = (
-        jax.lax.top_k(jax.lax.stop_gradient(shortlisting[:, side]), shortlist)[1]
-        for side in range(2)
-    )
-    fixed = jax.lax.stop_gradient(scores)
-    row_scores = jnp.take_along_axis(fixed[:, 0], rows[:, None], axis=-1)
-    column_scores = jnp.take_along_axis(fixed[:, 1], columns[:, None], axis=-1)
-    if cores is None:
-        grid = row_scores[:, 0, :, :, None] + column_scores[:, 0, :, None, :]
-    else:
-        core = jax.lax.stop_gradient(cores).sum(axis=0)
-        # Rank by rank and not as a batched product: a fused loop over [s, s] beats one tiny
-        # matrix product for each token.
-        weighted = jnp.einsum("hrts,hrq->hqts", row_scores, core)
-        grid = jnp.sum(weighted[..., :, None] * column_scores[..., None, :], axis=1)
-    _, flat = jax.lax.top_k(grid.reshape(*grid.shape[:2], shortlist**2), top_m)
-    rows = jnp.take_along_axis(rows, flat // shortlist, axis=-1)
-    columns = jnp.take_along_axis(columns, flat % shortlist, axis=-1)
-
-    row_scores = jnp.take_along_axis(scores[:, 0], rows[:, None], axis=-1)
-    column_scores = jnp.take_along_axis(scores[:, 1], columns[:, None], axis=-1)
-    if cores is None:
-        chosen = (row_scores + column_scores)[:, 0, :, :, None]
-    else:
-        chosen = jnp.einsum("hrtk,chrq,hqtk->htkc", row_scores, cores, column_scores)
-    return Selection(rows=rows, columns=columns, scores=chosen)
-
-
 def virtual_addresses(
-    selection: Selection, shuffle: Int[Array, " a"] | None, keys_per_side: int
+    grid: Int[Array, "t hk"], shuffle: Int[Array, " a"] | None
 ) -> Int[Array, "t hk"]:
-    """Returns shuffle[i * keys_per_side + j] for the pairs of all heads (step 7).
+    """Returns the virtual address of each place in the grid of keys: shuffle[place] (step 7).
 
-    Without a shuffle an address is the place in the grid of keys, row by row.
+    Without a shuffle the grid is numbered row by row.
     """
-    grid = selection.rows * keys_per_side + selection.columns
-    return _heads_last(grid if shuffle is None else shuffle[grid])
+    return grid if shuffle is None else shuffle[grid]
 
 
 def table_rows(
@@ -169,19 +108,23 @@ def table_rows(
 
 
 def value_weights(
-    selection: Selection, score_activation: Literal["none", "softmax", "relu"]
+    scores: Float[Array, "t hk c"],
+    score_activation: Literal["none", "softmax", "relu"],
+    *,
+    num_heads: int,
 ) -> Float[Array, "t hk c"]:
-    """Returns what weights each core's slice of each value, the heads side by side.
+    """Returns what weights each core's slice of each value.
 
     The per-core scores; or their softmax over the selection of each head (PKM); or their ReLU.
     """
-    scores = selection.scores
     match score_activation:
         case "softmax":
-            scores = jax.nn.softmax(scores, axis=-2)
+            by_head = scores.reshape(scores.shape[0], num_heads, -1, scores.shape[-1])
+            return jax.nn.softmax(by_head, axis=-2).reshape(scores.shape)
         case "relu":
-            scores = jax.nn.relu(scores)
-    return _heads_last(scores)
+            return jax.nn.relu(scores)
+        case _:
+            return scores
 
 
 def window_starts(
@@ -255,9 +198,3 @@ def tucker_penalty(cores: Float[Array, "*l c h r r"], margin: float) -> Float[Ar
     """
     singular = jnp.linalg.svd(cores.sum(axis=-4), compute_uv=False)
     return jnp.mean(jnp.square(jax.nn.relu(singular[..., 1:] - margin)))
-
-
-def _heads_last(x: Array) -> Array:
-    """[h, t, k, ...] -> [t, h * k, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
