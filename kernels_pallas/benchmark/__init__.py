@@ -1,0 +1,1 @@
+"""What `python -m kernels_pallas.bench` is made of: workloads, measurement, tuning, reports."""

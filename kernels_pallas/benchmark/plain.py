@@ -1,0 +1,85 @@
+"""The operators as one writes them first: no chunks, no derivative of their own.
+
+They are what the benchmark compares with. All of their intermediate results may be held at once,
+[T, K, D] rows or [T, s * s] grids, and their gradients are those that JAX derives.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.value_aggregation.reference import Activation
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+def value_aggregation(
+    values: Array,
+    indices: Array,
+    scores: Array,
+    pre_values: Array | None = None,
+    pre_inputs: Array | None = None,
+    slots: Array | None = None,
+    activation: Activation | None = None,
+    num_slots: int = 1,
+) -> Array:
+    """A gather and an einsum for each table."""
+    weights = scores
+    if pre_values is not None:
+        pre_scores = jnp.einsum("tkp,tp->tk", pre_values[indices].astype(jnp.float32), pre_inputs)
+        if activation is not None:
+            pre_scores = _ACTIVATIONS[activation](pre_scores)
+        weights = scores * pre_scores[:, :, None]
+    rows = values[indices].astype(jnp.float32)
+    rows = rows.reshape(*indices.shape, scores.shape[2], -1)
+    if slots is None:
+        output = jnp.einsum("tkc,tkcd->tcd", weights, rows)
+    else:
+        one_hot = jax.nn.one_hot(slots, num_slots, dtype=weights.dtype)
+        output = jnp.einsum("tkc,tks,tkcd->tscd", weights, one_hot, rows)
+    return output.reshape(indices.shape[0], -1)
+
+
+def product_key_top_k(
+    query: Array,
+    keys: Array,
+    u: Array | None,
+    v: Array | None,
+    cores: Array | None,
+    top_m: int,
+    shortlist: int,
+) -> tuple[Array, Array]:
+    """A product with all keys, `lax.top_k` of each side, then of the full grid of pairs."""
+    num_heads, _, rank, num_keys, _ = keys.shape
+    query = jnp.broadcast_to(query, (num_heads, 2, rank, *query.shape[3:]))
+    products = jnp.einsum("hsrtq,hsrnq->shtrn", query, keys, preferred_element_type=jnp.float32)
+    sides: list[tuple[Array, Array]] = []
+    for by_key, weights in zip(products, (u, v), strict=True):
+        ranking = (
+            by_key[:, :, 0] if weights is None else jnp.einsum("htrn,hr->htn", by_key, weights)
+        )
+        best = lax.top_k(lax.stop_gradient(ranking), shortlist)[1]
+        sides.append((best, jnp.take_along_axis(by_key, best[:, :, None], axis=-1)))
+    (rows, row_scores), (columns, column_scores) = sides
+
+    grid: Any
+    if cores is None:
+        grid = (row_scores[:, :, 0, :, None] + column_scores[:, :, 0, None, :])[..., None]
+    else:
+        grid = jnp.einsum("htai,chab,htbj->htijc", row_scores, cores, column_scores)
+    grid = grid.reshape(*grid.shape[:2], shortlist**2, -1)
+    pairs = lax.top_k(lax.stop_gradient(grid.sum(axis=-1)), top_m)[1]
+    scores = jnp.take_along_axis(grid, pairs[..., None], axis=2)
+    addresses = jnp.take_along_axis(rows, pairs // shortlist, axis=-1) * num_keys
+    addresses += jnp.take_along_axis(columns, pairs % shortlist, axis=-1)
+    num_tokens = scores.shape[1]
+    scores = jnp.moveaxis(scores, 0, 1).reshape(num_tokens, num_heads * top_m, -1)
+    return scores, jnp.moveaxis(addresses, 0, 1).reshape(num_tokens, num_heads * top_m)

@@ -1,0 +1,194 @@
+"""What is measured: an operator at a shape, and what it costs at the least."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas.benchmark import plain
+from kernels_pallas.product_key_top_k import api as top_k_api
+from kernels_pallas.product_key_top_k import shapes as top_k_shapes
+from kernels_pallas.value_aggregation import api as aggregation_api
+from kernels_pallas.value_aggregation import shapes as aggregation_shapes
+
+Pass = Literal["forward", "backward", "both"]
+PLAIN = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One of the package's operators, its plain form, its shapes and its costs.
+
+    Attributes:
+        name: as in the package.
+        function: the operator; takes arrays and options by name.
+        plain: the same as one writes it first.
+        backends: names of its implementations.
+        shapes: all named shapes.
+        paper: names of those that an accelerator runs by default.
+        cpu: names of those that a CPU runs by default.
+        differentiable: arguments that have a gradient.
+        cost: from a shape and the bytes of an element, (bytes, FLOP) by pass.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    plain: Callable[..., Any]
+    backends: Mapping[str, Any]
+    shapes: tuple[Any, ...]
+    paper: tuple[str, ...]
+    cpu: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    cost: Callable[[Any, int], dict[str, tuple[int, int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """An operator at one shape, dtype and kind of ids (None where the operator takes no ids)."""
+
+    operator: Operator
+    shape: Any
+    dtype: str
+    ids: str | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """Its arrays by argument."""
+        chosen = {} if self.ids is None else {"ids": self.ids}
+        return self.shape.inputs(dtype=jnp.dtype(self.dtype), **chosen)
+
+    def call(self, implementation: str) -> Callable[[dict[str, Any]], Any]:
+        """The operator as a function of its arrays: the plain form, or an implementation."""
+        if implementation == PLAIN:
+            return lambda arrays: self.operator.plain(**arrays, **self.shape.options)
+        return lambda arrays: self.operator.function(
+            **arrays, **self.shape.options, implementation=implementation
+        )
+
+    def split(self, arrays: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Arrays that are differentiated by, and the others."""
+        names = self.operator.differentiable
+        chosen = {n: x for n, x in arrays.items() if n in names and x is not None}
+        return chosen, {n: x for n, x in arrays.items() if n not in chosen}
+
+    def cost(self, pass_name: Pass) -> tuple[int, int]:
+        """Bytes that have to move and floating-point operations, by formula."""
+        costs = self.operator.cost(self.shape, jnp.dtype(self.dtype).itemsize)
+        forward, backward = costs["forward"], costs["backward"]
+        if pass_name == "both":
+            return forward[0] + backward[0], forward[1] + backward[1]
+        return costs[pass_name]
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies it in a record."""
+        sizes = dataclasses.asdict(self.shape)
+        if self.ids is not None:
+            sizes["ids"] = self.ids
+        return {"operator": self.operator.name, "dtype": self.dtype, "shape": sizes}
+
+
+def differentiated(
+    call: Callable[[dict[str, Any]], Any], others: dict[str, Any]
+) -> Callable[[dict[str, Array]], tuple[Array, Any]]:
+    """The floating-point result of a call as a function of what it is differentiated by.
+
+    Selections come along as an auxiliary result, so that they are computed as well.
+    """
+
+    def function(chosen: dict[str, Array]) -> tuple[Array, Any]:
+        result = call(chosen | others)
+        return result if isinstance(result, tuple) else (result, None)
+
+    return function
+
+
+def aggregation_cost(shape: aggregation_shapes.Shape, itemsize: int) -> dict[str, tuple[int, int]]:
+    """(Bytes, FLOP) of value aggregation by pass.
+
+    Bytes: every selection fetches its rows once, in each pass; ids, scores, pre-inputs, outputs and
+    their gradients, all of 4 bytes, move once; gradients of the tables, dense, are written once.
+    Frequent rows may come from a cache, so ids that are not uniform can beat a copy.
+    """
+    selections = shape.num_tokens * shape.top_m
+    row = shape.value_dim + shape.pre_value_dim
+    rows = itemsize * selections * row
+    ids = selections * (2 if shape.num_slots > 1 else 1)
+    scores = selections * shape.num_cores
+    pre_inputs = shape.num_tokens * shape.pre_value_dim
+    output = shape.num_tokens * shape.num_slots * shape.value_dim
+    tables = itemsize * shape.num_values * row
+    forward = rows + 4 * (ids + scores + pre_inputs + output)
+    backward = rows + 4 * (ids + 2 * scores + 2 * pre_inputs + output) + tables
+    backward_terms = 2 * shape.value_dim + 3 * shape.pre_value_dim
+    return {
+        "forward": (forward, 2 * selections * row),
+        "backward": (backward, 2 * selections * backward_terms),
+    }
+
+
+def top_k_cost(shape: top_k_shapes.Shape, itemsize: int) -> dict[str, tuple[int, int]]:
+    """(Bytes, FLOP) of product-key top-k by pass.
+
+    Bytes: query, keys, results and their gradients move once. FLOP: products of queries with all
+    keys forward, with the chosen keys backward; comparisons are not counted.
+    """
+    arguments = shape.arguments()
+    arrays = arguments["query"].size + arguments["keys"].size
+    pairs = shape.num_tokens * shape.num_heads * shape.top_m
+    scores = pairs * max(1, shape.num_cores)
+    sides = 2 * shape.rank * shape.key_dim
+    # S of the chosen keys is what the forward pass hands to the backward pass.
+    forward = itemsize * arrays + 4 * (scores + pairs)
+    backward = 2 * itemsize * arrays + 4 * (scores + pairs + 2 * shape.rank * pairs)
+    return {
+        "forward": (
+            forward,
+            2 * shape.num_tokens * shape.num_heads * shape.num_keys * sides,
+        ),
+        "backward": (backward, 2 * 2 * pairs * sides),
+    }
+
+
+OPERATORS = {
+    "value_aggregation": Operator(
+        name="value_aggregation",
+        function=aggregation_api.value_aggregation,
+        plain=plain.value_aggregation,
+        backends=aggregation_api.BACKENDS,
+        shapes=aggregation_shapes.SHAPES,
+        paper=aggregation_shapes.PAPER,
+        cpu=aggregation_shapes.CPU,
+        differentiable=("values", "scores", "pre_values", "pre_inputs"),
+        cost=aggregation_cost,
+    ),
+    "product_key_top_k": Operator(
+        name="product_key_top_k",
+        function=top_k_api.product_key_top_k,
+        plain=plain.product_key_top_k,
+        backends=top_k_api.BACKENDS,
+        shapes=top_k_shapes.SHAPES,
+        paper=top_k_shapes.PAPER,
+        cpu=top_k_shapes.CPU,
+        differentiable=("query", "keys", "cores"),
+        cost=top_k_cost,
+    ),
+}
+
+
+def named_shapes(operator: Operator, names: str | None) -> list[Any]:
+    """Shapes by names or tags, parted by commas; by default those of the default device.
+
+    Raises:
+        ValueError: there is no shape or tag of that name.
+    """
+    default = operator.cpu if jax.default_backend() == "cpu" else operator.paper
+    chosen: list[Any] = []
+    for name in default if names is None else names.split(","):
+        found = [s for s in operator.shapes if name in (s.name, s.tag, "all")]
+        if not found:
+            known = ", ".join(["all", "ci", "model", *(s.name for s in operator.shapes)])
+            raise ValueError(f"--shapes: got {name!r}, must be one of {known}")
+        chosen += [shape for shape in found if shape not in chosen]
+    return chosen
