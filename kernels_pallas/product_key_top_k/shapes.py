@@ -113,8 +113,8 @@ def sizes(query: Any, keys: Any, cores: Any, *, top_m: int, shortlist: int) -> d
 SHAPES = (
     # No size is a multiple of a block's.
     Shape("tucker", "ci", 11, 21, 9, 13, 8, num_heads=2),
-    Shape("one_token", "ci", 1, 10, 3, 9, 8),  # all pairs of the shortlists are chosen
     Shape("additive", "ci", 9, 20, 8, 11, 8, rank=1, num_cores=0),
+    Shape("one_token", "ci", 1, 10, 3, 9, 8),  # all pairs of the shortlists are chosen
     Shape("shared_query", "ci", 5, 18, 7, 6, 16, num_heads=3, query_heads=1, query_ranks=1),
     # Cores far from rank 1: the selection has to look outside the staircase.
     Shape("doubtful", "ci", 6, 40, 17, 9, 8, num_cores=1, second_value=1.5),

@@ -1,0 +1,253 @@
+"""Every backend of every operator, at every "ci" shape and dtype, against the float32 reference.
+
+    python -m tests.kernels_pallas.conformance
+
+runs all cases, kernels in the interpreter of their platform, prints a matrix and writes it, with a
+JSON line for each case, under experiments/results/kernels. `test_conformance.py` runs the same
+cases. A new entry of an operator's BACKENDS is another column of cases without further ado.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.benchmark.report import aligned, environment
+from kernels_pallas.benchmark.workloads import OPERATORS, Operator, differentiated
+from kernels_pallas.dispatch import Platform, UnsupportedError
+from kernels_pallas.product_key_top_k.reference import product_key_top_k_reference
+from kernels_pallas.value_aggregation.reference import value_aggregation_reference
+
+REFERENCES = {
+    "value_aggregation": value_aggregation_reference,
+    "product_key_top_k": product_key_top_k_reference,
+}
+PLATFORMS: dict[str, Platform] = {
+    "xla": "cpu",
+    "pallas_tpu": "tpu",
+    "pallas_sparsecore": "tpu",
+    "pallas_gpu": "gpu",
+}
+DTYPES = ("float32", "bfloat16")
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "kernels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One backend of an operator at one shape and dtype, of tables or of query and keys."""
+
+    operator: str
+    backend: str
+    shape: Any
+    dtype: str
+
+    def __str__(self) -> str:
+        return "-".join((self.operator, self.backend, self.shape.name, self.dtype))
+
+    def inputs(self) -> dict[str, Any]:
+        """Random arrays; selections by score have whole numbers, so that they are exact."""
+        if self.operator == "product_key_top_k":
+            return self.shape.inputs(dtype=jnp.dtype(self.dtype), numbers="whole")
+        return self.shape.inputs(dtype=jnp.dtype(self.dtype))
+
+    @property
+    def reduction(self) -> int:
+        """About how many products the longest sum of a result or a gradient adds."""
+        shape = self.shape
+        if self.operator == "value_aggregation":
+            # A sum over selections, each with a pre-score; or all selections of one row.
+            return shape.top_m * max(shape.value_dim + shape.pre_value_dim, shape.num_tokens)
+        # The gradient of a core sums over all chosen pairs.
+        return max(shape.key_dim, shape.num_tokens * shape.num_heads * shape.top_m)
+
+
+@dataclasses.dataclass(frozen=True)
+class Error:
+    """The largest error of some arrays, relative to the largest number of its array.
+
+    `share` is the largest share of what is tolerated; above 1 the case has failed.
+    """
+
+    largest: float
+    share: float
+    array: str
+
+
+def cases() -> list[Case]:
+    """All there is to run."""
+    return [
+        Case(name, backend, shape, dtype)
+        for name, operator in OPERATORS.items()
+        for backend in operator.backends
+        for shape in operator.shapes
+        for dtype in DTYPES
+        if shape.tag == "ci"
+    ]
+
+
+@contextlib.contextmanager
+def interpreter(platform: Platform) -> Iterator[None]:
+    """Runs kernels for TPU or GPU on the CPU; races and reads of nothing show."""
+    if platform == "cpu":
+        yield
+    elif platform == "gpu":
+        gpu_params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+        with plgpu.force_gpu_interpret_mode(gpu_params):
+            yield
+    else:
+        params = pltpu.InterpretParams(
+            num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
+        )
+        with pltpu.force_tpu_interpret_mode(params):
+            yield
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def run(case: Case) -> dict[str, Error] | str:
+    """The errors of a case by pass, or why its backend does not take it."""
+    operator = OPERATORS[case.operator]
+    arrays = case.inputs()
+    platform = PLATFORMS[case.backend]
+    options = case.shape.options | {"implementation": case.backend, "platform": platform}
+    try:
+        jax.eval_shape(lambda: operator.function(**arrays, **options))
+    except UnsupportedError as error:
+        return str(error).rpartition(f"{case.backend!r}: ")[2]
+    with interpreter(platform):
+        got = results(operator, operator.function, arrays, options)
+    want = reference(dataclasses.replace(case, backend=""))
+    return {name: compare(got[name], want[name], case.reduction) for name in got}
+
+
+@functools.cache
+def reference(case: Case) -> dict[str, dict[str, np.ndarray]]:
+    """What a case should compute: from the same numbers, all in float32."""
+    arrays = {
+        name: x.astype(jnp.float32) if x is not None and x.dtype == jnp.bfloat16 else x
+        for name, x in case.inputs().items()
+    }
+    operator = OPERATORS[case.operator]
+    return results(operator, REFERENCES[case.operator], arrays, case.shape.options)
+
+
+def results(
+    operator: Operator, function: Any, arrays: dict[str, Any], options: dict[str, Any]
+) -> dict[str, dict[str, np.ndarray]]:
+    """What a call computes, and the gradients of a weighted sum of it, by name."""
+    chosen = {n: x for n, x in arrays.items() if n in operator.differentiable and x is not None}
+    others = {n: x for n, x in arrays.items() if n not in chosen}
+
+    @jax.jit
+    def both(chosen: dict[str, Array]) -> Any:
+        call = differentiated(lambda arrays: function(**arrays, **options), others)
+        result, vjp, selection = jax.vjp(call, chosen, has_aux=True)
+        weights = jnp.cos(jnp.arange(result.size, dtype=result.dtype)).reshape(result.shape)
+        return result, selection, vjp(weights)[0]
+
+    result, selection, gradients = both(chosen)
+    forward = {"result": result} | ({} if selection is None else {"selection": selection})
+    return jax.tree.map(np.asarray, {"forward": forward, "gradients": gradients})
+
+
+def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], reduction: int) -> Error:
+    """The largest error; integers must be equal."""
+    assert got.keys() == want.keys()
+    errors = []
+    for name, expected in want.items():
+        ours, theirs = (x.astype(np.float64) for x in (got[name], expected))
+        assert np.isfinite(theirs).all(), f"the reference of {name} is not finite"
+        assert ours.shape == theirs.shape, name
+        if jnp.issubdtype(expected.dtype, jnp.integer):
+            wrong = float(np.mean(ours != theirs))
+            errors.append(Error(wrong, float("inf") if wrong else 0.0, name))
+            continue
+        # Each rounds once more where it is returned in bfloat16.
+        returned = 0.0 if got[name].dtype == jnp.float32 else jnp.finfo(got[name].dtype).eps
+        tolerance = 2 * jnp.finfo(jnp.float32).eps * reduction**0.5 + returned
+        largest = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
+        largest = float(largest) if np.isfinite(ours).all() else float("inf")
+        errors.append(Error(largest, largest / float(tolerance), name))
+    return max(errors, key=lambda error: error.share)
+
+
+def matrix(found: Sequence[tuple[Case, dict[str, Error] | str]]) -> str:
+    """Counts and worst error by operator, backend, dtype and pass, then the refusals."""
+    counted = ("passed", "failed", "refused")
+    rows: list[tuple[str, ...]] = [
+        ("operator", "backend", "dtype", "pass", *counted, "worst error", "of tolerated", "at")
+    ]
+    groups: dict[tuple[str, ...], list[tuple[Case, dict[str, Error] | str]]] = {}
+    for case, outcome in found:
+        groups.setdefault((case.operator, case.backend, case.dtype), []).append((case, outcome))
+    for group, members in groups.items():
+        refused = sum(isinstance(outcome, str) for _, outcome in members)
+        for pass_name in ("forward", "gradients"):
+            errors = [
+                (outcome[pass_name], case)
+                for case, outcome in members
+                if not isinstance(outcome, str)
+            ]
+            failed = sum(error.share > 1 for error, _ in errors)
+            counts = (str(len(errors) - failed), str(failed), str(refused))
+            if not errors:
+                rows.append((*group, pass_name, *counts, "", "", ""))
+                continue
+            worst, case = max(errors, key=lambda pair: pair[0].share)
+            rows.append(
+                (
+                    *group,
+                    pass_name,
+                    *counts,
+                    f"{worst.largest:.1e}",
+                    f"{worst.share:.2f}",
+                    f"{case.shape.name}, {worst.array}",
+                )
+            )
+    reasons = [f"{case}: {outcome}" for case, outcome in found if isinstance(outcome, str)]
+    return "\n".join((aligned(rows), "", "refused", *reasons))
+
+
+def record(case: Case, outcome: dict[str, Error] | str) -> dict[str, Any]:
+    """A line of the results."""
+    what = {
+        "operator": case.operator,
+        "backend": case.backend,
+        "dtype": case.dtype,
+        "shape": dataclasses.asdict(case.shape),
+    }
+    if isinstance(outcome, str):
+        return what | {"refused": outcome}
+    return what | {name: dataclasses.asdict(error) for name, error in outcome.items()}
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    found = []
+    for case in cases():
+        start = time.perf_counter()
+        outcome = run(case)
+        sys.stderr.write(f"{case} {time.perf_counter() - start:.1f} s\n")
+        found.append((case, outcome))
+    where = environment()
+    lines = [json.dumps(record(case, outcome) | where) + "\n" for case, outcome in found]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "conformance.jsonl").write_text("".join(lines))
+    table = matrix(found) + "\n"
+    (RESULTS / "conformance.txt").write_text(table)
+    sys.stdout.write(table)
+
+
+if __name__ == "__main__":
+    main()
