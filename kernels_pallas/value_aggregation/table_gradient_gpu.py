@@ -1,0 +1,311 @@
+"""Gradients of tables on Hopper and newer GPUs: selections sorted by row, summed slice by slice.
+
+A block of one warpgroup takes a slice of the sorted selections and adds weight x factor in
+registers as long as the row stays the same; then it writes the row, once. What two slices share,
+because a row's selections begin in one and go on in the next, they leave to a second kernel, which
+adds such parts from left to right. So a row that very many selections share is summed by many
+blocks; the order of its sum depends on the sizes of the slices alone, and no atomics are needed.
+
+Factors are read again for every selection. They have a row a token, [T, D] float32: at the paper's
+sizes they fit into the L2 cache of 50 MB, whose bandwidth, not that of device memory, they take.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import custom_batching, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.common import vary_alike
+from kernels_pallas.value_aggregation import fetch_gpu as fetch
+
+_THREADS = 128  # of a warpgroup, which share the columns of a row
+_UNROLLED = 8  # parts of other slices that are fetched together
+
+
+@dataclasses.dataclass(frozen=True)
+class TableBlocks:
+    """How the sums of tables' gradients divide their work.
+
+    Attributes:
+        slice_size: selections of a block, a multiple of slice_rows.
+        slice_rows: selections a step, a multiple of four; their factors arrive together.
+        slice_stages: steps whose factors are on their way or in use.
+    """
+
+    slice_size: int
+    slice_rows: int
+    slice_stages: int
+
+
+def table_heuristic(num_selections: int, row_bytes: int) -> TableBlocks:
+    """Blocks for factors of `row_bytes`.
+
+    Four blocks for each of 132 multiprocessors, if slices of 32 to 256 selections allow it: longer
+    ones leave fewer parts to be added, but a single row's sum is that much more serial. The ring
+    has about 24 KB, so that eight blocks share a multiprocessor. Reasoned, not measured.
+    """
+    size = max(32, min(256, num_selections // (4 * 132)))
+    stages = max(2, min(8, 24 * 2**10 // (8 * row_bytes)))
+    return TableBlocks(1 << (size.bit_length() - 1), 8, stages)
+
+
+def sum_by_row(
+    rows: Int32[Array, "num_selections"],
+    order: Int32[Array, "num_selections"],
+    weights: Float[Array, "num_tokens top_m num_cores"],
+    factors: Float[Array, "num_tokens dim"],
+    num_rows: int,
+    dtype: DTypeLike,
+    blocks: TableBlocks,
+) -> Float[Array, "{num_rows} dim"]:
+    """Sums weight x factor by row, in float32; the i-th slice of a factor has the i-th weight.
+
+    Args:
+        rows: where each selection adds, rising: the ids for a dense gradient, the numbers of the
+            different ids for a row-sparse one. Selections of rows from `num_rows` on are left out.
+        order: which selection that is, in the flattened weights.
+        weights: of the selections, not sorted.
+        factors: of the tokens.
+        num_rows: rows of the result.
+        dtype: of the result.
+        blocks: how to divide the work.
+    """
+    num_cores, dim = weights.shape[2], factors.shape[1]
+    factors = factors.astype(jnp.float32)
+    if num_rows == 0:
+        return vary_alike(jnp.zeros((0, dim), dtype), (rows, weights, factors))
+    padding = (0, -rows.size % blocks.slice_size)
+    tokens = jnp.pad(order // weights.shape[1], padding)
+    weights = jnp.pad(weights.reshape(-1, num_cores)[order], (padding, (0, 0)))
+    rows = jnp.pad(rows, padding, constant_values=num_rows)
+    arrays = vary_alike((rows, tokens, weights, factors))
+
+    def launch(rows: Array, tokens: Array, weights: Array, factors: Array) -> Array:
+        zeros = vary_alike(jnp.zeros((num_rows, dim), dtype), rows)
+        return _launch(rows, tokens, weights, factors, zeros, blocks)
+
+    # Pallas cannot map over a reference: vmap becomes a loop of calls.
+    return custom_batching.sequential_vmap(launch)(*arrays)
+
+
+def _launch(
+    rows: Array, tokens: Array, weights: Array, factors: Array, zeros: Array, blocks: TableBlocks
+) -> Array:
+    """Adds to rows of `zeros`, in place."""
+    num_slices = rows.size // blocks.slice_size
+    dim = factors.shape[1]
+    width = _padded(dim)
+    axis_type = jax.typeof(rows).manual_axis_type
+    part = jax.ShapeDtypeStruct((num_slices, width), jnp.float32, manual_axis_type=axis_type)
+    buffers, arrived = fetch.ring_scratch(
+        [width], [jnp.float32], blocks.slice_rows, blocks.slice_stages
+    )
+    staged = plgpu.SMEM((width,), zeros.dtype)
+    table = jax.new_ref(zeros)
+
+    def sum_slices(*refs: Any) -> None:
+        _sum_slice_kernel(*refs, blocks=blocks)
+
+    def join_slices(*refs: Any) -> None:
+        _join_slices_kernel(*refs, slice_size=blocks.slice_size)
+
+    heads, tails = plgpu.kernel(
+        sum_slices,
+        kernel_name="value_aggregation_sum_slices",
+        out_type=[part, part],
+        scratch_types=[*buffers, arrived, staged],
+        grid=(num_slices,),
+        grid_names=("slice",),
+    )(rows, tokens, weights, factors, table)
+    plgpu.kernel(
+        join_slices,
+        kernel_name="value_aggregation_join_slices",
+        scratch_types=[staged],
+        grid=(num_slices,),
+        grid_names=("slice",),
+    )(rows, heads, tails, table)
+    return jax.freeze(table)
+
+
+def _sum_slice_kernel(
+    # Inputs, in device memory.
+    rows: Any,  # [slices * slice_size]
+    tokens: Any,  # [slices * slice_size]
+    weights: Any,  # [slices * slice_size, cores]
+    factors: Any,  # [T, D]
+    table: Any,  # [num_rows, D], written in place
+    # Outputs: parts of rows that slices share, uninitialized where there are none.
+    heads: Any,  # [slices, width]: the rest of a row that began in an earlier slice
+    tails: Any,  # [slices, width]: the beginning of a row that goes on in the next slice
+    # Scratch.
+    buffer: Any,  # [stages, slice_rows, width]
+    arrived: Any,
+    staged: Any,  # [width]
+    *,
+    blocks: TableBlocks,
+) -> None:
+    """Sums the rows of a slice; see the module."""
+    index = lax.axis_index("slice")
+    start = index * blocks.slice_size
+    ends = _slice_ends(rows, index, blocks.slice_size)
+    num_rows, dim = table.shape
+    width, num_cores = staged.shape[0], weights.shape[1]
+    zeros = _zeros(width)
+    ring = fetch.Ring({"factors": factors}, {"factors": buffer}, arrived)
+    steps = blocks.slice_size // blocks.slice_rows
+
+    def start_step(step: Array) -> None:
+        first = start + step * blocks.slice_rows
+        ring.start(step, lambda place: tokens[first + place])
+
+    def finish(row: Array, total: Array, is_first: Array) -> None:
+        """Writes a row that the slice has seen the last of."""
+        is_head = is_first & ends.began_before
+
+        @pl.when(is_head)
+        def _() -> None:
+            heads[index] = total
+
+        @pl.when(~is_head & (row < num_rows))
+        def _() -> None:
+            _write_row(total, table.at[row], staged)
+
+    def add_step(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, row, is_first = carry
+        stage = ring.wait(step)
+        places = range(blocks.slice_rows)
+        first = start + step * blocks.slice_rows
+        next_rows = [rows[first + place] for place in places]
+        step_weights = [[weights[first + place, i] for i in range(num_cores)] for place in places]
+        for place in places:
+            is_new = next_rows[place] != row
+            pl.when(is_new)(functools.partial(finish, row, total, is_first))
+            factor = plgpu.load(buffer.at[stage, place], layout=_columns(width))
+            product = _by_core(step_weights[place], width, dim // num_cores) * factor
+            total = _where(is_new, zeros, total) + product
+            row, is_first = next_rows[place], is_first & ~is_new
+        pl.when(step + blocks.slice_stages < steps)(lambda: start_step(step + blocks.slice_stages))
+        return total, row, is_first
+
+    for ahead in range(min(blocks.slice_stages, steps)):
+        start_step(jnp.int32(ahead))
+    total, row, is_first = lax.fori_loop(
+        0, steps, add_step, (zeros, ends.first_row, jnp.bool_(True))
+    )
+
+    is_tail = ends.goes_on & ~(is_first & ends.began_before)
+
+    @pl.when(is_tail)
+    def _() -> None:
+        tails[index] = total
+
+    pl.when(~is_tail)(lambda: finish(row, total, is_first))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _join_slices_kernel(
+    # Inputs, in device memory.
+    rows: Any,  # [slices * slice_size]
+    heads: Any,  # [slices, width]
+    tails: Any,  # [slices, width]
+    table: Any,  # [num_rows, D], written in place
+    # Scratch.
+    staged: Any,  # [width]
+    *,
+    slice_size: int,
+) -> None:
+    """Writes the row that begins in a slice and goes on in later ones, if there is such a row."""
+    index = lax.axis_index("slice")
+    ends = _slice_ends(rows, index, slice_size)
+    num_slices, width = heads.shape
+    num_rows, _ = table.shape
+    zeros = _zeros(width)
+    begins_here = ~ends.began_before | (ends.first_row != ends.last_row)
+
+    def shares_row(other: Array) -> Array:
+        first = rows[jnp.minimum(other, num_slices - 1) * slice_size]
+        return (other < num_slices) & (first == ends.last_row)
+
+    @pl.when(ends.goes_on & begins_here & (ends.last_row < num_rows))
+    def _() -> None:
+        def add(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            other, total = carry
+            parts = []
+            for ahead in range(_UNROLLED):
+                head = plgpu.load(
+                    heads.at[jnp.minimum(other + ahead, num_slices - 1)], layout=_columns(width)
+                )
+                parts.append(_where(shares_row(other + ahead), head, zeros))
+            for part in parts:
+                total += part
+            return other + _UNROLLED, total
+
+        tail = plgpu.load(tails.at[index], layout=_columns(width))
+        _, total = lax.while_loop(lambda carry: shares_row(carry[0]), add, (index + 1, tail))
+        _write_row(total, table.at[ends.last_row], staged)
+        plgpu.wait_smem_to_gmem(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SliceEnds:
+    """How a slice of selections meets its neighbours."""
+
+    first_row: Array
+    last_row: Array
+    began_before: Array  # whether the slice before ends with first_row
+    goes_on: Array  # whether the slice after begins with last_row
+
+
+def _slice_ends(rows: Any, index: Array, slice_size: int) -> _SliceEnds:
+    start, end = index * slice_size, (index + 1) * slice_size
+    num_selections = rows.shape[0]
+    first_row, last_row = rows[start], rows[end - 1]
+    before, after = rows[jnp.maximum(start - 1, 0)], rows[jnp.minimum(end, num_selections - 1)]
+    return _SliceEnds(
+        first_row,
+        last_row,
+        (start > 0) & (before == first_row),
+        (end < num_selections) & (after == last_row),
+    )
+
+
+def _write_row(total: Array, row: Any, staged: Any) -> None:
+    """Starts to write a row to device memory, of which `staged` has the padded width."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for the row before
+    staged[...] = total.astype(staged.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, row.shape[0])], row)
+
+
+def _by_core(weights: list[Array], width: int, core_dim: int) -> Array:
+    """The weight of each core on the columns of its slice."""
+    *others, spread = weights
+    position = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=_columns(width))
+    for core, weight in reversed(list(enumerate(others))):
+        spread = jnp.where(position < (core + 1) * core_dim, weight, spread)
+    return spread
+
+
+def _where(condition: Array, row: Array, other: Array) -> Array:
+    """One row or the other; Mosaic GPU broadcasts no condition by itself."""
+    return jnp.where(lax.broadcast_in_dim(condition, row.shape, ()), row, other)
+
+
+def _zeros(width: int) -> Array:
+    return plgpu.layout_cast(jnp.zeros((width,), jnp.float32), _columns(width))
+
+
+def _columns(width: int) -> Any:
+    """The layout of a row over the threads of a warpgroup."""
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=1)
+
+
+def _padded(dim: int) -> int:
+    return -(-dim // _THREADS) * _THREADS
