@@ -1,0 +1,317 @@
+"""Value aggregation on the SparseCores of a TPU, beside which the TensorCore computes other things.
+
+A SparseCore has 16 vector subcores, each with a local memory of its own. Each subcore takes every
+n-th token: it fetches the rows of some selections, a window, by one indirect stream a table from
+HBM into a ring of buffers, and weights and sums a window while the next ones are on their way. Only
+token-sized results go back to HBM. XLA starts such a kernel asynchronously, so that whatever does
+not depend on it, the FFN for one, runs on the TensorCore meanwhile.
+
+    chips       v5p (4 SparseCores), v6e (2) and tpu7x (2 a device); v5e has none. Lanes, cores and
+                the size of the local memory depend on the chip, which must therefore be known when
+                the call is traced: attached devices, or a mesh in context (`jax.set_mesh`).
+    layouts     Streams want rows that are contiguous: the kernel reads tables without the TPU's
+                usual tiles of 8 x 128, each row padded to 32 bytes. XLA copies a table that it
+                holds otherwise, for every call. Place it with
+                `jax.device_put(table, Format(Layout((0, 1), tiling=((n,),)), sharding))`, n = 8 for
+                float32 and 16 for bfloat16, and name the same format among the `in_shardings` of
+                the jitted function. A float32 array [N * D / 128, 128] in the default layout has
+                the same bytes if 8 divides D: reshaped to [N, D] it needs no copy either. Ids and
+                the other inputs are converted if need be, as are results: T * K * 4 (1 + c) and
+                T * D * 4 bytes beside the T * K * D of the rows.
+    bfloat16    Rows are fetched as they are, half the bytes of float32, and split into two vectors
+                of float32 by shifts. A pair of columns must not belong to two cores.
+    precision   Everything is float32; erf does not lower and is computed by a fitted polynomial
+                (`sparsecore_arithmetic.py`).
+    order       The sum over k is fixed by K and the chip: it does not depend on the other tokens.
+
+The backward kernel fetches the rows again, on the SparseCores too, and computes the gradients of
+scores and pre-inputs. The tables' gradients are made from its weights as in `pallas_tpu`.
+
+The kernels have been compiled for these chips and interpreted; they have run on none. JAX's
+interpreter has no indirect streams: in the tests a loop of row copies stands for them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas import tuned
+from kernels_pallas.value_aggregation import sparsecore_arithmetic as arithmetic
+from kernels_pallas.value_aggregation import sparsecore_pipeline as pipeline
+from kernels_pallas.value_aggregation.options import Options
+from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+from kernels_pallas.value_aggregation.shapes import sizes
+from kernels_pallas.value_aggregation.sparsecore_arithmetic import Columns
+from kernels_pallas.value_aggregation.table_gradient import sort_selections, table_gradient
+
+
+def unsupported_reason(
+    values: Any,
+    indices: Any,
+    scores: Any,
+    pre_values: Any,
+    pre_inputs: Any,
+    slots: Any,
+    options: Options,
+    platform: str,
+) -> str | None:
+    """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
+    if platform != "tpu":
+        return f"it compiles for TPU, not for {platform}"
+    if slots is not None:
+        return f"slots are not implemented (num_slots = {options.num_slots})"
+    if accumulation_dtype(values, scores, pre_values, pre_inputs) != jnp.float32:
+        return "it accumulates in float32, not in float64"
+    if 0 in indices.shape:
+        return f"indices is empty, {indices.shape}"
+    kind = tuned.device_kind(platform)
+    if kind is None:
+        return (
+            "the chip is unknown, on which the number of SparseCores and of lanes depends: compile "
+            "with its devices attached or with their mesh in context (jax.set_mesh)"
+        )
+    chip = pipeline.chip_at_hand()
+    if chip is None:
+        return f"{kind} has no SparseCores"
+
+    tables = {"values": (values, scores.shape[2])}
+    if pre_values is not None:
+        tables["pre_values"] = (pre_values, 1)
+    for name, (table, num_slices) in tables.items():
+        if table.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"rows must be float32 or bfloat16, {name} are {table.dtype}"
+        if 0 in table.shape:
+            return f"{name} is empty, {table.shape}"
+        width = table.shape[1] // num_slices
+        chunk = arithmetic.columns_per_chunk(table.dtype, chip.lanes)
+        if width < chunk:
+            return f"a vector holds {chunk} columns, a slice of {name} for one core has {width}"
+        if chunk > chip.lanes and width % 2:
+            return f"bfloat16 columns come in pairs, a slice of {name} for one core has {width}"
+    # The backward kernel holds more than the forward kernel.
+    call = _Call(values, indices, scores, pre_values, chip)
+    if pipeline.heuristic(call.backward_arrays(), chip) is None:
+        return (
+            f"rows of {pipeline.ALIGNED_ROWS} selections, twice, do not fit the {chip.local_bytes} "
+            "bytes of local memory"
+        )
+    return None
+
+
+def forward(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: None,
+    options: Options,
+) -> Float[Array, "num_tokens value_dim"]:
+    """Computes the output of `value_aggregation` without slots."""
+    del slots
+    chip = pipeline.chip_at_hand()
+    assert chip is not None
+    call = _Call(values, indices, scores, pre_values, chip)
+
+    def compute(refs: dict[str, Any], count: Any, first_k: Any) -> None:
+        weights = refs["scratch"]
+        if pre_values is not None:
+            call.multiply_pre_rows(refs, count)
+
+        def weigh(k: Any, _: None) -> None:
+            gate: Array | float = 1.0
+            if pre_values is not None:
+                gate, _ = arithmetic.activate(call.pre_score(refs, k), options.activation)
+            for core in range(call.num_cores):
+                weights[core, k] = call.score(refs, core, first_k + k) * gate
+
+        arithmetic.for_rows(count, weigh)
+        for core in range(call.num_cores):
+            columns, weight = call.slice_of(core), weights.at[core]
+            arithmetic.add_weighted_rows(
+                refs["values"], count, columns, weight, refs["output"], first_k == 0, chip.lanes
+            )
+
+    operands = call.operands(values, indices, scores, pre_values, pre_inputs)
+    return call.run("forward", compute, call.forward_arrays(), operands)["output"]
+
+
+def backward(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: None,
+    output_grad: Float[Array, "num_tokens value_dim"],
+    options: Options,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype.
+
+    `chunk_size` is how many tokens' worth of contributions to the tables are held at once.
+    """
+    del slots
+    activation, _, chunk_size = options
+    scores_grad, pre_inputs_grad, weights, pre_scores_grad = token_grads(
+        values, indices, scores, pre_values, pre_inputs, output_grad, activation
+    )
+    selections = sort_selections(indices)
+    values_grad = table_gradient(values, selections, weights, output_grad, chunk_size)
+    scores_grad = scores_grad.astype(scores.dtype)
+    if pre_values is None or pre_inputs is None:
+        return values_grad, scores_grad, None, None
+    assert pre_scores_grad is not None and pre_inputs_grad is not None
+    pre_values_grad = table_gradient(
+        pre_values, selections, pre_scores_grad, pre_inputs, chunk_size
+    )
+    return values_grad, scores_grad, pre_values_grad, pre_inputs_grad.astype(pre_inputs.dtype)
+
+
+def token_grads(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    output_grad: Float[Array, "num_tokens value_dim"],
+    activation: Activation | None,
+) -> tuple[Array, Array | None, Array, Array | None]:
+    """What the rows are needed for: gradients of scores, pre-inputs, and those of the two tables.
+
+    The latter are outer products, of weights [T, K, c] with the output's gradient, and of the
+    pre-scores' gradients [T, K, 1] with the pre-inputs.
+    """
+    chip = pipeline.chip_at_hand()
+    assert chip is not None
+    call = _Call(values, indices, scores, pre_values, chip)
+    cores = range(call.num_cores)
+
+    def compute(refs: dict[str, Any], count: Any, first_k: Any) -> None:
+        products = refs["scratch"]
+        for core in cores:
+            columns, product = call.slice_of(core), products.at[core]
+            arithmetic.multiply_rows(
+                refs["values"], count, columns, refs["output_grad"], product, chip.lanes
+            )
+        if pre_values is not None:
+            call.multiply_pre_rows(refs, count)
+
+        # A number is stored as a vector of equal lanes, of which the next one overwrites all but
+        # the first: this loop must keep its order.
+        @pl.loop(0, count)
+        def _differentiate(k: Array) -> None:
+            here = pl.ds(first_k + k, chip.lanes)
+            weights_grad = [arithmetic.spread_sum(products[core, k]) for core in cores]
+            if pre_values is None:
+                for core in cores:
+                    refs["scores_grad"][core, here] = weights_grad[core]
+                return
+            gate, slope = arithmetic.activate(call.pre_score(refs, k), activation)
+            gate_grad = jnp.zeros_like(gate)
+            for core in cores:
+                score = call.score(refs, core, first_k + k)
+                gate_grad += weights_grad[core] * score
+                refs["scores_grad"][core, here] = weights_grad[core] * gate
+                refs["weights"][core, here] = score * gate
+            refs["pre_scores_grad"][0, here] = gate_grad * slope
+            products[call.num_cores, k] = gate_grad * slope
+
+        if pre_values is not None:
+            weight, total = products.at[call.num_cores], refs["pre_inputs_grad"]
+            columns = Columns(0, call.pre_value_dim)
+            arithmetic.add_weighted_rows(
+                refs["pre_values"], count, columns, weight, total, first_k == 0, chip.lanes
+            )
+
+    operands = call.operands(values, indices, scores, pre_values, pre_inputs)
+    operands["output_grad"] = output_grad.astype(jnp.float32)
+    grads = call.run("backward", compute, call.backward_arrays(), operands)
+    scores_grad = jnp.swapaxes(grads["scores_grad"], 1, 2)
+    if pre_values is None:
+        return scores_grad, None, scores.astype(jnp.float32), None
+    weights, pre_scores_grad = (
+        jnp.swapaxes(grads[name], 1, 2) for name in ("weights", "pre_scores_grad")
+    )
+    return scores_grad, grads["pre_inputs_grad"], weights, pre_scores_grad
+
+
+class _Call:
+    """Sizes of a call, its arrays in the kernels' layouts, and what both kernels compute."""
+
+    def __init__(
+        self, values: Any, indices: Any, scores: Any, pre_values: Any, chip: pipeline.Chip
+    ) -> None:
+        self.num_tokens, self.top_m, self.num_cores = scores.shape
+        self.value_dim = values.shape[1]
+        self.pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
+        self.chip = chip
+        self.tables = {"values": values}
+        self.token_inputs = {"ids": indices, "scores": self.selections(self.num_cores)}
+        if pre_values is not None:
+            self.tables["pre_values"] = pre_values
+            self.token_inputs["pre_inputs"] = self.token_rows(self.pre_value_dim)
+        self.num_scratch = self.num_cores + (pre_values is not None)
+        self.sizes = sizes(values, scores, pre_values, num_slots=1)
+
+    def token_rows(self, width: int) -> jax.ShapeDtypeStruct:
+        """A row a token: [T, width]."""
+        return jax.ShapeDtypeStruct((self.num_tokens, width), jnp.float32)
+
+    def selections(self, count: int) -> jax.ShapeDtypeStruct:
+        """Numbers a selection: [T, count, K]."""
+        return jax.ShapeDtypeStruct((self.num_tokens, count, self.top_m), jnp.float32)
+
+    def forward_arrays(self) -> pipeline.Arrays:
+        outputs = {"output": self.token_rows(self.value_dim)}
+        return pipeline.Arrays(self.tables, self.token_inputs, outputs, self.num_scratch)
+
+    def backward_arrays(self) -> pipeline.Arrays:
+        inputs = self.token_inputs | {"output_grad": self.token_rows(self.value_dim)}
+        outputs = {"scores_grad": self.selections(self.num_cores)}
+        if self.pre_value_dim:
+            outputs["weights"] = self.selections(self.num_cores)
+            outputs["pre_scores_grad"] = self.selections(1)
+            outputs["pre_inputs_grad"] = self.token_rows(self.pre_value_dim)
+        return pipeline.Arrays(self.tables, inputs, outputs, self.num_scratch)
+
+    def operands(
+        self, values: Array, indices: Array, scores: Array, pre_values: Any, pre_inputs: Any
+    ) -> dict[str, Array]:
+        operands = {"values": values, "ids": indices}
+        operands["scores"] = jnp.swapaxes(scores, 1, 2).astype(jnp.float32)
+        if pre_values is not None:
+            operands |= {"pre_values": pre_values, "pre_inputs": pre_inputs.astype(jnp.float32)}
+        return operands
+
+    def run(
+        self, pass_name: Any, compute: Any, arrays: pipeline.Arrays, operands: dict[str, Array]
+    ) -> dict[str, Array]:
+        blocks = pipeline.heuristic(arrays, self.chip)
+        assert blocks is not None
+        dtype = self.tables["values"].dtype
+        key = tuned.Key.of(
+            "value_aggregation", "pallas_sparsecore", pass_name, self.sizes, dtype
+        )
+        blocks = tuned.lookup(blocks, key, platform="tpu") or blocks
+        name = f"value_aggregation_{pass_name}"
+        return pipeline.run(name, compute, arrays, operands, blocks, self.chip)
+
+    def slice_of(self, core: int) -> Columns:
+        width = self.value_dim // self.num_cores
+        return Columns(core * width, width)
+
+    def score(self, refs: dict[str, Any], core: int, k: Any) -> Array:
+        return arithmetic.spread(refs["scores"].at[core], k, self.chip.lanes)
+
+    def multiply_pre_rows(self, refs: dict[str, Any], count: Any) -> None:
+        """Leaves the summands of the pre-scores in the last scratch of the window."""
+        columns, product = Columns(0, self.pre_value_dim), refs["scratch"].at[self.num_cores]
+        arithmetic.multiply_rows(
+            refs["pre_values"], count, columns, refs["pre_inputs"], product, self.chip.lanes
+        )
+
+    def pre_score(self, refs: dict[str, Any], k: Any) -> Array:
+        return arithmetic.spread_sum(refs["scratch"][self.num_cores, k])

@@ -1,0 +1,247 @@
+"""What a vector subcore of a SparseCore computes on rows that lie in its local memory.
+
+A register holds 8 numbers of 32 bits (v5p, v6e) or 16 (tpu7x): `lanes`. There are no wider vectors
+and no matrix unit, so a row is a sequence of chunks of lanes. One vector of bfloat16 has twice as
+many columns: it is read as words, whose halves, each the upper half of a float32, make two
+registers: even columns and odd ones. What is multiplied with them or added to them is split, and
+sums are merged again, by permutations: once for all rows of a window, not once a row.
+
+The last chunk of columns whose number is no multiple of a chunk begins earlier and shares columns
+with the chunk before. Sums then compute and store these columns twice, equally; inner products
+multiply them with zero the second time, so that a row with infinities may give NaN there instead.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import tpu_sc as plsc
+
+from kernels_pallas.value_aggregation.reference import Activation
+
+# Sums, or factors, that a block of columns keeps in registers. More save loads of weights, fewer
+# save registers; 16 sums and as many rows in flight fit 64 registers. Reasoned, not measured.
+_BLOCK_REGISTERS = 16
+_UNROLLED_ROWS = 4
+
+_TAIL_SCALE = 0.285
+_TAIL_POLYNOMIAL = (  # highest power first
+    0.024569738,
+    -0.086593194,
+    0.073919266,
+    0.003497464,
+    0.067579250,
+    0.085125081,
+    0.104505369,
+    0.113698573,
+    0.113698532,
+)
+
+
+class Columns(NamedTuple):
+    """Adjacent columns of a row: a core's slice, or all of them."""
+
+    start: int
+    width: int
+
+
+def columns_per_chunk(dtype: Any, lanes: int) -> int:
+    """How many columns of a row of that dtype one vector holds."""
+    return lanes * 4 // jnp.dtype(dtype).itemsize
+
+
+def for_rows(count: Any, body: Callable[..., Any], carry: Any = None) -> Any:
+    """Folds `body(k, carry)` over rows that do not depend on one another but for the carry."""
+    if carry is None:
+        return plsc.parallel_loop(0, count, unroll=_UNROLLED_ROWS)(lambda k: body(k, None))
+    return plsc.parallel_loop(0, count, unroll=_UNROLLED_ROWS, carry=carry)(body)
+
+
+def multiply_rows(
+    rows: Any, count: Any, columns: Columns, factor: Any, sums: Any, lanes: int
+) -> None:
+    """Sets sums[k] to a vector whose lanes add up to the inner product of row k with a factor.
+
+    Refs: rows [>= count, D] of a table, factor [D] float32, sums [>= count, lanes].
+    """
+    chunk = columns_per_chunk(rows.dtype, lanes)
+
+    def add_block(first: Any, starts: Sequence[Any]) -> None:
+        factors = []
+        for i, start in enumerate(starts):
+            parts = _load_split(factor, columns.start + start, chunk // lanes, lanes)
+            if columns.width % chunk and i == len(starts) - 1:
+                # Only the last chunk can begin before its turn, at (first + i) * chunk.
+                counted = (first + i) * chunk - start
+                column = lax.iota(jnp.int32, lanes) * len(parts)
+                parts = [jnp.where(column + j >= counted, x, 0) for j, x in enumerate(parts)]
+            factors += parts
+
+        def add_row(k: Any, _: None) -> None:
+            parts = _load_row(rows, k, columns.start, starts, chunk, lanes)
+            products = [x * y for x, y in zip(factors, parts, strict=True)]
+            before = jnp.where(first == 0, 0, sums[k])
+            sums[k] = before + _tree_sum(products)
+
+        for_rows(count, add_row)
+
+    _for_blocks(columns.width, chunk, lanes, add_block)
+
+
+def add_weighted_rows(
+    rows: Any, count: Any, columns: Columns, weights: Any, total: Any, is_first: Any, lanes: int
+) -> None:
+    """Adds to total [D] the columns of each row k times weights[k]; starts from 0 if is_first.
+
+    Refs: rows [>= count, D] of a table, weights [>= count, lanes], all lanes equal.
+    """
+    chunk = columns_per_chunk(rows.dtype, lanes)
+    num_parts = chunk // lanes
+
+    def add_block(first: Any, starts: Sequence[Any]) -> None:
+        del first
+        sums: list[Array] = []
+        for start in starts:
+            parts = _load_split(total, columns.start + start, num_parts, lanes)
+            sums += [jnp.where(is_first, 0, part) for part in parts]
+
+        def add_row(k: Any, sums: list[Array]) -> list[Array]:
+            weight = weights[k]
+            parts = _load_row(rows, k, columns.start, starts, chunk, lanes)
+            return [x + weight * y for x, y in zip(sums, parts, strict=True)]
+
+        sums = for_rows(count, add_row, sums)
+        for i, start in enumerate(starts):
+            parts = sums[i * num_parts : (i + 1) * num_parts]
+            _store_merged(total, columns.start + start, parts, lanes)
+
+    _for_blocks(columns.width, chunk, lanes, add_block)
+
+
+def spread(ref: Any, index: Any, lanes: int) -> Array:
+    """The number at `index` of a vector ref, in all lanes; ref has `lanes` - 1 numbers more."""
+    return _permute(ref[pl.ds(index, lanes)], jnp.zeros(lanes, jnp.int32))
+
+
+def spread_sum(x: Array) -> Array:
+    """The sum of the lanes, in all lanes."""
+    lane = lax.iota(jnp.int32, x.size)
+    distance = x.size // 2
+    while distance:
+        x += _permute(x, lane ^ distance)
+        distance //= 2
+    return x
+
+
+def activate(x: Array, activation: Activation | None) -> tuple[Array, Array]:
+    """The activation of pre-scores and its derivative, in operations that a subcore has."""
+    match activation:
+        case None:
+            return x, jnp.ones_like(x)
+        case "gelu":
+            bell = jnp.exp(-x * x / 2)
+            probability = _normal_cdf(x, bell)
+            return x * probability, probability + x * bell * (1 / math.sqrt(2 * math.pi))
+        case "silu":
+            sigmoid = 1 / (1 + jnp.exp(-x))
+            return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+        case "relu":
+            return jnp.maximum(x, 0), jnp.where(x > 0, 1.0, 0.0)
+
+
+def _normal_cdf(x: Array, bell: Array) -> Array:
+    """The distribution function of the normal distribution, without erf, which does not lower.
+
+    The upper tail at |x| is bell x t x P(t) with t = 1 / (1 + q |x|) and bell = exp(-x^2 / 2); q
+    and the polynomial P were fitted to it. In float32 the error is below 3e-7, and relative to a
+    tail of more than 1e-30 below 5e-6.
+    """
+    t = 1 / (1 + _TAIL_SCALE * jnp.abs(x))
+    polynomial = jnp.full_like(x, _TAIL_POLYNOMIAL[0])
+    for coefficient in _TAIL_POLYNOMIAL[1:]:
+        polynomial = polynomial * t + coefficient
+    tail = bell * t * polynomial
+    return jnp.where(x < 0, tail, 1 - tail)
+
+
+def _for_blocks(
+    width: int, chunk: int, lanes: int, body: Callable[[Any, Sequence[Any]], None]
+) -> None:
+    """Calls `body(first chunk, starts of chunks)` for blocks of chunks that fill the registers."""
+    num_chunks = pl.cdiv(width, chunk)
+    num_blocks = pl.cdiv(num_chunks, _BLOCK_REGISTERS * lanes // chunk)
+    size = pl.cdiv(num_chunks, num_blocks)
+
+    def run(first: Any, size: int) -> None:
+        starts = [(first + i) * chunk for i in range(size)]
+        if width % chunk:
+            starts = [jnp.minimum(start, width - chunk) for start in starts]
+        body(first, starts)
+
+    whole, rest = divmod(num_chunks, size)
+    if whole == 1:
+        run(0, size)
+    else:
+        pl.loop(0, whole)(lambda block: run(block * size, size))
+    if rest:
+        run(whole * size, rest)
+
+
+def _load_row(
+    rows: Any, k: Any, first_column: int, starts: Sequence[Any], chunk: int, lanes: int
+) -> list[Array]:
+    """The chunks of row k, float32: one register each, or for bfloat16 two."""
+    parts: list[Array] = []
+    for start in starts:
+        row = rows[k, pl.ds(first_column + start, chunk)]
+        if chunk == lanes:
+            parts.append(row)
+            continue
+        words = pltpu.bitcast(row, jnp.uint32, dim=-1)
+        for word in (words << 16, words & jnp.uint32(0xFFFF0000)):
+            parts.append(lax.bitcast_convert_type(word, jnp.float32))
+    return parts
+
+
+def _load_split(ref: Any, start: Any, num_parts: int, lanes: int) -> list[Array]:
+    """Columns of a float32 vector ref in the order in which `_load_row` has those of a row."""
+    vectors = [ref[pl.ds(start + i * lanes, lanes)] for i in range(num_parts)]
+    if num_parts == 1:
+        return vectors
+    first, second = vectors
+    lane = lax.iota(jnp.int32, lanes)
+    is_low = lane < lanes // 2
+    from_lane = 2 * lane & lanes - 1
+    return [
+        jnp.where(is_low, _permute(first, from_lane + i), _permute(second, from_lane + i))
+        for i in range(2)
+    ]
+
+
+def _store_merged(ref: Any, start: Any, parts: Sequence[Array], lanes: int) -> None:
+    """The reverse of `_load_split`."""
+    if len(parts) == 1:
+        ref[pl.ds(start, lanes)] = parts[0]
+        return
+    even, odd = parts
+    lane = lax.iota(jnp.int32, lanes)
+    for i in range(2):
+        from_lane = lane // 2 + i * (lanes // 2)
+        merged = jnp.where(lane & 1 == 0, _permute(even, from_lane), _permute(odd, from_lane))
+        ref[pl.ds(start + i * lanes, lanes)] = merged
+
+
+def _permute(x: Array, lane: Array) -> Array:
+    return jnp.take_along_axis(x, lane, axis=0, mode="promise_in_bounds")
+
+
+def _tree_sum(terms: Sequence[Array]) -> Array:
+    """Adds neighbours, then sums of neighbours: few additions wait for one another."""
+    while len(terms) > 1:
+        pairs = [x + y for x, y in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + list(terms[2 * len(pairs) :])
+    return terms[0]
