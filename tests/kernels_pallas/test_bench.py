@@ -1,0 +1,172 @@
+"""The benchmark: what it counts, what it reports, and how it looks for block sizes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from kernels_pallas import bench, tuned
+from kernels_pallas.benchmark import measure, tune
+from kernels_pallas.benchmark.measure import Program, Times
+from kernels_pallas.benchmark.workloads import OPERATORS, Workload, named_shapes
+from kernels_pallas.value_aggregation.shapes import Shape, draw_ids
+from tests.kernels_pallas.conformance import REFERENCES, compare, results
+
+AGGREGATION, TOP_K = OPERATORS.values()
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [
+        (AGGREGATION, "ragged"),
+        (AGGREGATION, "slots"),
+        (TOP_K, "tucker"),
+        (TOP_K, "additive"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_plain_form_computes_the_same(operator: Any, name: str) -> None:
+    (shape,) = named_shapes(operator, name)
+    arrays = shape.inputs()
+    got = results(operator, operator.plain, arrays, shape.options)
+    want = results(operator, REFERENCES[operator.name], arrays, shape.options)
+    for pass_name, arrays in want.items():
+        assert compare(got[pass_name], arrays, reduction=1000).share <= 1, pass_name
+
+
+def test_bytes_and_flop_of_a_tiny_workload_by_hand() -> None:
+    # 2 tokens of 3 selections: 6 rows of 8 + 4 numbers of 2 bytes; ids, 2 scores each, 2 pre-inputs
+    # of 4 and 2 outputs of 8, of 4 bytes.
+    shape = Shape("tiny", "ci", 2, 3, 10, 8, 4, num_cores=2)
+    workload = Workload(AGGREGATION, shape, "bfloat16", "uniform")
+    forward = 6 * 12 * 2 + 4 * (6 + 12 + 8 + 16)
+    assert workload.cost("forward") == (forward, 2 * 6 * 12)
+    # Scores and pre-inputs are read, their gradients written; so are those of 10 rows.
+    backward = 6 * 12 * 2 + 4 * (6 + 24 + 16 + 16) + 10 * 12 * 2
+    assert workload.cost("backward") == (backward, 2 * 6 * (2 * 8 + 3 * 4))
+    assert workload.cost("both") == (forward + backward, 2 * 6 * (12 + 28))
+
+
+def test_ids_are_drawn_as_named() -> None:
+    rng = np.random.default_rng(0)
+    drawn = {
+        kind: draw_ids(kind, (4000, 5), 100, rng) for kind in ("uniform", "zipf", "equal", "ends")
+    }
+    assert all(ids.min() >= 0 and ids.max() < 100 for ids in drawn.values())
+    assert np.unique(drawn["equal"]).size == 1
+    assert set(np.unique(drawn["ends"])) == {0, 99}
+    most, second = (np.sort(np.bincount(drawn["zipf"].ravel()))[-i] for i in (1, 2))
+    # ln 2 and ln 3/2 of ln 101.
+    assert most / 20000 == pytest.approx(0.150, abs=0.01)
+    assert second / 20000 == pytest.approx(0.088, abs=0.01)
+    assert np.bincount(drawn["uniform"].ravel()).max() < 300
+
+
+def test_programs_take_turns_and_begin_in_turn() -> None:
+    order: list[str] = []
+    programs = {
+        name: Program(lambda name=name: order.append(name), 0.0, 0, 0) for name in ("a", "b")
+    }
+    times = measure.in_turns(programs, 3)
+    assert order == ["a", "a", "b", "b", "a", "b", "b", "a", "a", "b"]
+    assert len(times["a"].seconds) == 3
+
+
+def test_speedups_are_of_times_within_a_round() -> None:
+    noisy, twice = Times((1.0, 10.0, 1.0)), Times((2.0, 20.0, 2.0))
+    assert noisy.speedup_over(twice) == (2.0, (2.0, 2.0))
+
+
+def test_records_a_table_and_a_plot_come_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "--op=value_aggregation --shapes=one_token --repeats=2 --ids=uniform"
+    names = "--implementation=xla,pallas_tpu,plain --passes=forward,backward"
+    bench.main([*command.split(), *names.split(), f"--output={tmp_path}"])
+    records = [json.loads(x) for x in (tmp_path / "value_aggregation.jsonl").open()]
+    assert [(x["pass"], x["implementation"]) for x in records] == [
+        (pass_name, name)
+        for pass_name in ("forward", "backward")
+        for name in ("xla", "pallas_tpu", "plain")
+    ]
+    xla, pallas, plain = records[3:]
+    assert pallas["reason"] == "it compiles for TPU, not for cpu"
+    assert xla["speedup_over_plain"] > 0
+    assert plain["difference"] < 1e-5
+    assert xla["bytes_per_second"] == pytest.approx(xla["bytes"] / xla["median_seconds"])
+    assert xla["versions"]["jax"] == jax.__version__
+    assert "no: it compiles for TPU, not for cpu" in capsys.readouterr().out
+    assert (tmp_path / "value_aggregation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_program_that_needs_more_memory_than_there_is_is_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "available_bytes", lambda: 100)
+    (shape,) = named_shapes(TOP_K, "one_token")
+    workload = Workload(TOP_K, shape, "float32")
+    found = measure.program_of(workload, "plain", "forward", workload.inputs())
+    assert found == "needs 0.0 GiB, there are 0.0 GiB"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--shapes=huge", "--shapes: got 'huge', must be one of all, ci, model, "),
+        ("--implementation=fast", "--implementation: got 'fast', must be one of xla"),
+        ("--passes=sideways", "--passes: got 'sideways', must be one of forward, backward, both"),
+        ("--ids=zipf", "--ids: product_key_top_k takes no ids"),
+        ("--repeats=0", "--repeats: got 0, must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_refused(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.arguments(["--op=product_key_top_k", argument])
+    assert message in capsys.readouterr().err
+
+
+def test_tuning_goes_to_the_fastest_blocks_and_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KERNELS_PALLAS_TUNED", str(tmp_path))
+    compiled: list[int] = []
+
+    def program(workload: Any, name: str, request: Any, blocks: Any, arrays: Any) -> Any:
+        compiled.append(blocks.chunk_size)
+        return "too small" if blocks.chunk_size < 8 else Program(int, 0.0, 0, 0)
+
+    def times(programs: dict[Any, Program], rounds: int) -> dict[Any, Times]:
+        # 16 is best; the heuristic says 8192.
+        return {b: Times((float(abs(np.log2(b.chunk_size) - 4) + 1),) * rounds) for b in programs}
+
+    monkeypatch.setattr(tune, "_program", program)
+    monkeypatch.setattr(tune, "in_turns", times)
+    command = "--op=value_aggregation --implementation=xla --shapes=ragged --ids=uniform --tune"
+    bench.main(command.split())
+    (path,) = tmp_path.iterdir()
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert entry["blocks"] == {"chunk_size": 16}
+    assert entry["measured"]["heuristic"] == {"chunk_size": 8192}
+    assert entry["measured"]["speedup_over_heuristic"] == pytest.approx(10)
+    assert "no: too small" in capsys.readouterr().out
+    kind = tuned.device_kind("cpu")
+    assert kind is not None
+    assert [b for b in tuned.load(path, kind).values()] == [{"chunk_size": 16}]
+
+
+def test_blocks_under_trial_are_those_that_are_compiled() -> None:
+    (shape,) = named_shapes(AGGREGATION, "ragged")
+    workload = Workload(AGGREGATION, shape, "float32", "uniform")
+    (request,) = tune.requests(workload, "xla")
+    arrays = workload.inputs()
+    memory = {
+        size: tune._program(workload, "xla", request, tuned.Chunks(size), arrays)
+        for size in (2, 8192)
+    }
+    one, other = (program.temporary_bytes for program in memory.values())
+    assert one != other
