@@ -9,19 +9,31 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.common import check, chunk_tokens, vary_alike
-from kernels_pallas.value_aggregation import pallas_gpu, pallas_tpu, row_gradients_xla, xla
+from kernels_pallas.value_aggregation import (
+    pallas_gpu,
+    pallas_sparsecore,
+    pallas_tpu,
+    row_gradients_xla,
+    xla,
+)
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.shapes import sizes
 from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 
 # Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
-BACKENDS: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+BACKENDS: dict[str, Any] = {
+    "xla": xla,
+    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
+    "pallas_sparsecore": pallas_sparsecore,
+}
 # Those whose gradients of tables come row-sparse too: `backward` with `max_rows` before `options`.
 ROW_GRADIENTS: dict[str, Any] = {
     "xla": row_gradients_xla.row_gradients,
+    "pallas_tpu": pallas_tpu.row_gradients,
     "pallas_gpu": pallas_gpu.row_gradients,
 }
 

@@ -18,8 +18,7 @@ so that the rows of all tokens of a block but one are on their way at any time.
     order       The sum over k is fixed by K alone: the result does not depend on the other tokens.
 
 The backward kernel fetches the rows again and computes the gradients of scores and pre-inputs. The
-tables' gradients are made from its weights by plain XLA: ids are sorted once, and the contributions
-of equal ids, now adjacent, are added in that order.
+tables' gradients are made from its weights by the kernel of `table_gradient_tpu.py`.
 """
 
 import math
@@ -33,9 +32,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
-from kernels_pallas.value_aggregation.table_gradient import sort_selections, table_gradient
+from kernels_pallas.value_aggregation.table_gradient import RowGradients, Term
+from kernels_pallas.value_aggregation.table_gradient_tpu import (
+    row_sums,
+    table_gradients,
+    too_many_tokens,
+)
 
 _LANES, _SUBLANES = 128, 8
 # Arrays with a number a selection, [..., K, T]; the others have a row a token.
@@ -75,6 +80,7 @@ def unsupported_reason(
         reasons.append((odd, f"bfloat16 rows are fetched in pairs, {name} has {table.shape[0]}"))
         reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
     reasons.append((0 in indices.shape, f"indices is empty, {indices.shape}"))
+    reasons.append(too_many_tokens(indices.shape[0]))
     smem_bytes = 2 * 4 * top_m * _LANES
     vmem_bytes = _vmem_bytes(_block_tokens(top_m, values, pre_values), scores, values, pre_values)
     for memory, needed, available in (
@@ -109,7 +115,7 @@ def forward(
             weights = scores
         else:
             pre_scores = _pre_scores(refs, slot, token, lane)
-            gates, _ = _activate(pre_scores, options.activation)
+            gates, _ = activation_and_slope(pre_scores, options.activation)
             weights = [score * gates for score in scores]
         for lanes in _lane_chunks(call.value_dim):
             weight = _by_core(weights, lanes, call.value_dim)
@@ -130,25 +136,38 @@ def backward(
     output_grad: Float[Array, "num_tokens value_dim"],
     options: Options,
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype.
-
-    `chunk_size` is how many tokens' worth of contributions to the tables are held at once.
-    """
+    """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype."""
     del slots
-    activation, _, chunk_size = options
-    scores_grad, pre_inputs_grad, weights, pre_scores_grad = _token_grads(
-        values, indices, scores, pre_values, pre_inputs, output_grad, activation
+    scores_grad, pre_inputs_grad, terms = _token_grads(
+        values, indices, scores, pre_values, pre_inputs, output_grad, options.activation
     )
-    selections = sort_selections(indices)
-    values_grad = table_gradient(values, selections, weights, output_grad, chunk_size)
     scores_grad = scores_grad.astype(scores.dtype)
-    if pre_values is None or pre_inputs is None:
+    if pre_values is None or pre_inputs is None or pre_inputs_grad is None:
+        (values_grad,) = table_gradients(indices, terms, [values])
         return values_grad, scores_grad, None, None
-    assert pre_scores_grad is not None and pre_inputs_grad is not None
-    pre_values_grad = table_gradient(
-        pre_values, selections, pre_scores_grad, pre_inputs, chunk_size
-    )
+    values_grad, pre_values_grad = table_gradients(indices, terms, [values, pre_values])
     return values_grad, scores_grad, pre_values_grad, pre_inputs_grad.astype(pre_inputs.dtype)
+
+
+def row_gradients(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: None,
+    output_grad: Float[Array, "num_tokens value_dim"],
+    max_rows: int,
+    options: Options,
+) -> RowGradients:
+    """Computes the same gradients in float32, those of the tables row by row."""
+    del slots
+    scores_grad, pre_inputs_grad, terms = _token_grads(
+        values, indices, scores, pre_values, pre_inputs, output_grad, options.activation
+    )
+    ids, num_rows, sums = row_sums(indices, terms, values.shape[0], max_rows)
+    pre_values_grad = None if pre_values is None else sums[1]
+    return RowGradients(ids, num_rows, sums[0], pre_values_grad, scores_grad, pre_inputs_grad)
 
 
 def _token_grads(
@@ -159,12 +178,8 @@ def _token_grads(
     pre_inputs: Array | None,
     output_grad: Array,
     activation: Activation | None,
-) -> tuple[Array, Array | None, Array, Array | None]:
-    """What the rows are needed for: gradients of scores, pre-inputs, and those of the two tables.
-
-    The latter are outer products, of weights [T, K, c] with the output's gradient, and of the
-    pre-scores' gradients [T, K, 1] with the pre-inputs.
-    """
+) -> tuple[Array, Array | None, list[Term]]:
+    """The gradients of scores and pre-inputs, and what those of the tables are sums of."""
     call = _Call(values, indices, scores, pre_values, pre_inputs)
     cores = range(call.num_cores)
 
@@ -181,7 +196,7 @@ def _token_grads(
                 _put_column(refs["scores_grad"].at[core], lane, weights_grad[core])
             return
 
-        gates, slopes = _activate(_pre_scores(refs, slot, token, lane), activation)
+        gates, slopes = activation_and_slope(_pre_scores(refs, slot, token, lane), activation)
         gates_grad = jnp.zeros_like(gates)
         for core in cores:
             score = _column(refs["scores"].at[core], lane)
@@ -203,10 +218,11 @@ def _token_grads(
     inputs = {"output_grad": output_grad.astype(jnp.float32)}
     grads = call.run("value_aggregation_backward", compute, inputs, outputs)
     scores_grad = jnp.moveaxis(grads["scores_grad"], (0, 2), (2, 0))
-    if pre_values is None:
-        return scores_grad, None, scores.astype(jnp.float32), None
-    weights = jnp.moveaxis(grads["weights"], (0, 2), (2, 0))
-    return scores_grad, grads["pre_inputs_grad"], weights, grads["pre_scores_grad"].T[:, :, None]
+    if pre_values is None or pre_inputs is None:
+        return scores_grad, None, [Term(scores, output_grad)]
+    weights = Term(jnp.moveaxis(grads["weights"], (0, 2), (2, 0)), output_grad)
+    pre_weights = Term(grads["pre_scores_grad"].T[:, :, None], pre_inputs)
+    return scores_grad, grads["pre_inputs_grad"], [weights, pre_weights]
 
 
 class _Call:
@@ -452,22 +468,6 @@ def _by_core(weights: list[Array], lanes: slice, width: int) -> Array:
         assert mask is not None
         spread = jnp.where(mask, weights[core], spread)
     return spread
-
-
-def _activate(x: Array, activation: Activation | None) -> tuple[Array, Array]:
-    """The activation of pre-scores and its derivative."""
-    match activation:
-        case None:
-            return x, jnp.ones_like(x)
-        case "gelu":
-            probability = (1 + lax.erf(x * math.sqrt(0.5))) / 2
-            density = jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-            return x * probability, probability + x * density
-        case "silu":
-            sigmoid = 1 / (1 + jnp.exp(-x))
-            return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
-        case "relu":
-            return jnp.maximum(x, 0), (x > 0).astype(jnp.float32)
 
 
 def _rows_per_copy(table: Any) -> int:

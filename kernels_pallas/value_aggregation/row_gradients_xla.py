@@ -46,7 +46,7 @@ def row_gradients(
     rows, order = selections.rows, selections.order
     output_grad = output_grad.astype(dtype).reshape(-1, values.shape[1])
     values_grad = sum_by_row(rows, order, weights, output_grad, slots, max_rows, chunk_size)
-    if pre_inputs is None:
+    if pre_inputs is None or pre_scores_grad is None:
         return RowGradients(ids, num_rows, values_grad, None, scores_grad, None)
     pre_values_grad = sum_by_row(
         rows, order, pre_scores_grad, pre_inputs.astype(dtype), None, max_rows, chunk_size

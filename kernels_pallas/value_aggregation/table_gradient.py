@@ -45,11 +45,23 @@ class RowGradients(NamedTuple):
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None
 
 
+class Term(NamedTuple):
+    """What the gradient of a table is made of: a selection adds weight x factor to its row."""
+
+    weights: Float[Array, "num_tokens top_m num_cores"]
+    factors: Float[Array, "num_tokens dim"]
+
+
 def sort_selections(indices: Int32[Array, "num_tokens top_m"]) -> Selections:
     """Sorts the selections of all tokens by id."""
     flat = indices.reshape(-1)
     ids, order = lax.sort_key_val(flat, lax.iota(jnp.int32, flat.size))
-    return Selections(ids, order, jnp.cumsum(_starts(ids), dtype=jnp.int32) - 1)
+    return Selections(ids, order, number_ids(ids))
+
+
+def number_ids(ids: Int32[Array, "num_selections"]) -> Int32[Array, "num_selections"]:
+    """How many different smaller ids there are, for each of the sorted ids."""
+    return jnp.cumsum(_starts(ids), dtype=jnp.int32) - 1
 
 
 def unique_ids(

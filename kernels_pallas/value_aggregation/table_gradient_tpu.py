@@ -20,6 +20,7 @@ in the dtype of the table. Of a row-sparse gradient the rows are numbered withou
 """
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.common import vary_alike
+from kernels_pallas.value_aggregation.table_gradient import Term, number_ids, unique_ids
 
 _LANES, _SUBLANES = 128, 8
 _UNROLL = 8
@@ -71,41 +73,49 @@ def _factor_bytes(num_factors: int, sublanes: int) -> int:
     return 4 * num_factors * sublanes * _LANES
 
 
-def unsupported_reason(num_factors: int) -> str | None:
-    """Why factors of that many rows cannot be taken, or None."""
-    needed = _factor_bytes(num_factors, 1)
-    if needed <= _FACTOR_BYTES:
-        return None
-    return f"{num_factors} tokens need {needed} bytes of VMEM, there are {_FACTOR_BYTES}"
+def too_many_tokens(num_tokens: int) -> tuple[bool, str]:
+    """Whether the factors of so many tokens do not fit, and the words for it."""
+    needed = _factor_bytes(num_tokens, 1)
+    reason = f"{num_tokens} tokens need {needed} bytes of VMEM, there are {_FACTOR_BYTES}"
+    return needed > _FACTOR_BYTES, reason
 
 
-class Selections(NamedTuple):
-    """Selections in rising order of their ids, with all that the kernel reads of each.
+def table_gradients(
+    indices: Int32[Array, "num_tokens top_m"], terms: list[Term], tables: list[Array]
+) -> list[Array]:
+    """The dense gradient of each table, in its dtype, from what it is a sum of."""
+    ids, tokens, weights = _sort_selections(indices, terms)
+    return [
+        sum_by_row(ids, tokens, columns, term.factors, table.shape[0], table.dtype)
+        for columns, term, table in zip(weights, terms, tables, strict=True)
+    ]
 
-    Attributes:
-        ids: of the selected rows, rising.
-        tokens: that selected them.
-        weights: a number for each selection, for each array that was sorted along.
+
+def row_sums(
+    indices: Int32[Array, "num_tokens top_m"], terms: list[Term], num_values: int, max_rows: int
+) -> tuple[Int32[Array, "{max_rows}"], Int32[Array, ""], list[Float[Array, "{max_rows} _"]]]:
+    """The ids and their number as in `RowGradients`; the rows of each table's gradient, float32."""
+    ids, tokens, weights = _sort_selections(indices, terms)
+    rows = number_ids(ids)
+    sums = [
+        sum_by_row(rows, tokens, columns, term.factors, max_rows, jnp.float32)
+        for columns, term in zip(weights, terms, strict=True)
+    ]
+    return *unique_ids(ids, num_values, max_rows), sums
+
+
+def _sort_selections(indices: Array, terms: list[Term]) -> tuple[Array, Array, list[list[Array]]]:
+    """Rising ids of all selections; for each the token and, for each term and core, the weight.
+
+    Equal ids are in order of k, then of tokens. Weights travel through the sort because to gather
+    them afterwards would take a TPU a step for each.
     """
-
-    ids: Int32[Array, "num_selections"]
-    tokens: Int32[Array, "num_selections"]
-    weights: list[Float[Array, "num_selections"]]
-
-
-def sort_selections(
-    indices: Int32[Array, "num_tokens top_m"],
-    weights: Float[Array, "num_weights top_m num_tokens"],
-) -> Selections:
-    """Sorts the selections of all tokens by id; equal ids are in order of k, then of tokens.
-
-    Weights travel through the sort: to gather them afterwards takes TPUs a step for each.
-    """
-    top_m, num_tokens = indices.shape[::-1]
-    tokens = lax.broadcasted_iota(jnp.int32, (top_m, num_tokens), 1)
+    tokens = lax.broadcasted_iota(jnp.int32, indices.T.shape, 1)
+    weights = [column.astype(jnp.float32) for term in terms for column in term.weights.T]
     columns = [column.reshape(-1) for column in (indices.T, tokens, *weights)]
-    ids, tokens, *weights_in_order = lax.sort(columns, num_keys=1, is_stable=True)
-    return Selections(ids, tokens, weights_in_order)
+    ids, tokens, *columns = lax.sort(columns, num_keys=1)
+    in_order = iter(columns)
+    return ids, tokens, [list(itertools.islice(in_order, term.weights.shape[2])) for term in terms]
 
 
 def sum_by_row(
