@@ -25,7 +25,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def aggregate(num_tokens: int | None = None, **options: Any) -> str:
     """The jaxpr of value aggregation of all or the first tokens of a shape."""
-    arrays = RAGGED.inputs()
+    arrays: dict[str, Any] = RAGGED.inputs()
     for name in ("indices", "scores", "pre_inputs"):
         arrays[name] = arrays[name][:num_tokens]
     return str(jax.make_jaxpr(lambda: value_aggregation(**arrays, **RAGGED.options, **options))())
