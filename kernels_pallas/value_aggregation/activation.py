@@ -3,9 +3,25 @@
 import math
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from kernels_pallas.value_aggregation.reference import Activation
+
+# exp(x^2 / 2) * P(normal < -x) for 0 <= x < 15 is t * polynomial(t), t = 1 / (1 + _TAIL_SCALE * x).
+# Least squares of the relative error, reweighted until it was even: 3.2e-8. In float32 the normal
+# distribution function so computed is within 1.9e-7.
+_TAIL_SCALE = 0.35
+_TAIL_COEFFICIENTS = (
+    0.139621254,
+    0.139864416,
+    0.119814837,
+    0.105577697,
+    -0.0232712618,
+    0.159404438,
+    -0.255912511,
+    0.144066187,
+    -0.0291650732,
+)
 
 
 def activation_and_slope(x: Array, activation: Activation | None) -> tuple[Array, Array]:
@@ -14,11 +30,21 @@ def activation_and_slope(x: Array, activation: Activation | None) -> tuple[Array
         case None:
             return x, jnp.ones_like(x)
         case "gelu":
-            probability = (1 + lax.erf(x * math.sqrt(0.5))) / 2
-            density = jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+            probability, density = _normal(x)
             return x * probability, probability + x * density
         case "silu":
             sigmoid = 1 / (1 + jnp.exp(-x))
             return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
         case "relu":
             return jnp.maximum(x, 0), (x > 0).astype(jnp.float32)
+
+
+def _normal(x: Array) -> tuple[Array, Array]:
+    """Distribution function and density of the normal distribution; Mosaic GPU has no erf."""
+    bell = jnp.exp(-x * x / 2)
+    t = 1 / (1 + _TAIL_SCALE * jnp.abs(x))
+    polynomial = jnp.full_like(x, _TAIL_COEFFICIENTS[-1])
+    for coefficient in reversed(_TAIL_COEFFICIENTS[:-1]):
+        polynomial = polynomial * t + coefficient
+    tail = bell * t * polynomial
+    return jnp.where(x < 0, tail, 1 - tail), bell / math.sqrt(2 * math.pi)

@@ -10,10 +10,14 @@ shared memory, which is never read as a number: it costs no traffic.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.extend
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, custom_batching, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.common import vary_alike
 
 QUAD = 4  # rows, one for each warp of a warpgroup
 COLUMNS = 64  # of a tile: two neighbours for each lane
@@ -147,3 +151,21 @@ def across_columns(column: Array) -> Array:
 def row_positions() -> Array:
     """The row of each element of a tile: [QUAD, COLUMNS]."""
     return plgpu.broadcasted_iota(jnp.int32, (QUAD, COLUMNS), 0, layout=_TILE)
+
+
+def call_kernels(function: Callable[..., Sequence[Array]], *operands: Array) -> list[Array]:
+    """Calls a function that launches kernels, so that vmap and `jax.shard_map` know what to do.
+
+    vmap becomes a loop of calls, because Pallas cannot map over the references that a kernel
+    writes in place. Within `shard_map`, the code of a single warp (`warp_map`) refuses arrays that
+    vary over manual axes, though no kernel here communicates: the function is traced as if they
+    did not vary, and its results vary as the operands do.
+    """
+
+    @custom_batching.sequential_vmap
+    def call(*operands: Array) -> list[Array]:
+        alike = [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands]
+        traced = jax.make_jaxpr(function)(*alike)
+        return vary_alike(jax.extend.core.jaxpr_as_fun(traced)(*operands), operands)
+
+    return call(*vary_alike(list(operands)))

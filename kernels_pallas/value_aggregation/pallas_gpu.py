@@ -2,7 +2,8 @@
 
 A block of one warpgroup computes one token, or a share of its selections: bulk copies bring the
 selected rows into a ring of buffers in shared memory, and rows that have arrived are weighted and
-summed in registers while later ones are on their way. See `fetch_gpu.py` for the layout.
+summed in registers while later ones are on their way. See `tokens_gpu.py` for the
+pipeline, `fetch_gpu.py` for rows and registers.
 
     tables      Read row by row where they lie: no copy, no padding in device memory. A bulk copy
                 moves whole 16 bytes, so a row must be a multiple of that: 8 bfloat16, 4 float32.
@@ -19,21 +20,17 @@ are reasoned, from the report of the compiler and the latency and bandwidth of t
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import custom_batching, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import tuned
 from kernels_pallas.value_aggregation import fetch_gpu as fetch
 from kernels_pallas.value_aggregation.activation import activation_and_slope
-from kernels_pallas.value_aggregation.fetch_gpu import QUAD, Columns, columns_of
+from kernels_pallas.value_aggregation.fetch_gpu import QUAD, columns_of
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import accumulation_dtype
 from kernels_pallas.value_aggregation.shapes import sizes
@@ -47,6 +44,7 @@ from kernels_pallas.value_aggregation.table_gradient_gpu import (
     sum_by_row,
     table_heuristic,
 )
+from kernels_pallas.value_aggregation.tokens_gpu import Blocks, Call, Quad, by_core, row_bytes
 
 _COPY_BYTES = 16  # a bulk copy moves a multiple of them
 _SHARED_BYTES = 227 * 2**10  # that a block may have
@@ -54,27 +52,12 @@ _COMPUTE_CAPABILITY = 9  # Hopper
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How a kernel divides its work.
-
-    Attributes:
-        rows: selections a step, a multiple of four; their rows arrive together.
-        stages: steps whose rows are on their way or in use.
-        splits: blocks that share the selections of a token.
-    """
-
-    rows: int
-    stages: int
-    splits: int
-
-
-@dataclasses.dataclass(frozen=True)
 class BackwardBlocks(Blocks, TableBlocks):
     """The same of the kernel for the gradients of tokens, and those of the tables' kernel."""
 
 
-def heuristic(num_tokens: int, top_m: int, row_bytes: int) -> Blocks:
-    """Blocks for tokens that each fetch `top_m` rows of all tables, `row_bytes` together.
+def heuristic(num_tokens: int, top_m: int, selection_bytes: int) -> Blocks:
+    """Blocks for tokens that each fetch `top_m` rows of all tables, `selection_bytes` together.
 
     At 4.8 TB/s and a latency of about 1 microsecond, each of 132 multiprocessors has to have some
     36 KB of rows on their way. A block has a ring of about 36 KB, so that five or more share a
@@ -82,9 +65,9 @@ def heuristic(num_tokens: int, top_m: int, row_bytes: int) -> Blocks:
     be long enough to pay for its barriers, yet few rows wait for a step to be complete. A batch
     of few tokens is split until there are four blocks for each multiprocessor.
     """
-    rows = 2 * QUAD if 2 * QUAD * row_bytes <= 12 * 2**10 and top_m >= 2 * QUAD else QUAD
+    rows = 2 * QUAD if 2 * QUAD * selection_bytes <= 12 * 2**10 and top_m >= 2 * QUAD else QUAD
     steps = pl.cdiv(max(top_m, rows), rows)
-    stages = max(2, min(8, steps, 36 * 2**10 // (rows * row_bytes)))
+    stages = max(2, min(8, steps, 36 * 2**10 // (rows * selection_bytes)))
     splits = max(1, min(steps, 4 * 132 // num_tokens))
     return Blocks(rows, stages, splits)
 
@@ -117,9 +100,9 @@ def unsupported_reason(
     for name, table in tables.items():
         known = table.dtype in (jnp.float32, jnp.bfloat16)
         reasons.append((not known, f"rows must be float32 or bfloat16, {name} are {table.dtype}"))
-        row_bytes = table.shape[1] * table.dtype.itemsize
-        rule = f"rows must be multiples of {_COPY_BYTES} bytes, those of {name} have {row_bytes}"
-        reasons.append((row_bytes % _COPY_BYTES != 0, rule))
+        size = row_bytes(table)
+        rule = f"rows must be multiples of {_COPY_BYTES} bytes, those of {name} have {size}"
+        reasons.append((size % _COPY_BYTES != 0, rule))
         reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
     reasons.append((0 in indices.shape, f"indices is empty, {indices.shape}"))
     needed = _smallest_ring_bytes(tables.values())
@@ -144,7 +127,7 @@ def forward(
 ) -> Float[Array, "num_tokens value_dim"]:
     """Computes the output of `value_aggregation` without slots."""
     del slots
-    blocks = heuristic(*indices.shape, _row_bytes(values, pre_values))
+    blocks = heuristic(*indices.shape, row_bytes(values, pre_values))
     key = tuned.Key.of(
         "value_aggregation",
         "pallas_gpu",
@@ -153,9 +136,9 @@ def forward(
         values.dtype,
     )
     blocks = tuned.lookup(blocks, key, platform="gpu") or blocks
-    call = _Call(values, indices, scores, pre_values, pre_inputs, blocks)
+    call = Call(values, indices, scores, pre_values, pre_inputs, blocks)
 
-    def compute(quad: _Quad, sums: list[Array]) -> list[Array]:
+    def compute(quad: Quad, sums: list[Array]) -> list[Array]:
         weights = [quad.scores(core) for core in range(call.num_cores)]
         if pre_values is not None:
             gates, _ = activation_and_slope(
@@ -164,7 +147,7 @@ def forward(
             weights = [weight * gates for weight in weights]
         return [
             total
-            + quad.valid(_by_core(weights, columns, call.core_dim) * quad.tile("values", columns))
+            + quad.valid(by_core(weights, columns, call.core_dim) * quad.tile("values", columns))
             for total, columns in zip(sums, columns_of(call.value_dim), strict=True)
         ]
 
@@ -256,7 +239,7 @@ def _token_grads(
     options: Options,
 ) -> tuple[_TokenGrads, BackwardBlocks]:
     """The gradients of a token's own arguments, and the blocks of the whole backward pass."""
-    token_blocks = heuristic(*indices.shape, _row_bytes(values, pre_values))
+    token_blocks = heuristic(*indices.shape, row_bytes(values, pre_values))
     table_blocks = table_heuristic(indices.size, 4 * values.shape[1])
     blocks = BackwardBlocks(**vars(token_blocks), **vars(table_blocks))
     key = tuned.Key.of(
@@ -267,10 +250,10 @@ def _token_grads(
         values.dtype,
     )
     blocks = tuned.lookup(blocks, key, platform="gpu") or blocks
-    call = _Call(values, indices, scores, pre_values, pre_inputs, blocks)
+    call = Call(values, indices, scores, pre_values, pre_inputs, blocks)
     cores = range(call.num_cores)
 
-    def compute(quad: _Quad, sums: list[Array]) -> list[Array]:
+    def compute(quad: Quad, sums: list[Array]) -> list[Array]:
         weights_grad = [
             quad.dot("values", "output_grad", core * call.core_dim, (core + 1) * call.core_dim)
             for core in cores
@@ -311,263 +294,6 @@ def _token_grads(
         _TokenGrads(grads["scores_grad"], pre_inputs_grad, grads["weights"], pre_scores_grad),
         blocks,
     )
-
-
-class _Call:
-    """Shapes, blocks and the pipeline that the two kernels have in common."""
-
-    def __init__(
-        self,
-        values: Array,
-        indices: Array,
-        scores: Array,
-        pre_values: Array | None,
-        pre_inputs: Array | None,
-        blocks: Blocks,
-    ) -> None:
-        self.num_tokens, self.top_m, self.num_cores = scores.shape
-        self.value_dim = values.shape[1]
-        self.core_dim = self.value_dim // self.num_cores
-        self.pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
-        # Fewer selections than a quad has are filled up with copies that count for nothing.
-        padding = ((0, 0), (0, max(0, QUAD - self.top_m)))
-        self.ids = jnp.pad(indices, padding, mode="edge")
-        self.scores = jnp.pad(scores.astype(jnp.float32), (*padding, (0, 0)))
-        self.num_selections = self.ids.shape[1]
-
-        self.rows = min(blocks.rows, self.num_selections // QUAD * QUAD)
-        self.stages = blocks.stages
-        self.steps = pl.cdiv(self.num_selections, self.rows)
-        # The last step reaches back to rows of the one before, which must be of the same block.
-        self.is_ragged = self.steps * self.rows != self.top_m
-        self.splits = max(1, min(blocks.splits, self.steps // 2 if self.is_ragged else self.steps))
-
-        self.tables = {"values": values}
-        self.token_rows: dict[str, Array] = {}
-        if pre_values is not None and pre_inputs is not None:
-            self.tables["pre_values"] = pre_values
-            self.token_rows["pre_inputs"] = pre_inputs.astype(jnp.float32)
-        # Inside shard_map, results vary as the arguments do.
-        self.axis_type = jax.typeof(values).manual_axis_type
-
-    def selections(self, *trailing: int) -> jax.ShapeDtypeStruct:
-        """An output with a number a selection: [T, K, ...]."""
-        return self._output((self.num_tokens, self.num_selections, *trailing))
-
-    def _output(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=self.axis_type)
-
-    def run(
-        self,
-        name: str,
-        compute: Callable[["_Quad", list[Array]], list[Array]],
-        inputs: dict[str, Array],
-        sums_dim: int,
-        outputs: dict[str, jax.ShapeDtypeStruct],
-    ) -> tuple[Array | None, dict[str, Array]]:
-        """Calls `compute(quad, sums)` for every four selections, their rows in shared memory.
-
-        Args:
-            name: of the kernel.
-            compute: returns the sums over the selections of a token so far; puts other outputs.
-            inputs: with a row a token, beside the pre-inputs.
-            sums_dim: width of the sums; 0 if there are none.
-            outputs: with numbers a selection.
-
-        Returns:
-            The sums, [T, sums_dim], and the outputs by name.
-        """
-        token_rows = self.token_rows | inputs
-        operands = {"ids": self.ids, "scores": self.scores} | token_rows | self.tables
-        results = dict(outputs)
-        if sums_dim:
-            results["sums"] = self._output((self.splits, self.num_tokens, sums_dim))
-        buffers, arrived = fetch.ring_scratch(
-            [table.shape[1] for table in self.tables.values()],
-            [table.dtype for table in self.tables.values()],
-            self.rows,
-            self.stages,
-        )
-        scratch = {
-            f"{table}_ring": buffer for table, buffer in zip(self.tables, buffers, strict=True)
-        }
-        scratch["arrived"] = arrived
-        for row, array in token_rows.items():
-            scratch[f"{row}_row"] = plgpu.SMEM((fetch.padded(array.shape[1]),), jnp.float32)
-        if token_rows:
-            scratch["rows_arrived"] = plgpu.Barrier(num_arrivals=len(token_rows))
-        if sums_dim:
-            scratch["sums_row"] = plgpu.SMEM((fetch.padded(sums_dim),), jnp.float32)
-
-        def kernel(*refs: Any) -> None:
-            names = (*operands, *results, *scratch)
-            self._pipeline(
-                dict(zip(names, refs, strict=True)), tuple(token_rows), compute, sums_dim
-            )
-
-        kernel.__name__ = f"_{name}_kernel"
-        launch = plgpu.kernel(
-            kernel,
-            kernel_name=name,
-            out_type=list(results.values()),
-            scratch_types=list(scratch.values()),
-            # The last dimension may be larger than 65535.
-            grid=(self.splits, self.num_tokens),
-            grid_names=("split", "token"),
-            cost_estimate=self._cost([*operands.values(), *results.values()]),
-        )
-        found = dict(
-            zip(results, custom_batching.sequential_vmap(launch)(*operands.values()), strict=True)
-        )
-        sums = found.pop("sums", None)
-        if sums is not None:
-            sums = sums[0] if self.splits == 1 else jnp.sum(sums, axis=0)
-        return sums, {key: array[:, : self.top_m] for key, array in found.items()}
-
-    def _pipeline(
-        self,
-        refs: dict[str, Any],
-        token_rows: tuple[str, ...],
-        compute: Callable[["_Quad", list[Array]], list[Array]],
-        sums_dim: int,
-    ) -> None:
-        token = lax.axis_index("token")
-        split = lax.axis_index("split")
-        first, end = (part * self.steps // self.splits for part in (split, split + 1))
-        ring = fetch.Ring(
-            self.tables_of(refs),
-            {name: refs[f"{name}_ring"] for name in self.tables},
-            refs["arrived"],
-        )
-
-        def first_selection(step: Array) -> Array:
-            return jnp.minimum(step * self.rows, self.num_selections - self.rows)
-
-        def start(step: Array) -> None:
-            start = first_selection(step)
-            ring.start(step, lambda row: refs["ids"][token, start + row])
-
-        for name in token_rows:
-            fetch.copy_in(refs[name].at[token], refs[f"{name}_row"], refs["rows_arrived"])
-        for ahead in range(min(self.stages, self.steps)):
-            step = first + ahead
-            pl.when(step < end)(lambda step=step: start(step))
-        if token_rows:
-            plgpu.barrier_wait(refs["rows_arrived"])
-        rows = {
-            name: [
-                fetch.load_row_of_tile(refs[f"{name}_row"], columns)
-                for columns in columns_of(refs[name].shape[1])
-            ]
-            for name in token_rows
-        }
-
-        def step_of_token(step: Array, sums: list[Array]) -> list[Array]:
-            stage = ring.wait(step)
-            for quad in range(self.rows // QUAD):
-                selection = first_selection(step) + quad * QUAD
-                # Selections from `counted` to top_m have not been taken before.
-                counted = step * self.rows if self.is_ragged else None
-                part = _Quad(self, refs, ring, rows, token, stage, quad, selection, counted)
-                sums = compute(part, sums)
-            pl.when(step + self.stages < end)(lambda: start(step + self.stages))
-            return sums
-
-        zeros = [fetch.zeros_tile() for _ in columns_of(sums_dim)]
-        sums = lax.fori_loop(first, end, step_of_token, zeros)
-        if not sums_dim:
-            return
-        for total, columns in zip(sums, columns_of(sums_dim), strict=True):
-            refs["sums_row"][columns.slice] = jnp.sum(total, axis=0)
-        plgpu.commit_smem()
-        target = refs["sums"].at[split, token]
-        plgpu.copy_smem_to_gmem(refs["sums_row"].at[pl.ds(0, sums_dim)], target)
-        plgpu.wait_smem_to_gmem(0)
-
-    def tables_of(self, refs: dict[str, Any]) -> dict[str, Any]:
-        """The references to the tables."""
-        return {name: refs[name] for name in self.tables}
-
-    def _cost(self, arrays: list[Any]) -> pl.CostEstimate:
-        selections = self.num_tokens * self.num_selections
-        fetched = selections * _row_bytes(*self.tables.values())
-        tables = [id(table) for table in self.tables.values()]
-        others = sum(4 * math.prod(array.shape) for array in arrays if id(array) not in tables)
-        return pl.CostEstimate(
-            flops=2 * selections * (self.value_dim + self.pre_value_dim),
-            transcendentals=selections,
-            bytes_accessed=fetched + others,
-        )
-
-
-class _Quad(NamedTuple):
-    """Four selections of a token whose rows have arrived, one for each warp."""
-
-    call: _Call
-    refs: dict[str, Any]
-    ring: fetch.Ring
-    rows: dict[str, list[Array]]  # of the token, in tiles
-    token: Array
-    stage: Array
-    index: int  # among the quads of the step
-    selection: Array  # the first of the four
-    counted: Array | None
-
-    def tile(self, table: str, columns: Columns) -> Array:
-        """Columns of the selected rows of a table: [QUAD, COLUMNS]."""
-        return self.ring.tile(table, self.stage, self.index, columns)
-
-    def dot(self, table: str, row: str, start: int = 0, end: int | None = None) -> Array:
-        """Inner products of the selected rows with a row of the token, from column to column."""
-        width = self.call.tables[table].shape[1]
-        end = width if end is None else end
-        products = fetch.zeros_tile()
-        for columns, part in zip(columns_of(width), self.rows[row], strict=True):
-            if columns.start >= end or columns.start + columns.width <= start:
-                continue
-            product = self.tile(table, columns) * fetch.across_rows(part)
-            if columns.start < start:
-                product = jnp.where(columns.before(start), 0.0, product)
-            if columns.start + fetch.COLUMNS > end:
-                product = jnp.where(columns.before(end), product, 0.0)
-            products += product
-        return jnp.sum(products, axis=1)
-
-    def valid(self, tile: Array) -> Array:
-        """Zero in the rows of selections that have been taken before, or do not exist."""
-        if self.counted is None:
-            return tile
-        selection = self.selection + fetch.row_positions()
-        is_valid = (selection >= self.counted) & (selection < self.call.top_m)
-        return jnp.where(is_valid, tile, 0.0)
-
-    def scores(self, core: int) -> Array:
-        """[QUAD]."""
-        selections = pl.ds(self.selection, QUAD)
-        return fetch.load_column_of_tile(self.refs["scores"].at[self.token, selections, core])
-
-    def put(self, output: str, numbers: Array, *trailing: int) -> None:
-        """Writes a number for each of the four selections."""
-        selections = pl.ds(self.selection, QUAD)
-        target = self.refs[output].at[self.token, selections, *trailing]
-        plgpu.store(target, numbers, optimized=False)  # 16 bytes, of which each warp writes 4
-
-
-def _by_core(weights: list[Array], columns: Columns, core_dim: int) -> Array:
-    """The weight [QUAD] of each core, on the columns of its slice: [QUAD, COLUMNS]."""
-    first = columns.start // core_dim
-    last = (columns.start + columns.width - 1) // core_dim
-    spread = fetch.across_columns(weights[last])
-    for core in reversed(range(first, last)):
-        before = columns.before((core + 1) * core_dim)
-        spread = jnp.where(before, fetch.across_columns(weights[core]), spread)
-    return spread
-
-
-def _row_bytes(*tables: Any) -> int:
-    """Bytes that a selection fetches."""
-    present = [table for table in tables if table is not None]
-    return sum(table.shape[1] * table.dtype.itemsize for table in present)
 
 
 def _smallest_ring_bytes(tables: Any) -> int:

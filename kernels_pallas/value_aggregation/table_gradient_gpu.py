@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import custom_batching, lax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -85,25 +85,22 @@ def sum_by_row(
     tokens = jnp.pad(order // weights.shape[1], padding)
     weights = jnp.pad(weights.reshape(-1, num_cores)[order], (padding, (0, 0)))
     rows = jnp.pad(rows, padding, constant_values=num_rows)
-    arrays = vary_alike((rows, tokens, weights, factors))
 
-    def launch(rows: Array, tokens: Array, weights: Array, factors: Array) -> Array:
-        zeros = vary_alike(jnp.zeros((num_rows, dim), dtype), rows)
-        return _launch(rows, tokens, weights, factors, zeros, blocks)
+    def launch(rows: Array, tokens: Array, weights: Array, factors: Array) -> list[Array]:
+        zeros = jnp.zeros((num_rows, dim), dtype)
+        return [_add_rows(rows, tokens, weights, factors, zeros, blocks)]
 
-    # Pallas cannot map over a reference: vmap becomes a loop of calls.
-    return custom_batching.sequential_vmap(launch)(*arrays)
+    return fetch.call_kernels(launch, rows, tokens, weights, factors)[0]
 
 
-def _launch(
+def _add_rows(
     rows: Array, tokens: Array, weights: Array, factors: Array, zeros: Array, blocks: TableBlocks
 ) -> Array:
     """Adds to rows of `zeros`, in place."""
     num_slices = rows.size // blocks.slice_size
     dim = factors.shape[1]
     width = _padded(dim)
-    axis_type = jax.typeof(rows).manual_axis_type
-    part = jax.ShapeDtypeStruct((num_slices, width), jnp.float32, manual_axis_type=axis_type)
+    part = jax.ShapeDtypeStruct((num_slices, width), jnp.float32)
     buffers, arrived = fetch.ring_scratch(
         [width], [jnp.float32], blocks.slice_rows, blocks.slice_stages
     )
@@ -194,8 +191,8 @@ def _sum_slice_kernel(
         pl.when(step + blocks.slice_stages < steps)(lambda: start_step(step + blocks.slice_stages))
         return total, row, is_first
 
-    for ahead in range(min(blocks.slice_stages, steps)):
-        start_step(jnp.int32(ahead))
+    ahead = min(blocks.slice_stages, steps)
+    lax.fori_loop(0, ahead, lambda step, _: start_step(step), None)
     total, row, is_first = lax.fori_loop(
         0, steps, add_step, (zeros, ends.first_row, jnp.bool_(True))
     )

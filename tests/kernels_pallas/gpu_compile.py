@@ -2,8 +2,9 @@
 
 CASES is JSON, a list of cases; prints, as JSON, of each the bytes of temporaries and arguments and
 its Mosaic GPU kernels by name: the registers of a thread, and the bytes that it spills, as ptxas
-reports them. Compilation is complete, down to machine code for sm_90a. `compile_cases` runs it in a
-process of its own, because flags and the platform are fixed when JAX starts. A case has
+reports them (the most, of kernels of the same name). Compilation is complete, down to machine code
+for sm_90a. `compile_cases` runs it in a process of its own, because flags and the platform are
+fixed when JAX starts. A case has
 
     operator        a name of OPERATORS
     arguments       for each argument its [shape, dtype], or null
@@ -143,33 +144,43 @@ def compiled(case: dict[str, Any]) -> Any:
         return jax.jit(function[what]).lower(arguments).compile()
 
 
-def kernels(reports: Path) -> dict[str, dict[str, int]]:
-    """What ptxas says of each kernel, by the name that it was given."""
-    found = {}
-    for path in sorted(reports.glob("*.ptxas")):
+def kernel_reports(reports: Path) -> dict[str, dict[str, int]]:
+    """What ptxas says of each kernel compiled, by the name that it was given."""
+    found: dict[str, dict[str, int]] = {}
+    for path in reports.glob("*.ptxas"):
         report = path.read_text()
         name = re.search(r"entry function '(\w+)_mosaic_gpu_kernel'", report)
         registers = re.search(r"Used (\d+) registers", report)
         spilled = re.search(r"(\d+) bytes spill stores", report)
         assert name and registers and spilled, report
-        found[name[1]] = {"registers": int(registers[1]), "spilled": int(spilled[1])}
+        others = found.get(name[1], {"registers": 0, "spilled": 0})
+        found[name[1]] = {
+            "registers": max(others["registers"], int(registers[1])),
+            "spilled": max(others["spilled"], int(spilled[1])),
+        }
     return found
 
 
 def main() -> None:
     results = []
+    known: dict[str, dict[str, int]] = {}
     for case in json.loads(sys.argv[1]):
         with tempfile.TemporaryDirectory() as reports:
             # Mosaic reads these as it compiles.
             os.environ |= {"MOSAIC_GPU_DUMP_TO": reports, "MOSAIC_GPU_DUMP_PTXAS": "1"}
-            memory = compiled(case).memory_analysis()
-            results.append(
-                {
-                    "temporaries": memory.temp_size_in_bytes,
-                    "arguments": memory.argument_size_in_bytes,
-                    "kernels": kernels(Path(reports)),
-                }
-            )
+            program = compiled(case)
+            # A kernel that an earlier case has too is not compiled again.
+            known |= kernel_reports(Path(reports))
+        text, memory = program.as_text(), program.memory_analysis()
+        results.append(
+            {
+                "temporaries": memory.temp_size_in_bytes,
+                "arguments": memory.argument_size_in_bytes,
+                "kernels": {
+                    name: report for name, report in known.items() if f"{name}_mosaic_gpu" in text
+                },
+            }
+        )
     sys.stdout.write(json.dumps(results))
 
 
