@@ -35,6 +35,7 @@ from kernels_pallas.dispatch import UnsupportedError
 from tests.kernels_pallas.aot import CHIPS
 from tests.kernels_pallas.conformance import DTYPES, PLATFORMS, RESULTS
 from tests.kernels_pallas.gpu_compile import H200
+from tests.kernels_pallas.sparsecore_compile import TABLES, contiguous
 
 TOPOLOGIES = {chip.partition(":")[0]: chip for chip in CHIPS} | {"h200": "1x1x1"}
 PASSES = ("forward", "gradients")
@@ -77,11 +78,16 @@ def outcome(case: dict[str, str], mesh: Mesh) -> dict[str, Any]:
         return vjp(result)
 
     function = call if case["pass"] == "forward" else gradients
-    free = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
+    arguments = shape.arguments(case["dtype"])
+    sharding = NamedSharding(mesh, PartitionSpec())
+    free = Format(Layout.AUTO, sharding)
+    formats = dict.fromkeys(arguments, free)
+    if case["backend"] == "pallas_sparsecore":
+        # The compiler does not choose rows without tiles on its own.
+        formats |= {n: contiguous(x, sharding) for n, x in arguments.items() if n in TABLES}
     start = time.perf_counter()
     try:
-        arguments = shape.arguments(case["dtype"])
-        jitted = jax.jit(function, in_shardings=free, out_shardings=free)
+        jitted = jax.jit(function, in_shardings=(formats,), out_shardings=free)
         program = jitted.lower(arguments).compile()
     except UnsupportedError as error:
         return {"refused": str(error).rpartition(f"{case['backend']!r}: ")[2]}
