@@ -45,7 +45,12 @@ from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.shapes import sizes
 from kernels_pallas.value_aggregation.sparsecore_arithmetic import Columns
-from kernels_pallas.value_aggregation.table_gradient import sort_selections, table_gradient
+from kernels_pallas.value_aggregation.table_gradient import RowGradients, Term
+from kernels_pallas.value_aggregation.table_gradient_tpu import (
+    row_sums,
+    table_gradients,
+    too_many_tokens,
+)
 
 
 def unsupported_reason(
@@ -91,6 +96,9 @@ def unsupported_reason(
             return f"a vector holds {chunk} columns, a slice of {name} for one core has {width}"
         if chunk > chip.lanes and width % 2:
             return f"bfloat16 columns come in pairs, a slice of {name} for one core has {width}"
+    is_too_many, reason = too_many_tokens(indices.shape[0])
+    if is_too_many:
+        return reason
     # The backward kernel holds more than the forward kernel.
     call = _Call(values, indices, scores, pre_values, chip)
     if pipeline.heuristic(call.backward_arrays(), chip) is None:
@@ -121,7 +129,7 @@ def forward(
         if pre_values is not None:
             call.multiply_pre_rows(refs, count)
 
-        def weigh(k: Any, _: None) -> None:
+        def weigh(k: Any) -> None:
             gate: Array | float = 1.0
             if pre_values is not None:
                 gate, _ = arithmetic.activate(call.pre_score(refs, k), options.activation)
@@ -149,25 +157,38 @@ def backward(
     output_grad: Float[Array, "num_tokens value_dim"],
     options: Options,
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype.
-
-    `chunk_size` is how many tokens' worth of contributions to the tables are held at once.
-    """
+    """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype."""
     del slots
-    activation, _, chunk_size = options
-    scores_grad, pre_inputs_grad, weights, pre_scores_grad = token_grads(
-        values, indices, scores, pre_values, pre_inputs, output_grad, activation
+    scores_grad, pre_inputs_grad, terms = token_grads(
+        values, indices, scores, pre_values, pre_inputs, output_grad, options.activation
     )
-    selections = sort_selections(indices)
-    values_grad = table_gradient(values, selections, weights, output_grad, chunk_size)
     scores_grad = scores_grad.astype(scores.dtype)
-    if pre_values is None or pre_inputs is None:
+    if pre_values is None or pre_inputs is None or pre_inputs_grad is None:
+        (values_grad,) = table_gradients(indices, terms, [values])
         return values_grad, scores_grad, None, None
-    assert pre_scores_grad is not None and pre_inputs_grad is not None
-    pre_values_grad = table_gradient(
-        pre_values, selections, pre_scores_grad, pre_inputs, chunk_size
-    )
+    values_grad, pre_values_grad = table_gradients(indices, terms, [values, pre_values])
     return values_grad, scores_grad, pre_values_grad, pre_inputs_grad.astype(pre_inputs.dtype)
+
+
+def row_gradients(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: None,
+    output_grad: Float[Array, "num_tokens value_dim"],
+    max_rows: int,
+    options: Options,
+) -> RowGradients:
+    """Computes the same gradients in float32, those of the tables row by row."""
+    del slots
+    scores_grad, pre_inputs_grad, terms = token_grads(
+        values, indices, scores, pre_values, pre_inputs, output_grad, options.activation
+    )
+    ids, num_rows, sums = row_sums(indices, terms, values.shape[0], max_rows)
+    pre_values_grad = None if pre_values is None else sums[1]
+    return RowGradients(ids, num_rows, sums[0], pre_values_grad, scores_grad, pre_inputs_grad)
 
 
 def token_grads(
@@ -178,12 +199,8 @@ def token_grads(
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
     output_grad: Float[Array, "num_tokens value_dim"],
     activation: Activation | None,
-) -> tuple[Array, Array | None, Array, Array | None]:
-    """What the rows are needed for: gradients of scores, pre-inputs, and those of the two tables.
-
-    The latter are outer products, of weights [T, K, c] with the output's gradient, and of the
-    pre-scores' gradients [T, K, 1] with the pre-inputs.
-    """
+) -> tuple[Array, Array | None, list[Term]]:
+    """The gradients of scores and pre-inputs, and what those of the tables are sums of."""
     chip = pipeline.chip_at_hand()
     assert chip is not None
     call = _Call(values, indices, scores, pre_values, chip)
@@ -230,12 +247,11 @@ def token_grads(
     operands["output_grad"] = output_grad.astype(jnp.float32)
     grads = call.run("backward", compute, call.backward_arrays(), operands)
     scores_grad = jnp.swapaxes(grads["scores_grad"], 1, 2)
-    if pre_values is None:
-        return scores_grad, None, scores.astype(jnp.float32), None
-    weights, pre_scores_grad = (
-        jnp.swapaxes(grads[name], 1, 2) for name in ("weights", "pre_scores_grad")
-    )
-    return scores_grad, grads["pre_inputs_grad"], weights, pre_scores_grad
+    if pre_values is None or pre_inputs is None:
+        return scores_grad, None, [Term(scores, output_grad)]
+    weights = Term(jnp.swapaxes(grads["weights"], 1, 2), output_grad)
+    pre_weights = Term(jnp.swapaxes(grads["pre_scores_grad"], 1, 2), pre_inputs)
+    return scores_grad, grads["pre_inputs_grad"], [weights, pre_weights]
 
 
 class _Call:
@@ -292,9 +308,7 @@ class _Call:
         blocks = pipeline.heuristic(arrays, self.chip)
         assert blocks is not None
         dtype = self.tables["values"].dtype
-        key = tuned.Key.of(
-            "value_aggregation", "pallas_sparsecore", pass_name, self.sizes, dtype
-        )
+        key = tuned.Key.of("value_aggregation", "pallas_sparsecore", pass_name, self.sizes, dtype)
         blocks = tuned.lookup(blocks, key, platform="tpu") or blocks
         name = f"value_aggregation_{pass_name}"
         return pipeline.run(name, compute, arrays, operands, blocks, self.chip)

@@ -54,11 +54,22 @@ def columns_per_chunk(dtype: Any, lanes: int) -> int:
     return lanes * 4 // jnp.dtype(dtype).itemsize
 
 
-def for_rows(count: Any, body: Callable[..., Any], carry: Any = None) -> Any:
-    """Folds `body(k, carry)` over rows that do not depend on one another but for the carry."""
-    if carry is None:
-        return plsc.parallel_loop(0, count, unroll=_UNROLLED_ROWS)(lambda k: body(k, None))
-    return plsc.parallel_loop(0, count, unroll=_UNROLLED_ROWS, carry=carry)(body)
+def for_rows(count: Any, body: Callable[[Any], None]) -> None:
+    """Calls `body(k)` for each row; what it reads and writes must not concern other rows."""
+    plsc.parallel_loop(0, count, unroll=_UNROLLED_ROWS)(body)
+
+
+def fold_rows(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Folds `body(k, carry)` over the rows, unrolled here: the compiler does not where it carries."""
+
+    def several(group: Any, carry: Any) -> Any:
+        for i in range(_UNROLLED_ROWS):
+            carry = body(group * _UNROLLED_ROWS + i, carry)
+        return carry
+
+    groups = lax.div(jnp.int32(count), _UNROLLED_ROWS)
+    carry = lax.fori_loop(0, groups, several, carry)
+    return lax.fori_loop(groups * _UNROLLED_ROWS, count, body, carry)
 
 
 def multiply_rows(
@@ -81,11 +92,11 @@ def multiply_rows(
                 parts = [jnp.where(column + j >= counted, x, 0) for j, x in enumerate(parts)]
             factors += parts
 
-        def add_row(k: Any, _: None) -> None:
+        def add_row(k: Any) -> None:
             parts = _load_row(rows, k, columns.start, starts, chunk, lanes)
-            products = [x * y for x, y in zip(factors, parts, strict=True)]
-            before = jnp.where(first == 0, 0, sums[k])
-            sums[k] = before + _tree_sum(products)
+            total = _tree_sum([x * y for x, y in zip(factors, parts, strict=True)])
+            is_only_block = len(factors) * lanes >= columns.width
+            sums[k] = total if is_only_block else total + jnp.where(first == 0, 0, sums[k])
 
         for_rows(count, add_row)
 
@@ -114,7 +125,7 @@ def add_weighted_rows(
             parts = _load_row(rows, k, columns.start, starts, chunk, lanes)
             return [x + weight * y for x, y in zip(sums, parts, strict=True)]
 
-        sums = for_rows(count, add_row, sums)
+        sums = fold_rows(count, add_row, sums)
         for i, start in enumerate(starts):
             parts = sums[i * num_parts : (i + 1) * num_parts]
             _store_merged(total, columns.start + start, parts, lanes)

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu_sc as plsc
 ALIGNED_ROWS = 8
 _STREAM_ROWS = 128  # of one indirect stream
 _MAX_SLOTS = 8  # a subcore has 32 semaphores
+_GRANULE_BYTES = 32  # of HBM, to which rows are padded
 _NUM_RESULTS = 2  # buffers of results: one is sent while the next is computed
 # The compiler keeps some of the local memory to itself.
 _USABLE_SHARE = 0.9
@@ -82,9 +83,52 @@ def heuristic(arrays: Arrays, chip: Chip) -> Blocks | None:
     return Blocks(rows, next(slots for slots in range(_MAX_SLOTS, 1, -1) if fits(rows, slots)))
 
 
-def gather(table: Any, ids: Any, rows: Any, arrived: Any) -> Any:
-    """An indirect stream of the rows of a table into local memory."""
-    return pltpu.make_async_copy(table.at[ids], rows, arrived)
+class _Rows(NamedTuple):
+    """Rows of a table on their way: those of `ids` from `first` on, into `target` [count, D]."""
+
+    table: Any
+    ids: Any
+    first: Any
+    target: Any
+    arrived: Any
+    lanes: int
+
+
+class IndirectStream(_Rows):
+    """One stream for all rows, which steps by the length of a row: there can be no padding."""
+
+    def start(self) -> None:
+        self._stream().start()
+
+    def wait(self) -> None:
+        self._stream().wait()
+
+    def _stream(self) -> Any:
+        ids = self.ids.at[pl.ds(self.first, self.target.shape[0])]
+        return pltpu.make_async_copy(self.table.at[ids], self.target, self.arrived)
+
+
+class RowCopies(_Rows):
+    """A copy for each row."""
+
+    def start(self) -> None:
+        @pl.loop(0, self.target.shape[0])
+        def _(k: Array) -> None:
+            row = self.ids[pl.ds(self.first + k, self.lanes)][0]
+            self._copy(k, row).start()
+
+    def wait(self) -> None:
+        @pl.loop(0, self.target.shape[0])
+        def _(k: Array) -> None:
+            self._copy(k, jnp.int32(0)).wait()
+
+    def _copy(self, k: Array, row: Array) -> Any:
+        return pltpu.make_async_copy(self.table.at[row], self.target.at[k], self.arrived)
+
+
+def has_padded_rows(table: Any) -> bool:
+    """Whether rows of this table lie further apart than they are long."""
+    return table.shape[1] * table.dtype.itemsize % _GRANULE_BYTES != 0
 
 
 def push(result: Any, row: Any, sent: Any) -> Any:
@@ -161,6 +205,7 @@ class _Subcore:
         num_tokens, self.top_m = arrays.token_inputs["ids"].shape
         self.num_windows = pl.cdiv(self.top_m, blocks.rows)
         self.last_rows = self.top_m - (self.num_windows - 1) * blocks.rows
+        self.lanes = chip.lanes
         self.num_subcores = chip.num_cores * chip.num_subcores
         self.subcore = this_subcore()
         after = num_tokens - self.subcore + self.num_subcores - 1
@@ -248,10 +293,11 @@ class _Subcore:
 
         def streams(count: int) -> None:
             first = pl.multiple_of(window * self.blocks.rows, ALIGNED_ROWS)
-            ids = self.refs["local_ids"].at[frame, pl.ds(first, count)]
-            for name in self.arrays.tables:
+            ids, arrived = self.refs["local_ids"].at[frame], self.refs["rows_arrived"].at[slot]
+            for name, table in self.arrays.tables.items():
+                fetch = RowCopies if has_padded_rows(table) else IndirectStream
                 rows = self.refs[f"local_{name}"].at[slot, pl.ds(0, count)]
-                act(gather(self.refs[name], ids, rows, self.refs["rows_arrived"].at[slot]))
+                act(fetch(self.refs[name], ids, first, rows, arrived, self.lanes))
 
         if self.num_windows == 1 or self.last_rows == self.blocks.rows:
             streams(self.last_rows)

@@ -64,11 +64,12 @@ def compiled(case: dict[str, Any]) -> Any:
     def token_grads(inputs: dict[str, Any]) -> Any:
         """The gradients that need the rows: the backward kernel alone."""
         scores_by_core = inputs["scores"]
-        found = pallas_sparsecore.token_grads(
+        scores_grad, pre_inputs_grad, terms = pallas_sparsecore.token_grads(
             **inputs | {"scores": jnp.swapaxes(scores_by_core, 1, 2)},
             activation=case.get("activation"),
         )
-        return [jnp.swapaxes(x, 1, 2) if x.ndim == 3 else x for x in found if x is not None]
+        by_selection = [scores_grad, *(term.weights for term in terms)]
+        return [jnp.swapaxes(x, 1, 2) for x in by_selection], pre_inputs_grad
 
     what = case["what"]
     if what == "sharded":
@@ -115,7 +116,10 @@ def compiled(case: dict[str, Any]) -> Any:
     with use_abstract_mesh(chip_mesh(device)):
         function: Any = forward
         if what == "token_grads":
-            function, inputs = token_grads, inputs | {"output_grad": jax.eval_shape(forward, inputs)}
+            function, inputs = (
+                token_grads,
+                inputs | {"output_grad": jax.eval_shape(forward, inputs)},
+            )
         elif what == "grads":
             function = functools.partial(grads, ("scores", "pre_inputs", *TABLES))
         outs = jax.tree.map(lambda x: contiguous(x, sharding), jax.eval_shape(function, inputs))
