@@ -9,15 +9,15 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.common import check, chunk_tokens, vary_alike
-from kernels_pallas.product_key_top_k import pallas_tpu, xla
+from kernels_pallas.product_key_top_k import pallas_gpu, pallas_tpu, xla
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 from kernels_pallas.product_key_top_k.shapes import sizes
 
-Implementation = Literal["xla", "pallas_tpu"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 # Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
-BACKENDS: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu}
+BACKENDS: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 # What an unnamed implementation is: the first that can take the call.
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}

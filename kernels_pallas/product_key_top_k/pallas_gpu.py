@@ -1,0 +1,205 @@
+"""Product-key top-k on Hopper and newer GPUs in one kernel: only what is chosen leaves the chip.
+
+A block takes a few tokens of one head, four for each of its warpgroups, and does all that is to be
+done for them; neither the scores of all keys nor a grid of pairs reaches device memory.
+
+    products    For each side, the keys stream through shared memory, 64 at a time, a warpgroup each
+                with a ring of buffers of its own. Matrix units multiply them with the tokens'
+                queries; S of all keys and ranks of one side stays in shared memory.
+    shortlists  Each warp ranks the keys of its token. `pallas_gpu_select.py` says how.
+    staircase   As in `xla.py`: row i has its first reach / i columns, exactly. Their scores are put
+                in shared memory one after the other, and the best are selected from there.
+    certificate The pairs outside are compared with the last one selected; if one of them may come
+                before it, the warpgroup selects from the whole grid, whose scores are computed
+                on the way and never stored.
+    results     Score of each core, address, and S of both keys of each chosen pair.
+
+    bfloat16    Exact products, added in float32 by the matrix units.
+    float32     Each number is split into three of bfloat16, which hold its 24 bits, and six
+                products of parts are added: what is left out is 2^-24 of a product, so the sums
+                are as good as those of float32. An infinite number makes a NaN, as its parts do;
+                it is reported.
+    other sizes Fewer than 64 keys, a key dim that is no multiple of 16 (of 32 in float32), or
+                tokens that do not fill the blocks, are padded by XLA in a copy of query or keys.
+
+The backward pass is that of `xla.py`: products of matrices, for which XLA calls its library.
+
+Compiled for the H200 and interpreted, but never run on a GPU: what is said of speed is reasoned.
+Lane semantics are chosen for lowering because inference of layouts does not come to an end here.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import custom_batching, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels_pallas import tuned
+from kernels_pallas.product_key_top_k import xla
+from kernels_pallas.product_key_top_k.options import Options
+from kernels_pallas.product_key_top_k.pallas_gpu_keys import key_scores, shortlist
+from kernels_pallas.product_key_top_k.pallas_gpu_memory import Blocks, Call, Scratch, padded
+from kernels_pallas.product_key_top_k.pallas_gpu_pairs import Grid, select_pairs, write_results
+from kernels_pallas.product_key_top_k.pallas_gpu_select import LANES, TOKENS
+from kernels_pallas.product_key_top_k.reference import scores_dtype
+from kernels_pallas.product_key_top_k.shapes import sizes
+
+_SHARED_BYTES = 227 * 2**10  # that a block may have
+_MULTIPROCESSORS = 132  # of an H100 or H200
+
+backward = xla.backward
+
+
+def heuristic(call: Call) -> Blocks:
+    """Sixteen tokens, if there is shared memory for them and if they leave no multiprocessor idle.
+
+    Keys are read once for all tokens of a block. Lists hold what a lane gets of the best where they
+    fall at random (3.5 standard deviations above the mean), so that a scan is rare. With four
+    stages, 64 or 128 KiB are on their way to a multiprocessor. Reasoned, not measured.
+    """
+
+    def depth(count: int) -> int:
+        mean = count / LANES
+        return min(count, round(mean + 3.5 * mean**0.5 + 1))
+
+    depths = depth(call.shortlist), depth(call.top_m)
+    few = call.num_heads * call.num_tokens < 16 * _MULTIPROCESSORS
+    choices = [
+        Blocks(tokens, stages, columns, *depths)
+        for tokens in ((8,) if few else (16, 8))
+        for columns in call.widths
+        for stages in (4, 3, 2)
+    ]
+    fitting = (blocks for blocks in choices if call.shared_bytes(blocks) <= _SHARED_BYTES)
+    return next(fitting, choices[-1])
+
+
+def unsupported_reason(
+    query: Any, keys: Any, u: Any, v: Any, cores: Any, options: Options, platform: str
+) -> str | None:
+    """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
+    del u, v
+    if platform != "gpu":
+        return f"it compiles for GPU, not for {platform}"
+    if scores_dtype(query, keys) != jnp.float32:
+        return "it accumulates in float32, not in float64"
+    for name, array in (("query", query), ("keys", keys)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} must be float32 or bfloat16, is {array.dtype}"
+        if 0 in array.shape:
+            return f"{name} is empty, {array.shape}"
+    call = Call.of(query, keys, cores, options)
+    needed = call.shared_bytes(heuristic(call))
+    if needed > _SHARED_BYTES:
+        return (
+            f"{call.num_keys} keys of rank {call.rank}, shortlist = {call.shortlist} and top_m = "
+            f"{call.top_m} need {needed} bytes of shared memory, there are {_SHARED_BYTES}"
+        )
+    return None
+
+
+def forward(
+    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
+    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
+    u: Float[Array, "num_heads rank"] | None,
+    v: Float[Array, "num_heads rank"] | None,
+    cores: Float[Array, "num_cores num_heads rank rank"] | None,
+    options: Options,
+) -> tuple[Array, Array, Array]:
+    """Computes the results of `product_key_top_k`, and what its backward pass needs."""
+    call = Call.of(query, keys, cores, options)
+    blocks = heuristic(call)
+    key_sizes = sizes(query, keys, cores, top_m=options.top_m, shortlist=options.shortlist)
+    key = tuned.Key.of("product_key_top_k", "pallas_gpu", "forward", key_sizes, keys.dtype)
+    blocks = tuned.lookup(blocks, key, platform="gpu") or blocks
+    return _launch(call, blocks, query, keys, u, v, cores)
+
+
+def _launch(
+    call: Call,
+    blocks: Blocks,
+    query: Array,
+    keys: Array,
+    u: Array | None,
+    v: Array | None,
+    cores: Array | None,
+) -> tuple[Array, Array, Array]:
+    """Launches the kernel."""
+    num_tokens = padded(call.num_tokens, blocks.tokens)
+    pad_dim = call.padded_dim - call.key_dim
+    pad_keys = call.padded_keys - call.num_keys
+    query = _pad(query.astype(call.dtype), 0, 0, 0, num_tokens - call.num_tokens, pad_dim)
+    keys = _pad(keys.astype(call.dtype), 0, 0, 0, pad_keys, pad_dim).reshape(-1, call.padded_dim)
+    if u is None or v is None or cores is None:
+        weights = jnp.ones((2, call.num_heads, 1), jnp.float32)
+        cores = jnp.ones((1, call.num_heads, 1, 1), jnp.float32)
+    else:
+        weights = jnp.stack([u, v]).astype(jnp.float32)
+    cores = cores.astype(jnp.float32)
+    operands = (query, keys, weights, cores, cores.sum(axis=0), call.places())
+
+    pairs = call.num_heads * call.top_m
+    axis_type = jax.typeof(query).manual_axis_type  # results vary as the arguments do
+    output = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=axis_type)
+    chosen = (num_tokens, 2, call.num_heads, call.rank, call.top_m)
+    launch = plgpu.kernel(
+        functools.partial(_product_key_top_k_kernel, call, blocks),
+        kernel_name="product_key_top_k_forward",
+        out_type=[
+            output((num_tokens, pairs, max(1, call.num_cores)), jnp.float32),
+            output((num_tokens, pairs), jnp.int32),
+            output(chosen, jnp.float32),
+        ],
+        scratch_types=Scratch.types(call, blocks),
+        grid=(call.num_heads, num_tokens // blocks.tokens),
+        grid_names=("head", "tile"),
+        num_threads=blocks.groups,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        cost_estimate=_cost(call, query, num_tokens // blocks.tokens),
+    )
+    results = custom_batching.sequential_vmap(launch)(*operands)
+    scores, addresses, chosen = (x[: call.num_tokens] for x in results)
+    return scores, addresses, chosen
+
+
+def _product_key_top_k_kernel(call: Call, blocks: Blocks, *refs: Any) -> None:
+    """All of a block; see the top of this file."""
+    query, keys, weights, cores, summed_core, places, *refs_left = refs
+    results, scratch = refs_left[:3], Scratch(*refs_left[3:])
+    head, tile = lax.axis_index("head"), lax.axis_index("tile")
+    group = lax.axis_index("group")
+    mine = scratch.of(group)
+
+    for side in range(2):
+        key_scores(call, blocks, side, head, tile * blocks.tokens, group, query, keys, scratch)
+        plgpu.barrier_arrive_and_wait(scratch.together)
+        shortlist(call, blocks, side, head, weights, mine)
+        # The next side, and then the candidates, take the place of these scores.
+        plgpu.barrier_arrive_and_wait(scratch.together)
+    core = [[summed_core[head, a, b] for b in range(call.rank)] for a in range(call.rank)]
+    select_pairs(call, blocks, Grid(call, core, mine), places, mine)
+    first_token = tile * blocks.tokens + group * TOKENS
+    write_results(call, head, pl.ds(first_token, TOKENS), cores, results, mine)
+
+
+def _cost(call: Call, query: Array, num_tiles: int) -> pl.CostEstimate:
+    """Operations and bytes as the algorithm has them, for XLA's scheduler."""
+    key_products = 2 * call.rank * call.num_keys * call.key_dim
+    pairs = call.num_heads * call.top_m
+    results = query.shape[3] * pairs * 4 * (1 + max(1, call.num_cores) + 2 * call.rank)
+    read_keys = call.num_heads * key_products * call.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * query.shape[3] * call.num_heads * key_products,
+        bytes_accessed=read_keys * num_tiles + query.nbytes + results,
+        transcendentals=0,
+    )
+
+
+def _pad(x: Array, *after: int) -> Array:
+    """Zeros after each axis; no operation where there is nothing to add."""
+    return jnp.pad(x, [(0, n) for n in after]) if any(after) else x
