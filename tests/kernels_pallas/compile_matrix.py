@@ -35,7 +35,7 @@ from kernels_pallas.dispatch import UnsupportedError
 from tests.kernels_pallas.aot import CHIPS
 from tests.kernels_pallas.conformance import DTYPES, PLATFORMS, RESULTS
 from tests.kernels_pallas.gpu_compile import H200
-from tests.kernels_pallas.sparsecore_compile import TABLES, contiguous
+from tests.kernels_pallas.sparsecore_compile import contiguous
 
 TOPOLOGIES = {chip.partition(":")[0]: chip for chip in CHIPS} | {"h200": "1x1x1"}
 PASSES = ("forward", "gradients")
@@ -81,13 +81,17 @@ def outcome(case: dict[str, str], mesh: Mesh) -> dict[str, Any]:
     arguments = shape.arguments(case["dtype"])
     sharding = NamedSharding(mesh, PartitionSpec())
     free = Format(Layout.AUTO, sharding)
-    formats = dict.fromkeys(arguments, free)
-    if case["backend"] == "pallas_sparsecore":
-        # The compiler does not choose rows without tiles on its own.
-        formats |= {n: contiguous(x, sharding) for n, x in arguments.items() if n in TABLES}
+    formats: dict[str, Any] = dict.fromkeys(arguments, free)
+    outs: Any = free
     start = time.perf_counter()
     try:
-        jitted = jax.jit(function, in_shardings=(formats,), out_shardings=free)
+        results = jax.eval_shape(function, arguments)
+        if case["backend"] == "pallas_sparsecore":
+            # The compiler chooses no layout without tiles on its own, and knows none for scores.
+            outs = jax.tree.map(lambda x: contiguous(x, sharding), results)
+            named = {n: contiguous(x, sharding) for n, x in arguments.items() if n != "scores"}
+            formats |= named
+        jitted = jax.jit(function, in_shardings=(formats,), out_shardings=outs)
         program = jitted.lower(arguments).compile()
     except UnsupportedError as error:
         return {"refused": str(error).rpartition(f"{case['backend']!r}: ")[2]}
