@@ -35,6 +35,7 @@ ROW_GRADIENTS: dict[str, Any] = {
     "xla": row_gradients_xla.row_gradients,
     "pallas_tpu": pallas_tpu.row_gradients,
     "pallas_gpu": pallas_gpu.row_gradients,
+    "pallas_sparsecore": pallas_sparsecore.row_gradients,
 }
 
 # What an unnamed implementation is: the first that can take the call. "pallas_tpu" has been

@@ -41,6 +41,7 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas import tuned
 from kernels_pallas.value_aggregation import sparsecore_arithmetic as arithmetic
 from kernels_pallas.value_aggregation import sparsecore_pipeline as pipeline
+from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.shapes import sizes
@@ -64,24 +65,35 @@ def unsupported_reason(
     platform: str,
 ) -> str | None:
     """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
-    if platform != "tpu":
-        return f"it compiles for TPU, not for {platform}"
-    if slots is not None:
-        return f"slots are not implemented (num_slots = {options.num_slots})"
-    if accumulation_dtype(values, scores, pre_values, pre_inputs) != jnp.float32:
-        return "it accumulates in float32, not in float64"
-    if 0 in indices.shape:
-        return f"indices is empty, {indices.shape}"
     kind = tuned.device_kind(platform)
-    if kind is None:
-        return (
-            "the chip is unknown, on which the number of SparseCores and of lanes depends: compile "
-            "with its devices attached or with their mesh in context (jax.set_mesh)"
-        )
+    reasons = [
+        (platform != "tpu", f"it compiles for TPU, not for {platform}"),
+        (slots is not None, f"slots are not implemented (num_slots = {options.num_slots})"),
+        (
+            accumulation_dtype(values, scores, pre_values, pre_inputs) != jnp.float32,
+            "it accumulates in float32, not in float64",
+        ),
+        (0 in indices.shape, f"indices is empty, {indices.shape}"),
+        too_many_tokens(indices.shape[0]),
+        (
+            kind is None,
+            "the chip is unknown, on which the numbers of SparseCores and of lanes depend: compile "
+            "with its devices attached or with their mesh in context (jax.set_mesh)",
+        ),
+    ]
+    reason = next((reason for holds, reason in reasons if holds), None)
+    if reason is not None:
+        return reason
     chip = pipeline.chip_at_hand()
     if chip is None:
         return f"{kind} has no SparseCores"
+    return _reason_of_rows(values, indices, scores, pre_values, chip)
 
+
+def _reason_of_rows(
+    values: Any, indices: Any, scores: Any, pre_values: Any, chip: pipeline.Chip
+) -> str | None:
+    """Why rows do not fit the registers or the local memory of a chip, or None."""
     tables = {"values": (values, scores.shape[2])}
     if pre_values is not None:
         tables["pre_values"] = (pre_values, 1)
@@ -96,16 +108,10 @@ def unsupported_reason(
             return f"a vector holds {chunk} columns, a slice of {name} for one core has {width}"
         if chunk > chip.lanes and width % 2:
             return f"bfloat16 columns come in pairs, a slice of {name} for one core has {width}"
-    is_too_many, reason = too_many_tokens(indices.shape[0])
-    if is_too_many:
-        return reason
     # The backward kernel holds more than the forward kernel.
-    call = _Call(values, indices, scores, pre_values, chip)
-    if pipeline.heuristic(call.backward_arrays(), chip) is None:
-        return (
-            f"rows of {pipeline.ALIGNED_ROWS} selections, twice, do not fit the {chip.local_bytes} "
-            "bytes of local memory"
-        )
+    arrays = _Call(values, indices, scores, pre_values, chip).backward_arrays()
+    if pipeline.heuristic(arrays, chip) is None:
+        return f"two times {pipeline.ALIGNED_ROWS} rows need more than {chip.local_bytes} bytes"
     return None
 
 
@@ -132,7 +138,7 @@ def forward(
         def weigh(k: Any) -> None:
             gate: Array | float = 1.0
             if pre_values is not None:
-                gate, _ = arithmetic.activate(call.pre_score(refs, k), options.activation)
+                gate, _ = activation_and_slope(call.pre_score(refs, k), options.activation)
             for core in range(call.num_cores):
                 weights[core, k] = call.score(refs, core, first_k + k) * gate
 
@@ -226,7 +232,7 @@ def token_grads(
                 for core in cores:
                     refs["scores_grad"][core, here] = weights_grad[core]
                 return
-            gate, slope = arithmetic.activate(call.pre_score(refs, k), activation)
+            gate, slope = activation_and_slope(call.pre_score(refs, k), activation)
             gate_grad = jnp.zeros_like(gate)
             for core in cores:
                 score = call.score(refs, core, first_k + k)

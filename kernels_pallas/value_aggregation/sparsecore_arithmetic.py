@@ -11,7 +11,6 @@ with the chunk before. Sums then compute and store these columns twice, equally;
 multiply them with zero the second time, so that a row with infinities may give NaN there instead.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,25 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
-from kernels_pallas.value_aggregation.reference import Activation
-
 # Sums, or factors, that a block of columns keeps in registers. More save loads of weights, fewer
 # save registers; 16 sums and as many rows in flight fit 64 registers. Reasoned, not measured.
 _BLOCK_REGISTERS = 16
 _UNROLLED_ROWS = 4
-
-_TAIL_SCALE = 0.285
-_TAIL_POLYNOMIAL = (  # highest power first
-    0.024569738,
-    -0.086593194,
-    0.073919266,
-    0.003497464,
-    0.067579250,
-    0.085125081,
-    0.104505369,
-    0.113698573,
-    0.113698532,
-)
 
 
 class Columns(NamedTuple):
@@ -60,7 +44,7 @@ def for_rows(count: Any, body: Callable[[Any], None]) -> None:
 
 
 def fold_rows(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Folds `body(k, carry)` over the rows, unrolled here: the compiler does not where it carries."""
+    """Folds `body(k, carry)` over rows, unrolled, which the compiler leaves to us if we carry."""
 
     def several(group: Any, carry: Any) -> Any:
         for i in range(_UNROLLED_ROWS):
@@ -146,37 +130,6 @@ def spread_sum(x: Array) -> Array:
         x += _permute(x, lane ^ distance)
         distance //= 2
     return x
-
-
-def activate(x: Array, activation: Activation | None) -> tuple[Array, Array]:
-    """The activation of pre-scores and its derivative, in operations that a subcore has."""
-    match activation:
-        case None:
-            return x, jnp.ones_like(x)
-        case "gelu":
-            bell = jnp.exp(-x * x / 2)
-            probability = _normal_cdf(x, bell)
-            return x * probability, probability + x * bell * (1 / math.sqrt(2 * math.pi))
-        case "silu":
-            sigmoid = 1 / (1 + jnp.exp(-x))
-            return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
-        case "relu":
-            return jnp.maximum(x, 0), jnp.where(x > 0, 1.0, 0.0)
-
-
-def _normal_cdf(x: Array, bell: Array) -> Array:
-    """The distribution function of the normal distribution, without erf, which does not lower.
-
-    The upper tail at |x| is bell x t x P(t) with t = 1 / (1 + q |x|) and bell = exp(-x^2 / 2); q
-    and the polynomial P were fitted to it. In float32 the error is below 3e-7, and relative to a
-    tail of more than 1e-30 below 5e-6.
-    """
-    t = 1 / (1 + _TAIL_SCALE * jnp.abs(x))
-    polynomial = jnp.full_like(x, _TAIL_POLYNOMIAL[0])
-    for coefficient in _TAIL_POLYNOMIAL[1:]:
-        polynomial = polynomial * t + coefficient
-    tail = bell * t * polynomial
-    return jnp.where(x < 0, tail, 1 - tail)
 
 
 def _for_blocks(

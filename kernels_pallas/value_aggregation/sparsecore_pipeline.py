@@ -98,9 +98,11 @@ class IndirectStream(_Rows):
     """One stream for all rows, which steps by the length of a row: there can be no padding."""
 
     def start(self) -> None:
+        """Starts the stream."""
         self._stream().start()
 
     def wait(self) -> None:
+        """Awaits it."""
         self._stream().wait()
 
     def _stream(self) -> Any:
@@ -112,12 +114,16 @@ class RowCopies(_Rows):
     """A copy for each row."""
 
     def start(self) -> None:
+        """Starts all copies."""
+
         @pl.loop(0, self.target.shape[0])
         def _(k: Array) -> None:
             row = self.ids[pl.ds(self.first + k, self.lanes)][0]
             self._copy(k, row).start()
 
     def wait(self) -> None:
+        """Awaits them."""
+
         @pl.loop(0, self.target.shape[0])
         def _(k: Array) -> None:
             self._copy(k, jnp.int32(0)).wait()

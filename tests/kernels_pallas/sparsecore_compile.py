@@ -98,7 +98,7 @@ def compiled(case: dict[str, Any]) -> Any:
         # A float32 table in rows of 128 has the same bytes in the default layout.
         shapes = {n: (x.size // 128, 128) if n in TABLES else x.shape for n, x in inputs.items()}
 
-        def function(packed: dict[str, Any]) -> Any:
+        def unpacked(packed: dict[str, Any]) -> Any:
             return forward({n: packed[n].reshape(x.shape) for n, x in inputs.items()})
 
         formats = jax.tree.map(lambda x: contiguous(x, sharding), inputs)
@@ -106,7 +106,7 @@ def compiled(case: dict[str, Any]) -> Any:
         out = contiguous(jax.eval_shape(lambda: jnp.zeros((8, 8))), sharding)
         packed = {n: jax.ShapeDtypeStruct(shapes[n], x.dtype) for n, x in inputs.items()}
         with use_abstract_mesh(chip_mesh(device)):
-            jitted = jax.jit(function, in_shardings=(formats,), out_shardings=out)
+            jitted = jax.jit(unpacked, in_shardings=(formats,), out_shardings=out)
             return jitted.lower(packed).compile()
     if what == "mapped":
         inputs = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in inputs.items()}
