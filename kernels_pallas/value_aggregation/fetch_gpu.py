@@ -99,6 +99,12 @@ class Ring(NamedTuple):
 
         plgpu.warp_map(start_rows_of_warp)
 
+    def refill(self, step: Array, row_of: Callable[[Array], Array]) -> None:
+        """Starts the copies of a step to a stage that has been read."""
+        # Copies are made by another unit: what was read must be so before they overwrite it.
+        plgpu.commit_smem()
+        self.start(step, row_of)
+
     def wait(self, step: Array) -> Array:
         """Waits until the rows of a step are there; returns their stage."""
         stages, *_ = next(iter(self.buffers.values())).shape

@@ -12,6 +12,7 @@ sizes they fit into the L2 cache of 50 MB, whose bandwidth, not that of device m
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -121,6 +122,8 @@ def _add_rows(
         grid=(num_slices,),
         grid_names=("slice",),
     )(rows, tokens, weights, factors, table)
+    if num_slices == 1:
+        return jax.freeze(table)
     plgpu.kernel(
         join_slices,
         kernel_name="value_aggregation_join_slices",
@@ -158,9 +161,9 @@ def _sum_slice_kernel(
     ring = fetch.Ring({"factors": factors}, {"factors": buffer}, arrived)
     steps = blocks.slice_size // blocks.slice_rows
 
-    def start_step(step: Array) -> None:
+    def token_of(step: Array) -> Callable[[Array], Array]:
         first = start + step * blocks.slice_rows
-        ring.start(step, lambda place: tokens[first + place])
+        return lambda place: tokens[first + place]
 
     def finish(row: Array, total: Array, is_first: Array) -> None:
         """Writes a row that the slice has seen the last of."""
@@ -188,11 +191,12 @@ def _sum_slice_kernel(
             product = _by_core(step_weights[place], width, dim // num_cores) * factor
             total = _where(is_new, zeros, total) + product
             row, is_first = next_rows[place], is_first & ~is_new
-        pl.when(step + blocks.slice_stages < steps)(lambda: start_step(step + blocks.slice_stages))
+        later = step + blocks.slice_stages
+        pl.when(later < steps)(lambda: ring.refill(later, token_of(later)))
         return total, row, is_first
 
     ahead = min(blocks.slice_stages, steps)
-    lax.fori_loop(0, ahead, lambda step, _: start_step(step), None)
+    lax.fori_loop(0, ahead, lambda step, _: ring.start(step, token_of(step)), None)
     total, row, is_first = lax.fori_loop(
         0, steps, add_step, (zeros, ends.first_row, jnp.bool_(True))
     )

@@ -157,14 +157,14 @@ class Call:
         def first_selection(step: Array) -> Array:
             return jnp.minimum(step * self.rows, self.num_selections - self.rows)
 
-        def start(step: Array) -> None:
+        def row_of(step: Array) -> Callable[[Array], Array]:
             start = first_selection(step)
-            ring.start(step, lambda row: refs["ids"][token, start + row])
+            return lambda row: refs["ids"][token, start + row]
 
         for name in token_rows:
             fetch.copy_in(refs[name].at[token], refs[f"{name}_row"], refs["rows_arrived"])
         ahead = jnp.minimum(first + self.stages, end)
-        lax.fori_loop(first, ahead, lambda step, _: start(step), None)
+        lax.fori_loop(first, ahead, lambda step, _: ring.start(step, row_of(step)), None)
         if token_rows:
             plgpu.barrier_wait(refs["rows_arrived"])
         rows = {
@@ -183,7 +183,8 @@ class Call:
                 counted = step * self.rows if self.is_ragged else None
                 part = Quad(self, refs, ring, rows, token, stage, quad, selection, counted)
                 sums = compute(part, sums)
-            pl.when(step + self.stages < end)(lambda: start(step + self.stages))
+            later = step + self.stages
+            pl.when(later < end)(lambda: ring.refill(later, row_of(later)))
             return sums
 
         zeros = [fetch.zeros_tile() for _ in columns_of(sums_dim)]
