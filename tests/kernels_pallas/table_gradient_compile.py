@@ -1,0 +1,65 @@
+"""Compiles gradients of tables for absent TPUs: python table_gradient_compile.py CASES
+
+CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and the kernels of each.
+The gradients are those of `value_aggregation_row_gradients` ("rows") or its dense form ("dense").
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from kernels_pallas.value_aggregation import value_aggregation_row_gradients
+from kernels_pallas.value_aggregation.api import BACKENDS
+from kernels_pallas.value_aggregation.options import Options
+from tests.kernels_pallas.tpu_compile import arguments, row_major
+
+
+def compiled(case: dict[str, Any]) -> Any:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"])
+    sharding = SingleDeviceSharding(topology.devices[0])
+    inputs = arguments(case)
+    output_grad = jax.ShapeDtypeStruct((case["num_tokens"], case["value_dim"]), jnp.float32)
+    inputs["output_grad"] = output_grad
+
+    def rows(inputs: dict[str, Any]) -> Any:
+        return value_aggregation_row_gradients(
+            **inputs, implementation="pallas_tpu", platform="tpu", max_rows=case.get("max_rows")
+        )
+
+    def dense(inputs: dict[str, Any]) -> Any:
+        names = ("values", "indices", "scores", "pre_values", "pre_inputs", "slots", "output_grad")
+        arrays = [inputs.get(name) for name in names]
+        return BACKENDS["pallas_tpu"].backward(*arrays, Options(None, 1, 1))
+
+    function = {"rows": rows, "dense": dense}[case["what"]]
+    reverse = ("indices", "scores")
+    formats = {
+        name: row_major(x.ndim, x.dtype, sharding, reverse=name in reverse)
+        for name, x in inputs.items()
+    }
+    outs = jax.tree.map(
+        lambda x: row_major(x.ndim, x.dtype, sharding, reverse=x.ndim == 3) if x.ndim > 1 else None,
+        jax.eval_shape(function, inputs),
+    )
+    program = jax.jit(function, in_shardings=(formats,), out_shardings=outs)
+    return program.lower(inputs).compile()
+
+
+def main() -> None:
+    results = []
+    for case in json.loads(sys.argv[1]):
+        program = compiled(case)
+        memory = program.memory_analysis()
+        kernels = re.findall(r"%(value_aggregation_\w+)[.\d]* = ", program.as_text())
+        results.append({"temporaries": memory.temp_size_in_bytes, "kernels": kernels})
+    sys.stdout.write(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
