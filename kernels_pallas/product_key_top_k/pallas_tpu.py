@@ -48,8 +48,8 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import tuned
 from kernels_pallas.common import check
+from kernels_pallas.product_key_top_k import pallas_tpu_backward
 from kernels_pallas.product_key_top_k import pallas_tpu_select as select
-from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 from kernels_pallas.product_key_top_k.shapes import sizes
@@ -59,8 +59,7 @@ _SUBLANES, _LANES = 8, 128
 _KEYS_PER_TILE = (256, 128)
 _VMEM_BYTES = 56 * 2**20  # of 64 MiB on tpu7x; others have more
 
-# The backward pass is that of plain XLA.
-backward = xla.backward
+backward = pallas_tpu_backward.backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,8 @@ def unsupported_reason(
     call = _Call(query, keys, cores, options, heuristic(query, keys, cores, options))
     reason = f"it needs {call.vmem_bytes} bytes of VMEM, there are {_VMEM_BYTES}"
     reasons.append((not _fits(call), reason))
+    reason = pallas_tpu_backward.unsupported_reason(query, keys, cores, options)
+    reasons.append((reason is not None, reason or ""))
     return next((reason for holds, reason in reasons if holds), None)
 
 
@@ -196,7 +197,7 @@ class _Call:
 
     def run(
         self, query: Array, keys: Array, u: Array | None, v: Array | None, cores: Array | None
-    ) -> list[Array]:
+    ) -> tuple[Array, ...]:
         """Calls the kernel; scores [c, H, m, T], addresses [H, m, T], chosen [2, H, r, m, T]."""
         per_head, per_rank = self.query_heads > 1, self.query_ranks > 1
         small = {"blocks": jnp.asarray(self.staircase.blocks, jnp.int32).reshape(-1)}
@@ -252,7 +253,7 @@ class _Call:
             cost_estimate=self._cost(query, keys),
         )
         # Blocks of numbers in SMEM cannot be mapped over: vmap becomes a loop of calls.
-        return custom_batching.sequential_vmap(launch)(*small.values(), *arrays.values())
+        return tuple(custom_batching.sequential_vmap(launch)(*small.values(), *arrays.values()))
 
     def _step(self, refs: dict[str, Any]) -> None:
         """One tile of keys of one rank, side and head, for one tile of tokens."""

@@ -1,0 +1,327 @@
+"""The backward pass of product-key top-k on the TensorCores of a TPU, in one kernel.
+
+For a side and some keys of it, the gradients of S of the chosen keys are spread over all keys,
+[n, tokens], by comparing ids: repeated ids sum, in the order of the pairs. Two products of matrices
+make the gradients of queries and keys from it. It is held for 256 keys at a time and never leaves
+VMEM; so do the keys of a side, and their gradients until all tokens have added to them.
+
+Spreading takes 3 r m n vector operations a side and token where each rank has queries of its own,
+and (1 + 2 r) m n where ranks share them. In thousands a token, at the sizes of the paper (n, m):
+138 (360, 32), 811 (528, 128), 1,087 (964, 94), 5,210 (1696, 256). The products, twice those of the
+forward pass and of float32, take about as long. Counted and not measured.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import custom_batching, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas import tuned
+from kernels_pallas.product_key_top_k.options import Options
+from kernels_pallas.product_key_top_k.shapes import sizes
+
+_SUBLANES, _LANES = 8, 128
+_REGISTERS = 16  # of sums of a rank, while all chosen keys are compared with some
+_KEYS_PER_PRODUCT = 256
+_TOKENS_PER_TILE = (512, 256, 128)  # the first that fits
+_VMEM_BYTES = 56 * 2**20  # of 64 MiB on tpu7x; others have more
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How many tokens a step of the backward kernel takes."""
+
+    tokens: int
+
+
+def heuristic(query: Any, keys: Any, cores: Any, options: Options) -> Blocks:
+    """The most tokens that fit: each step reads and writes all gradients of keys once."""
+    candidates = [Blocks(num_tokens) for num_tokens in _TOKENS_PER_TILE]
+    fitting = (x for x in candidates if _Call(query, keys, cores, options, x).fits)
+    return next(fitting, candidates[-1])
+
+
+def unsupported_reason(query: Any, keys: Any, cores: Any, options: Options) -> str | None:
+    """Why arguments of these shapes do not fit, or None."""
+    call = _Call(query, keys, cores, options, heuristic(query, keys, cores, options))
+    if call.fits:
+        return None
+    return f"the backward pass needs {call.vmem_bytes} bytes of VMEM, there are {_VMEM_BYTES}"
+
+
+def backward(
+    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
+    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
+    cores: Float[Array, "num_cores num_heads rank rank"] | None,
+    addresses: Int32[Array, "num_tokens pairs"],
+    chosen: Float[Array, "num_tokens 2 num_heads rank top_m"],
+    scores_grad: Float[Array, "num_tokens pairs num_cores"],
+    options: Options,
+) -> tuple[Array, Array, Array | None]:
+    """Computes the gradients of (query, keys, cores), each in its own dtype."""
+    blocks = heuristic(query, keys, cores, options)
+    shape = sizes(query, keys, cores, top_m=options.top_m, shortlist=options.shortlist)
+    key = tuned.Key.of("product_key_top_k", "pallas_tpu", "backward", shape, query.dtype)
+    blocks = tuned.lookup(blocks, key, platform="tpu") or blocks
+    call = _Call(query, keys, cores, options, blocks)
+
+    num_heads, top_m, num_tokens = call.num_heads, call.top_m, call.num_tokens
+    by_head = addresses.T.reshape(num_heads, top_m, num_tokens)
+    grads = jnp.moveaxis(scores_grad, 2, 0).swapaxes(1, 2)
+    grads = grads.reshape(-1, num_heads, top_m, num_tokens).astype(jnp.float32)
+    chosen = jnp.moveaxis(chosen, 0, 4)
+    query_grad, keys_grad = call.run(query, keys, cores, by_head, chosen, grads)
+    if query.shape[0] < num_heads:
+        query_grad = query_grad.sum(axis=0, keepdims=True)
+    query_grad, keys_grad = query_grad.astype(query.dtype), keys_grad.astype(keys.dtype)
+    if cores is None:
+        return query_grad, keys_grad, None
+    return query_grad, keys_grad, _cores_grad(chosen, grads).astype(cores.dtype)
+
+
+def _cores_grad(chosen: Array, grads: Array) -> Array:
+    """Sums over tokens and pairs, [c, H, r, r], which XLA reads its arguments once for."""
+    rows, columns = chosen[0, None, :, :, None], chosen[1, None, :, None, :]
+    return jnp.sum(grads[:, :, None, None] * rows * columns, axis=(-1, -2))
+
+
+class _Call:
+    """Shapes, blocks and the steps of the backward kernel."""
+
+    def __init__(self, query: Any, keys: Any, cores: Any, options: Options, blocks: Blocks) -> None:
+        self.query_heads, _, self.query_ranks, self.num_tokens, self.key_dim = query.shape
+        self.num_heads, _, self.rank, self.num_keys, _ = keys.shape
+        self.num_cores = 1 if cores is None else cores.shape[0]
+        self.additive = cores is None
+        self.top_m = options.top_m
+        self.query_dtype, self.keys_dtype = query.dtype, keys.dtype
+
+        self.tile_tokens = blocks.tokens
+        # Ranks that share a query add to one gradient, so they are taken together.
+        self.step_ranks = self.rank if self.query_ranks == 1 else 1
+        self.product_keys = min(_KEYS_PER_PRODUCT, _padded(self.num_keys, _SUBLANES))
+        self.listed = _padded(self.top_m, _SUBLANES)
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        """Buffers in VMEM."""
+        tokens = self.tile_tokens
+        return {
+            "ids": ((self.listed, tokens), jnp.int32),
+            "grads": ((self.step_ranks, self.listed, tokens), jnp.float32),
+            "spread": ((self.step_ranks, self.product_keys, tokens), jnp.float32),
+            "query_grad": ((tokens, self.key_dim), jnp.float32),
+        }
+
+    @property
+    def vmem_bytes(self) -> int:
+        """The scratch buffers, two of each block, and room for temporaries."""
+        width, tokens = _padded(self.key_dim, _LANES), self.tile_tokens
+        query_bytes, keys_bytes = self.query_dtype.itemsize, self.keys_dtype.itemsize
+        scratch = sum(4 * math.prod(shape) for shape, _ in self.scratch.values())
+        keys = _padded(self.num_keys, _SUBLANES) * width * self.step_ranks * (4 + keys_bytes)
+        queries = tokens * width * (query_bytes + 4)
+        pairs = 4 * tokens * self.listed * (1 + self.rank + self.num_cores)
+        parts = 6 * (width * (tokens + self.product_keys) + tokens * self.product_keys)
+        return scratch + 2 * (keys + queries + pairs) + parts + 4 * 2**20
+
+    @property
+    def fits(self) -> bool:
+        """Whether VMEM has room for it."""
+        return self.vmem_bytes <= _VMEM_BYTES
+
+    def run(
+        self,
+        query: Array,
+        keys: Array,
+        cores: Array | None,
+        addresses: Array,
+        chosen: Array,
+        grads: Array,
+    ) -> tuple[Array, ...]:
+        """Calls the kernel; gradients of queries, [H, ...], and keys, float32."""
+        per_head = self.query_heads > 1
+        ranks, tokens, key_dim = self.step_ranks, self.tile_tokens, self.key_dim
+        small = {}
+        if cores is not None:
+            small["cores"] = jnp.moveaxis(cores, 1, 0).astype(jnp.float32).reshape(-1)
+        arrays = {
+            "addresses": addresses,
+            "others": chosen,
+            "scores_grad": grads,
+            "query": query,
+            "keys": keys,
+        }
+        # A step's own queries, whichever of head and rank they serve.
+        query_block = (1, 1, 1, tokens, key_dim)
+        keys_block = pl.BlockSpec(
+            (1, 1, ranks, self.num_keys, key_dim), lambda h, s, a, t: (h, s, a, 0, 0)
+        )
+        in_specs = [
+            *(pl.BlockSpec(memory_space=pltpu.SMEM) for _ in small),
+            pl.BlockSpec((1, self.top_m, tokens), lambda h, s, a, t: (h, 0, t)),
+            pl.BlockSpec(
+                (1, 1, self.rank, self.top_m, tokens), lambda h, s, a, t: (1 - s, h, 0, 0, t)
+            ),
+            pl.BlockSpec((self.num_cores, 1, self.top_m, tokens), lambda h, s, a, t: (0, h, 0, t)),
+            pl.BlockSpec(query_block, lambda h, s, a, t: (h * per_head, s, a, t, 0)),
+            keys_block,
+        ]
+        out_specs = [pl.BlockSpec(query_block, lambda h, s, a, t: (h, s, a, t, 0)), keys_block]
+        names = (*small, *arrays, "query_grad_out", "keys_grad", *self.scratch)
+
+        def _product_key_top_k_backward_kernel(*refs: Any) -> None:
+            self._step(dict(zip(names, refs, strict=True)))
+
+        # Inside shard_map, results vary as the arguments do.
+        axis_type = jax.typeof(query).manual_axis_type
+        shapes = (self.num_heads, *query.shape[1:]), keys.shape
+        flops = 4 * self.num_tokens * math.prod(keys.shape)
+        launch = pl.pallas_call(
+            _product_key_top_k_backward_kernel,
+            name="product_key_top_k_backward",
+            grid=(self.num_heads, 2, self.rank // ranks, pl.cdiv(self.num_tokens, tokens)),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=axis_type)
+                for shape in shapes
+            ],
+            scratch_shapes=[pltpu.VMEM(*buffer) for buffer in self.scratch.values()],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=self.vmem_bytes,
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=flops,
+                transcendentals=0,
+                bytes_accessed=8 * sum(math.prod(shape) for shape in shapes)
+                + 4 * self.rank * sum(x.size for x in (addresses, chosen, grads)),
+            ),
+        )
+        # Blocks of numbers in SMEM cannot be mapped over: vmap becomes a loop of calls.
+        return tuple(custom_batching.sequential_vmap(launch)(*small.values(), *arrays.values()))
+
+    def _step(self, refs: dict[str, Any]) -> None:
+        """One tile of tokens, for one side of a head and one rank, or all that share a query."""
+        head, side, rank_step, tile = (pl.program_id(axis) for axis in range(4))
+        is_token = tile * self.tile_tokens + _iota((1, self.tile_tokens), 1) < self.num_tokens
+        self._list_gradients(refs, head, side, rank_step, is_token)
+
+        @pl.when(tile == 0)
+        def _begin() -> None:
+            refs["keys_grad"][...] = jnp.zeros_like(refs["keys_grad"])
+
+        # Beyond the last token, a block holds anything: zero times that need not be zero.
+        is_row = tile * self.tile_tokens + _iota((self.tile_tokens, 1), 0) < self.num_tokens
+        query = jnp.where(is_row, refs["query"][0, 0, 0].astype(jnp.float32), 0)
+        refs["query_grad"][...] = jnp.zeros_like(refs["query_grad"])
+
+        def multiply(first: Array | int, num_keys: int) -> None:
+            self._spread(refs, first, num_keys)
+            here = pl.ds(first, num_keys)
+            for a in range(self.step_ranks):
+                spread = refs["spread"][a, :num_keys]
+                refs["keys_grad"][0, 0, a, here] += _dot(spread, query, (1, 0))
+                keys = refs["keys"][0, 0, a, here].astype(jnp.float32)
+                refs["query_grad"][...] += _dot(spread, keys, (0, 0))
+
+        num_products, rest = divmod(self.num_keys, self.product_keys)
+
+        def multiply_whole(i: Array, _: None) -> None:
+            multiply(pl.multiple_of(i * self.product_keys, _SUBLANES), self.product_keys)
+
+        lax.fori_loop(0, num_products, multiply_whole, None)
+        if rest:
+            multiply(num_products * self.product_keys, rest)
+        refs["query_grad_out"][0, 0, 0] = refs["query_grad"][...]
+
+    def _list_gradients(
+        self, refs: Any, head: Array, side: Array, rank_step: Array, is_token: Array
+    ) -> None:
+        """Ids of the chosen keys of the side, and the gradients of their S, rank by rank."""
+        addresses = refs["addresses"][0]
+        rows = lax.div(addresses, jnp.full_like(addresses, self.num_keys))
+        refs["ids"][...] = jnp.full_like(refs["ids"], -1)
+        refs["ids"][: self.top_m] = jnp.where(side == 0, rows, addresses - rows * self.num_keys)
+        refs["grads"][...] = jnp.zeros_like(refs["grads"])
+        for a in range(self.step_ranks):
+            if self.additive:
+                grads = refs["scores_grad"][0, 0]
+            else:
+                rank = rank_step * self.step_ranks + a
+                grads = _sum(
+                    refs["scores_grad"][core, 0] * self._other_side(refs, head, side, rank, core)
+                    for core in range(self.num_cores)
+                )
+            refs["grads"][a, : self.top_m] = jnp.where(is_token, grads, 0)
+
+    def _other_side(self, refs: Any, head: Array, side: Array, rank: Array, core: int) -> Array:
+        """What a score of that core is S of this side and rank times: the core times the others."""
+        first = (head * self.num_cores + core) * self.rank**2
+        terms = []
+        for other in range(self.rank):
+            entry = jnp.where(side == 0, rank * self.rank + other, other * self.rank + rank)
+            terms.append(refs["cores"][first + entry] * refs["others"][0, 0, other])
+        return _sum(terms)
+
+    def _spread(self, refs: Any, first: Array | int, num_keys: int) -> None:
+        """The gradients of S of some keys, those that were not chosen included."""
+        rows = _REGISTERS * _SUBLANES // self.step_ranks
+
+        def spread(start: int, height: int, group: Array) -> None:
+            tokens = pl.ds(pl.multiple_of(group * _LANES, _LANES), _LANES)
+            ids = first + start + _iota((height, _LANES), 0)
+
+            def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+                places = pl.ds(pl.multiple_of(i * _SUBLANES, _SUBLANES), _SUBLANES)
+                chosen = refs["ids"][places, tokens]
+                grads = [refs["grads"][a, places, tokens] for a in range(self.step_ranks)]
+                for k in range(_SUBLANES):
+                    here = ids == chosen[k : k + 1]
+                    sums = tuple(
+                        x + jnp.where(here, grad[k : k + 1], 0)
+                        for x, grad in zip(sums, grads, strict=True)
+                    )
+                return sums
+
+            zeros = tuple(jnp.zeros((height, _LANES)) for _ in range(self.step_ranks))
+            sums = lax.fori_loop(0, self.listed // _SUBLANES, add, zeros)
+            for a, x in enumerate(sums):
+                refs["spread"][a, pl.ds(start, height), tokens] = x
+
+        def spread_group(group: Array, _: None) -> None:
+            for start in range(0, num_keys, rows):
+                spread(start, min(rows, _padded(num_keys - start, _SUBLANES)), group)
+
+        lax.fori_loop(0, self.tile_tokens // _LANES, spread_group, None)
+
+
+def _dot(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
+    return lax.dot_general(
+        a,
+        b,
+        (((contracted[0],), (contracted[1],)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> Array:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _sum(terms: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

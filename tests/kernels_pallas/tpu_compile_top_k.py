@@ -1,0 +1,100 @@
+"""Compiles product-key top-k for TPUs that are not attached: python tpu_compile_top_k.py CASES
+
+CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and the kernels of each.
+`aot.py` runs it in a process of its own, because libtpu serves one process at a time.
+"""
+
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from kernels_pallas.product_key_top_k import pallas_tpu, product_key_top_k
+from kernels_pallas.product_key_top_k.options import Options
+from kernels_pallas.product_key_top_k.shapes import Shape
+
+KERNELS = ("product_key_top_k_forward", "product_key_top_k_backward")
+
+
+def compiled(case: dict[str, Any]) -> Any:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"])
+    shape = Shape("case", "ci", **case["shape"])
+    arrays = shape.arguments(case["dtype"])
+    call = {**shape.options, "implementation": "pallas_tpu"}
+
+    def top_k(arrays: dict[str, Any]) -> Any:
+        return product_key_top_k(**arrays, **call)
+
+    def grads(arrays: dict[str, Any]) -> Any:
+        def loss(floats: dict[str, Any]) -> Any:
+            return jnp.sum(top_k(arrays | floats)[0] ** 2)
+
+        return jax.grad(loss)({n: arrays[n] for n in ("query", "keys", "cores")})
+
+    if case["what"] == "sharded":
+        mesh = Mesh(topology.devices, ("data",))  # in context, it tells the platform
+
+        def specs(name: str) -> PartitionSpec:
+            return PartitionSpec(*[None] * 3, "data") if name == "query" else PartitionSpec()
+
+        def sharded(arrays: dict[str, Any]) -> Any:
+            run = jax.shard_map(
+                lambda arrays: product_key_top_k(**arrays, **call)[0],
+                in_specs=({name: specs(name) for name in arrays},),
+                out_specs=PartitionSpec("data"),
+            )
+            return jnp.sum(run(arrays) ** 2)
+
+        with jax.set_mesh(mesh):
+            whole = dict(case["shape"], num_tokens=shape.num_tokens * len(topology.devices))
+            placed = {
+                name: jax.ShapeDtypeStruct(
+                    x.shape, x.dtype, sharding=NamedSharding(mesh, specs(name))
+                )
+                for name, x in Shape("case", "ci", **whole).arguments(case["dtype"]).items()
+            }
+            return jax.jit(jax.grad(sharded)).lower(placed).compile()
+
+    call["platform"] = "tpu"
+    sharding = SingleDeviceSharding(topology.devices[0])
+    # The compiler chooses layouts, so that it has no copies to make.
+    free = Format(Layout.AUTO, sharding)
+    if case["what"] == "mapped":
+        arrays = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in arrays.items()}
+        return jax.jit(jax.vmap(top_k), in_shardings=sharding).lower(arrays).compile()
+    if case["what"] == "backward":
+        options = Options(shape.top_m, shape.shortlist, chunk_size=1)
+        results = jax.eval_shape(lambda: pallas_tpu.forward(*arrays.values(), options))
+        scores, addresses, chosen = results
+
+        def backward(arrays: dict[str, Any], addresses: Any, chosen: Any, grad: Any) -> Any:
+            inputs = (arrays["query"], arrays["keys"], arrays["cores"])
+            return pallas_tpu.backward(*inputs, addresses, chosen, grad, options)
+
+        jitted = jax.jit(backward, in_shardings=free, out_shardings=free)
+        return jitted.lower(arrays, addresses, chosen, scores).compile()
+    function = {"forward": top_k, "grads": grads}[case["what"]]
+    return jax.jit(function, in_shardings=free, out_shardings=free).lower(arrays).compile()
+
+
+def main() -> None:
+    results = []
+    for case in json.loads(sys.argv[1]):
+        program = compiled(case)
+        text = program.as_text()
+        results.append(
+            {
+                "temporaries": program.memory_analysis().temp_size_in_bytes,
+                "kernels": [name for name in KERNELS if f"%{name}" in text],
+            }
+        )
+    sys.stdout.write(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
