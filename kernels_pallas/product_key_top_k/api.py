@@ -28,7 +28,7 @@ MAX_NUM_KEYS = 46340  # addresses are int32, and 46341 squared is beyond 2^31
 # 128 to 512 tokens are equally good within the noise at the sizes listed in xla.py (964 keys: 77 ms
 # in chunks of 64, 71 of 128, 71 of 256, 75 in one), and small tables want no chunks (128 keys:
 # 17 ms in chunks of 64, 14 in one of 2048).
-_CPU_CHUNK_BYTES = 4 * 2**20
+_CPU_CHUNK_BYTES = 2 * 2**20
 # An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
 # easily holds. Reasoned, not measured.
 _ACCELERATOR_CHUNK_BYTES = 256 * 2**20

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.common import scan_chunks
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
+from kernels_pallas.product_key_top_k.selection import best, top_k
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
 # How far beyond m the staircase reaches where Tucker scores are not monotone, and the share of the
@@ -123,8 +124,8 @@ def forward(
         chosen = jnp.stack([_take(row_scores, i[:, None]), _take(column_scores, j[:, None])])
         return None, (
             _pair_scores(chosen, cores),
-            jnp.moveaxis(addresses, 0, 1),
-            jnp.moveaxis(chosen, 3, 0),
+            jnp.moveaxis(addresses, 2, 0),
+            jnp.moveaxis(chosen, 4, 0),
         )
 
     _, results = scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), chunk_size)
@@ -199,29 +200,27 @@ def _sizes(axes: str, keys: Array) -> tuple[int, ...]:
 
 
 def _key_scores(query: Array, keys: Array, dtype: jnp.dtype) -> Array:
-    """S of every key, [h, 2, r, t, n], from a query of [t, h or 1, 2, r or 1, q]."""
+    """S of every key, [h, 2, r, n, t], from a query of [t, h or 1, 2, r or 1, q]."""
     axes = _query_axes(jnp.moveaxis(query, 0, 3), keys)
     query = query.reshape(query.shape[0], *_sizes(axes, keys), -1)
-    return _einsum(f"t{axes}q,hsrnq->hsrtn", query, keys, preferred_element_type=dtype)
+    return _einsum(f"t{axes}q,hsrnq->hsrnt", query, keys, preferred_element_type=dtype)
 
 
 def _shortlist(scores: Array, weights: Array | None, size: int) -> tuple[Array, Array]:
-    """The best keys of one side by their rank-1 score, [h, t, s], and their S, [h, r, t, s]."""
+    """The best keys of one side by their rank-1 score, [h, s, t], and their S, [h, r, s, t]."""
     ranking = scores[:, 0]
     if weights is not None:
         weights = weights.astype(scores.dtype)[:, :, None, None]
         ranking = _add_up(scores[:, i] * weights[:, i] for i in range(scores.shape[1]))
-    # One call a side: slicing a joint result hides the top-k from XLA's CPU compiler, which then
-    # sorts all keys.
-    best = lax.top_k(_orderly(ranking), size)[1]
-    return best, _take(scores, best[:, None])
+    places = best(ranking, size)
+    return places, _take(scores, places[:, None])
 
 
 def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) -> Array:
-    """Places of the best pairs in the grid of shortlisted keys, [h, t, m], best first.
+    """Places of the best pairs in the grid of shortlisted keys, [h, m, t], best first.
 
     Args:
-        rows: S of the shortlisted row keys, [h, r, t, s].
+        rows: S of the shortlisted row keys, [h, r, s, t].
         columns: the same of column keys.
         cores: None for additive scores.
         top_m: m.
@@ -229,9 +228,9 @@ def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) ->
     additive = cores is None
     if cores is not None:
         rows = _times_core(rows, cores)
-    staircase = _Staircase(rows.shape[-1], top_m * (1 if additive else TUCKER_REACH))
+    staircase = _Staircase(rows.shape[2], top_m * (1 if additive else TUCKER_REACH))
     if len(staircase.places) > MOST_INSIDE * staircase.shortlist**2:
-        return _best_in_grid(rows, columns, additive, top_m)
+        return best(_whole_grid(rows, columns, additive), top_m)
 
     places, doubtful = _search(staircase, rows, columns, additive, top_m)
     num_heads, num_tokens = doubtful.shape
@@ -241,13 +240,15 @@ def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) ->
         """Doubts are few as a rule: it takes the grids of some tokens to settle them."""
         which = lax.top_k(doubtful.reshape(-1).astype(jnp.float32), num_redone)[1]
         heads, tokens = which // num_tokens, which % num_tokens
-        # One token of as many heads.
-        of_rows, of_columns = (x[heads, :, tokens][:, :, None] for x in (rows, columns))
-        redone = _best_in_grid(of_rows, of_columns, additive, top_m)
-        return places.at[heads, tokens].set(redone[:, 0])
+        # All of one head.
+        of_rows, of_columns = (
+            jnp.moveaxis(x[heads, :, :, tokens], 0, 2)[None] for x in (rows, columns)
+        )
+        redone = top_k(_whole_grid(of_rows, of_columns, additive), top_m)
+        return places.at[heads, :, tokens].set(redone[0].T)
 
     def redo_all() -> Array:
-        return _best_in_grid(rows, columns, additive, top_m)
+        return top_k(_whole_grid(rows, columns, additive), top_m)
 
     num_doubtful = jnp.sum(doubtful, dtype=jnp.int32)
     branch = (num_doubtful > 0).astype(jnp.int32) + (num_doubtful > num_redone).astype(jnp.int32)
@@ -255,7 +256,7 @@ def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) ->
 
 
 def _times_core(rows: Array, cores: Array) -> Array:
-    """S C of the shortlisted rows for the sum C of the cores, [h, r, t, s]."""
+    """S C of the shortlisted rows for the sum C of the cores, [h, r, s, t]."""
     core = cores.astype(rows.dtype).sum(axis=0)
     ranks = range(rows.shape[1])
     # Rank by rank and not as a product of matrices: those of a token would be tiny.
@@ -266,56 +267,51 @@ def _times_core(rows: Array, cores: Array) -> Array:
 def _search(
     staircase: _Staircase, rows: Array, columns: Array, additive: bool, top_m: int
 ) -> tuple[Array, Array]:
-    """The best pairs inside, [h, t, m], and whether one outside may precede the last, [h, t]."""
+    """The best pairs inside, [h, m, t], and whether one outside may precede the last, [h, t]."""
     shortlist = staircase.shortlist
     parts = [
-        _grid(rows[..., start:end], columns[..., :width], additive)
+        _grid(rows[:, :, start:end], columns[:, :, :width], additive)
         for start, end, width in staircase.blocks
     ]
-    candidates = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in parts], axis=-1)
-    scores, best = lax.top_k(candidates, top_m)
-    places = jnp.asarray(staircase.places).at[best].get(mode="promise_in_bounds")
+    candidates = jnp.concatenate([lax.collapse(x, 1, 3) for x in parts], axis=1)
+    places_inside = best(candidates, top_m)
+    places = jnp.asarray(staircase.places).at[places_inside].get(mode="promise_in_bounds")
     if additive:
-        infinite = jnp.any(~jnp.isfinite(rows[:, 0]) | ~jnp.isfinite(columns[:, 0]), axis=-1)
+        infinite = jnp.any(~jnp.isfinite(rows[:, 0]) | ~jnp.isfinite(columns[:, 0]), axis=1)
         return places, infinite
 
-    last_score, last_place = scores[..., -1, None, None], places[..., -1, None, None]
-    numbers = np.arange(shortlist**2, dtype=np.int32).reshape(1, 1, shortlist, shortlist)
-    num_ahead = jnp.zeros(places.shape[:2], jnp.int32)
+    last_score = _take(candidates, places_inside[:, -1:])[:, :, None]
+    last_place = places[:, -1:, None]
+    numbers = np.arange(shortlist**2, dtype=np.int32).reshape(1, shortlist, shortlist, 1)
+    num_ahead = jnp.zeros_like(places[:, 0])
     for some_rows, some_columns in staircase.outside:
-        grid = _grid(rows[..., some_rows], columns[..., some_columns], additive)
-        later = numbers[..., some_rows, some_columns] > last_place
+        grid = _grid(rows[:, :, some_rows], columns[:, :, some_columns], additive)
+        later = numbers[:, some_rows, some_columns] > last_place
         # A score or bound that is not a number is neither less nor equal.
         behind = (grid < last_score) | ((grid == last_score) & later)
-        num_ahead += jnp.sum(~behind, axis=(-1, -2), dtype=jnp.int32)
+        num_ahead += jnp.sum(~behind, axis=(1, 2), dtype=jnp.int32)
     return places, num_ahead > 0
 
 
-def _best_in_grid(rows: Array, columns: Array, additive: bool, top_m: int) -> Array:
-    grid = _grid(rows, columns, additive)
-    return lax.top_k(grid.reshape(*grid.shape[:2], -1), top_m)[1]
+def _whole_grid(rows: Array, columns: Array, additive: bool) -> Array:
+    """Scores of all pairs, [h, s * s, t]."""
+    return lax.collapse(_grid(rows, columns, additive), 1, 3)
 
 
 def _grid(rows: Array, columns: Array, additive: bool) -> Array:
-    """Scores of all pairs, [h, t, rows, columns]; what is best has the highest."""
-    rows, columns = rows[..., :, None], columns[..., None, :]
+    """Scores of all pairs, [h, rows, columns, t]."""
+    rows, columns = rows[:, :, :, None], columns[:, :, None]
     if additive:
-        return _orderly(rows[:, 0] + columns[:, 0])
-    return _orderly(_add_up(rows[:, q] * columns[:, q] for q in range(rows.shape[1])))
-
-
-def _orderly(scores: Array) -> Array:
-    """Makes lax.top_k, which goes by the sign bit too, put NaN before all numbers, and 0 = -0."""
-    scores = jnp.where(scores == 0, 0, scores)
-    return jnp.where(jnp.isnan(scores), jnp.nan, scores)
+        return rows[:, 0] + columns[:, 0]
+    return _add_up(rows[:, q] * columns[:, q] for q in range(rows.shape[1]))
 
 
 def _pair_scores(chosen: Array, cores: Array | None) -> Array:
-    """Scores by core, [t, h, m, c], from S of the chosen keys, [2, h, r, t, m]."""
+    """Scores by core, [t, h, m, c], from S of the chosen keys, [2, h, r, m, t]."""
     rows, columns = chosen
     if cores is None:
-        return jnp.moveaxis(rows + columns, (0, 2), (1, 0)).swapaxes(-1, -2)
-    return _einsum("hrtk,chrq,hqtk->thkc", rows, cores.astype(rows.dtype), columns)
+        return jnp.moveaxis(rows + columns, (1, 3), (3, 0))
+    return _einsum("hrkt,chrq,hqkt->thkc", rows, cores.astype(rows.dtype), columns)
 
 
 def _add_up(terms: Iterable[Array]) -> Array:
@@ -323,7 +319,7 @@ def _add_up(terms: Iterable[Array]) -> Array:
 
 
 def _take(x: Array, places: Array) -> Array:
-    return jnp.take_along_axis(x, places, axis=-1, mode="promise_in_bounds")
+    return jnp.take_along_axis(x, places, axis=-2, mode="promise_in_bounds")
 
 
 def _scatter_add(x: Array, ids: Array, size: int) -> Array:

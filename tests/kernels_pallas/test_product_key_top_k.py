@@ -129,7 +129,7 @@ def staircase_and_grid(
         _, columns = xla._shortlist(scores[:, 1], inputs["v"], shortlist)
         rows = rows if additive else xla._times_core(rows, inputs["cores"])
         found, doubtful = xla._search(staircase, rows, columns, additive, top_m)
-        return found, doubtful, xla._best_in_grid(rows, columns, additive, top_m)
+        return found, doubtful, xla.best(xla._whole_grid(rows, columns, additive), top_m)
 
     return run(inputs)
 
@@ -263,7 +263,7 @@ def test_doubted_tokens_are_selected_from_the_whole_grid(second_value: float) ->
     sizes = {"top_m": 20, "shortlist": 30}
     inputs = make_inputs(64, 50, second_value=second_value)
     found, doubtful, whole = staircase_and_grid(inputs, **sizes)
-    wrong = np.any(np.asarray(found != whole), axis=-1)
+    wrong = np.any(np.asarray(found != whole), axis=1)
     assert not np.any(wrong & ~np.asarray(doubtful))
     assert wrong.mean() < 0.1 if second_value < 1 else wrong.mean() > 0.1
     for chunk_size in (64, 4):
@@ -279,7 +279,7 @@ def test_one_doubted_token_is_selected_anew_among_many() -> None:
     inputs |= {"query": query, "u": first, "v": first, "cores": jnp.eye(2)[None, None]}
     found, doubtful, whole = staircase_and_grid(inputs, **sizes)
     np.testing.assert_array_equal(np.flatnonzero(doubtful), [3])
-    np.testing.assert_array_equal(np.flatnonzero((found != whole).any(axis=-1)), [3])
+    np.testing.assert_array_equal(np.flatnonzero((found != whole).any(axis=1)), [3])
     assert_matches_reference(inputs, **sizes, chunk_size=40)
 
 
