@@ -14,6 +14,7 @@ fixed when JAX starts. A case has
                     "mapped", the forward under vmap, with two of every array; or "sharded", the
                     gradients with the arguments in `sharded` split over 4 devices by axis 0
     wrt             the arguments to differentiate by; by default all of floating point
+    remat           whether the backward pass repeats the forward; may be left out
     sharded         names of arguments, only for "sharded"
 """
 
@@ -136,6 +137,7 @@ def compiled(case: dict[str, Any]) -> Any:
 
     def grads(arguments: dict[str, Any]) -> Any:
         result = first_sharded if what == "sharded" else first
+        result = jax.checkpoint(result) if case.get("remat", False) else result
         chosen = {name: arguments[name] for name in wrt}
         return jax.grad(lambda chosen: jnp.sum(result(arguments | chosen) ** 2))(chosen)
 
