@@ -94,20 +94,30 @@ def compiled(case: dict[str, Any]) -> Any:
 
     sharding = SingleDeviceSharding(device)
     inputs = arguments(case)
-    if what == "default_layouts":
+    if what == "packed":
         # A float32 table in rows of 128 has the same bytes in the default layout.
         shapes = {n: (x.size // 128, 128) if n in TABLES else x.shape for n, x in inputs.items()}
+        formats = jax.tree.map(lambda x: contiguous(x, sharding), inputs)
+        formats |= {n: Format(None, sharding) for n in TABLES if n in inputs}
+        packed = {n: jax.ShapeDtypeStruct(shapes[n], x.dtype) for n, x in inputs.items()}
 
         def unpacked(packed: dict[str, Any]) -> Any:
             return forward({n: packed[n].reshape(x.shape) for n, x in inputs.items()})
 
-        formats = jax.tree.map(lambda x: contiguous(x, sharding), inputs)
-        formats |= {n: sharding for n in TABLES if n in inputs}
-        out = contiguous(jax.eval_shape(lambda: jnp.zeros((8, 8))), sharding)
-        packed = {n: jax.ShapeDtypeStruct(shapes[n], x.dtype) for n, x in inputs.items()}
         with use_abstract_mesh(chip_mesh(device)):
+            out = contiguous(jax.eval_shape(forward, inputs), sharding)
             jitted = jax.jit(unpacked, in_shardings=(formats,), out_shardings=out)
             return jitted.lower(packed).compile()
+    if what == "beside_products":
+
+        def beside_products(inputs: dict[str, Any], x: jax.Array) -> Any:
+            return forward(inputs), x @ x @ x
+
+        with use_abstract_mesh(chip_mesh(device)):
+            square = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
+            formats = jax.tree.map(lambda x: contiguous(x, sharding), inputs)
+            jitted = jax.jit(beside_products, in_shardings=(formats, sharding))
+            return jitted.lower(inputs, square).compile()
     if what == "mapped":
         inputs = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in inputs.items()}
         with use_abstract_mesh(chip_mesh(device)):
@@ -134,6 +144,13 @@ def chip_mesh(device: Any) -> AbstractMesh:
     return AbstractMesh((1,), ("x",), abstract_device=abstract, axis_types=(AxisType.Auto,))
 
 
+def has_products_meanwhile(text: str) -> bool:
+    """Whether the schedule of a program has a matrix product between start and end of a kernel."""
+    _, started, rest = text.partition("call-start(")
+    meanwhile, ended, _ = rest.partition("call-done(")
+    return bool(started and ended) and "convolution" in meanwhile
+
+
 def main() -> None:
     results = []
     for case in json.loads(sys.argv[1]):
@@ -145,6 +162,7 @@ def main() -> None:
                 "temporaries": memory.temp_size_in_bytes,
                 "arguments": memory.argument_size_in_bytes,
                 "kernels": [name for name in KERNELS if name in text],
+                "products_meanwhile": has_products_meanwhile(text),
             }
         )
     sys.stdout.write(json.dumps(results))

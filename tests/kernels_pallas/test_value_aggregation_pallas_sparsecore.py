@@ -1,29 +1,25 @@
-"""The SparseCore kernels of value aggregation: interpreted, and compiled for chips elsewhere.
+"""The SparseCore kernels of value aggregation: interpreted, and compiled for chips elsewhere."""
 
-JAX's interpreter runs the kernels as they are but for four things that it does not have: indirect
-streams (here a loop of row copies), streams without a semaphore at their destination, loops that
-the compiler may reorder, and the indices of a mesh with two axes.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from kernels_pallas import tuned
+from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.value_aggregation import (
     pallas_sparsecore,
-    sparsecore_arithmetic,
     sparsecore_pipeline,
     value_aggregation,
+    value_aggregation_row_gradients,
 )
 from kernels_pallas.value_aggregation.reference import Activation, value_aggregation_reference
+from kernels_pallas.value_aggregation.sparsecore_pipeline import Chip
+from tests.kernels_pallas.aot import FUSED_BYTES, run_cases
+from tests.kernels_pallas.sparsecore_interpreter import interpreted_sparsecore
 from tests.kernels_pallas.test_value_aggregation import (
     assert_all_close,
     make_inputs,
@@ -31,58 +27,283 @@ from tests.kernels_pallas.test_value_aggregation import (
 )
 
 ON_TPU: dict[str, Any] = {"implementation": "pallas_sparsecore", "platform": "tpu"}
-V6E = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v6 lite", 1, "tpu"))
+CHIPS = ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")  # v5e has no SparseCores
+V6E = Chip(2, 16, 8, 2**18)
+SMALL: dict[str, Any] = {
+    "num_tokens": 300,
+    "top_m": 6,
+    "num_values": 512,
+    "value_dim": 72,
+    "pre_value_dim": 136,
+    "num_cores": 2,
+}
+PAPER: dict[str, dict[str, Any]] = {
+    "227M": {"num_values": 360**2, "top_m": 32, "value_dim": 192, "pre_value_dim": 192},
+    "1B": {"num_values": 528**2, "top_m": 128, "value_dim": 768, "pre_value_dim": 384},
+    "500M": {"num_values": 964**2, "top_m": 94, "value_dim": 216, "pre_value_dim": 72},
+    # Its table of values has more than 2^31 elements.
+    "120B": {"num_values": 1696**2, "top_m": 256, "value_dim": 960, "pre_value_dim": 320},
+}
 
 
-class Push:
-    """A stream whose only semaphore is that of its destination."""
-
-    def __init__(self, result: Any, row: Any, sent: Any) -> None:
-        self.copy = pltpu.make_async_copy(result, row, sent)
-        self.start, self.wait, self.wait_read = self.copy.start, self.copy.wait, self.copy.wait
-
-
-def in_order(count: Any, body: Callable[[Any], None]) -> None:
-    lax.fori_loop(0, count, lambda k, _: body(k), None)
+def mesh_of(kind: str) -> AbstractMesh:
+    """A mesh in whose context a kind of device is known."""
+    return AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, 1, "tpu"))
 
 
 @pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Runs the kernels on CPU, on two subcores; races and reads of unset memory show.
-
-    The fixture sets lanes and local memory of the chip that is pretended.
-    """
-
-    def pretend(lanes: int = 8, local_bytes: int = 2**18) -> None:
-        chip = sparsecore_pipeline.Chip(1, 2, lanes, local_bytes)
-        monkeypatch.setattr(sparsecore_pipeline, "chip_at_hand", lambda: chip)
-
-    pretend()
-    monkeypatch.setattr(tuned, "device_kind", lambda platform: "a pretended chip")
-    mesh = pltpu.TensorCoreMesh(axis_name="subcore", num_cores=2)
-    monkeypatch.setattr(sparsecore_pipeline, "subcores", lambda chip: mesh)
-    monkeypatch.setattr(sparsecore_pipeline, "this_subcore", lambda: lax.axis_index("subcore"))
-    row_copies = sparsecore_pipeline.RowCopies
-    monkeypatch.setattr(sparsecore_pipeline, "IndirectStream", row_copies)
-    monkeypatch.setattr(sparsecore_pipeline, "push", Push)
-    monkeypatch.setattr(sparsecore_arithmetic, "for_rows", in_order)
-    params = pltpu.InterpretParams(
-        num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
-    )
-    with pltpu.force_tpu_interpret_mode(params):
-        yield pretend
-    pltpu.reset_tpu_interpret_mode_state()
+def interpreter() -> Iterator[None]:
+    with interpreted_sparsecore():
+        yield
 
 
-def assert_matches_reference(
+def assert_kernels_match_the_reference(
     inputs: dict[str, Any], activation: Activation | None = None, tolerance: float = 1e-5
 ) -> None:
-    want = output_and_grads(value_aggregation_reference, inputs, activation=activation)
-    got = output_and_grads(value_aggregation, inputs, activation=activation, **ON_TPU)
-    assert_all_close(got, want, tolerance)
+    """The output, the gradients of scores and pre-inputs, and what weights those of the tables."""
+
+    def reference(scores: jax.Array, pre_inputs: jax.Array | None) -> jax.Array:
+        tables = {n: x for n, x in inputs.items() if n not in ("scores", "pre_inputs")}
+        return value_aggregation_reference(
+            **tables, scores=scores, pre_inputs=pre_inputs, activation=activation
+        )
+
+    # The absent are None, as a backend gets them.
+    names = ("values", "indices", "scores", "pre_values", "pre_inputs")
+    arrays = [inputs.get(name) for name in names]
+    want, vjp = jax.vjp(reference, inputs["scores"], inputs.get("pre_inputs"))
+    output_grad = jnp.cos(jnp.arange(want.size, dtype=jnp.float32)).reshape(want.shape)
+    scores_grad, pre_inputs_grad = vjp(output_grad)
+    got = value_aggregation(**inputs, activation=activation, **ON_TPU)
+    found = pallas_sparsecore.token_grads(*arrays, output_grad, activation)
+    expected = {"output": want, "scores": scores_grad}
+    results = {"output": got, "scores": found[0]}
+    if pre_inputs_grad is not None and found[1] is not None:
+        expected["pre_inputs"], results["pre_inputs"] = pre_inputs_grad, found[1]
+    assert_all_close(results, expected, tolerance)
 
 
-def test_a(interpreter: Any) -> None:
-    assert_matches_reference(
-        make_inputs(num_tokens=5, top_m=3, value_dim=24, pre_value_dim=16, num_cores=2)
+@pytest.mark.parametrize(
+    ("shape", "activation", "chip"),
+    [
+        # Two windows of 8 and 3 rows; slices of 20 columns are two and a half chunks of lanes.
+        (
+            {"num_tokens": 3, "top_m": 11, "num_cores": 3, "value_dim": 60, "pre_value_dim": 20},
+            "silu",
+            {"local_bytes": 24_000},
+        ),
+        ({"num_tokens": 1, "top_m": 1, "num_cores": 1, "pre_value_dim": 0}, None, {}),
+        ({"num_tokens": 2, "indices": np.full((2, 3), 10), "value_dim": 32}, "gelu", {"lanes": 16}),
+    ],
+    ids=["ragged", "one", "equal_ids"],
+)
+def test_kernels_match_the_reference(
+    shape: dict[str, Any], activation: Activation | None, chip: dict[str, Any]
+) -> None:
+    inputs = make_inputs(**{"pre_value_dim": 24} | shape)
+    with interpreted_sparsecore(**chip):
+        assert_kernels_match_the_reference(inputs, activation)
+
+
+def test_ragged_rows_pass_through_two_windows_of_different_length() -> None:
+    call = make_inputs(num_tokens=3, top_m=11, num_cores=3, value_dim=60, pre_value_dim=20)
+    names = ("values", "indices", "scores", "pre_values")
+    chip = V6E._replace(local_bytes=24_000)
+    for arrays in ("forward_arrays", "backward_arrays"):
+        held = getattr(pallas_sparsecore._Call(*(call[n] for n in names), chip), arrays)()
+        blocks = sparsecore_pipeline.heuristic(held, chip)
+        assert blocks is not None
+        assert blocks.rows == 8
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+def test_all_gradients_match_the_reference_dense_and_row_by_row() -> None:
+    inputs = make_inputs(num_tokens=4, top_m=3, value_dim=24, pre_value_dim=16)
+    want = output_and_grads(value_aggregation_reference, inputs, activation="gelu")
+    got = output_and_grads(value_aggregation, inputs, activation="gelu", **ON_TPU)
+    assert_all_close(got, want, 1e-5)
+
+    output_grad = jnp.cos(jnp.arange(4.0 * 24)).reshape(4, 24)
+    rows = value_aggregation_row_gradients(
+        **inputs, output_grad=output_grad, max_rows=11, activation="gelu", **ON_TPU
     )
+    assert rows.pre_values is not None
+    for name, found in (("values", rows.values), ("pre_values", rows.pre_values)):
+        dense = jnp.zeros_like(inputs[name]).at[rows.ids].add(found, mode="drop")
+        np.testing.assert_allclose(dense, want[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lanes", [8, pytest.param(16, marks=pytest.mark.slow)])
+def test_bfloat16_columns_are_split_and_merged(lanes: int) -> None:
+    # Both ends of the table. A chunk is 16 or 32 columns, a core's slice 36.
+    indices = np.array([[0, 1, 10], [10, 0, 0]])
+    inputs = make_inputs(
+        num_tokens=2, indices=indices, value_dim=72, pre_value_dim=40, table_dtype=jnp.bfloat16
+    )
+    with interpreted_sparsecore(lanes=lanes):
+        assert_kernels_match_the_reference(inputs, "relu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "chip"),
+    [
+        # 7 and 3 chunks by blocks of 2: several equal blocks and one of 1.
+        ({"num_tokens": 2, "top_m": 9, "value_dim": 56, "pre_value_dim": 24}, {}),
+        # 6 1/2 and 4 1/2 chunks: the last one begins early.
+        ({"num_tokens": 2, "top_m": 9, "value_dim": 52, "pre_value_dim": 36}, {}),
+        # The same with windows of 8 rows: sums are read, added to and written by block.
+        ({"num_tokens": 3, "top_m": 19, "value_dim": 52}, {"local_bytes": 20_000}),
+        ({"num_tokens": 9, "top_m": 30, "value_dim": 24, "num_cores": 2}, {"local_bytes": 16_000}),
+    ],
+    ids=["blocks", "uneven_blocks", "blocks_and_windows", "many_windows"],
+)
+def test_kernels_match_the_reference_in_blocks_and_windows(
+    shape: dict[str, Any], chip: dict[str, Any]
+) -> None:
+    inputs = make_inputs(**{"pre_value_dim": 0, "num_cores": 1} | shape)
+    with interpreted_sparsecore(block_registers=2, **chip):
+        assert_kernels_match_the_reference(inputs, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+def test_vmap_equals_a_python_loop() -> None:
+    tables = make_inputs(num_tokens=2, value_dim=16, pre_value_dim=8)
+    indices = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 2, 3)), jnp.int32)
+
+    def output(indices: jax.Array) -> jax.Array:
+        return value_aggregation(**tables | {"indices": indices}, **ON_TPU)
+
+    want = jnp.stack([output(row) for row in indices])
+    assert not np.array_equal(want[0], want[1])
+    np.testing.assert_allclose(jax.vmap(output)(indices), want, rtol=1e-6)
+
+
+def test_each_pass_is_one_kernel_that_a_profile_names_under_remat_too() -> None:
+    inputs = make_inputs(value_dim=16, pre_value_dim=8)
+
+    def forward(**arrays: Any) -> jax.Array:
+        return value_aggregation(**arrays, implementation="pallas_sparsecore")
+
+    def remat(**arrays: Any) -> jax.Array:
+        return jax.checkpoint(lambda arrays: forward(**arrays))(arrays)
+
+    with use_abstract_mesh(mesh_of("TPU v6 lite")):
+        once = str(jax.make_jaxpr(lambda: forward(**inputs))())
+        both = str(jax.make_jaxpr(lambda: output_and_grads(forward, inputs))())
+        again = str(jax.make_jaxpr(lambda: output_and_grads(remat, inputs))())
+    for jaxpr, num_forward, num_backward in ((once, 1, 0), (both, 1, 1), (again, 1, 1)):
+        assert jaxpr.count("name=value_aggregation_forward") == num_forward
+        assert jaxpr.count("name=value_aggregation_backward") == num_backward
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"num_slots": 2}, r"slots are not implemented \(num_slots = 2\)"),
+        ({"table_dtype": jnp.float16}, "rows must be float32 or bfloat16, values are float16"),
+        ({"num_cores": 3}, "a vector holds 8 columns, a slice of values for one core has 4"),
+        (
+            {"value_dim": 34, "table_dtype": jnp.bfloat16, "num_cores": 2},
+            "bfloat16 columns come in pairs, a slice of values for one core has 17",
+        ),
+        ({"pre_value_dim": 5}, "a vector holds 8 columns, a slice of pre_values for one core has"),
+        ({"value_dim": 6000}, "two times 8 rows need more than 262144 bytes"),
+        ({"num_tokens": 0}, r"indices is empty, \(0, 3\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("interpreter")
+def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
+    shape: dict[str, Any], reason: str
+) -> None:
+    inputs = make_inputs(**{"num_cores": 1, "pre_value_dim": 8} | shape)
+    with pytest.raises(UnsupportedError, match=reason):
+        value_aggregation(**inputs, **ON_TPU)
+    automatic = jax.make_jaxpr(lambda: value_aggregation(**inputs, platform="tpu"))()
+    assert "mpmd_map" not in str(automatic)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="it accumulates in float32, not in float64"):
+        value_aggregation(**make_inputs(dtype=jnp.float64), **ON_TPU)
+
+
+def test_the_chip_decides_and_must_be_known() -> None:
+    inputs = make_inputs(value_dim=16, pre_value_dim=8)
+
+    def trace(kind: str) -> str:
+        with use_abstract_mesh(mesh_of(kind)):
+            call = jax.make_jaxpr(
+                lambda: value_aggregation(**inputs, implementation="pallas_sparsecore")
+            )
+            return str(call())
+
+    with pytest.raises(UnsupportedError, match=r"chip is unknown, .* with their mesh in context"):
+        value_aggregation(**inputs, **ON_TPU)
+    with pytest.raises(UnsupportedError, match="TPU v5 lite has no SparseCores"):
+        trace("TPU v5 lite")
+    with pytest.raises(UnsupportedError, match="a vector holds 16 columns, a slice of values"):
+        trace("TPU7x")
+    assert "num_cores=2" in trace("TPU v6 lite")
+    assert "num_cores=4" in trace("TPU v5")
+
+
+@pytest.mark.parametrize(("width", "padded"), [(216, True), (208, False), (72, True)])
+def test_streams_fetch_rows_without_padding_only(width: int, padded: bool) -> None:
+    table = jax.ShapeDtypeStruct((8, width), jnp.bfloat16)
+    assert sparsecore_pipeline.has_padded_rows(table) == padded
+    assert not sparsecore_pipeline.has_padded_rows(table.update(dtype=jnp.float32))
+
+
+def test_kernels_compile_for_every_chip_without_temporaries() -> None:
+    cases: list[dict[str, Any]] = [
+        {"topology": chip, "what": what, "table_dtype": dtype, "activation": "gelu", **SMALL}
+        for chip in CHIPS
+        for what in ("forward", "token_grads")
+        for dtype in ("float32", "bfloat16")
+    ]
+    for case, result in zip(cases, run_cases("sparsecore_compile.py", *cases), strict=True):
+        name = "forward" if case["what"] == "forward" else "backward"
+        assert result["kernels"] == [f"value_aggregation_{name}"], case
+        assert result["temporaries"] < FUSED_BYTES / 4, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_gradients_compile_alone_over_a_mesh_and_mapped_and_overlap_other_work(chip: str) -> None:
+    kinds = ("grads", "sharded", "mapped", "beside_products", "packed")
+    case = {"topology": chip, "table_dtype": "float32", "activation": "silu", **SMALL}
+    cases = [{"what": kind, **case} for kind in kinds]
+    # Rows of 128: their default layout is the one that the kernels read.
+    cases[-1] |= PAPER["227M"] | {"num_tokens": 1024}
+    results = dict(zip(kinds, run_cases("sparsecore_compile.py", *cases), strict=True))
+    for kind in ("grads", "sharded"):
+        assert "value_aggregation_backward" in results[kind]["kernels"], kind
+    assert results["mapped"]["kernels"] == ["value_aggregation_forward"]
+    assert results["beside_products"]["products_meanwhile"]
+    assert results["packed"]["temporaries"] < FUSED_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["forward", "token_grads"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_papers_sizes_need_no_temporaries(chip: str, what: str) -> None:
+    cases: list[dict[str, Any]] = [
+        {
+            "topology": chip,
+            "what": what,
+            "table_dtype": dtype,
+            "num_tokens": 8192,
+            "num_cores": 2,
+            **shape,
+        }
+        for shape in PAPER.values()
+        for dtype in ("float32", "bfloat16")
+    ]
+    for case, result in zip(cases, run_cases("sparsecore_compile.py", *cases), strict=True):
+        rows = 4 * 8192 * case["top_m"] * (case["value_dim"] + case["pre_value_dim"])
+        assert result["temporaries"] < FUSED_BYTES < rows / 100, case

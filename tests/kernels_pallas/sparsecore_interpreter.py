@@ -1,0 +1,57 @@
+"""Runs the SparseCore kernels of value aggregation on CPU.
+
+JAX's interpreter takes the kernels as they are, but for five things that it lacks: indirect streams
+(here the copies of single rows that the kernels have for padded rows), streams without a semaphore
+at their destination, loops whose order is the compiler's, meshes of SparseCores, and the chip.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import tuned
+from kernels_pallas.value_aggregation import sparsecore_arithmetic, sparsecore_pipeline
+
+NUM_SUBCORES = 2
+
+
+class Push:
+    """A stream whose only semaphore is that of its destination."""
+
+    def __init__(self, result: Any, row: Any, sent: Any) -> None:
+        copy = pltpu.make_async_copy(result, row, sent)
+        self.start, self.wait, self.wait_read = copy.start, copy.wait, copy.wait
+
+
+def in_order(count: Any, body: Callable[[Any], None]) -> None:
+    lax.fori_loop(0, count, lambda k, _: body(k), None)
+
+
+@contextlib.contextmanager
+def interpreted_sparsecore(
+    lanes: int = 8, local_bytes: int = 2**18, block_registers: int = 16
+) -> Iterator[None]:
+    """Pretends a chip of two subcores; races, reads of unset memory and out of bounds raise."""
+    chip = sparsecore_pipeline.Chip(1, NUM_SUBCORES, lanes, local_bytes)
+    mesh = pltpu.TensorCoreMesh(axis_name="subcore", num_cores=NUM_SUBCORES)
+    doubles = {
+        "chip_at_hand": lambda: chip,
+        "subcores": lambda chip: mesh,
+        "this_subcore": lambda: lax.axis_index("subcore"),
+        "IndirectStream": sparsecore_pipeline.RowCopies,
+        "push": Push,
+    }
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    arithmetic = {"for_rows": in_order, "_BLOCK_REGISTERS": block_registers}
+    with (
+        mock.patch.multiple(sparsecore_pipeline, **doubles),
+        mock.patch.multiple(sparsecore_arithmetic, **arithmetic),
+        mock.patch.object(tuned, "device_kind", lambda platform: "a pretended chip"),
+        pltpu.force_tpu_interpret_mode(params),
+    ):
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
