@@ -75,6 +75,10 @@ def get_config() -> ConfigDict:
     # standard deviation 1, which must misbehave
     memory.initialization = "principled"
     memory.chunk_tokens = 0  # tokens whose rows are fetched at once; 0: chosen by their size
+    # Implementations of the two operators: auto | xla | pallas_tpu | pallas_gpu, and for
+    # value_aggregation pallas_sparsecore. What is named and cannot run ends with the reason.
+    memory.product_key_top_k = "auto"
+    memory.value_aggregation = "auto"
 
     moe = model.moe = ConfigDict()  # OLMoE, section 2
     moe.num_experts = 64

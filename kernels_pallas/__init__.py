@@ -1,5 +1,6 @@
 """Sparse-memory operators on JAX arrays, usable on their own: this package imports jax alone."""
 
+from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.product_key_top_k.api import product_key_top_k
 from kernels_pallas.value_aggregation.api import (
     value_aggregation,
@@ -9,6 +10,7 @@ from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
 __all__ = [
     "RowGradients",
+    "UnsupportedError",
     "product_key_top_k",
     "value_aggregation",
     "value_aggregation_row_gradients",

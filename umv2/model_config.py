@@ -38,6 +38,8 @@ class MemoryConfig:
     share_group: Positive
     initialization: Literal["principled", "released", "unit"]
     chunk_tokens: Natural
+    product_key_top_k: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"]
+    value_aggregation: Literal["auto", "xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 
     @property
     def num_values(self) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import product_key_top_k as product_key_top_k  # noqa: PLC0414 (re-exported)
-from kernels_pallas import value_aggregation as value_aggregation  # noqa: PLC0414 (re-exported)
+import kernels_pallas
+from kernels_pallas import UnsupportedError
 from umv2.config import ConfigError, MeshConfig
 
 REPLICA = "replica"
@@ -66,6 +66,42 @@ def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "
     if jax.sharding.get_abstract_mesh().empty:
         return table[ids]
     return table.at[ids].get(out_sharding=PartitionSpec(*spec, None))
+
+
+def product_key_top_k(
+    *arrays: Array | None, implementation: str, **options: Any
+) -> tuple[Float[Array, "t hk c"], Int[Array, "t hk"]]:
+    """Calls `kernels_pallas.product_key_top_k` on the arrays of one device.
+
+    Raises:
+      ConfigError: the implementation that was named cannot take the call; "auto" always can.
+    """
+    operator = kernels_pallas.product_key_top_k
+    return _call(operator, arrays, implementation, options)
+
+
+def value_aggregation(*arrays: Array, implementation: str, **options: Any) -> Float[Array, "t e"]:
+    """Calls `kernels_pallas.value_aggregation` on the arrays of one device.
+
+    Raises:
+      ConfigError: the implementation that was named cannot take the call; "auto" always can.
+    """
+    operator = kernels_pallas.value_aggregation
+    return _call(operator, arrays, implementation, options)
+
+
+def _call(
+    operator: Callable[..., Any],
+    arrays: tuple[Array | None, ...],
+    implementation: str,
+    options: dict[str, Any],
+) -> Any:
+    name = None if implementation == "auto" else implementation
+    try:
+        return operator(*arrays, implementation=name, **options)
+    except UnsupportedError as error:
+        field = f"model.memory.{operator.__name__}={implementation!r}"
+        raise ConfigError(f"{field}: {error}") from error
 
 
 def map_over_batch(

@@ -322,6 +322,16 @@ def test_output_variance_is_that_of_the_output() -> None:
     np.testing.assert_allclose(stats.output_variance, np.var(y), rtol=1e-5)
 
 
+@pytest.mark.parametrize("operator", ["product_key_top_k", "value_aggregation"])
+def test_an_implementation_for_other_hardware_is_one_error_that_names_the_field(
+    operator: str,
+) -> None:
+    config = _config(**{operator: "pallas_tpu"})
+    message = rf"model\.memory\.{operator}='pallas_tpu': {operator}, .*: it compiles for TPU, not"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        _apply(_layer(config), _inputs(config), _store(config))
+
+
 def test_refreshed_core_vectors_follow_the_cores() -> None:
     layer = memory.MemoryLayer(_config(), key=jax.random.key(0))
     first = layer.core_u[...]

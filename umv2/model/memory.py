@@ -180,7 +180,14 @@ class MemoryLayer(nnx.Module):
         keys = keys.astype(query.dtype)
         u, v, cores = (weights[name] for name in ("core_u", "core_v", "cores"))
         scores, grid = parallel.product_key_top_k(
-            query, keys, u, v, cores, top_m=memory.top_m, shortlist=memory.shortlist
+            query,
+            keys,
+            u,
+            v,
+            cores,
+            top_m=memory.top_m,
+            shortlist=memory.shortlist,
+            implementation=memory.product_key_top_k,
         )
         virtual = retrieval.virtual_addresses(grid, weights["shuffle"])
         block, visible, rows = retrieval.table_rows(
@@ -199,6 +206,7 @@ class MemoryLayer(nnx.Module):
             slots=block if memory.num_slots > 1 else None,
             num_slots=memory.num_slots,
             chunk_size=memory.chunk_tokens or None,
+            implementation=memory.value_aggregation,
         )
         key_scores = retrieval.product_key_scores(query, keys)
         shortlisting = retrieval.shortlist_scores(key_scores, u, v)

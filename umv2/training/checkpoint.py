@@ -47,6 +47,8 @@ RUNTIME_FIELDS = (
     "model.remat",
     "model.attention",
     "model.memory.chunk_tokens",
+    "model.memory.product_key_top_k",
+    "model.memory.value_aggregation",
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
