@@ -116,7 +116,7 @@ SHAPES = (
     # No size is a multiple of a block's; the number of rows is even because bfloat16 rows may be
     # fetched in pairs. Three cores share 24 lanes, and 264 lanes are more than two registers.
     Shape("ragged", "ci", 19, 5, 22, 24, 16, num_cores=3, activation="silu"),
-    Shape("both_ends", "ci", 5, 6, 1030, 40, 0, num_cores=2, ids="ends"),
+    Shape("both_ends", "ci", 5, 6, 1030, 40, 16, num_cores=2, ids="ends"),
     Shape("one_token", "ci", 1, 1, 8, 8),
     Shape("wide_rows", "ci", 3, 9, 10, 264, 136, num_cores=2),
     Shape("equal_ids", "ci", 6, 7, 12, 16, 8, num_cores=2, activation="gelu", ids="equal"),

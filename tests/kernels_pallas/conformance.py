@@ -29,6 +29,7 @@ from kernels_pallas.benchmark.workloads import OPERATORS, Operator, differentiat
 from kernels_pallas.dispatch import Platform, UnsupportedError
 from kernels_pallas.product_key_top_k.reference import product_key_top_k_reference
 from kernels_pallas.value_aggregation.reference import value_aggregation_reference
+from tests.kernels_pallas.sparsecore_interpreter import interpreted_sparsecore
 
 REFERENCES = {
     "value_aggregation": value_aggregation_reference,
@@ -98,21 +99,24 @@ def cases() -> list[Case]:
 
 
 @contextlib.contextmanager
-def interpreter(platform: Platform) -> Iterator[None]:
-    """Runs kernels for TPU or GPU on the CPU; races and reads of nothing show."""
-    if platform == "cpu":
-        yield
-    elif platform == "gpu":
-        gpu_params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-        with plgpu.force_gpu_interpret_mode(gpu_params):
+def interpreter(backend: str) -> Iterator[None]:
+    """Runs the kernels of a backend on the CPU; races and reads of unset memory raise."""
+    if backend == "pallas_sparsecore":
+        with interpreted_sparsecore():
             yield
-    else:
+    elif PLATFORMS[backend] == "tpu":
         params = pltpu.InterpretParams(
             num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
         )
         with pltpu.force_tpu_interpret_mode(params):
             yield
         pltpu.reset_tpu_interpret_mode_state()
+    elif PLATFORMS[backend] == "gpu":
+        gpu_params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+        with plgpu.force_gpu_interpret_mode(gpu_params):
+            yield
+    else:
+        yield
 
 
 def run(case: Case) -> dict[str, Error] | str:
@@ -121,11 +125,11 @@ def run(case: Case) -> dict[str, Error] | str:
     arrays = case.inputs()
     platform = PLATFORMS[case.backend]
     options = case.shape.options | {"implementation": case.backend, "platform": platform}
-    try:
-        jax.eval_shape(lambda: operator.function(**arrays, **options))
-    except UnsupportedError as error:
-        return str(error).rpartition(f"{case.backend!r}: ")[2]
-    with interpreter(platform):
+    with interpreter(case.backend):
+        try:
+            jax.eval_shape(lambda: operator.function(**arrays, **options))
+        except UnsupportedError as error:
+            return str(error).rpartition(f"{case.backend!r}: ")[2]
         got = results(operator, operator.function, arrays, options)
     want = reference(dataclasses.replace(case, backend=""))
     return {name: compare(got[name], want[name], case.reduction) for name in got}
