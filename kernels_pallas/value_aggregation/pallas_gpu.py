@@ -48,6 +48,7 @@ from kernels_pallas.value_aggregation.tokens_gpu import Blocks, Call, Quad, by_c
 
 _COPY_BYTES = 16  # a bulk copy moves a multiple of them
 _SHARED_BYTES = 227 * 2**10  # that a block may have
+_OTHER_SHARED_BYTES = 8 * 2**10  # barriers, scratch of reductions, alignment
 _COMPUTE_CAPABILITY = 9  # Hopper
 
 
@@ -105,7 +106,7 @@ def unsupported_reason(
         reasons.append((size % _COPY_BYTES != 0, rule))
         reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
     reasons.append((0 in indices.shape, f"indices is empty, {indices.shape}"))
-    needed = _smallest_ring_bytes(tables.values())
+    needed = _shared_bytes(list(tables.values()))
     reasons.append(
         (
             needed > _SHARED_BYTES,
@@ -240,7 +241,8 @@ def _token_grads(
 ) -> tuple[_TokenGrads, BackwardBlocks]:
     """The gradients of a token's own arguments, and the blocks of the whole backward pass."""
     token_blocks = heuristic(*indices.shape, row_bytes(values, pre_values))
-    table_blocks = table_heuristic(indices.size, 4 * values.shape[1])
+    widths = [table.shape[1] for table in (values, pre_values) if table is not None]
+    table_blocks = table_heuristic(indices.size, 4 * max(widths))
     blocks = BackwardBlocks(**vars(token_blocks), **vars(table_blocks))
     key = tuned.Key.of(
         "value_aggregation",
@@ -296,10 +298,13 @@ def _token_grads(
     )
 
 
-def _smallest_ring_bytes(tables: Any) -> int:
-    """Shared memory of two stages of four rows, and of the rows of a token."""
-    widths = [(fetch.padded(table.shape[1]), table.dtype.itemsize) for table in tables]
-    return sum(2 * QUAD * width * itemsize + 2 * 4 * width for width, itemsize in widths) + 4096
+def _shared_bytes(tables: list[Any]) -> int:
+    """The least shared memory that the kernels need: two stages of four rows, and single rows."""
+    widths = [fetch.padded(table.shape[1]) for table in tables]
+    rings = [2 * QUAD * table.dtype.itemsize for table in tables]
+    tokens = sum((ring + 2 * 4) * width for ring, width in zip(rings, widths, strict=True))
+    sums = (2 * QUAD * 4 + 4) * (max(widths) + fetch.COLUMNS)
+    return max(tokens, sums) + _OTHER_SHARED_BYTES
 
 
 def _compute_capability() -> str | None:

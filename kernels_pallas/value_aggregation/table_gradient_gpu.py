@@ -50,11 +50,12 @@ def table_heuristic(num_selections: int, row_bytes: int) -> TableBlocks:
 
     Four blocks for each of 132 multiprocessors, if slices of 32 to 256 selections allow it: longer
     ones leave fewer parts to be added, but a single row's sum is that much more serial. The ring
-    has about 24 KB, so that eight blocks share a multiprocessor. Reasoned, not measured.
+    has about 24 KB, so that seven or more blocks share a multiprocessor. Reasoned, not measured.
     """
     size = max(32, min(256, num_selections // (4 * 132)))
-    stages = max(2, min(8, 24 * 2**10 // (8 * row_bytes)))
-    return TableBlocks(1 << (size.bit_length() - 1), 8, stages)
+    rows = 8 if 8 * row_bytes <= 12 * 2**10 else 4
+    stages = max(2, min(8, 24 * 2**10 // (rows * row_bytes)))
+    return TableBlocks(1 << (size.bit_length() - 1), rows, stages)
 
 
 def sum_by_row(
