@@ -69,6 +69,23 @@ def heuristic(num_factors: int, dim: int) -> Blocks:
     return Blocks(rows=512, chunk=1024, sublanes=sublanes)
 
 
+def _choose_blocks(
+    num_selections: int, num_cores: int, factors: Any, num_rows: int, dtype: DTypeLike
+) -> Blocks:
+    """Measured blocks, where there are some for these very sizes, else those of `heuristic`."""
+    num_tokens, dim = factors.shape
+    blocks = heuristic(num_tokens, dim)
+    shape = {
+        "num_selections": num_selections,
+        "num_tokens": num_tokens,
+        "num_rows": num_rows,
+        "dim": dim,
+        "num_cores": num_cores,
+    }
+    key = tuned.Key.of("value_aggregation", "pallas_tpu/table_gradient", "backward", shape, dtype)
+    return tuned.lookup(blocks, key, platform="tpu") or blocks
+
+
 def _factor_bytes(num_factors: int, sublanes: int) -> int:
     return 4 * num_factors * sublanes * _LANES
 
@@ -108,14 +125,17 @@ def _sort_selections(indices: Array, terms: list[Term]) -> tuple[Array, Array, l
     """Rising ids of all selections; for each the token and, for each term and core, the weight.
 
     Equal ids are in order of k, then of tokens. Weights travel through the sort because to gather
-    them afterwards would take a TPU a step for each.
+    them afterwards would take a TPU a step for each. The position is a second key because a stable
+    sort has one more column and takes the compiler half as long again.
     """
-    tokens = lax.broadcasted_iota(jnp.int32, indices.T.shape, 1)
-    weights = [column.astype(jnp.float32) for term in terms for column in term.weights.T]
-    columns = [column.reshape(-1) for column in (indices.T, tokens, *weights)]
-    ids, tokens, *columns = lax.sort(columns, num_keys=1)
+    num_tokens = indices.shape[0]
+    position = lax.iota(jnp.int32, indices.size)
+    weights = [column.reshape(-1) for term in terms for column in term.weights.T]
+    columns = (indices.T.reshape(-1), position, *(x.astype(jnp.float32) for x in weights))
+    ids, position, *columns = lax.sort(columns, num_keys=2, is_stable=False)
     in_order = iter(columns)
-    return ids, tokens, [list(itertools.islice(in_order, term.weights.shape[2])) for term in terms]
+    weights = [list(itertools.islice(in_order, term.weights.shape[2])) for term in terms]
+    return ids, lax.rem(position, num_tokens), weights
 
 
 def sum_by_row(
