@@ -128,7 +128,7 @@ def forward(
 ) -> Float[Array, "num_tokens value_dim"]:
     """Computes the output of `value_aggregation` without slots."""
     del slots
-    blocks = heuristic(*indices.shape, row_bytes(values, pre_values))
+    blocks = heuristic(*scores.shape[:2], row_bytes(values, pre_values))
     key = tuned.Key.of(
         "value_aggregation",
         "pallas_gpu",
@@ -140,7 +140,7 @@ def forward(
     call = Call(values, indices, scores, pre_values, pre_inputs, blocks)
 
     def compute(quad: Quad, sums: list[Array]) -> list[Array]:
-        weights = [quad.scores(core) for core in range(call.num_cores)]
+        weights = quad.scores
         if pre_values is not None:
             gates, _ = activation_and_slope(
                 quad.dot("pre_values", "pre_inputs"), options.activation
@@ -240,7 +240,7 @@ def _token_grads(
     options: Options,
 ) -> tuple[_TokenGrads, BackwardBlocks]:
     """The gradients of a token's own arguments, and the blocks of the whole backward pass."""
-    token_blocks = heuristic(*indices.shape, row_bytes(values, pre_values))
+    token_blocks = heuristic(*scores.shape[:2], row_bytes(values, pre_values))
     widths = [table.shape[1] for table in (values, pre_values) if table is not None]
     table_blocks = table_heuristic(indices.size, 4 * max(widths))
     blocks = BackwardBlocks(**vars(token_blocks), **vars(table_blocks))
@@ -268,7 +268,7 @@ def _token_grads(
         gates, slopes = activation_and_slope(pre_scores, options.activation)
         gates_grad = jnp.zeros_like(gates)
         for core in cores:
-            score = quad.scores(core)
+            score = quad.scores[core]
             gates_grad += weights_grad[core] * score
             quad.put("scores_grad", weights_grad[core] * gates, core)
             quad.put("weights", score * gates, core)

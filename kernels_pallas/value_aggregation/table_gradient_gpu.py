@@ -171,11 +171,11 @@ def _sum_slice_kernel(
         is_head = is_first & ends.began_before
 
         @pl.when(is_head)
-        def _() -> None:
+        def leave_to_the_slice_it_began_in() -> None:
             heads[index] = total
 
         @pl.when(~is_head & (row < num_rows))
-        def _() -> None:
+        def write() -> None:
             _write_row(total, table.at[row], staged)
 
     def add_step(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -205,7 +205,7 @@ def _sum_slice_kernel(
     is_tail = ends.goes_on & ~(is_first & ends.began_before)
 
     @pl.when(is_tail)
-    def _() -> None:
+    def leave_to_be_joined() -> None:
         tails[index] = total
 
     pl.when(~is_tail)(lambda: finish(row, total, is_first))
@@ -236,7 +236,7 @@ def _join_slices_kernel(
         return (other < num_slices) & (first == ends.last_row)
 
     @pl.when(ends.goes_on & begins_here & (ends.last_row < num_rows))
-    def _() -> None:
+    def join() -> None:
         def add(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             other, total = carry
             parts = []

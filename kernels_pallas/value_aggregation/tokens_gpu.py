@@ -149,7 +149,7 @@ class Call:
         split = lax.axis_index("split")
         first, end = (part * self.steps // self.splits for part in (split, split + 1))
         ring = fetch.Ring(
-            self.tables_of(refs),
+            {name: refs[name] for name in self.tables},
             {name: refs[f"{name}_ring"] for name in self.tables},
             refs["arrived"],
         )
@@ -176,13 +176,22 @@ class Call:
         }
 
         def step_of_token(step: Array, sums: list[Array]) -> list[Array]:
+            quads = range(self.rows // QUAD)
+            places = [first_selection(step) + quad * QUAD for quad in quads]
+            # Scores come straight from device memory: asked for before the wait for the rows.
+            scores = [
+                [
+                    fetch.load_column_of_tile(refs["scores"].at[token, pl.ds(place, QUAD), core])
+                    for core in range(self.num_cores)
+                ]
+                for place in places
+            ]
             stage = ring.wait(step)
-            for quad in range(self.rows // QUAD):
-                selection = first_selection(step) + quad * QUAD
-                # Selections from `counted` to top_m have not been taken before.
-                counted = step * self.rows if self.is_ragged else None
-                part = Quad(self, refs, ring, rows, token, stage, quad, selection, counted)
-                sums = compute(part, sums)
+            # Selections from `counted` to top_m have not been taken before.
+            counted = step * self.rows if self.is_ragged else None
+            for quad in quads:
+                selected = (token, places[quad], counted, scores[quad])
+                sums = compute(Quad(self, refs, ring, rows, stage, quad, *selected), sums)
             later = step + self.stages
             pl.when(later < end)(lambda: ring.refill(later, row_of(later)))
             return sums
@@ -197,10 +206,6 @@ class Call:
         target = refs["sums"].at[split, token]
         plgpu.copy_smem_to_gmem(refs["sums_row"].at[pl.ds(0, sums_dim)], target)
         plgpu.wait_smem_to_gmem(0)
-
-    def tables_of(self, refs: dict[str, Any]) -> dict[str, Any]:
-        """The references to the tables."""
-        return {name: refs[name] for name in self.tables}
 
     def _cost(self, arrays: list[Any]) -> pl.CostEstimate:
         selections = self.num_tokens * self.num_selections
@@ -221,15 +226,16 @@ class Quad(NamedTuple):
     refs: dict[str, Any]
     ring: fetch.Ring
     rows: dict[str, list[Array]]  # of the token, in tiles
-    token: Array
     stage: Array
-    index: int  # among the quads of the step
+    place: int  # among the quads of the step
+    token: Array
     selection: Array  # the first of the four
-    counted: Array | None
+    counted: Array | None  # the first that has not been taken before, where some have
+    scores: list[Array]  # [QUAD] of each core
 
     def tile(self, table: str, columns: Columns) -> Array:
         """Columns of the selected rows of a table: [QUAD, COLUMNS]."""
-        return self.ring.tile(table, self.stage, self.index, columns)
+        return self.ring.tile(table, self.stage, self.place, columns)
 
     def dot(self, table: str, row: str, start: int = 0, end: int | None = None) -> Array:
         """Inner products of the selected rows with a row of the token, from column to column."""
@@ -254,11 +260,6 @@ class Quad(NamedTuple):
         selection = self.selection + fetch.row_positions()
         is_valid = (selection >= self.counted) & (selection < self.call.top_m)
         return jnp.where(is_valid, tile, 0.0)
-
-    def scores(self, core: int) -> Array:
-        """[QUAD]."""
-        selections = pl.ds(self.selection, QUAD)
-        return fetch.load_column_of_tile(self.refs["scores"].at[self.token, selections, core])
 
     def put(self, output: str, numbers: Array, *trailing: int) -> None:
         """Writes a number for each of the four selections."""

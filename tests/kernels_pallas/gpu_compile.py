@@ -6,7 +6,7 @@ reports them (the most, of kernels of the same name). Compilation is complete, d
 for sm_90a. `compile_cases` runs it in a process of its own, because flags and the platform are
 fixed when JAX starts. A case has
 
-    operator        a name of OPERATORS
+    operator        "value_aggregation" or "product_key_top_k"
     arguments       for each argument its [shape, dtype], or null
     implementation  one of the operator's
     options         keyword arguments that are no arrays; may be left out
@@ -93,17 +93,18 @@ def compiled(case: dict[str, Any]) -> Any:
     from kernels_pallas.product_key_top_k import product_key_top_k
     from kernels_pallas.value_aggregation import value_aggregation
 
-    operator = {
+    operators: dict[str, Any] = {
         "value_aggregation": value_aggregation,
         "product_key_top_k": product_key_top_k,
-    }[case["operator"]]
+    }
+    operator = operators[case["operator"]]
     what, sharded = case["what"], case.get("sharded", ())
     num_devices = NUM_DEVICES if what == "sharded" else 1
     topology = topologies.get_topology_desc(
         "h200", platform="cuda", topology=f"1x1x{num_devices}", target_config=H200
     )
     mesh = jax.sharding.Mesh(topology.devices, ("data",))
-    specs = {
+    specs: dict[str, Any] = {
         name: None if description is None else PartitionSpec("data" if name in sharded else None)
         for name, description in case["arguments"].items()
     }

@@ -149,13 +149,12 @@ def test_runs_of_equal_rows_are_summed_across_slices() -> None:
     order = rng.permutation(num_tokens * top_m)
     products = np.repeat(weights.reshape(-1, num_cores), dim // num_cores, axis=1)
     products = (products * np.repeat(factors, top_m, axis=0))[order]
-    arrays = [
-        jnp.asarray(x, jnp.int32 if x is order else jnp.float32) for x in (order, weights, factors)
-    ]
+    sorted_order = jnp.asarray(order, jnp.int32)
+    weights, factors = jnp.asarray(weights, jnp.float32), jnp.asarray(factors, jnp.float32)
 
     @jax.jit
     def sums(rows: jax.Array) -> jax.Array:
-        return sum_by_row(rows, *arrays, num_rows, jnp.float32, blocks)
+        return sum_by_row(rows, sorted_order, weights, factors, num_rows, jnp.float32, blocks)
 
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     size = num_tokens * top_m
@@ -191,6 +190,7 @@ def test_row_sparse_gradients_are_the_rows_of_the_dense_ones(max_rows: int | Non
         np.testing.assert_allclose(rows[: ids.size], want[name][ids], rtol=1e-5, atol=1e-5)
         assert not rows[ids.size :].any()
     np.testing.assert_allclose(got.scores, want["scores"], rtol=1e-5, atol=1e-5)
+    assert got.pre_inputs is not None
     np.testing.assert_allclose(got.pre_inputs, want["pre_inputs"], rtol=1e-5, atol=1e-5)
 
 
