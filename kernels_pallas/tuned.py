@@ -17,8 +17,10 @@ How a backend takes part. It has a frozen dataclass of whole numbers and boolean
 
 with `sizes` of the operator's `shapes.py`. That is all: `bench --tune` learns from this call which
 keys a shape has and from which blocks to set out, and tries one field after the other at a quarter,
-half, double and four times its value. Blocks that the backend cannot compile are reported and left
-out, so `Blocks` need not say which of its values are sound.
+half, double and four times its value. Blocks that the backend cannot compile, or with
+which it computes something else, are reported and left out, so `Blocks` need not say which of its
+values are sound. A kernel of a backend that has blocks of its own says so in its key:
+"pallas_tpu/tables".
 """
 
 import contextlib

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 
 from kernels_pallas import tuned
-from kernels_pallas.benchmark.measure import Program, in_turns, program_of
+from kernels_pallas.benchmark.measure import Program, difference, in_turns, program_of
 from kernels_pallas.benchmark.workloads import Workload, differentiated
 
 _FACTORS = (0.25, 0.5, 2, 4)
+_MOST_DIFFERENCE = 0.02  # in norm: sums in another order, rounded to bfloat16, differ by less
 _LEAST_GAIN = 1.03  # less is noise, and a number to keep for nothing
 
 
@@ -73,6 +74,9 @@ def fastest(
                     programs[blocks] = program
             if best not in programs:
                 return best, {"reason": tried[best]}
+            for blocks, reason in _strays(programs, best).items():
+                tried[blocks] = reason
+                tell(f"    {blocks}: no: {reason}")
             times = in_turns(programs, rounds)
             start = times[best]
             for blocks, found in times.items():
@@ -89,6 +93,18 @@ def fastest(
         "speedup_over_heuristic": gain,
         "heuristic": dataclasses.asdict(request.default),
     }
+
+
+def _strays(programs: dict[Any, Program], best: Any) -> dict[Any, str]:
+    """Takes out the programs that do not compute what the best so far does; says by how much."""
+    want = programs[best].run()
+    found: dict[Any, str] = {}
+    for blocks in list(programs):
+        off = difference(programs[blocks].run(), want)
+        if not off <= _MOST_DIFFERENCE:  # which NaN is not either
+            found[blocks] = f"its result differs by {off:.0e}"
+            del programs[blocks]
+    return found
 
 
 def _program(

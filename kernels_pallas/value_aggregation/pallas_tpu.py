@@ -32,8 +32,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas import tuned
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.options import Options
+from kernels_pallas.value_aggregation.pallas_tpu_blocks import (
+    SUBLANES,
+    chosen,
+    heuristic,
+    rows_per_copy,
+    vmem_bytes,
+)
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.table_gradient import RowGradients, Term
 from kernels_pallas.value_aggregation.table_gradient_tpu import (
@@ -42,12 +50,9 @@ from kernels_pallas.value_aggregation.table_gradient_tpu import (
     too_many_tokens,
 )
 
-_LANES, _SUBLANES = 128, 8
+_LANES = 128
 # Arrays with a number a selection, [..., K, T]; the others have a row a token.
 _SELECTIONS = ("smem_ids", "ids", "scores", "scores_grad", "weights", "pre_scores_grad")
-# Tokens a grid step. The rows of a block are in flight together, and 12 MiB of them cover the
-# latency of the memory several times over. Reasoned, not measured.
-_RING_BYTES = 12 * 2**20
 _VMEM_BYTES = 56 * 2**20  # of 64 MiB on v5p and tpu7x; v5e and v6e have 128
 _SMEM_BYTES = 896 * 2**10  # of 1 MiB
 
@@ -76,16 +81,17 @@ def unsupported_reason(
     for name, table in tables.items():
         known = table.dtype in (jnp.float32, jnp.bfloat16)
         reasons.append((not known, f"rows must be float32 or bfloat16, {name} are {table.dtype}"))
-        odd = table.shape[0] % _rows_per_copy(table) != 0
+        odd = table.shape[0] % rows_per_copy(table) != 0
         reasons.append((odd, f"bfloat16 rows are fetched in pairs, {name} has {table.shape[0]}"))
         reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
     reasons.append((0 in indices.shape, f"indices is empty, {indices.shape}"))
     reasons.append(too_many_tokens(indices.shape[0]))
     smem_bytes = 2 * 4 * top_m * _LANES
-    vmem_bytes = _vmem_bytes(_block_tokens(top_m, values, pre_values), scores, values, pre_values)
+    blocks = heuristic(top_m, values, pre_values, _LANES)
+    needed_vmem = vmem_bytes(blocks, scores, values, pre_values, _LANES)
     for memory, needed, available in (
         ("SMEM", smem_bytes, _SMEM_BYTES),
-        ("VMEM", vmem_bytes, _VMEM_BYTES),
+        ("VMEM", needed_vmem, _VMEM_BYTES),
     ):
         reasons.append(
             (
@@ -107,7 +113,7 @@ def forward(
 ) -> Float[Array, "num_tokens value_dim"]:
     """Computes the output of `value_aggregation` without slots."""
     del slots
-    call = _Call(values, indices, scores, pre_values, pre_inputs)
+    call = _Call("forward", values, indices, scores, pre_values, pre_inputs)
 
     def compute(refs: Any, slot: Array, token: Array, lane: Array) -> None:
         scores = [_column(refs["scores"].at[core], lane) for core in range(call.num_cores)]
@@ -180,7 +186,7 @@ def _token_grads(
     activation: Activation | None,
 ) -> tuple[Array, Array | None, list[Term]]:
     """The gradients of scores and pre-inputs, and what those of the tables are sums of."""
-    call = _Call(values, indices, scores, pre_values, pre_inputs)
+    call = _Call("backward", values, indices, scores, pre_values, pre_inputs)
     cores = range(call.num_cores)
 
     def compute(refs: Any, slot: Array, token: Array, lane: Array) -> None:
@@ -230,6 +236,7 @@ class _Call:
 
     def __init__(
         self,
+        pass_name: tuned.Pass,
         values: Array,
         indices: Array,
         scores: Array,
@@ -239,13 +246,14 @@ class _Call:
         self.num_tokens, self.top_m, self.num_cores = scores.shape
         self.value_dim = values.shape[1]
         self.pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
-        self.block_tokens = _block_tokens(self.top_m, values, pre_values)
+        blocks = chosen(pass_name, values, scores, pre_values, _LANES)
+        self.block_tokens = blocks.tokens
         self.lane_tokens = min(_LANES, self.num_tokens)
         # Two TensorCores of one device (v5p) take one half each; one takes them in turn.
         lane_blocks = pl.cdiv(self.num_tokens, _LANES)
         self.num_parts = min(2, lane_blocks)
         self.part_blocks = pl.cdiv(lane_blocks, self.num_parts) * (_LANES // self.block_tokens)
-        self.vmem_bytes = _vmem_bytes(self.block_tokens, scores, values, pre_values)
+        self.vmem_bytes = vmem_bytes(blocks, scores, values, pre_values, _LANES)
 
         self.tables = {"values": values}
         self.inputs: dict[str, Array] = {"scores": jnp.moveaxis(scores, (0, 2), (2, 0))}
@@ -254,7 +262,7 @@ class _Call:
             self.inputs["pre_inputs"] = pre_inputs
         self.inputs = {name: x.astype(jnp.float32) for name, x in self.inputs.items()}
         self.ids = indices.T
-        if any(_rows_per_copy(table) > 1 for table in self.tables.values()):
+        if any(rows_per_copy(table) > 1 for table in self.tables.values()):
             self.inputs["ids"] = self.ids  # as vectors, to tell the rows of a pair
 
         # Inside shard_map, results vary as the arguments do.
@@ -288,7 +296,7 @@ class _Call:
         kernel.__name__ = f"_{name}_kernel"
         rings = [
             pltpu.VMEM(
-                (self.block_tokens, _rows_per_copy(table) * self.top_m, table.shape[1]), table.dtype
+                (self.block_tokens, rows_per_copy(table) * self.top_m, table.shape[1]), table.dtype
             )
             for table in self.tables.values()
         ]
@@ -363,7 +371,7 @@ class _Call:
             for i, (name, table) in enumerate(self.tables.items()):
                 # Awaiting takes the size of a copy alone: any row does.
                 row = jnp.int32(0) if lane is None else refs["smem_ids"][k, lane]
-                size = _rows_per_copy(table)
+                size = rows_per_copy(table)
                 row = row & -size
                 descriptor = pltpu.make_async_copy(
                     refs[name].at[pl.ds(pl.multiple_of(row, size), size)],
@@ -427,19 +435,19 @@ def _put_column(ref: Any, lane: Array, column: Array) -> None:
 def _row(ref: Any, token: Array, lanes: slice) -> Array:
     """Row `token` of a [T, D] block: [1, lanes]. Only whole tiles can be read at a variable row."""
     block = ref[_tile_of(token), lanes]
-    here = lax.broadcasted_iota(jnp.int32, block.shape, 0) == token & (_SUBLANES - 1)
+    here = lax.broadcasted_iota(jnp.int32, block.shape, 0) == token & (SUBLANES - 1)
     return jnp.sum(jnp.where(here, block, 0), axis=0, keepdims=True)
 
 
 def _put_row(ref: Any, token: Array, lanes: slice, row: Array) -> None:
     """Writes [1, lanes] into row `token` of a [T, D] block."""
     block = ref[_tile_of(token), lanes]
-    here = lax.broadcasted_iota(jnp.int32, block.shape, 0) == token & (_SUBLANES - 1)
+    here = lax.broadcasted_iota(jnp.int32, block.shape, 0) == token & (SUBLANES - 1)
     ref[_tile_of(token), lanes] = jnp.where(here, row, block)
 
 
 def _tile_of(token: Array) -> Any:
-    return pl.ds(pl.multiple_of(token & -_SUBLANES, _SUBLANES), _SUBLANES)
+    return pl.ds(pl.multiple_of(token & -SUBLANES, SUBLANES), SUBLANES)
 
 
 def _lane_chunks(width: int) -> Iterator[slice]:
@@ -468,33 +476,3 @@ def _by_core(weights: list[Array], lanes: slice, width: int) -> Array:
         assert mask is not None
         spread = jnp.where(mask, weights[core], spread)
     return spread
-
-
-def _rows_per_copy(table: Any) -> int:
-    return 2 if table.dtype == jnp.bfloat16 else 1
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _token_bytes(top_m: int, values: Any, pre_values: Any) -> int:
-    """VMEM that the rows of a token take: sublanes and lanes padded to whole tiles of words."""
-    widths = [table.shape[1] for table in (values, pre_values) if table is not None]
-    return 4 * _padded(top_m, _SUBLANES) * sum(_padded(width, _LANES) for width in widths)
-
-
-def _block_tokens(top_m: int, values: Any, pre_values: Any) -> int:
-    """A power of two from 8 to 128, by the bytes of the ring."""
-    tokens = max(_SUBLANES, min(_LANES, _RING_BYTES // _token_bytes(top_m, values, pre_values)))
-    return 1 << (tokens.bit_length() - 1)
-
-
-def _vmem_bytes(block_tokens: int, scores: Any, values: Any, pre_values: Any) -> int:
-    """The ring, two buffers of every block of the backward kernel, and room for temporaries."""
-    _, top_m, num_cores = scores.shape
-    widths = [table.shape[1] for table in (values, pre_values) if table is not None]
-    row_blocks = 4 * block_tokens * sum(_padded(width, _LANES) for width in widths)
-    selection_blocks = 4 * _padded(top_m, _SUBLANES) * _LANES * (3 * num_cores + 2)
-    ring = block_tokens * _token_bytes(top_m, values, pre_values)
-    return ring + 2 * (2 * row_blocks + selection_blocks) + 4 * 2**20

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -135,14 +136,13 @@ def test_tuning_goes_to_the_fastest_blocks_and_keeps_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("KERNELS_PALLAS_TUNED", str(tmp_path))
-    compiled: list[int] = []
 
     def program(workload: Any, name: str, request: Any, blocks: Any, arrays: Any) -> Any:
-        compiled.append(blocks.chunk_size)
-        return "too small" if blocks.chunk_size < 8 else Program(int, 0.0, 0, 0)
+        result = jnp.full(3, float("nan") if blocks.chunk_size == 32 else 1.0)
+        return "too small" if blocks.chunk_size < 8 else Program(lambda: result, 0.0, 0, 0)
 
     def times(programs: dict[Any, Program], rounds: int) -> dict[Any, Times]:
-        # 16 is best; the heuristic says 8192.
+        # 16 is best of those that are right; the heuristic says 8192.
         return {b: Times((float(abs(np.log2(b.chunk_size) - 4) + 1),) * rounds) for b in programs}
 
     monkeypatch.setattr(tune, "_program", program)
@@ -154,7 +154,9 @@ def test_tuning_goes_to_the_fastest_blocks_and_keeps_them(
     assert entry["blocks"] == {"chunk_size": 16}
     assert entry["measured"]["heuristic"] == {"chunk_size": 8192}
     assert entry["measured"]["speedup_over_heuristic"] == pytest.approx(10)
-    assert "no: too small" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no: too small" in told
+    assert "Chunks(chunk_size=32): no: its result differs by nan" in told
     kind = tuned.device_kind("cpu")
     assert kind is not None
     assert [b for b in tuned.load(path, kind).values()] == [{"chunk_size": 16}]
