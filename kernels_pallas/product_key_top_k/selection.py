@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, Int32
 _WORD = 32  # candidates to a word of bits
 # Bisections until a block is given up. A float32 has 24 bits of precision.
 _MOST_STEPS = 32
-# Below these a loop over tokens costs less.
-_LEAST_BEST, _LEAST_TOKENS = 32, 16
+# With fewer to choose, over all tokens, a loop over tokens costs less than so many steps.
+_LEAST_CHOSEN = 4096
 
 
 def best(
@@ -39,7 +39,7 @@ def best(
     NaN counts as the best of all, -0 equals 0, and of equal scores the lower place comes first.
     """
     num_candidates, num_tokens = scores.shape[-2:]
-    small = k < _LEAST_BEST or num_tokens < _LEAST_TOKENS or num_candidates < 2 * _num_sorted(k)
+    small = k * num_tokens < _LEAST_CHOSEN or num_candidates < 2 * _num_sorted(k)
     if small or scores.dtype != jnp.float32:
         return top_k(scores, k)
     cpu = functools.partial(_best_by_threshold, k=k)
