@@ -39,6 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels_pallas import tuned
+from kernels_pallas.common import vary_alike
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.pallas_gpu_keys import key_scores, shortlist
@@ -143,16 +144,14 @@ def _launch(
     operands = (query, keys, weights, cores, cores.sum(axis=0), call.places())
 
     pairs = call.num_heads * call.top_m
-    axis_type = jax.typeof(query).manual_axis_type  # results vary as the arguments do
-    output = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=axis_type)
     chosen = (num_tokens, 2, call.num_heads, call.rank, call.top_m)
     launch = plgpu.kernel(
         functools.partial(_product_key_top_k_kernel, call, blocks),
         kernel_name="product_key_top_k_forward",
         out_type=[
-            output((num_tokens, pairs, max(1, call.num_cores)), jnp.float32),
-            output((num_tokens, pairs), jnp.int32),
-            output(chosen, jnp.float32),
+            jax.ShapeDtypeStruct((num_tokens, pairs, max(1, call.num_cores)), jnp.float32),
+            jax.ShapeDtypeStruct((num_tokens, pairs), jnp.int32),
+            jax.ShapeDtypeStruct(chosen, jnp.float32),
         ],
         scratch_types=Scratch.types(call, blocks),
         grid=(call.num_heads, num_tokens // blocks.tokens),
@@ -163,6 +162,8 @@ def _launch(
         cost_estimate=_cost(call, query, num_tokens // blocks.tokens),
     )
     results = custom_batching.sequential_vmap(launch)(*operands)
+    # Mosaic GPU forgets over which axes of `shard_map` its arguments vary.
+    results = vary_alike(results, operands)
     scores, addresses, chosen = (x[: call.num_tokens] for x in results)
     return scores, addresses, chosen
 
