@@ -128,7 +128,8 @@ def forward(
 ) -> Float[Array, "num_tokens value_dim"]:
     """Computes the output of `value_aggregation` without slots."""
     del slots
-    blocks = heuristic(*scores.shape[:2], row_bytes(values, pre_values))
+    num_tokens, top_m = indices.shape
+    blocks = heuristic(num_tokens, top_m, row_bytes(values, pre_values))
     key = tuned.Key.of(
         "value_aggregation",
         "pallas_gpu",
@@ -240,7 +241,8 @@ def _token_grads(
     options: Options,
 ) -> tuple[_TokenGrads, BackwardBlocks]:
     """The gradients of a token's own arguments, and the blocks of the whole backward pass."""
-    token_blocks = heuristic(*scores.shape[:2], row_bytes(values, pre_values))
+    num_tokens, top_m = indices.shape
+    token_blocks = heuristic(num_tokens, top_m, row_bytes(values, pre_values))
     widths = [table.shape[1] for table in (values, pre_values) if table is not None]
     table_blocks = table_heuristic(indices.size, 4 * max(widths))
     blocks = BackwardBlocks(**vars(token_blocks), **vars(table_blocks))

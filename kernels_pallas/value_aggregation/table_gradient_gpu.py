@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.common import vary_alike
+from kernels_pallas.common import check, vary_alike
 from kernels_pallas.value_aggregation import fetch_gpu as fetch
 
 _THREADS = 128  # of a warpgroup, which share the columns of a row
@@ -79,11 +79,15 @@ def sum_by_row(
         dtype: of the result.
         blocks: how to divide the work.
     """
+    size, step = blocks.slice_size, blocks.slice_rows
+    check(step > 0 and step % fetch.QUAD == 0, "slice_rows", step, "a multiple of 4")
+    check(size > 0 and size % step == 0, "slice_size", size, f"a multiple of slice_rows = {step}")
+    check(blocks.slice_stages > 0, "slice_stages", blocks.slice_stages, "at least 1")
     num_cores, dim = weights.shape[2], factors.shape[1]
     factors = factors.astype(jnp.float32)
     if num_rows == 0:
         return vary_alike(jnp.zeros((0, dim), dtype), (rows, weights, factors))
-    padding = (0, -rows.size % blocks.slice_size)
+    padding = (0, -rows.size % size)
     tokens = jnp.pad(order // weights.shape[1], padding)
     weights = jnp.pad(weights.reshape(-1, num_cores)[order], (padding, (0, 0)))
     rows = jnp.pad(rows, padding, constant_values=num_rows)
@@ -180,11 +184,11 @@ def _sum_slice_kernel(
 
     def add_step(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, row, is_first = carry
-        stage = ring.wait(step)
         places = range(blocks.slice_rows)
         first = start + step * blocks.slice_rows
         next_rows = [rows[first + place] for place in places]
         step_weights = [[weights[first + place, i] for i in range(num_cores)] for place in places]
+        stage = ring.wait(step)
         for place in places:
             is_new = next_rows[place] != row
             pl.when(is_new)(functools.partial(finish, row, total, is_first))

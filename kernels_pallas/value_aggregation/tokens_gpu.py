@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.common import check
 from kernels_pallas.value_aggregation import fetch_gpu as fetch
 from kernels_pallas.value_aggregation.fetch_gpu import QUAD, Columns, columns_of
 
@@ -56,6 +57,8 @@ class Call:
         self.scores = jnp.pad(scores.astype(jnp.float32), (*padding, (0, 0)))
         self.num_selections = self.ids.shape[1]
 
+        check(blocks.rows > 0 and blocks.rows % QUAD == 0, "rows", blocks.rows, "a multiple of 4")
+        check(blocks.stages > 0, "stages", blocks.stages, "at least 1")
         self.rows = min(blocks.rows, self.num_selections // QUAD * QUAD)
         self.stages = blocks.stages
         self.steps = pl.cdiv(self.num_selections, self.rows)

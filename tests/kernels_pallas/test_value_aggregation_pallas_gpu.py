@@ -144,8 +144,8 @@ def test_runs_of_equal_rows_are_summed_across_slices() -> None:
     rng = np.random.default_rng(0)
     num_tokens, top_m, num_cores, dim, num_rows = 9, 5, 2, 16, 7
     blocks = TableBlocks(slice_size=4, slice_rows=4, slice_stages=2)
-    weights = rng.normal(size=(num_tokens, top_m, num_cores))
-    factors = rng.normal(size=(num_tokens, dim))
+    weights: Any = rng.normal(size=(num_tokens, top_m, num_cores))
+    factors: Any = rng.normal(size=(num_tokens, dim))
     order = rng.permutation(num_tokens * top_m)
     products = np.repeat(weights.reshape(-1, num_cores), dim // num_cores, axis=1)
     products = (products * np.repeat(factors, top_m, axis=0))[order]
@@ -289,6 +289,20 @@ def test_other_platforms_and_older_cards_are_refused(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda found=capability: found)
         with pytest.raises(UnsupportedError, match=rf"9.0 \(Hopper\) .* has {capability}"):
             value_aggregation(**inputs, **ON_GPU)
+
+
+def test_blocks_that_a_file_may_hold_but_no_kernel_can_take_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = make_inputs(value_dim=8, pre_value_dim=8)
+    for blocks, rule in ((Blocks(2, 2, 1), "rows: got 2"), (Blocks(4, 0, 1), "stages: got 0")):
+        monkeypatch.setattr(pallas_gpu, "heuristic", lambda *sizes, found=blocks: found)
+        with pytest.raises(ValueError, match=rule):
+            jax.make_jaxpr(lambda: value_aggregation(**inputs, **ON_GPU))()
+    monkeypatch.undo()
+    monkeypatch.setattr(pallas_gpu, "table_heuristic", lambda *sizes: TableBlocks(6, 4, 1))
+    with pytest.raises(ValueError, match="slice_size: got 6, must be a multiple of slice_rows = 4"):
+        jax.make_jaxpr(lambda: output_and_grads(value_aggregation, inputs, **ON_GPU))()
 
 
 @pytest.mark.usefixtures("x64")
