@@ -31,6 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas import tuned
 from kernels_pallas.common import vary_alike
 from kernels_pallas.value_aggregation.table_gradient import Term, number_ids, unique_ids
 
