@@ -20,7 +20,7 @@ keys a shape has and from which blocks to set out, and tries one field after the
 half, double and four times its value. Blocks that the backend cannot compile, or with
 which it computes something else, are reported and left out, so `Blocks` need not say which of its
 values are sound. A kernel of a backend that has blocks of its own says so in its key:
-"pallas_tpu/tables".
+"pallas_tpu/tokens".
 """
 
 import contextlib

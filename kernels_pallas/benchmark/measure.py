@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 
 from kernels_pallas.benchmark.workloads import Pass, Workload, differentiated
 from kernels_pallas.dispatch import UnsupportedError
@@ -61,15 +63,31 @@ def quartiles(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
-    """Compiles a function for its arguments."""
+    """Compiles a function for its arguments.
+
+    On TPU arguments and results have the layouts that the compiler chooses for them, as a model
+    would place its tables, so that copies from one layout to another are not measured.
+    """
+    formats: dict[str, Any] = {}
+    if layouts_are_chosen():
+        free = Format(Layout.AUTO, SingleDeviceSharding(jax.local_devices()[0]))
+        formats = {"in_shardings": free, "out_shardings": free}
+    shapes = jax.eval_shape(lambda *arrays: arrays, *arguments)
     start = time.perf_counter()
-    program = jax.jit(function).lower(*arguments).compile()
+    program = jax.jit(function, **formats).lower(*shapes).compile()
     seconds = time.perf_counter() - start
+    if formats:
+        arguments = jax.device_put(arguments, program.input_formats[0])
     memory = program.memory_analysis()
     assert memory is not None
     temporary = memory.temp_size_in_bytes
     needed = temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
     return Program(functools.partial(program, *arguments), seconds, temporary, needed)
+
+
+def layouts_are_chosen() -> bool:
+    """Whether the default layout of an array may be one that kernels do not read."""
+    return jax.default_backend() == "tpu"
 
 
 def program_of(

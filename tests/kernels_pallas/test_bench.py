@@ -114,6 +114,20 @@ def test_a_program_that_needs_more_memory_than_there_is_is_not_run(
     assert found == "needs 0.0 GiB, there are 0.0 GiB"
 
 
+def test_arguments_may_have_the_layouts_that_the_compiler_chooses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (shape,) = named_shapes(AGGREGATION, "one_token")
+    workload = Workload(AGGREGATION, shape, "float32", "uniform")
+    found = []
+    for chosen in (True, False):
+        monkeypatch.setattr(measure, "layouts_are_chosen", lambda chosen=chosen: chosen)
+        program = measure.program_of(workload, "xla", "backward", workload.inputs())
+        assert isinstance(program, Program)
+        found.append(program.run())
+    assert measure.difference(*found) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

@@ -6,10 +6,19 @@ Here each shape is run in one of the dtypes; `python -m tests.kernels_pallas.con
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
 
+from kernels_pallas import tuned
 from kernels_pallas.benchmark.workloads import OPERATORS
-from tests.kernels_pallas.conformance import DTYPES, Case, cases, run
+from tests.kernels_pallas.conformance import (
+    DTYPES,
+    PLATFORMS,
+    Case,
+    cases,
+    interpreter,
+    run,
+)
 
 
 def some() -> Iterator[Any]:
@@ -28,3 +37,25 @@ def test_results_and_gradients_are_those_of_the_float32_reference(case: Case) ->
         pytest.skip(errors)
     for pass_name, error in errors.items():
         assert error.share <= 1, (pass_name, error)
+
+
+@pytest.mark.parametrize(
+    ("operator", "backend"),
+    [(operator, backend) for operator in OPERATORS for backend in OPERATORS[operator].backends],
+)
+def test_every_backend_asks_for_measured_blocks(operator: str, backend: str) -> None:
+    (case,) = (
+        case
+        for case in cases()
+        if (case.operator, case.backend, case.dtype) == (operator, backend, "float32")
+        and case.shape == OPERATORS[operator].shapes[1]
+    )
+    platform = PLATFORMS[backend]
+    options = case.shape.options | {"implementation": backend, "platform": platform}
+    function = OPERATORS[operator].function
+    with interpreter(backend), tuned.recording() as requests:
+        jax.eval_shape(lambda: function(**case.inputs(), **options))
+    (request,) = requests
+    assert request.key.implementation.partition("/")[0] == backend
+    assert request.key.pass_name == ("both" if backend == "xla" else "forward")
+    assert request.platform == platform
