@@ -20,8 +20,9 @@ not depend on it, the FFN for one, runs on the TensorCore meanwhile.
                 T * D * 4 bytes beside the T * K * D of the rows.
     bfloat16    Rows are fetched as they are, half the bytes of float32, and split into two vectors
                 of float32 by shifts. A pair of columns must not belong to two cores.
-    precision   Everything is float32; erf does not lower and is computed by a fitted polynomial
-                (`sparsecore_arithmetic.py`).
+    padding     An indirect stream steps by the length of a row. Rows that are no multiple of 32
+                bytes, bfloat16 ones of 216 columns say, are padded and copied one by one instead.
+    precision   Everything is float32; erf, which does not lower, is a polynomial (`activation.py`).
     order       The sum over k is fixed by K and the chip: it does not depend on the other tokens.
 
 The backward kernel fetches the rows again, on the SparseCores too, and computes the gradients of
@@ -111,7 +112,7 @@ def _reason_of_rows(
     # The backward kernel holds more than the forward kernel.
     arrays = _Call(values, indices, scores, pre_values, chip).backward_arrays()
     if pipeline.heuristic(arrays, chip) is None:
-        return f"two times {pipeline.ALIGNED_ROWS} rows need more than {chip.local_bytes} bytes"
+        return f"two windows of 8 rows do not fit a local memory of {chip.local_bytes} bytes"
     return None
 
 
@@ -270,6 +271,8 @@ class _Call:
         self.value_dim = values.shape[1]
         self.pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
         self.chip = chip
+        # Inside shard_map, results vary as the arguments do.
+        self.axis_type = jax.typeof(values).manual_axis_type
         self.tables = {"values": values}
         self.token_inputs = {"ids": indices, "scores": self.selections(self.num_cores)}
         if pre_values is not None:
@@ -280,11 +283,16 @@ class _Call:
 
     def token_rows(self, width: int) -> jax.ShapeDtypeStruct:
         """A row a token: [T, width]."""
-        return jax.ShapeDtypeStruct((self.num_tokens, width), jnp.float32)
+        return self._per_token(width)
 
     def selections(self, count: int) -> jax.ShapeDtypeStruct:
         """Numbers a selection: [T, count, K]."""
-        return jax.ShapeDtypeStruct((self.num_tokens, count, self.top_m), jnp.float32)
+        return self._per_token(count, self.top_m)
+
+    def _per_token(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (self.num_tokens, *shape), jnp.float32, manual_axis_type=self.axis_type
+        )
 
     def forward_arrays(self) -> pipeline.Arrays:
         outputs = {"output": self.token_rows(self.value_dim)}

@@ -65,22 +65,22 @@ def multiply_rows(
     """
     chunk = columns_per_chunk(rows.dtype, lanes)
 
-    def add_block(first: Any, starts: Sequence[Any]) -> None:
-        factors = []
-        for i, start in enumerate(starts):
-            parts = _load_split(factor, columns.start + start, chunk // lanes, lanes)
-            if columns.width % chunk and i == len(starts) - 1:
-                # Only the last chunk can begin before its turn, at (first + i) * chunk.
-                counted = (first + i) * chunk - start
-                column = lax.iota(jnp.int32, lanes) * len(parts)
-                parts = [jnp.where(column + j >= counted, x, 0) for j, x in enumerate(parts)]
-            factors += parts
+    def add_block(starts: Sequence[Any], num_shared: int, is_first: Any) -> None:
+        factors: list[Array] = []
+        for start in starts:
+            factors += _load_split(factor, columns.start + start, chunk // lanes, lanes)
+        if num_shared:
+            num_parts = chunk // lanes
+            column = lax.iota(jnp.int32, lanes) * num_parts
+            for part in range(num_parts):
+                i = len(factors) - num_parts + part
+                factors[i] = jnp.where(column + part >= num_shared, factors[i], 0)
 
         def add_row(k: Any) -> None:
             parts = _load_row(rows, k, columns.start, starts, chunk, lanes)
             total = _tree_sum([x * y for x, y in zip(factors, parts, strict=True)])
-            is_only_block = len(factors) * lanes >= columns.width
-            sums[k] = total if is_only_block else total + jnp.where(first == 0, 0, sums[k])
+            # Before the first block there is nothing yet, not even zero.
+            sums[k] = total if is_first is True else total + jnp.where(is_first, 0, sums[k])
 
         for_rows(count, add_row)
 
@@ -97,8 +97,9 @@ def add_weighted_rows(
     chunk = columns_per_chunk(rows.dtype, lanes)
     num_parts = chunk // lanes
 
-    def add_block(first: Any, starts: Sequence[Any]) -> None:
-        del first
+    def add_block(starts: Sequence[Any], num_shared: int, is_first_block: Any) -> None:
+        # Chunks that share columns are in one block, which is read before it is written.
+        del num_shared, is_first_block
         sums: list[Array] = []
         for start in starts:
             parts = _load_split(total, columns.start + start, num_parts, lanes)
@@ -133,26 +134,31 @@ def spread_sum(x: Array) -> Array:
 
 
 def _for_blocks(
-    width: int, chunk: int, lanes: int, body: Callable[[Any, Sequence[Any]], None]
+    width: int, chunk: int, lanes: int, body: Callable[[Sequence[Any], int, Any], None]
 ) -> None:
-    """Calls `body(first chunk, starts of chunks)` for blocks of chunks that fill the registers."""
-    num_chunks = pl.cdiv(width, chunk)
-    num_blocks = pl.cdiv(num_chunks, _BLOCK_REGISTERS * lanes // chunk)
+    """Calls `body` for blocks of chunks that fill the registers.
+
+    Its arguments are where the chunks start, how many columns the last one of them shares with the
+    one before it, and whether this is the first block.
+    """
+    num_chunks, num_left = divmod(width, chunk)
+    num_blocks = pl.cdiv(num_chunks, max(1, _BLOCK_REGISTERS * lanes // chunk))
     size = pl.cdiv(num_chunks, num_blocks)
+    num_equal = num_chunks // size if num_left == 0 else (num_chunks - 1) // size
+    last = [i * chunk for i in range(num_equal * size, num_chunks)]
+    if num_left:
+        last.append(width - chunk)
 
-    def run(first: Any, size: int) -> None:
-        starts = [(first + i) * chunk for i in range(size)]
-        if width % chunk:
-            starts = [jnp.minimum(start, width - chunk) for start in starts]
-        body(first, starts)
+    if num_equal == 1:
+        body([i * chunk for i in range(size)], 0, True)
+    elif num_equal > 1:
 
-    whole, rest = divmod(num_chunks, size)
-    if whole == 1:
-        run(0, size)
-    else:
-        pl.loop(0, whole)(lambda block: run(block * size, size))
-    if rest:
-        run(whole * size, rest)
+        @pl.loop(0, num_equal)
+        def _block(block: Array) -> None:
+            body([(block * size + i) * chunk for i in range(size)], 0, block == 0)
+
+    if last:
+        body(last, chunk - num_left if num_left else 0, num_equal == 0)
 
 
 def _load_row(

@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
-# Selections at which a window may begin in a list of ids, in the units of a copy's start.
-ALIGNED_ROWS = 8
-_STREAM_ROWS = 128  # of one indirect stream
+_GROUP_ROWS = 8  # a window of a list of ids has to begin at a multiple of it
+_STREAM_GROUPS = 16  # of one indirect stream
 _MAX_SLOTS = 8  # a subcore has 32 semaphores
 _GRANULE_BYTES = 32  # of HBM, to which rows are padded
 _NUM_RESULTS = 2  # buffers of results: one is sent while the next is computed
@@ -48,8 +47,13 @@ def chip_at_hand() -> Chip | None:
 class Blocks:
     """How the rows of a token pass through local memory."""
 
-    rows: int  # selections whose rows are fetched by one stream: a window
+    groups: int  # of 8 selections, whose rows are fetched by one stream: a window
     slots: int  # windows in local memory, of which all but one are in flight
+
+    @property
+    def rows(self) -> int:
+        """Selections of a window."""
+        return self.groups * _GROUP_ROWS
 
 
 class Arrays(NamedTuple):
@@ -68,19 +72,18 @@ def heuristic(arrays: Arrays, chip: Chip) -> Blocks | None:
     or two microseconds, 50 to 100 kB each, which is all that the memory holds. Long windows waste
     less on the start of loops and streams. Reasoned, not measured.
     """
-    top_m = arrays.token_inputs["ids"].shape[1]
+    num_groups = pl.cdiv(arrays.token_inputs["ids"].shape[1], _GROUP_ROWS)
 
-    def fits(rows: int, slots: int) -> bool:
-        held = _local_arrays(arrays, Blocks(rows, slots), chip).values()
+    def fits(groups: int, slots: int) -> bool:
+        held = _local_arrays(arrays, Blocks(groups, slots), chip).values()
         return sum(map(_padded_bytes, held)) <= _USABLE_SHARE * chip.local_bytes
 
-    longest = min(_STREAM_ROWS, _round_up(top_m, ALIGNED_ROWS))
-    lengths = range(longest, 0, -ALIGNED_ROWS)
-    rows = next((rows for slots in (3, 2) for rows in lengths if fits(rows, slots)), None)
-    if rows is None:
+    lengths = range(min(num_groups, _STREAM_GROUPS), 0, -1)
+    longest = next((n for slots in (3, 2) for n in lengths if fits(n, slots)), None)
+    if longest is None:
         return None
-    rows = _round_up(pl.cdiv(top_m, pl.cdiv(top_m, rows)), ALIGNED_ROWS)
-    return Blocks(rows, next(slots for slots in range(_MAX_SLOTS, 1, -1) if fits(rows, slots)))
+    groups = pl.cdiv(num_groups, pl.cdiv(num_groups, longest))
+    return Blocks(groups, next(slots for slots in range(_MAX_SLOTS, 1, -1) if fits(groups, slots)))
 
 
 class _Rows(NamedTuple):
@@ -298,7 +301,7 @@ class _Subcore:
         frame, slot = lax.rem(turn, self.frames), lax.rem(step, self.blocks.slots)
 
         def streams(count: int) -> None:
-            first = pl.multiple_of(window * self.blocks.rows, ALIGNED_ROWS)
+            first = pl.multiple_of(window * self.blocks.rows, _GROUP_ROWS)
             ids, arrived = self.refs["local_ids"].at[frame], self.refs["rows_arrived"].at[slot]
             for name, table in self.arrays.tables.items():
                 fetch = RowCopies if has_padded_rows(table) else IndirectStream

@@ -145,10 +145,11 @@ def chip_mesh(device: Any) -> AbstractMesh:
 
 
 def has_products_meanwhile(text: str) -> bool:
-    """Whether the schedule of a program has a matrix product between start and end of a kernel."""
-    _, started, rest = text.partition("call-start(")
-    meanwhile, ended, _ = rest.partition("call-done(")
-    return bool(started and ended) and "convolution" in meanwhile
+    """Whether the schedule has a matrix product after a kernel got its arguments, before its end."""
+    schedule = text.partition("ENTRY")[2]
+    _, started, rest = schedule.partition(".call-update = ")
+    meanwhile, ended, _ = rest.partition(" custom-call-done(")
+    return bool(started and ended) and "dot_general" in meanwhile
 
 
 def main() -> None:

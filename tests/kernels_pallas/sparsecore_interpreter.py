@@ -38,7 +38,7 @@ def interpreted_sparsecore(
     """Pretends a chip of two subcores; races, reads of unset memory and out of bounds raise."""
     chip = sparsecore_pipeline.Chip(1, NUM_SUBCORES, lanes, local_bytes)
     mesh = pltpu.TensorCoreMesh(axis_name="subcore", num_cores=NUM_SUBCORES)
-    doubles = {
+    doubles: dict[str, Any] = {
         "chip_at_hand": lambda: chip,
         "subcores": lambda chip: mesh,
         "this_subcore": lambda: lax.axis_index("subcore"),
@@ -46,7 +46,7 @@ def interpreted_sparsecore(
         "push": Push,
     }
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    arithmetic = {"for_rows": in_order, "_BLOCK_REGISTERS": block_registers}
+    arithmetic: dict[str, Any] = {"for_rows": in_order, "_BLOCK_REGISTERS": block_registers}
     with (
         mock.patch.multiple(sparsecore_pipeline, **doubles),
         mock.patch.multiple(sparsecore_arithmetic, **arithmetic),

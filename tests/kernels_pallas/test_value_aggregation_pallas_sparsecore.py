@@ -68,14 +68,14 @@ def assert_kernels_match_the_reference(
             **tables, scores=scores, pre_inputs=pre_inputs, activation=activation
         )
 
-    # The absent are None, as a backend gets them.
-    names = ("values", "indices", "scores", "pre_values", "pre_inputs")
-    arrays = [inputs.get(name) for name in names]
     want, vjp = jax.vjp(reference, inputs["scores"], inputs.get("pre_inputs"))
     output_grad = jnp.cos(jnp.arange(want.size, dtype=jnp.float32)).reshape(want.shape)
     scores_grad, pre_inputs_grad = vjp(output_grad)
     got = value_aggregation(**inputs, activation=activation, **ON_TPU)
-    found = pallas_sparsecore.token_grads(*arrays, output_grad, activation)
+    absent: dict[str, Any] = dict.fromkeys(("pre_values", "pre_inputs"))
+    found = pallas_sparsecore.token_grads(
+        **absent | inputs, output_grad=output_grad, activation=activation
+    )
     expected = {"output": want, "scores": scores_grad}
     results = {"output": got, "scores": found[0]}
     if pre_inputs_grad is not None and found[1] is not None:
@@ -106,11 +106,11 @@ def test_kernels_match_the_reference(
 
 
 def test_ragged_rows_pass_through_two_windows_of_different_length() -> None:
-    call = make_inputs(num_tokens=3, top_m=11, num_cores=3, value_dim=60, pre_value_dim=20)
-    names = ("values", "indices", "scores", "pre_values")
+    inputs = make_inputs(num_tokens=3, top_m=11, num_cores=3, value_dim=60, pre_value_dim=20)
+    arrays = {name: inputs[name] for name in ("values", "indices", "scores", "pre_values")}
     chip = V6E._replace(local_bytes=24_000)
-    for arrays in ("forward_arrays", "backward_arrays"):
-        held = getattr(pallas_sparsecore._Call(*(call[n] for n in names), chip), arrays)()
+    call = pallas_sparsecore._Call(**arrays, chip=chip)
+    for held in (call.forward_arrays(), call.backward_arrays()):
         blocks = sparsecore_pipeline.heuristic(held, chip)
         assert blocks is not None
         assert blocks.rows == 8
@@ -210,7 +210,7 @@ def test_each_pass_is_one_kernel_that_a_profile_names_under_remat_too() -> None:
             "bfloat16 columns come in pairs, a slice of values for one core has 17",
         ),
         ({"pre_value_dim": 5}, "a vector holds 8 columns, a slice of pre_values for one core has"),
-        ({"value_dim": 6000}, "two times 8 rows need more than 262144 bytes"),
+        ({"value_dim": 6000}, "two windows of 8 rows do not fit a local memory of 262144 bytes"),
         ({"num_tokens": 0}, r"indices is empty, \(0, 3\)"),
     ],
     ids=str,
