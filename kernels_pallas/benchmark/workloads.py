@@ -131,15 +131,15 @@ def aggregation_cost(shape: aggregation_shapes.Shape, itemsize: int) -> dict[str
 def top_k_cost(shape: top_k_shapes.Shape, itemsize: int) -> dict[str, tuple[int, int]]:
     """(Bytes, FLOP) of product-key top-k by pass.
 
-    Bytes: query, keys, results and their gradients move once. FLOP: products of queries with all
-    keys forward, with the chosen keys backward; comparisons are not counted.
+    Bytes: query, keys, results and their gradients move once; the backward pass reads S of the
+    chosen keys besides. FLOP: products of queries with all keys forward, with the chosen keys
+    backward; comparisons are not counted.
     """
     arguments = shape.arguments()
     arrays = arguments["query"].size + arguments["keys"].size
     pairs = shape.num_tokens * shape.num_heads * shape.top_m
     scores = pairs * max(1, shape.num_cores)
     sides = 2 * shape.rank * shape.key_dim
-    # S of the chosen keys is what the forward pass hands to the backward pass.
     forward = itemsize * arrays + 4 * (scores + pairs)
     backward = 2 * itemsize * arrays + 4 * (scores + pairs + 2 * shape.rank * pairs)
     return {
