@@ -3,6 +3,19 @@
 A selection contributes weight x factor to the row of its id, the i-th slice of a factor having the
 i-th weight. Factors are rows of the output's gradient or of the pre-inputs, one for each token (and
 slot); neither the [T*K, D] contributions nor, where a gradient is row-sparse, [N, D] are formed.
+
+What sorting is worth on CPU, where the dense gradient of "xla" does without: the whole backward
+pass in milliseconds, medians of 13 interleaved runs on 2 cores shared with other jobs, float32,
+T = 2048, K = 32, 129,600 rows, uniform ids (51,000 different ones):
+
+    D_p + D_v                            192 + 192    0 + 384
+    dense, scattered as they come              496        309
+    dense, scattered in order of ids           495        262
+    row-sparse                                 366        175
+    row-sparse, then one write a row           740        372
+
+So sorting gains a dense gradient nothing certain, and one write a row loses it a fifth to a half.
+Row-sparse, a gradient takes 0.74 and 0.57 of the time of a dense one.
 """
 
 from typing import NamedTuple
@@ -102,6 +115,9 @@ def sum_by_row(
 ) -> Float[Array, "{num_rows} dim"]:
     """Sums weight x factor by row, in plain XLA, in the dtype of the weights.
 
+    Rows are contiguous where they are numbered without gaps, so that each chunk adds to a window of
+    the result that it shares with its neighbours alone.
+
     Args:
         rows: where each selection adds, rising: the ids for a dense gradient, `Selections.rows` for
             a row-sparse one. Selections of rows from `num_rows` on are left out.
@@ -125,17 +141,3 @@ def sum_by_row(
 
     zeros = vary_alike(jnp.zeros((num_rows, dim), weights.dtype), (rows, weights, factors))
     return scan_chunks(add, zeros, (rows, order), chunk_size)[0]
-
-
-def table_gradient(
-    table: Array,
-    selections: Selections,
-    weights: Float[Array, "num_tokens top_m num_cores"],
-    factors: Float[Array, "num_tokens dim"],
-    chunk_size: int,
-) -> Array:
-    """The dense gradient of a table, in its dtype; `chunk_size` in tokens' worth of selections."""
-    ids, order, _ = selections
-    size = chunk_size * weights.shape[1]
-    grad = sum_by_row(ids, order, weights, factors, None, table.shape[0], size)
-    return grad.astype(table.dtype)

@@ -1,7 +1,8 @@
 """Compiles gradients of tables for absent TPUs: python table_gradient_compile.py CASES
 
 CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and the kernels of each.
-The gradients are those of `value_aggregation_row_gradients` ("rows") or its dense form ("dense").
+The gradients are those of `value_aggregation_row_gradients` ("rows"), its dense form ("dense"), or
+the sums of one table alone, from what is sorted ("sums").
 """
 
 import json
@@ -17,12 +18,15 @@ from jax.sharding import SingleDeviceSharding
 from kernels_pallas.value_aggregation import value_aggregation_row_gradients
 from kernels_pallas.value_aggregation.api import BACKENDS
 from kernels_pallas.value_aggregation.options import Options
+from kernels_pallas.value_aggregation.table_gradient_tpu import sum_by_row
 from tests.kernels_pallas.tpu_compile import arguments, row_major
 
 
 def compiled(case: dict[str, Any]) -> Any:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"])
     sharding = SingleDeviceSharding(topology.devices[0])
+    if case["what"] == "sums":
+        return compiled_sums(case, sharding)
     inputs = arguments(case)
     output_grad = jax.ShapeDtypeStruct((case["num_tokens"], case["value_dim"]), jnp.float32)
     inputs["output_grad"] = output_grad
@@ -49,6 +53,20 @@ def compiled(case: dict[str, Any]) -> Any:
     )
     program = jax.jit(function, in_shardings=(formats,), out_shardings=outs)
     return program.lower(inputs).compile()
+
+
+def compiled_sums(case: dict[str, Any], sharding: Any) -> Any:
+    num_tokens, dtype = case["num_tokens"], jnp.dtype(case["table_dtype"])
+    selections = (num_tokens * case["top_m"],)
+    ids = jax.ShapeDtypeStruct(selections, jnp.int32)
+    weights = [jax.ShapeDtypeStruct(selections, jnp.float32)] * case["num_cores"]
+    factors = jax.ShapeDtypeStruct((num_tokens, case["dim"]), jnp.float32)
+
+    def sums(*arrays: Any) -> Any:
+        return sum_by_row(*arrays, num_rows=case["num_values"], dtype=dtype)
+
+    function = jax.jit(sums, in_shardings=sharding, out_shardings=row_major(2, dtype, sharding))
+    return function.lower(ids, ids, weights, factors).compile()
 
 
 def main() -> None:

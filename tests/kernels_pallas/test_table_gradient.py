@@ -74,7 +74,15 @@ def reference_gradients(
 
 
 def rows_of(inputs: dict[str, Any], **options: Any) -> RowGradients:
-    return value_aggregation_row_gradients(**inputs, output_grad=output_gradient(inputs), **options)
+    """The operator under test, compiled as a whole: its operations one by one take far longer."""
+    arrays = {name: x for name, x in inputs.items() if name != "num_slots"}
+    options["num_slots"] = inputs.get("num_slots", 1)
+    arrays["output_grad"] = output_gradient(inputs)
+    return jax.jit(lambda arrays: value_aggregation_row_gradients(**arrays, **options))(arrays)
+
+
+def sums_of(arguments: dict[str, Any], num_rows: int, **options: Any) -> Array:
+    return jax.jit(lambda arrays: sum_by_row(**arrays, num_rows=num_rows, **options))(arguments)
 
 
 def dense(gradients: RowGradients, num_values: int) -> dict[str, Array]:
@@ -312,7 +320,7 @@ def test_kernel_adds_what_numpy_adds(
     shape: tuple[int, int, int, int, int], num_rows: int, dtype: DTypeLike, blocks: Blocks | None
 ) -> None:
     arguments = drawn_selections(*shape)
-    got = sum_by_row(**arguments, num_rows=num_rows, dtype=dtype, blocks=blocks)
+    got = sums_of(arguments, num_rows, dtype=dtype, blocks=blocks)
     assert got.dtype == dtype
     tolerance = 2**-8 if dtype == jnp.bfloat16 else 1e-6
     want = sums_by_numpy(arguments, num_rows)
@@ -321,20 +329,23 @@ def test_kernel_adds_what_numpy_adds(
 
 @pytest.mark.usefixtures("interpreter")
 def test_blocks_change_no_bit_of_a_sum() -> None:
-    arguments = drawn_selections(40, 4, 20, 16, 2)
-    arguments["num_rows"], arguments["dtype"] = 20, jnp.float32
+    arguments = drawn_selections(30, 4, 20, 16, 2)
+
+    def sums(arguments: dict[str, Any], blocks: Blocks) -> Array:
+        return sums_of(arguments, 20, dtype=jnp.float32, blocks=blocks)
+
     small, large = Blocks(16, 8, 1), Blocks(32, 64, 1)
     few, many = (
         table_gradient_tpu._Visits.of(arguments["rows"], 20, blocks.rows, blocks.chunk).blocks
         for blocks in (large, small)
     )
     assert few.size < many.size
-    want = sum_by_row(**arguments, blocks=large)
-    np.testing.assert_array_equal(sum_by_row(**arguments, blocks=small), want)
+    want = sums(arguments, large)
+    np.testing.assert_array_equal(sums(arguments, small), want)
     backwards = {name: arguments[name][::-1] for name in ("rows", "tokens")}
     backwards["rows"] = 19 - backwards["rows"]
     backwards["weights"] = [weight[::-1] for weight in arguments["weights"]]
-    other_order = sum_by_row(**arguments | backwards, blocks=large)[::-1]
+    other_order = sums(arguments | backwards, large)[::-1]
     np.testing.assert_allclose(other_order, want, rtol=1e-5, atol=1e-5)
     assert not np.array_equal(other_order, want)  # so bits do tell orders apart
 
@@ -343,7 +354,7 @@ def test_blocks_change_no_bit_of_a_sum() -> None:
 @pytest.mark.parametrize(
     ("shape", "activation", "max_rows"),
     [
-        ({"num_tokens": 9, "top_m": 3, "num_cores": 3}, "silu", None),
+        ({"num_tokens": 5, "top_m": 3, "num_cores": 3}, "silu", None),
         ({"num_tokens": 1, "top_m": 5, "pre_value_dim": 0}, None, 3),
     ],
     ids=["ragged", "one_token"],
@@ -367,7 +378,7 @@ def test_vmap_of_the_kernel_equals_a_python_loop() -> None:
     rows = jnp.stack([arguments["rows"], arguments["rows"] // 2])
 
     def sums(rows: Array) -> Array:
-        return sum_by_row(**arguments | {"rows": rows}, num_rows=12, dtype=jnp.float32)
+        return sums_of(arguments | {"rows": rows}, 12, dtype=jnp.float32)
 
     want = jnp.stack([sums(chosen) for chosen in rows])
     assert not np.array_equal(want[0], want[1])
@@ -392,33 +403,36 @@ def test_more_tokens_than_fit_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["dense", "rows"])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_gradients_compile_for_every_chip(chip: str, what: str) -> None:
-    case = {"topology": chip, "what": what, "table_dtype": "bfloat16", "num_cores": 2, **SMALL}
-    (result,) = run_cases("table_gradient_compile.py", case)
+def test_gradients_compile_for_every_chip(chip: str) -> None:
     sums = "value_aggregation_row_sums"
-    assert sorted(result["kernels"]) == ["value_aggregation_backward", sums, sums]
+    cases: list[dict[str, Any]] = [
+        {"topology": chip, "what": what, "table_dtype": "bfloat16", "num_cores": 2, **SMALL}
+        for what in ("dense", "rows")
+    ]
+    for case, result in zip(cases, run_cases("table_gradient_compile.py", *cases), strict=True):
+        assert sorted(result["kernels"]) == ["value_aggregation_backward", sums, sums], case
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["dense", "rows"])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_papers_sizes_need_neither_products_nor_another_table(chip: str, what: str) -> None:
+def test_sums_of_the_papers_sizes_need_neither_products_nor_another_table(chip: str) -> None:
     cases: list[dict[str, Any]] = [
         {
             "topology": chip,
-            "what": what,
+            "what": "sums",
             "table_dtype": "bfloat16",
             "num_tokens": 8192,
-            "num_cores": 2,
-            "max_rows": 2**18,
+            "num_cores": num_cores,
+            "dim": shape[name],
             **shape,
         }
         for shape in PAPER.values()
+        for name, num_cores in (("value_dim", 2), ("pre_value_dim", 1))
     ]
     for case, result in zip(cases, run_cases("table_gradient_compile.py", *cases), strict=True):
-        width = case["value_dim"] + case["pre_value_dim"]
-        products = 4 * 8192 * case["top_m"] * width
-        table = 2 * case["num_values"] * width
-        assert result["temporaries"] < min(products, table) / 2, case
+        products = 4 * 8192 * case["top_m"] * case["dim"]
+        table = 2 * case["num_values"] * case["dim"]
+        # What was padded: factors, and selections for their way to the scalar unit.
+        assert result["temporaries"] < 80 * 2**20 < products, case
+        assert result["temporaries"] < table / 2, case
