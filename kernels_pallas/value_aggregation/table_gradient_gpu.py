@@ -213,7 +213,7 @@ def _sum_slice_kernel(
         tails[index] = total
 
     pl.when(~is_tail)(lambda: finish(row, total, is_first))
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _join_slices_kernel(
@@ -256,7 +256,7 @@ def _join_slices_kernel(
         tail = plgpu.load(tails.at[index], layout=_columns(width))
         _, total = lax.while_loop(lambda carry: shares_row(carry[0]), add, (index + 1, tail))
         _write_row(total, table.at[ends.last_row], staged)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

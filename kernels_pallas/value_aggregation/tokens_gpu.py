@@ -208,7 +208,8 @@ class Call:
         plgpu.commit_smem()
         target = refs["sums"].at[split, token]
         plgpu.copy_smem_to_gmem(refs["sums_row"].at[pl.ds(0, sums_dim)], target)
-        plgpu.wait_smem_to_gmem(0)
+        # Shared memory must stay until it is read; the end of the kernel completes the writes.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _cost(self, arrays: list[Any]) -> pl.CostEstimate:
         selections = self.num_tokens * self.num_selections
