@@ -13,6 +13,7 @@ forward pass and of float32, take about as long. Counted and not measured.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -74,23 +75,19 @@ def backward(
     call = _Call(query, keys, cores, options, blocks)
 
     num_heads, top_m, num_tokens = call.num_heads, call.top_m, call.num_tokens
-    by_head = addresses.T.reshape(num_heads, top_m, num_tokens)
+    ids = addresses.T.reshape(num_heads, top_m, num_tokens)
     grads = jnp.moveaxis(scores_grad, 2, 0).swapaxes(1, 2)
     grads = grads.reshape(-1, num_heads, top_m, num_tokens).astype(jnp.float32)
     chosen = jnp.moveaxis(chosen, 0, 4)
-    query_grad, keys_grad = call.run(query, keys, cores, by_head, chosen, grads)
+    query_grad, keys_grad, *others = call.run(query, keys, cores, ids, chosen, grads)
     if query.shape[0] < num_heads:
-        query_grad = query_grad.sum(axis=0, keepdims=True)
-    query_grad, keys_grad = query_grad.astype(query.dtype), keys_grad.astype(keys.dtype)
+        query_grad = query_grad.sum(axis=0, keepdims=True).astype(query.dtype)
     if cores is None:
         return query_grad, keys_grad, None
-    return query_grad, keys_grad, _cores_grad(chosen, grads).astype(cores.dtype)
-
-
-def _cores_grad(chosen: Array, grads: Array) -> Array:
-    """Sums over tokens and pairs, [c, H, r, r], which XLA reads its arguments once for."""
-    rows, columns = chosen[0, None, :, :, None], chosen[1, None, :, None, :]
-    return jnp.sum(grads[:, :, None, None] * rows * columns, axis=(-1, -2))
+    (partial_sums,) = others
+    by_head = partial_sums.sum(axis=(1, 2, 4)).reshape(num_heads, -1, *cores.shape[2:])
+    cores_grad = jnp.moveaxis(by_head, 0, 1)
+    return query_grad, keys_grad, cores_grad.astype(cores.dtype)
 
 
 class _Call:
@@ -114,12 +111,16 @@ class _Call:
     def scratch(self) -> dict[str, Any]:
         """Buffers in VMEM."""
         tokens = self.tile_tokens
-        return {
+        buffers = {
             "ids": ((self.listed, tokens), jnp.int32),
             "grads": ((self.step_ranks, self.listed, tokens), jnp.float32),
             "spread": ((self.step_ranks, self.product_keys, tokens), jnp.float32),
-            "query_grad": ((tokens, self.key_dim), jnp.float32),
+            "query_sums": ((tokens, self.key_dim), jnp.float32),
         }
+        if self.keys_dtype != jnp.float32:
+            shape = (self.step_ranks, self.num_keys, self.key_dim)
+            buffers["keys_sums"] = (shape, jnp.float32)
+        return buffers
 
     @property
     def vmem_bytes(self) -> int:
@@ -127,11 +128,12 @@ class _Call:
         width, tokens = _padded(self.key_dim, _LANES), self.tile_tokens
         query_bytes, keys_bytes = self.query_dtype.itemsize, self.keys_dtype.itemsize
         scratch = sum(4 * math.prod(shape) for shape, _ in self.scratch.values())
-        keys = _padded(self.num_keys, _SUBLANES) * width * self.step_ranks * (4 + keys_bytes)
+        keys = _padded(self.num_keys, _SUBLANES) * width * self.step_ranks * 2 * keys_bytes
         queries = tokens * width * (query_bytes + 4)
-        pairs = 4 * tokens * self.listed * (1 + self.rank + self.num_cores)
-        parts = 6 * (width * (tokens + self.product_keys) + tokens * self.product_keys)
-        return scratch + 2 * (keys + queries + pairs) + parts + 4 * 2**20
+        pairs = 4 * tokens * self.listed * (1 + 2 * self.rank + self.num_cores)
+        # Operands of products in float32, and in three parts of bfloat16.
+        parts = 10 * (width * (tokens + self.product_keys) + tokens * self.product_keys)
+        return scratch + keys + 2 * (queries + pairs) + parts + 5 * 2**20
 
     @property
     def fits(self) -> bool:
@@ -147,7 +149,11 @@ class _Call:
         chosen: Array,
         grads: Array,
     ) -> tuple[Array, ...]:
-        """Calls the kernel; gradients of queries, [H, ...], and keys, float32."""
+        """Calls the kernel; the gradients of queries, [H, ...], and keys.
+
+        Those of queries that serve several heads are float32. With cores, also their gradients in
+        parts, [H, 2, steps, c r r, tokens of a tile].
+        """
         per_head = self.query_heads > 1
         ranks, tokens, key_dim = self.step_ranks, self.tile_tokens, self.key_dim
         small = {}
@@ -155,35 +161,44 @@ class _Call:
             small["cores"] = jnp.moveaxis(cores, 1, 0).astype(jnp.float32).reshape(-1)
         arrays = {
             "addresses": addresses,
-            "others": chosen,
+            "chosen": chosen,
             "scores_grad": grads,
             "query": query,
             "keys": keys,
         }
-        # A step's own queries, whichever of head and rank they serve.
         query_block = (1, 1, 1, tokens, key_dim)
+        # One buffer is enough for what most steps neither read nor write anew.
         keys_block = pl.BlockSpec(
-            (1, 1, ranks, self.num_keys, key_dim), lambda h, s, a, t: (h, s, a, 0, 0)
+            (1, 1, ranks, self.num_keys, key_dim),
+            lambda h, s, a, t: (h, s, a, 0, 0),
+            pipeline_mode=pl.Buffered(1),
         )
         in_specs = [
             *(pl.BlockSpec(memory_space=pltpu.SMEM) for _ in small),
             pl.BlockSpec((1, self.top_m, tokens), lambda h, s, a, t: (h, 0, t)),
-            pl.BlockSpec(
-                (1, 1, self.rank, self.top_m, tokens), lambda h, s, a, t: (1 - s, h, 0, 0, t)
-            ),
+            pl.BlockSpec((2, 1, self.rank, self.top_m, tokens), lambda h, s, a, t: (0, h, 0, 0, t)),
             pl.BlockSpec((self.num_cores, 1, self.top_m, tokens), lambda h, s, a, t: (0, h, 0, t)),
             pl.BlockSpec(query_block, lambda h, s, a, t: (h * per_head, s, a, t, 0)),
             keys_block,
         ]
         out_specs = [pl.BlockSpec(query_block, lambda h, s, a, t: (h, s, a, t, 0)), keys_block]
-        names = (*small, *arrays, "query_grad_out", "keys_grad", *self.scratch)
+        shapes = [(self.num_heads, *query.shape[1:]), keys.shape]
+        shares_query = self.query_heads < self.num_heads
+        dtypes = [jnp.float32 if shares_query else query.dtype, keys.dtype]
+        outputs = ["query_grad", "keys_grad"]
+        if not self.additive:
+            outputs.append("cores_grad")
+            part = (self.num_cores * self.rank**2, tokens)
+            shapes.append((self.num_heads, 2, self.rank // ranks, *part))
+            dtypes.append(jnp.float32)
+            out_specs.append(pl.BlockSpec((1, 1, 1, *part), lambda h, s, a, t: (h, s, a, 0, 0)))
+        names = (*small, *arrays, *outputs, *self.scratch)
 
         def _product_key_top_k_backward_kernel(*refs: Any) -> None:
             self._step(dict(zip(names, refs, strict=True)))
 
         # Inside shard_map, results vary as the arguments do.
         axis_type = jax.typeof(query).manual_axis_type
-        shapes = (self.num_heads, *query.shape[1:]), keys.shape
         flops = 4 * self.num_tokens * math.prod(keys.shape)
         launch = pl.pallas_call(
             _product_key_top_k_backward_kernel,
@@ -192,8 +207,8 @@ class _Call:
             in_specs=in_specs,
             out_specs=out_specs,
             out_shape=[
-                jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=axis_type)
-                for shape in shapes
+                jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axis_type)
+                for shape, dtype in zip(shapes, dtypes, strict=True)
             ],
             scratch_shapes=[pltpu.VMEM(*buffer) for buffer in self.scratch.values()],
             compiler_params=pltpu.CompilerParams(
@@ -216,23 +231,35 @@ class _Call:
         is_token = tile * self.tile_tokens + _iota((1, self.tile_tokens), 1) < self.num_tokens
         self._list_gradients(refs, head, side, rank_step, is_token)
 
+        # Where keys are float32, their gradients are summed where they are written from.
+        keys_sums = refs["keys_sums"] if "keys_sums" in refs else refs["keys_grad"].at[0, 0]
+
         @pl.when(tile == 0)
         def _begin() -> None:
-            refs["keys_grad"][...] = jnp.zeros_like(refs["keys_grad"])
+            keys_sums[...] = jnp.zeros_like(keys_sums)
+            if not self.additive:
+                refs["cores_grad"][...] = jnp.zeros_like(refs["cores_grad"])
+
+        if not self.additive:
+
+            @pl.when((side == 0) & (rank_step == 0))
+            def _sum_cores() -> None:
+                self._sum_cores(refs, is_token)
 
         # Beyond the last token, a block holds anything: zero times that need not be zero.
         is_row = tile * self.tile_tokens + _iota((self.tile_tokens, 1), 0) < self.num_tokens
         query = jnp.where(is_row, refs["query"][0, 0, 0].astype(jnp.float32), 0)
-        refs["query_grad"][...] = jnp.zeros_like(refs["query_grad"])
+        query_sums = refs["query_sums"]
+        query_sums[...] = jnp.zeros_like(query_sums)
 
         def multiply(first: Array | int, num_keys: int) -> None:
             self._spread(refs, first, num_keys)
             here = pl.ds(first, num_keys)
             for a in range(self.step_ranks):
                 spread = refs["spread"][a, :num_keys]
-                refs["keys_grad"][0, 0, a, here] += _dot(spread, query, (1, 0))
+                keys_sums[a, here] += _dot(spread, query, (1, 0))
                 keys = refs["keys"][0, 0, a, here].astype(jnp.float32)
-                refs["query_grad"][...] += _dot(spread, keys, (0, 0))
+                query_sums[...] += _dot(spread, keys, (0, 0))
 
         num_products, rest = divmod(self.num_keys, self.product_keys)
 
@@ -242,7 +269,13 @@ class _Call:
         lax.fori_loop(0, num_products, multiply_whole, None)
         if rest:
             multiply(num_products * self.product_keys, rest)
-        refs["query_grad_out"][0, 0, 0] = refs["query_grad"][...]
+        refs["query_grad"][0, 0, 0] = query_sums[...].astype(refs["query_grad"].dtype)
+
+        if "keys_sums" in refs:
+
+            @pl.when(tile == pl.num_programs(3) - 1)
+            def _end() -> None:
+                refs["keys_grad"][0, 0] = keys_sums[...].astype(refs["keys_grad"].dtype)
 
     def _list_gradients(
         self, refs: Any, head: Array, side: Array, rank_step: Array, is_token: Array
@@ -270,8 +303,18 @@ class _Call:
         terms = []
         for other in range(self.rank):
             entry = jnp.where(side == 0, rank * self.rank + other, other * self.rank + rank)
-            terms.append(refs["cores"][first + entry] * refs["others"][0, 0, other])
+            terms.append(refs["cores"][first + entry] * refs["chosen"][1 - side, 0, other])
         return _sum(terms)
+
+    def _sum_cores(self, refs: Any, is_token: Array) -> None:
+        """Adds the gradients of the cores, of each token of the tile apart."""
+        ranks = range(self.rank)
+        entries = itertools.product(range(self.num_cores), ranks, ranks)
+        for i, (core, a, b) in enumerate(entries):
+            products = refs["chosen"][0, 0, a] * refs["chosen"][1, 0, b]
+            products *= refs["scores_grad"][core, 0]
+            sums = jnp.sum(products, axis=0, keepdims=True)
+            refs["cores_grad"][0, 0, 0, pl.ds(i, 1)] += jnp.where(is_token, sums, 0)
 
     def _spread(self, refs: Any, first: Array | int, num_keys: int) -> None:
         """The gradients of S of some keys, those that were not chosen included."""

@@ -218,7 +218,7 @@ def test_keys_have_the_order_of_scores_with_nan_first() -> None:
 @pytest.mark.parametrize(
     ("shortlist", "top_m"), [(1, 1), (3, 9), (20, 30), (32, 32), (94, 94), (128, 256), (100, 7)]
 )
-def test_blocks_of_the_staircase_are_the_grid_once_and_the_first_ones_its_corner(
+def test_blocks_make_up_the_grid_and_come_in_the_order_of_staircases(
     shortlist: int, top_m: int
 ) -> None:
     padded, size = pallas_tpu._power_of_two(shortlist), pallas_tpu._power_of_two(top_m)
@@ -230,11 +230,11 @@ def test_blocks_of_the_staircase_are_the_grid_once_and_the_first_ones_its_corner
         assert (block == -1).all()
         block[...] = number
     assert (visits[:shortlist, :shortlist] >= 0).all()
-    # A pair's block comes no later than those of the pairs that lie far outside of it.
-    numbers = np.arange(1, shortlist + 1)
-    reach = numbers[:, None] * numbers
-    corner = visits[:shortlist, :shortlist][reach <= top_m].max()
-    assert corner <= (visits[:shortlist, :shortlist][reach > 4 * size].min(initial=10**9))
+    # For every reach, the blocks that meet (i + 1) (j + 1) <= reach come before the others.
+    numbers = np.arange(1, padded + 1)
+    reach = np.full(visits.max() + 1, padded**2)
+    np.minimum.at(reach, visits[visits >= 0], np.outer(numbers, numbers)[visits >= 0])
+    assert (np.diff(reach) >= 0).all()
 
 
 def test_each_pass_is_one_kernel_that_a_profile_names() -> None:
@@ -253,9 +253,11 @@ def test_each_pass_is_one_kernel_that_a_profile_names() -> None:
     ("shape", "reason"),
     [
         ({"dtype": jnp.float16}, "query must be float32 or bfloat16, got float16"),
-        ({"num_tokens": 0}, r"query is empty, \(2, 2, 2, 0, 4\)"),
         ({"num_keys": 9000}, "it needs .* bytes of VMEM, there are 58720256"),
-        ({"num_keys": 2000, "key_dim": 2048}, "needs .* bytes of VMEM, there are 58720256"),
+        (
+            {"num_keys": 2000, "key_dim": 2048, "num_heads": 1, "query_ranks": 1},
+            "the backward pass needs .* bytes of VMEM, there are 58720256",
+        ),
     ],
     ids=str,
 )
@@ -269,6 +271,11 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
         lambda: product_key_top_k(**inputs, top_m=3, shortlist=3, platform="tpu")
     )()
     assert "pallas_call" not in str(automatic)
+
+
+def test_no_tokens_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"query is empty, \(2, 2, 2, 0, 4\)"):
+        product_key_top_k(**make_inputs(num_tokens=0), top_m=3, shortlist=3, **ON_TPU)
 
 
 @pytest.mark.usefixtures("x64")
