@@ -2,11 +2,12 @@
 
 A block of one warpgroup computes one token, or a share of its selections: bulk copies bring the
 selected rows into a ring of buffers in shared memory, and rows that have arrived are weighted and
-summed in registers while later ones are on their way. See `tokens_gpu.py` for the
-pipeline, `fetch_gpu.py` for rows and registers.
+summed in registers while later ones are on their way. See `tokens_gpu.py` for the pipeline,
+`fetch_gpu.py` for rows and registers.
 
     tables      Read row by row where they lie: no copy, no padding in device memory. A bulk copy
                 moves whole 16 bytes, so a row must be a multiple of that: 8 bfloat16, 4 float32.
+                A row's sums stay in registers: beyond 4,000 elements some are spilled.
     precision   Everything is float32 on the ordinary units; the matrix units are not used. Scores
                 and pre-inputs in another dtype are converted outside of the kernel first.
     order       The sum over k is fixed by K, and for few tokens by their number, on which it
