@@ -1,7 +1,8 @@
 """The keys of one side in the Hopper kernel: their products with the queries, and the shortlist.
 
 Each warpgroup has a ring of buffers, into which bulk copies bring the next columns of its block of
-64 keys, with the same columns of the block's queries, while the matrix units multiply.
+64 keys, with the same columns of the block's queries, while the matrix units multiply. The blocks
+of a cluster go through the keys in step: each brings a part of a buffer to all of them.
 """
 
 import functools
@@ -46,7 +47,7 @@ def key_scores(
         unit = group + turn * num_groups
         return lax.div(unit, call.num_blocks), lax.rem(unit, call.num_blocks)
 
-    def fetch(step: Array) -> None:
+    def fetch(step: Array, *, again: bool) -> None:
         slot = lax.rem(step, stages)
         rank, block = unit_of(lax.div(step, num_chunks))
         columns = pl.ds(lax.rem(step, num_chunks) * width, width)
@@ -55,20 +56,27 @@ def key_scores(
         query_head = head if query.shape[0] > 1 else 0
         query_rank = rank if query.shape[2] > 1 else 0
         arrived = scratch.arrived.at[group * stages + slot]
-        for source, destination in (
-            (
-                keys.at[block_rows, columns],
-                scratch.keys.at[group, slot],
-            ),
-            (
-                query.at[query_head, side, query_rank, pl.ds(first_token, blocks.tokens), columns],
-                scratch.query.at[group, slot],
-            ),
-        ):
-            plgpu.copy_gmem_to_smem(source, destination, arrived)
+        plgpu.copy_gmem_to_smem(
+            query.at[query_head, side, query_rank, pl.ds(first_token, blocks.tokens), columns],
+            scratch.query.at[group, slot],
+            arrived,
+        )
+        if blocks.cluster > 1 and again:
+            # Pallas lets no warp start a copy before all four have read what it overwrites; so here
+            # they have, and those of the other blocks when they arrive.
+            plgpu.barrier_arrive_and_wait(scratch.free.at[group * stages + slot])
+        plgpu.copy_gmem_to_smem(
+            keys.at[block_rows, columns],
+            scratch.keys.at[group, slot],
+            arrived,
+            collective_axes="peer" if blocks.cluster > 1 else None,
+        )
 
+    if blocks.cluster > 1:
+        # The buffers of the other blocks are filled too: they must be done with the side before.
+        plgpu.barrier_arrive_and_wait(scratch.begun.at[group])
     for step in range(stages):
-        pl.when(step < my_steps)(functools.partial(fetch, jnp.int32(step)))
+        pl.when(step < my_steps)(functools.partial(fetch, jnp.int32(step), again=False))
 
     def multiply_unit(turn: Array, _: None) -> None:
         def multiply(sums: Any) -> Array:
@@ -77,7 +85,8 @@ def key_scores(
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(scratch.arrived.at[group * stages + slot])
                 _multiply_add(sums, slot, group, scratch)
-                pl.when(step + stages < my_steps)(functools.partial(fetch, step + stages))
+                following = functools.partial(fetch, step + stages, again=True)
+                pl.when(step + stages < my_steps)(following)
 
             lax.fori_loop(0, num_chunks, multiply_chunk, None)
             return sums[...]

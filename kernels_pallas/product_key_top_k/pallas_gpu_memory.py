@@ -23,6 +23,7 @@ class Blocks:
     """How the work is cut."""
 
     tokens: int  # of a block, a multiple of 8
+    cluster: int  # blocks that read each key together: 1, 2, 4 or 8
     stages: int  # buffers of keys of each warpgroup
     columns: int  # of the keys in a buffer, one of `Call.widths`
     key_depth: int  # of the lists of keys in each lane
@@ -73,8 +74,8 @@ class Call:
     @property
     def widths(self) -> tuple[int, ...]:
         """Columns of keys that a buffer may have: a part of the key dim, no more than 128 bytes."""
-        widths = (64, 32, 16) if self.dtype == jnp.bfloat16 else (32,)
-        return tuple(width for width in widths if self.padded_dim % width == 0)
+        widths = (64, 32) if self.dtype == jnp.bfloat16 else (32,)
+        return tuple(width for width in widths if self.padded_dim % width == 0) or (16,)
 
     @property
     def padded_dim(self) -> int:
@@ -164,6 +165,8 @@ class Scratch:
         keys: Any,
         query: Any,
         arrived: Any,
+        free: Any,
+        begun: Any,
         together: Any,
         scores: Any,
         lists: Any,
@@ -172,7 +175,8 @@ class Scratch:
         key_part: Any = None,
         query_parts: Any = None,
     ) -> None:
-        self.keys, self.query, self.arrived, self.together = keys, query, arrived, together
+        self.keys, self.query, self.together = keys, query, together
+        self.arrived, self.free, self.begun = arrived, free, begun
         self.scores, self.lists, self.places, self.flags = scores, lists, places, flags
         self.key_part, self.query_parts = key_part, query_parts
 
@@ -187,6 +191,8 @@ class Scratch:
             plgpu.SMEM((*ring, BLOCK_KEYS, columns), call.dtype, transforms=swizzled),
             plgpu.SMEM((*ring, tokens, columns), call.dtype, transforms=query_transforms),
             plgpu.Barrier(num_arrivals=2, num_barriers=groups * blocks.stages),
+            plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=groups * blocks.stages),
+            plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=groups),
             plgpu.Barrier(num_arrivals=groups),
             # Two columns more, to spread a column over the banks of the memory.
             plgpu.SMEM((call.score_rows, tokens + 2), jnp.int32),

@@ -1,7 +1,12 @@
 """The Hopper kernel of product-key top-k: in the interpreter, and compiled for a GPU elsewhere."""
 
+import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -196,12 +201,54 @@ def test_a_list_too_short_for_its_lane_costs_a_scan_and_no_exactness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def shallow(call: Call, heuristic: Callable[[Call], Any] = pallas_gpu.heuristic) -> Any:
-        blocks = heuristic(call)
-        return type(blocks)(blocks.tokens, blocks.stages, blocks.columns, 1, 1)
+        return dataclasses.replace(heuristic(call), key_depth=1, pair_depth=1)
 
     monkeypatch.setattr(pallas_gpu, "heuristic", shallow)
     inputs = make_inputs(2, 96, num_heads=1, whole=True)
     assert_matches_reference(inputs, top_m=9, shortlist=14)
+
+
+_IN_CLUSTERS = """
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernels_pallas.product_key_top_k import pallas_gpu
+from kernels_pallas.product_key_top_k.options import Options
+from kernels_pallas.product_key_top_k.pallas_gpu_memory import Blocks, Call
+from kernels_pallas.product_key_top_k.reference import product_key_top_k_reference
+from kernels_pallas.product_key_top_k.shapes import Shape
+
+# Two blocks of two warpgroups; ten blocks of keys for the two, of two columns of buffers.
+shape = Shape("clusters", "ci", 9, 300, 3, 4, 32)
+inputs = shape.inputs(dtype=jnp.bfloat16, numbers="whole")
+call = Call.of(inputs["query"], inputs["keys"], inputs["cores"], Options(4, 3, 1))
+params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+with plgpu.force_gpu_interpret_mode(params):
+    got = pallas_gpu._launch(call, Blocks(8, 2, 2, 16, 2, 2), *inputs.values())
+exact = {n: x.astype(jnp.float32) for n, x in inputs.items()}
+want = product_key_top_k_reference(**exact, top_m=4, shortlist=3)
+np.testing.assert_array_equal(got[1], want[1])
+np.testing.assert_array_equal(got[0], want[0])
+"""
+
+
+@pytest.mark.slow
+def test_blocks_of_a_cluster_share_what_they_read() -> None:
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_PLATFORMS": "cpu",
+        # Warpgroups that wait hold threads of the interpreter; with one a core it would not go on.
+        "NPROC": "16",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", _IN_CLUSTERS],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
 
 
 @pytest.mark.slow
