@@ -242,7 +242,6 @@ def padded(size: int, multiple: int) -> int:
 
 def _swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
     """How rows of that many columns lie in shared memory for the matrix units."""
-    return (
-        plgpu.TilingTransform((8, columns)),
-        plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize),
-    )
+    mosaic: Any = plgpu  # whose transforms mypy takes for abstract classes
+    row_bytes = columns * jnp.dtype(dtype).itemsize
+    return mosaic.TilingTransform((_TILE_ROWS, columns)), mosaic.SwizzleTransform(row_bytes)

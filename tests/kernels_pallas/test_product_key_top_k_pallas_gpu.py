@@ -51,7 +51,7 @@ def interpreter() -> Iterator[None]:
 def assert_matches_reference(
     inputs: dict[str, Any], *, top_m: int, shortlist: int, tolerance: float = 1e-5
 ) -> None:
-    sizes = {"top_m": top_m, "shortlist": shortlist}
+    sizes: dict[str, Any] = {"top_m": top_m, "shortlist": shortlist}
     expected = results_and_grads(product_key_top_k_reference, inputs, **sizes)
     got = results_and_grads(product_key_top_k, inputs, **sizes, **ON_GPU)
     assert_all_close(got, expected, tolerance)
@@ -149,8 +149,7 @@ def test_products_of_keys_are_as_good_as_in_float32(dtype: Any) -> None:
     inputs = shape.inputs(dtype=dtype)
     query, keys = (np.asarray(inputs[name], np.float64) for name in ("query", "keys"))
     by_key = np.einsum("hsrtq,hsrnq->thsrn", np.tile(query, (1, 1, 2, 1, 1)), keys)
-    options = Options(4, 4, 1)
-    _, addresses, chosen = pallas_gpu.forward(*inputs.values(), options)
+    _, addresses, chosen = pallas_gpu.forward(**inputs, options=Options(4, 4, 1))
     sides = np.stack(np.divmod(np.asarray(addresses), 80), axis=1)[:, None, :, None]
     wanted = np.take_along_axis(by_key, sides, axis=-1).swapaxes(1, 2)
     assert np.abs(wanted).max() > 1
@@ -160,7 +159,7 @@ def test_products_of_keys_are_as_good_as_in_float32(dtype: Any) -> None:
 @pytest.mark.usefixtures("interpreter")
 def test_doubted_tokens_are_selected_from_the_whole_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two ranks: token 2 alone has a second rank, which the shortlist does not see.
-    sizes = {"top_m": 4, "shortlist": 12}
+    sizes: dict[str, Any] = {"top_m": 4, "shortlist": 12}
     inputs = make_inputs(4, 20, num_heads=1, num_cores=1, key_dim=1, query_ranks=2, seed=1)
     query = inputs["query"].at[:, :, 1].set(0.0).at[:, :, 1, 2].set(3.0)
     first = jnp.array([[1.0, 0.0]])
@@ -187,7 +186,7 @@ def test_a_key_that_is_not_finite_is_chosen_and_reported(num_cores: int, bad: fl
     halves = {name: inputs[name].astype(jnp.bfloat16) for name in ("query", "keys")}
     inputs |= halves
     inputs["keys"] = inputs["keys"].at[0, :, 0, 17, 0].set(bad)
-    sizes = {"top_m": 9, "shortlist": 12}
+    sizes: dict[str, Any] = {"top_m": 9, "shortlist": 12}
     scores, addresses = product_key_top_k(**inputs, **sizes, **ON_GPU)
     expected = product_key_top_k_reference(**inputs, **sizes)
     np.testing.assert_array_equal(addresses, expected[1])
@@ -268,7 +267,7 @@ def test_vmap_equals_a_python_loop() -> None:
 
 def test_the_forward_pass_is_one_kernel_that_a_profile_names() -> None:
     inputs = make_inputs()
-    sizes = {"top_m": 5, "shortlist": 6}
+    sizes: dict[str, Any] = {"top_m": 5, "shortlist": 6}
 
     def kernels(function: Callable[[], Any]) -> int:
         return str(jax.make_jaxpr(function)()).count("product_key_top_k_forward")
@@ -293,7 +292,7 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
     shape: dict[str, Any], options: dict[str, Any], reason: str
 ) -> None:
     inputs = make_inputs(**shape)
-    sizes = {"top_m": 5, "shortlist": 6}
+    sizes: dict[str, Any] = {"top_m": 5, "shortlist": 6}
     with pytest.raises(UnsupportedError, match=reason):
         product_key_top_k(**inputs, **sizes, **ON_GPU | options)
     automatic = jax.make_jaxpr(lambda: product_key_top_k(**inputs, **sizes, platform="gpu"))()
