@@ -14,7 +14,7 @@ in the dtype of the table. Of a row-sparse gradient the rows are numbered withou
                 addressed and an addition costs one register up to 1024 columns. Blocks are turned
                 into the tiles of HBM, eight rows a register, as they leave.
     cost        The compiler's bundles for v5e: 7 for a selection, which the scalar unit bounds, of
-                any width up to 1024; 2 to 3 for a row of the result; about 250 for a visit. Counted
+                any width up to 1024; 1 to 3 for a row of the result; about 250 for a visit. Counted
                 in its schedule, not measured on a chip.
     precision   float32 on the vector unit; the matrix unit is not used.
 """
@@ -60,14 +60,15 @@ class Blocks:
 def heuristic(num_factors: int, dim: int) -> Blocks:
     """Blocks for factors of `num_factors` rows of `dim` columns.
 
-    A visit costs as much as 30 selections, so a block and a chunk should be met by many more; both
-    are in VMEM and SMEM twice. Reasoned from the compiler's schedule, not measured.
+    A visit costs as much as 30 selections, so a block and a chunk should hold many more. A block
+    has 2 MiB, and is in VMEM three times; the visits of a million rows take at most 24 kB of SMEM.
+    Reasoned from the compiler's schedule, not measured.
     """
     needed = pl.cdiv(dim, _LANES)
     sublanes = min(_SUBLANES, 1 << (needed - 1).bit_length())
     while sublanes > 1 and _factor_bytes(num_factors, sublanes) > _FACTOR_BYTES:
         sublanes //= 2
-    return Blocks(rows=512, chunk=1024, sublanes=sublanes)
+    return Blocks(rows=4096 // sublanes, chunk=2048, sublanes=sublanes)
 
 
 def _choose_blocks(
