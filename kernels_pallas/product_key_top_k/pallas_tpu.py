@@ -92,9 +92,8 @@ def unsupported_reason(
     call = _Call(query, keys, cores, options, heuristic(query, keys, cores, options))
     reason = f"it needs {call.vmem_bytes} bytes of VMEM, there are {_VMEM_BYTES}"
     reasons.append((not _fits(call), reason))
-    reason = pallas_tpu_backward.unsupported_reason(query, keys, cores, options)
-    reasons.append((reason is not None, reason or ""))
-    return next((reason for holds, reason in reasons if holds), None)
+    forward_reason = next((reason for holds, reason in reasons if holds), None)
+    return forward_reason or pallas_tpu_backward.unsupported_reason(query, keys, cores, options)
 
 
 def forward(
@@ -247,7 +246,13 @@ class _Call:
             ],
             scratch_shapes=[pltpu.VMEM(*buffer) for buffer in self.scratch.values()],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", *["arbitrary"] * 4),
+                dimension_semantics=(
+                    "parallel",
+                    "arbitrary",
+                    "arbitrary",
+                    "arbitrary",
+                    "arbitrary",
+                ),
                 vmem_limit_bytes=self.vmem_bytes,
             ),
             cost_estimate=self._cost(query, keys),
@@ -443,7 +448,7 @@ def _gather(tables: list[Any], places: Array) -> Array:
     parts = []
     for start in range(0, places.shape[1], _LANES):
         wanted = places[:, start : start + _LANES]
-        found = None
+        found = jnp.zeros(wanted.shape, tables[0].dtype)
         for i, table in enumerate(tables):
             for first in range(0, width, _LANES):
                 near = jnp.take_along_axis(
@@ -453,7 +458,7 @@ def _gather(tables: list[Any], places: Array) -> Array:
                     mode="promise_in_bounds",
                 )
                 here = wanted >> (_LANES.bit_length() - 1) == (i * width + first) // _LANES
-                found = near if found is None else jnp.where(here, near, found)
+                found = jnp.where(here, near, found)
         parts.append(found)
     return jnp.concatenate(parts, axis=1)
 

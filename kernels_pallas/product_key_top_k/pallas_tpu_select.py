@@ -273,8 +273,8 @@ def _cleaned(items: Sequence[Item]) -> list[Item]:
 def _exchanged(a: Item, b: Item) -> tuple[Item, Item]:
     """The better item and the other one."""
     in_order = _precedes(a, b)
-    better = tuple(jnp.where(in_order, x, y) for x, y in zip(a, b, strict=True))
-    other = tuple(jnp.where(in_order, y, x) for x, y in zip(a, b, strict=True))
+    better = jnp.where(in_order, a[0], b[0]), jnp.where(in_order, a[1], b[1])
+    other = jnp.where(in_order, b[0], a[0]), jnp.where(in_order, b[1], a[1])
     return better, other
 
 

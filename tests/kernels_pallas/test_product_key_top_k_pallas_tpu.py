@@ -71,11 +71,19 @@ def interpreter(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def compiled_top_k(**sizes: int) -> Callable[..., Any]:
-    """The kernel as one program, for inputs of one shape; optimizing it would take longer."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one program that is not optimized: of a network, that would take longer."""
     options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
-    return jax.jit(
-        lambda inputs: product_key_top_k(**inputs, **sizes, **ON_TPU), compiler_options=options
+    return jax.jit(function, compiler_options=options)
+
+
+def top_k_of(sizes: dict[str, Any]) -> Callable[..., Any]:
+    return compiled(lambda inputs: product_key_top_k(**inputs, **sizes, **ON_TPU))
+
+
+def kernel_results_and_grads(inputs: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    return compiled(lambda inputs: results_and_grads(product_key_top_k, inputs, **sizes, **ON_TPU))(
+        inputs
     )
 
 
@@ -88,8 +96,8 @@ def assert_same_selection(got: Any, want: Any) -> None:
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        # 11 tokens are two tiles, 21 keys three; lists of 9 and 13 are padded to 16.
-        ({"num_tokens": 11, "num_keys": 21}, {"top_m": 13, "shortlist": 9}),
+        # 11 tokens are two tiles, 21 keys three; lists of 6 and 7 are padded to 8.
+        ({"num_tokens": 11, "num_keys": 21}, {"top_m": 7, "shortlist": 6}),
         (
             {"num_tokens": 1, "num_keys": 1, "rank": 1, "query_ranks": 1},
             {"top_m": 1, "shortlist": 1},
@@ -98,12 +106,12 @@ def assert_same_selection(got: Any, want: Any) -> None:
     ids=["ragged", "one"],
 )
 def test_selections_and_gradients_are_those_of_the_reference(
-    shape: dict[str, Any], sizes: dict[str, int]
+    shape: dict[str, Any], sizes: dict[str, Any]
 ) -> None:
     # Whole numbers, so that many scores are equal and none depends on the order of a sum.
     inputs = make_inputs(**shape, whole=True)
     want = results_and_grads(product_key_top_k_reference, inputs, **sizes)
-    assert_all_close(results_and_grads(product_key_top_k, inputs, **sizes, **ON_TPU), want)
+    assert_all_close(kernel_results_and_grads(inputs, sizes), want)
 
 
 @pytest.mark.slow
@@ -124,11 +132,11 @@ def test_selections_and_gradients_are_those_of_the_reference(
     ids=["additive", "shared_query", "bfloat16"],
 )
 def test_other_shapes_are_those_of_the_reference_too(
-    shape: dict[str, Any], sizes: dict[str, int]
+    shape: dict[str, Any], sizes: dict[str, Any]
 ) -> None:
     inputs = make_inputs(**shape, whole=True)
     want = results_and_grads(product_key_top_k_reference, inputs, **sizes)
-    got = results_and_grads(product_key_top_k, inputs, **sizes, **ON_TPU)
+    got = kernel_results_and_grads(inputs, sizes)
     # One bfloat16 rounding of the gradients; the selection is exact in both.
     np.testing.assert_array_equal(got["addresses"], want["addresses"])
     halves = shape.get("dtype") == jnp.bfloat16
@@ -137,10 +145,16 @@ def test_other_shapes_are_those_of_the_reference_too(
 
 @pytest.mark.usefixtures("interpreter", "small_tiles")
 def test_pairs_outside_the_staircase_nan_zeros_and_infinities_are_where_they_belong() -> None:
-    sizes = {"top_m": 4, "shortlist": 16}
-    shape = {"num_tokens": 8, "num_keys": 24, "num_heads": 1, "num_cores": 1, "key_dim": 1}
+    sizes: dict[str, Any] = {"top_m": 4, "shortlist": 8}
+    shape: dict[str, Any] = {
+        "num_tokens": 8,
+        "num_keys": 24,
+        "num_heads": 1,
+        "num_cores": 1,
+        "key_dim": 1,
+    }
     inputs = make_inputs(**shape, query_ranks=2, seed=1)
-    run = compiled_top_k(**sizes)
+    run = top_k_of(sizes)
 
     # Token 3 alone has a second rank, of which the shortlist and the order of blocks know nothing.
     query = inputs["query"].at[:, :, 1].set(0.0).at[:, :, 1, 3].set(3.0)
@@ -238,7 +252,8 @@ def test_blocks_make_up_the_grid_and_come_in_the_order_of_staircases(
 
 
 def test_each_pass_is_one_kernel_that_a_profile_names() -> None:
-    inputs, sizes = make_inputs(), {"top_m": 5, "shortlist": 6}
+    inputs = make_inputs()
+    sizes: dict[str, Any] = {"top_m": 5, "shortlist": 6}
     forward = str(jax.make_jaxpr(lambda: product_key_top_k(**inputs, **sizes, **ON_TPU))())
     both = str(
         jax.make_jaxpr(lambda: results_and_grads(product_key_top_k, inputs, **sizes, **ON_TPU))()
@@ -288,10 +303,10 @@ def test_float64_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter", "small_tiles")
 def test_vmap_equals_a_python_loop() -> None:
-    sizes = {"top_m": 3, "shortlist": 4}
+    sizes: dict[str, Any] = {"top_m": 3, "shortlist": 4}
     inputs = make_inputs(num_tokens=3, num_keys=6, num_heads=1)
     queries = jnp.stack([inputs["query"], -inputs["query"]])
-    run = compiled_top_k(**sizes)
+    run = top_k_of(sizes)
     want = [run(inputs | {"query": query}) for query in queries]
     assert not np.array_equal(want[0][1], want[1][1])
     mapped = jax.vmap(lambda query: run(inputs | {"query": query}))(queries)
@@ -326,22 +341,16 @@ def test_gradients_compile_alone_over_a_mesh_and_mapped(chip: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("query_ranks", [1, 2])
-def test_papers_sizes_need_no_temporaries(chip: str, query_ranks: int) -> None:
+def test_papers_sizes_need_no_temporaries(chip: str) -> None:
+    shapes = [(shape, "float32") for shape in PAPER_SHAPES.values()]
+    # Ranks that share a query, and the conversions of bfloat16, take the most memory.
+    largest = PAPER_SHAPES["120B"] | {"query_ranks": 1}
+    shapes += [(largest, "float32"), (largest, "bfloat16")]
     cases: list[dict[str, Any]] = [
-        {
-            "topology": chip,
-            "what": what,
-            "dtype": dtype,
-            "shape": shape | {"query_ranks": query_ranks},
-        }
-        for name, shape in PAPER_SHAPES.items()
-        for dtype in ("float32", "bfloat16")
+        {"topology": chip, "what": what, "dtype": dtype, "shape": shape}
+        for shape, dtype in shapes
         for what in ("forward", "backward")
-        # The keys of two ranks and their gradients do not fit together.
-        if (name, query_ranks, what) != ("120B", 1, "backward")
     ]
-    assert len(cases) >= 14
     for case, result in zip(cases, run_cases("tpu_compile_top_k.py", *cases), strict=True):
         shape = case["shape"]
         grids = 4 * shape["num_tokens"] * shape["shortlist"] ** 2

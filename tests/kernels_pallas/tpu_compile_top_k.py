@@ -6,6 +6,7 @@ CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and th
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -67,10 +68,14 @@ def compiled(case: dict[str, Any]) -> Any:
     if case["what"] == "mapped":
         arrays = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in arrays.items()}
         return jax.jit(jax.vmap(top_k), in_shardings=sharding).lower(arrays).compile()
+    options = Options(shape.top_m, shape.shortlist, chunk_size=1)
+    inputs = [arrays[name] for name in ("query", "keys", "u", "v", "cores")]
+    forward = partial(pallas_tpu.forward, options=options)
+    if case["what"] == "forward":
+        # What the backward pass needs is a result as well.
+        return jax.jit(forward, in_shardings=free, out_shardings=free).lower(*inputs).compile()
     if case["what"] == "backward":
-        options = Options(shape.top_m, shape.shortlist, chunk_size=1)
-        results = jax.eval_shape(lambda: pallas_tpu.forward(*arrays.values(), options))
-        scores, addresses, chosen = results
+        scores, addresses, chosen = jax.eval_shape(forward, *inputs)
 
         def backward(arrays: dict[str, Any], addresses: Any, chosen: Any, grad: Any) -> Any:
             inputs = (arrays["query"], arrays["keys"], arrays["cores"])
@@ -78,8 +83,7 @@ def compiled(case: dict[str, Any]) -> Any:
 
         jitted = jax.jit(backward, in_shardings=free, out_shardings=free)
         return jitted.lower(arrays, addresses, chosen, scores).compile()
-    function = {"forward": top_k, "grads": grads}[case["what"]]
-    return jax.jit(function, in_shardings=free, out_shardings=free).lower(arrays).compile()
+    return jax.jit(grads, in_shardings=free, out_shardings=free).lower(arrays).compile()
 
 
 def main() -> None:
