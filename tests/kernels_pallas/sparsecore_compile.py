@@ -145,7 +145,7 @@ def chip_mesh(device: Any) -> AbstractMesh:
 
 
 def has_products_meanwhile(text: str) -> bool:
-    """Whether the schedule has a matrix product after a kernel got its arguments, before its end."""
+    """Whether a matrix product is scheduled between the start and the end of a kernel."""
     schedule = text.partition("ENTRY")[2]
     _, started, rest = schedule.partition(".call-update = ")
     meanwhile, ended, _ = rest.partition(" custom-call-done(")
