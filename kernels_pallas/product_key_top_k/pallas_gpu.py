@@ -1,4 +1,4 @@
-"""Product-key top-k on Hopper and newer GPUs in one kernel: only what is chosen leaves the chip.
+"""Product-key top-k on Hopper GPUs in one kernel: only what is chosen leaves the chip.
 
 A block takes a few tokens of one head, four for each of its warpgroups, and does all that is to be
 done for them; neither the scores of all keys nor a grid of pairs reaches device memory.
@@ -7,7 +7,7 @@ done for them; neither the scores of all keys nor a grid of pairs reaches device
                 with a ring of buffers of its own; blocks of a cluster read them together, each a
                 part that is sent to all. Matrix units multiply them with the tokens' queries; S of
                 all keys and ranks of one side stays in shared memory.
-    shortlists  Each warp ranks the keys of its token. `pallas_gpu_select.py` says how.
+    shortlists  Each warp ranks the keys of its token; `pallas_gpu_select.py` says how.
     staircase   As in `xla.py`: row i has its first reach / i columns, exactly. Their scores are put
                 in shared memory one after the other, and the best are selected from there.
     certificate The pairs outside are compared with the last one selected; if one of them may come
@@ -26,10 +26,12 @@ done for them; neither the scores of all keys nor a grid of pairs reaches device
 The backward pass is that of `xla.py`: products of matrices, for which XLA calls its library.
 
 Compiled for the H200 and interpreted, but never run on a GPU: what is said of speed is reasoned.
-Lane semantics are chosen for lowering because inference of layouts does not come to an end here.
+Blackwell has other matrix instructions (`tcgen05`), for which nothing is written. Lane semantics are
+chosen for lowering because the inference of layouts (jax 0.12) does not come to an end here.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -64,18 +66,19 @@ def heuristic(call: Call) -> Blocks:
     shared memory allows, and four of them read each key together; unless tokens are so few that
     multiprocessors would be idle. With four stages, 64 or 128 KiB are on their way to each.
 
-    Lists hold what a lane gets of the best where those fall at random (3.5 standard deviations
-    above the mean), so that a scan is rare.
+    Lists hold what a lane gets of the best, at random for keys, and more evenly for pairs, which
+    lie row by row. With random scores of the paper's sizes (simulated, 800 tokens each), a scan of
+    keys follows for at most 3 in 100 warpgroups, and one of pairs for none.
     """
 
-    def depth(count: int) -> int:
+    def depth(count: int, deviations: float) -> int:
         mean = count / LANES
-        return min(count, round(mean + 3.5 * mean**0.5 + 1))
+        return min(count, math.ceil(mean + deviations * mean**0.5 + 1))
 
     def cluster(tokens: int) -> int:
         return next(n for n in (4, 2, 1) if n == 1 or call.num_tokens % (n * tokens) == 0)
 
-    depths = depth(call.shortlist), depth(call.top_m)
+    depths = depth(call.shortlist, 3.5), depth(call.top_m, 2.5)
     few = call.num_heads * call.num_tokens < 16 * _MULTIPROCESSORS
     choices = [
         Blocks(tokens, 1 if few else cluster(tokens), stages, columns, *depths)
@@ -92,23 +95,29 @@ def unsupported_reason(
 ) -> str | None:
     """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
     del u, v
-    if platform != "gpu":
-        return f"it compiles for GPU, not for {platform}"
-    if scores_dtype(query, keys) != jnp.float32:
-        return "it accumulates in float32, not in float64"
+    capability = _compute_capability()
+    reasons = [
+        (platform != "gpu", f"it compiles for GPU, not for {platform}"),
+        (
+            capability is not None and not capability.startswith("9."),
+            f"it needs compute capability 9.0 (Hopper), the device has {capability}",
+        ),
+        (scores_dtype(query, keys) != jnp.float32, "it accumulates in float32, not in float64"),
+    ]
     for name, array in (("query", query), ("keys", keys)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} must be float32 or bfloat16, is {array.dtype}"
-        if 0 in array.shape:
-            return f"{name} is empty, {array.shape}"
+        known = array.dtype in (jnp.float32, jnp.bfloat16)
+        reasons.append((not known, f"{name} must be float32 or bfloat16, is {array.dtype}"))
+        reasons.append((0 in array.shape, f"{name} is empty, {array.shape}"))
     call = Call.of(query, keys, cores, options)
     needed = call.shared_bytes(heuristic(call))
-    if needed > _SHARED_BYTES:
-        return (
+    reasons.append(
+        (
+            needed > _SHARED_BYTES,
             f"{call.num_keys} keys of rank {call.rank}, shortlist = {call.shortlist} and top_m = "
-            f"{call.top_m} need {needed} bytes of shared memory, there are {_SHARED_BYTES}"
+            f"{call.top_m} need {needed} bytes of shared memory, there are {_SHARED_BYTES}",
         )
-    return None
+    )
+    return next((reason for holds, reason in reasons if holds), None)
 
 
 def forward(
@@ -197,6 +206,17 @@ def _product_key_top_k_kernel(call: Call, blocks: Blocks, *refs: Any) -> None:
     select_pairs(call, blocks, Grid(call, core, mine), places, mine)
     first_token = tile * blocks.tokens + group * TOKENS
     write_results(call, head, pl.ds(first_token, TOKENS), cores, results, mine)
+
+
+def _compute_capability() -> str | None:
+    """That of the attached GPU, if the call can be meant for no other."""
+    if jax.default_backend() != "gpu":
+        return None
+    device: Any = jax.local_devices()[0]
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None and target.device_kind != device.device_kind:
+        return None
+    return getattr(device, "compute_capability", None)
 
 
 def _cost(call: Call, query: Array, num_tiles: int) -> pl.CostEstimate:

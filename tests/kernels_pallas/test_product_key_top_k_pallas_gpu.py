@@ -299,6 +299,15 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
     assert "product_key_top_k_forward" not in str(automatic)
 
 
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_gpus_without_hoppers_matrix_instructions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: capability)
+    with pytest.raises(UnsupportedError, match=rf"9.0 \(Hopper\), the device has {capability}"):
+        product_key_top_k(**make_inputs(), top_m=5, shortlist=6, **ON_GPU)
+
+
 @pytest.mark.usefixtures("x64")
 def test_float64_is_refused() -> None:
     inputs = make_inputs(dtype=jnp.float64)
