@@ -26,8 +26,8 @@ done for them; neither the scores of all keys nor a grid of pairs reaches device
 The backward pass is that of `xla.py`: products of matrices, for which XLA calls its library.
 
 Compiled for the H200 and interpreted, but never run on a GPU: what is said of speed is reasoned.
-Blackwell has other matrix instructions (`tcgen05`), for which nothing is written. Lane semantics are
-chosen for lowering because the inference of layouts (jax 0.12) does not come to an end here.
+Blackwell has other matrix instructions (`tcgen05`), for which nothing is written. Lane semantics
+are chosen for lowering because the inference of layouts (jax 0.12) does not come to an end here.
 """
 
 import functools

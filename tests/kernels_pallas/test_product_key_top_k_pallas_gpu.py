@@ -132,7 +132,12 @@ def test_the_best_of_one_lane_alone_are_noticed_and_found() -> None:
             True,
         ),
         ({"num_tokens": 1, "num_heads": 1}, {"top_m": 9, "shortlist": 3}, False),
-        ({"num_tokens": 3, "rank": 1, "num_cores": 0}, {"top_m": 6, "shortlist": 6}, True),
+        pytest.param(
+            {"num_tokens": 3, "rank": 1, "num_cores": 0},
+            {"top_m": 6, "shortlist": 6},
+            True,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["ragged", "one_token", "additive"],
 )
