@@ -190,6 +190,8 @@ class Scratch:
         types = [
             plgpu.SMEM((*ring, BLOCK_KEYS, columns), call.dtype, transforms=swizzled),
             plgpu.SMEM((*ring, tokens, columns), call.dtype, transforms=query_transforms),
+            # Barriers: keys and query have arrived in a buffer; all blocks of the cluster are done
+            # with it; they all begin a side; the warpgroups of this block are all as far.
             plgpu.Barrier(num_arrivals=2, num_barriers=groups * blocks.stages),
             plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=groups * blocks.stages),
             plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=groups),
