@@ -130,14 +130,13 @@ def _sort_selections(indices: Array, terms: list[Term]) -> tuple[Array, Array, l
     them afterwards would take a TPU a step for each. The position is a second key because a stable
     sort has one more column and takes the compiler half as long again.
     """
-    num_tokens = indices.shape[0]
     position = lax.iota(jnp.int32, indices.size)
     weights = [column.reshape(-1) for term in terms for column in term.weights.T]
     columns = (indices.T.reshape(-1), position, *(x.astype(jnp.float32) for x in weights))
-    ids, position, *columns = lax.sort(columns, num_keys=2, is_stable=False)
-    in_order = iter(columns)
-    weights = [list(itertools.islice(in_order, term.weights.shape[2])) for term in terms]
-    return ids, lax.rem(position, num_tokens), weights
+    ids, position, *in_order = lax.sort(columns, num_keys=2, is_stable=False)
+    remaining = iter(in_order)
+    by_term = [list(itertools.islice(remaining, term.weights.shape[2])) for term in terms]
+    return ids, lax.rem(position, indices.shape[0]), by_term
 
 
 def sum_by_row(

@@ -62,8 +62,8 @@ def compiled_sums(case: dict[str, Any], sharding: Any) -> Any:
     weights = [jax.ShapeDtypeStruct(selections, jnp.float32)] * case["num_cores"]
     factors = jax.ShapeDtypeStruct((num_tokens, case["dim"]), jnp.float32)
 
-    def sums(*arrays: Any) -> Any:
-        return sum_by_row(*arrays, num_rows=case["num_values"], dtype=dtype)
+    def sums(ids: Any, tokens: Any, weights: Any, factors: Any) -> Any:
+        return sum_by_row(ids, tokens, weights, factors, case["num_values"], dtype)
 
     function = jax.jit(sums, in_shardings=sharding, out_shardings=row_major(2, dtype, sharding))
     return function.lower(ids, ids, weights, factors).compile()

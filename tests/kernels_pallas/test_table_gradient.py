@@ -67,7 +67,7 @@ def reference_gradients(
     arrays = {name: inputs[name].astype(dtype) for name in DIFFERENTIABLE if name in inputs}
     others = {name: value for name, value in inputs.items() if name not in arrays}
 
-    def output(arrays: dict[str, Array]) -> Array:
+    def output(arrays: dict[str, Any]) -> Array:
         return value_aggregation_reference(**arrays, **others, activation=activation)
 
     return jax.vjp(output, arrays)[1](output_gradient(inputs))[0]
@@ -184,7 +184,9 @@ def test_more_rows_than_are_selected_are_empty() -> None:
     assert got.num_rows <= 6
     assert got.values.shape == (20, 12)
     np.testing.assert_array_equal(got.ids[6:], np.full(14, 11))
-    assert not np.any(got.values[6:]) and not np.any(got.pre_values[6:])
+    assert got.pre_values is not None
+    assert not np.any(got.values[6:])
+    assert not np.any(got.pre_values[6:])
     assert_all_close(dense(got, 11), reference_gradients(inputs))
 
 
@@ -219,7 +221,7 @@ def test_inside_shard_map_each_device_has_the_rows_of_its_tokens(check_vma: bool
     inputs["output_grad"] = output_gradient(inputs | {"num_slots": num_slots})
     specs = {name: PartitionSpec(None if name in TABLES else "data") for name in inputs}
 
-    def local(inputs: dict[str, Array]) -> RowGradients:
+    def local(inputs: dict[str, Any]) -> RowGradients:
         got = value_aggregation_row_gradients(**inputs, num_slots=num_slots, chunk_size=3)
         return got._replace(num_rows=got.num_rows[None])
 
