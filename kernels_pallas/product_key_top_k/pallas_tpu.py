@@ -15,6 +15,10 @@ side stays in VMEM until its shortlist is known.
                 arrays are multiplied as they are. Sums are float32.
     padding     s and m are rounded up to powers of two from 16, n to a multiple of the tile of
                 keys, and tokens to one of 1024.
+    limits      S of a side's keys is 4 KiB a key and rank: n up to about 5,000 at rank 2 where keys
+                are narrow, 1,700 at the largest size below. More is refused.
+    residual    S of the chosen is always written, 8 r m bytes a token, also where no backward pass
+                follows; nothing else is held in HBM beside arguments and results.
 
 What it costs, counted and not measured: vector operations a token in thousands, both sides, and how
 many of the grid's blocks were merged for 1024 tokens of random data, the core's singular values

@@ -17,6 +17,7 @@ from kernels_pallas.product_key_top_k import (
     product_key_top_k,
 )
 from kernels_pallas.product_key_top_k import pallas_tpu_select as select
+from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.pallas_tpu_select import Staircase
 from kernels_pallas.product_key_top_k.reference import product_key_top_k_reference
 from kernels_pallas.product_key_top_k.shapes import PAPER, SHAPES
@@ -121,7 +122,7 @@ def test_selections_and_gradients_are_those_of_the_reference(
     [
         (
             {"num_tokens": 9, "rank": 1, "num_cores": 0, "query_heads": 1},
-            {"top_m": 20, "shortlist": 17},
+            {"top_m": 12, "shortlist": 9},
         ),
         (
             {"num_tokens": 9, "rank": 3, "num_cores": 1, "query_heads": 1, "query_ranks": 1},
@@ -291,6 +292,15 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
 def test_no_tokens_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"query is empty, \(2, 2, 2, 0, 4\)"):
         product_key_top_k(**make_inputs(num_tokens=0), top_m=3, shortlist=3, **ON_TPU)
+
+
+def test_blocks_that_do_not_fit_registers_are_refused() -> None:
+    inputs, options = make_inputs(), Options(top_m=3, shortlist=20, chunk_size=1)
+    arrays = (inputs["query"], inputs["keys"], inputs["cores"], options)
+    with pytest.raises(ValueError, match="keys: got 64, must be a multiple of 128"):
+        pallas_tpu._Call(*arrays, pallas_tpu.Blocks(keys=64))
+    with pytest.raises(ValueError, match="tokens: got 64, must be a multiple of 128"):
+        pallas_tpu_backward._Call(*arrays, pallas_tpu_backward.Blocks(tokens=64))
 
 
 @pytest.mark.usefixtures("x64")
