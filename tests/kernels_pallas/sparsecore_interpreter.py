@@ -7,7 +7,7 @@ at their destination, loops whose order is the compiler's, meshes of SparseCores
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from jax import lax
@@ -33,9 +33,15 @@ def in_order(count: Any, body: Callable[[Any], None]) -> None:
 
 @contextlib.contextmanager
 def interpreted_sparsecore(
-    lanes: int = 8, local_bytes: int = 2**18, block_registers: int = 16
+    lanes: int = 8,
+    local_bytes: int = 2**18,
+    block_registers: int = 16,
+    copies: Literal["on_wait", "eager"] = "on_wait",
 ) -> Iterator[None]:
-    """Pretends a chip of two subcores; races, reads of unset memory and out of bounds raise."""
+    """Pretends a chip of two subcores; races, reads of unset memory and out of bounds raise.
+
+    Copies are made when they are awaited, the last moment, or as soon as they start, the first.
+    """
     chip = sparsecore_pipeline.Chip(1, NUM_SUBCORES, lanes, local_bytes)
     mesh = pltpu.TensorCoreMesh(axis_name="subcore", num_cores=NUM_SUBCORES)
     doubles: dict[str, Any] = {
@@ -45,7 +51,9 @@ def interpreted_sparsecore(
         "IndirectStream": sparsecore_pipeline.RowCopies,
         "push": Push,
     }
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    params = pltpu.InterpretParams(
+        dma_execution_mode=copies, detect_races=True, uninitialized_memory="nan"
+    )
     arithmetic: dict[str, Any] = {"for_rows": in_order, "_BLOCK_REGISTERS": block_registers}
     with (
         mock.patch.multiple(sparsecore_pipeline, **doubles),

@@ -19,7 +19,7 @@ from kernels_pallas.value_aggregation import (
 from kernels_pallas.value_aggregation.reference import Activation, value_aggregation_reference
 from kernels_pallas.value_aggregation.sparsecore_pipeline import Chip
 from tests.kernels_pallas.aot import FUSED_BYTES, run_cases
-from tests.kernels_pallas.sparsecore_interpreter import interpreted_sparsecore
+from tests.kernels_pallas.sparsecore_interpreter import NUM_SUBCORES, interpreted_sparsecore
 from tests.kernels_pallas.test_value_aggregation import (
     assert_all_close,
     make_inputs,
@@ -37,6 +37,9 @@ SMALL: dict[str, Any] = {
     "pre_value_dim": 136,
     "num_cores": 2,
 }
+# More steps than buffers. Slices of 20 columns are two and a half chunks of lanes.
+RAGGED = {"num_tokens": 3, "top_m": 11, "num_cores": 3, "value_dim": 60, "pre_value_dim": 20}
+MANY_WINDOWS = {"num_tokens": 9, "top_m": 19, "value_dim": 16, "num_cores": 2}
 PAPER: dict[str, dict[str, Any]] = {
     "227M": {"num_values": 360**2, "top_m": 32, "value_dim": 192, "pre_value_dim": 192},
     "1B": {"num_values": 528**2, "top_m": 128, "value_dim": 768, "pre_value_dim": 384},
@@ -86,12 +89,7 @@ def assert_kernels_match_the_reference(
 @pytest.mark.parametrize(
     ("shape", "activation", "chip"),
     [
-        # Two windows of 8 and 3 rows; slices of 20 columns are two and a half chunks of lanes.
-        (
-            {"num_tokens": 3, "top_m": 11, "num_cores": 3, "value_dim": 60, "pre_value_dim": 20},
-            "silu",
-            {"local_bytes": 24_000},
-        ),
+        (RAGGED, "silu", {"local_bytes": 16_000, "copies": "eager"}),
         ({"num_tokens": 1, "top_m": 1, "num_cores": 1, "pre_value_dim": 0}, None, {}),
         ({"num_tokens": 2, "indices": np.full((2, 3), 10), "value_dim": 32}, "gelu", {"lanes": 16}),
     ],
@@ -105,15 +103,27 @@ def test_kernels_match_the_reference(
         assert_kernels_match_the_reference(inputs, activation)
 
 
-def test_ragged_rows_pass_through_two_windows_of_different_length() -> None:
-    inputs = make_inputs(num_tokens=3, top_m=11, num_cores=3, value_dim=60, pre_value_dim=20)
-    arrays = {name: inputs[name] for name in ("values", "indices", "scores", "pre_values")}
-    chip = V6E._replace(local_bytes=24_000)
+@pytest.mark.parametrize(
+    ("shape", "local_bytes"),
+    [
+        (RAGGED, 16_000),
+        (MANY_WINDOWS, 6_000),
+    ],
+    ids=["ragged", "many_windows"],
+)
+def test_tests_use_every_buffer_more_than_once(shape: dict[str, Any], local_bytes: int) -> None:
+    inputs = make_inputs(**{"pre_value_dim": 0} | shape)
+    names = ("values", "indices", "scores", "pre_values")
+    arrays: dict[str, Any] = {name: inputs.get(name) for name in names}
+    chip = V6E._replace(local_bytes=local_bytes)
     call = pallas_sparsecore._Call(**arrays, chip=chip)
+    num_tokens = -(-shape["num_tokens"] // NUM_SUBCORES)
     for held in (call.forward_arrays(), call.backward_arrays()):
         blocks = sparsecore_pipeline.heuristic(held, chip)
         assert blocks is not None
         assert blocks.rows == 8
+        assert shape["top_m"] % 8 != 0
+        assert blocks.slots < num_tokens * -(-shape["top_m"] // 8)
 
 
 @pytest.mark.slow
@@ -154,8 +164,8 @@ def test_bfloat16_columns_are_split_and_merged(lanes: int) -> None:
         # 6 1/2 and 4 1/2 chunks: the last one begins early.
         ({"num_tokens": 2, "top_m": 9, "value_dim": 52, "pre_value_dim": 36}, {}),
         # The same with windows of 8 rows: sums are read, added to and written by block.
-        ({"num_tokens": 3, "top_m": 19, "value_dim": 52}, {"local_bytes": 20_000}),
-        ({"num_tokens": 9, "top_m": 30, "value_dim": 24, "num_cores": 2}, {"local_bytes": 16_000}),
+        ({"num_tokens": 3, "top_m": 19, "value_dim": 52}, {"local_bytes": 10_000}),
+        (MANY_WINDOWS, {"local_bytes": 6_000}),
     ],
     ids=["blocks", "uneven_blocks", "blocks_and_windows", "many_windows"],
 )
