@@ -1,10 +1,11 @@
 """Every backend of every operator, at every "ci" shape and dtype, against the float32 reference.
 
-    python -m tests.kernels_pallas.conformance
+    python -m tests.kernels_pallas.conformance [PART OF A NAME ...]
 
-runs all cases, kernels in the interpreter of their platform, prints a matrix and writes it, with a
-JSON line for each case, under experiments/results/kernels. `test_conformance.py` runs the same
-cases. A new entry of an operator's BACKENDS is another column of cases without further ado.
+runs all cases, or those whose names have one of the parts, kernels in the interpreter of their
+platform; prints a matrix and writes it, with a JSON line for each case, under
+experiments/results/kernels. `test_conformance.py` runs the same cases. A new entry of an operator's
+BACKENDS is another column of cases without further ado.
 """
 
 import contextlib
@@ -186,46 +187,10 @@ def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], reduction: 
     return max(errors, key=lambda error: error.share)
 
 
-def matrix(found: Sequence[tuple[Case, dict[str, Error] | str]]) -> str:
-    """Counts and worst error by operator, backend, dtype and pass, then the refusals."""
-    counted = ("passed", "failed", "refused")
-    rows: list[tuple[str, ...]] = [
-        ("operator", "backend", "dtype", "pass", *counted, "worst error", "of tolerated", "at")
-    ]
-    groups: dict[tuple[str, ...], list[tuple[Case, dict[str, Error] | str]]] = {}
-    for case, outcome in found:
-        groups.setdefault((case.operator, case.backend, case.dtype), []).append((case, outcome))
-    for group, members in groups.items():
-        refused = sum(isinstance(outcome, str) for _, outcome in members)
-        for pass_name in ("forward", "gradients"):
-            errors = [
-                (outcome[pass_name], case)
-                for case, outcome in members
-                if not isinstance(outcome, str)
-            ]
-            failed = sum(error.share > 1 for error, _ in errors)
-            counts = (str(len(errors) - failed), str(failed), str(refused))
-            if not errors:
-                rows.append((*group, pass_name, *counts, "", "", ""))
-                continue
-            worst, case = max(errors, key=lambda pair: pair[0].share)
-            rows.append(
-                (
-                    *group,
-                    pass_name,
-                    *counts,
-                    f"{worst.largest:.1e}",
-                    f"{worst.share:.2f}",
-                    f"{case.shape.name}, {worst.array}",
-                )
-            )
-    reasons = [f"{case}: {outcome}" for case, outcome in found if isinstance(outcome, str)]
-    return "\n".join((aligned(rows), "", "refused", *reasons))
-
-
 def record(case: Case, outcome: dict[str, Error] | str) -> dict[str, Any]:
     """A line of the results."""
-    what = {
+    what: dict[str, Any] = {
+        "case": str(case),
         "operator": case.operator,
         "backend": case.backend,
         "dtype": case.dtype,
@@ -236,22 +201,55 @@ def record(case: Case, outcome: dict[str, Error] | str) -> dict[str, Any]:
     return what | {name: dataclasses.asdict(error) for name, error in outcome.items()}
 
 
-def main() -> None:
+def matrix(records: Sequence[dict[str, Any]]) -> str:
+    """Counts and worst error by operator, backend, dtype and pass, then the refusals."""
+    counted = ("passed", "failed", "refused")
+    rows: list[tuple[str, ...]] = [
+        ("operator", "backend", "dtype", "pass", *counted, "worst error", "of tolerated", "at")
+    ]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in records:
+        groups.setdefault((line["operator"], line["backend"], line["dtype"]), []).append(line)
+    for group, lines in groups.items():
+        taken = [line for line in lines if "refused" not in line]
+        for name in ("forward", "gradients"):
+            failed = sum(line[name]["share"] > 1 for line in taken)
+            counts = (str(len(taken) - failed), str(failed), str(len(lines) - len(taken)))
+            worst = max(taken, key=lambda line: line[name]["share"], default=None)
+            where = ("", "", "")
+            if worst is not None:
+                error = worst[name]
+                where = (
+                    f"{error['largest']:.1e}",
+                    f"{error['share']:.2f}",
+                    f"{worst['shape']['name']}, {error['array']}",
+                )
+            rows.append((*group, name, *counts, *where))
+    refusals = [f"{line['case']}: {line['refused']}" for line in records if "refused" in line]
+    return "\n".join((aligned(rows), "", "refused", *refusals)) + "\n"
+
+
+def main(names: Sequence[str]) -> None:
+    """Runs the cases whose names contain one of `names`, or all; the others keep their lines."""
     jax.config.update("jax_platforms", "cpu")
-    found = []
-    for case in cases():
-        start = time.perf_counter()
-        outcome = run(case)
-        sys.stderr.write(f"{case} {time.perf_counter() - start:.1f} s\n")
-        found.append((case, outcome))
-    where = environment()
-    lines = [json.dumps(record(case, outcome) | where) + "\n" for case, outcome in found]
+    # As many threads: in the interpreter those of a GPU kernel wait for each other.
+    jax.config.update("jax_num_cpu_devices", 8)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "conformance.jsonl").write_text("".join(lines))
-    table = matrix(found) + "\n"
-    (RESULTS / "conformance.txt").write_text(table)
-    sys.stdout.write(table)
+    path, where = RESULTS / "conformance.jsonl", environment()
+    old = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    lines = {line["case"]: line for line in old}
+    for case in cases():
+        if names and not any(name in str(case) for name in names):
+            continue
+        start = time.perf_counter()
+        lines[str(case)] = record(case, run(case)) | where
+        sys.stderr.write(f"{case} {time.perf_counter() - start:.1f} s\n")
+        jax.clear_caches()  # what interpreted kernels leave there is large
+        found = [lines[str(case)] for case in cases() if str(case) in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in found))
+        (RESULTS / "conformance.txt").write_text(matrix(found))
+    sys.stdout.write(matrix(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
