@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.dispatch import UnsupportedError
@@ -217,6 +218,36 @@ def test_networks_sort_every_sequence_of_zeros_and_ones() -> None:
     halves = [*select._sorted(items[:8]), *select._sorted(items[8:])]
     merged = jnp.stack([id_ for _, id_ in select._merged(halves)])
     np.testing.assert_array_equal(merged, ids)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+def test_lists_longer_than_the_registers_are_sorted_and_merged() -> None:
+    # Few different keys, so that ids decide.
+    size = 256
+    keys = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, size, 2, 4)), jnp.int32)
+
+    def kernel(keys: Any, best_keys: Any, best_ids: Any, work_keys: Any, work_ids: Any) -> None:
+        best, work = select.Items(best_keys, best_ids), select.Items(work_keys, work_ids)
+        select.clear(best, size)
+        for half in range(2):
+
+            def items(place: Any, half: int = half) -> list[Any]:
+                some = keys[half, pl.ds(place, select.RADIX)]
+                ids = jax.lax.broadcasted_iota(jnp.int32, some.shape, 0) + half * size + place
+                return list(zip(some, ids, strict=True))
+
+            select.sort(work, size, items)
+            select.keep_best(best, work, size)
+
+    lists = jax.ShapeDtypeStruct((size, 2, 4), jnp.int32)
+    scratch = [pltpu.VMEM(lists.shape, jnp.int32)] * 2
+    run = compiled(pl.pallas_call(kernel, out_shape=(lists, lists), scratch_shapes=scratch))
+    both = np.asarray(keys).reshape(2 * size, 2, 4)
+    order = np.argsort(-both, axis=0, kind="stable")[:size]
+    best_keys, best_ids = run(keys)
+    np.testing.assert_array_equal(best_ids, order)
+    np.testing.assert_array_equal(best_keys, np.take_along_axis(both, order, axis=0))
 
 
 def test_keys_have_the_order_of_scores_with_nan_first() -> None:
