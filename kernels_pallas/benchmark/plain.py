@@ -6,7 +6,6 @@ They are what the benchmark compares with. All of their intermediate results may
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,16 +69,22 @@ def product_key_top_k(
         sides.append((best, jnp.take_along_axis(by_key, best[:, :, None], axis=-1)))
     (rows, row_scores), (columns, column_scores) = sides
 
-    grid: Any
     if cores is None:
-        grid = (row_scores[:, :, 0, :, None] + column_scores[:, :, 0, None, :])[..., None]
+        grid = row_scores[:, :, 0, :, None] + column_scores[:, :, 0, None, :]
     else:
-        grid = jnp.einsum("htai,chab,htbj->htijc", row_scores, cores, column_scores)
-    grid = grid.reshape(*grid.shape[:2], shortlist**2, -1)
-    pairs = lax.top_k(lax.stop_gradient(grid.sum(axis=-1)), top_m)[1]
-    scores = jnp.take_along_axis(grid, pairs[..., None], axis=2)
-    addresses = jnp.take_along_axis(rows, pairs // shortlist, axis=-1) * num_keys
-    addresses += jnp.take_along_axis(columns, pairs % shortlist, axis=-1)
+        rank_scores = jnp.einsum("htai,hab->htbi", row_scores, cores.sum(axis=0))
+        # A sum of products, because matrices of so few ranks take much longer.
+        grid = jnp.sum(rank_scores[..., :, None] * column_scores[..., None, :], axis=2)
+    pairs = lax.top_k(lax.stop_gradient(grid).reshape(*grid.shape[:2], -1), top_m)[1]
+    i, j = pairs // shortlist, pairs % shortlist
+    addresses = jnp.take_along_axis(rows, i, axis=-1) * num_keys
+    addresses += jnp.take_along_axis(columns, j, axis=-1)
+    row_scores = jnp.take_along_axis(row_scores, i[:, :, None], axis=-1)
+    column_scores = jnp.take_along_axis(column_scores, j[:, :, None], axis=-1)
+    if cores is None:
+        scores = jnp.moveaxis(row_scores + column_scores, 2, 3)
+    else:
+        scores = jnp.einsum("htak,chab,htbk->htkc", row_scores, cores, column_scores)
     num_tokens = scores.shape[1]
     scores = jnp.moveaxis(scores, 0, 1).reshape(num_tokens, num_heads * top_m, -1)
     return scores, jnp.moveaxis(addresses, 0, 1).reshape(num_tokens, num_heads * top_m)
