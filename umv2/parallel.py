@@ -69,7 +69,7 @@ def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "
 
 
 def product_key_top_k(
-    *arrays: Array | None, implementation: str, **options: Any
+    *arrays: Array | None, implementation: str = "auto", **options: Any
 ) -> tuple[Float[Array, "t hk c"], Int[Array, "t hk"]]:
     """Calls `kernels_pallas.product_key_top_k` on the arrays of one device.
 
@@ -80,7 +80,9 @@ def product_key_top_k(
     return _call(operator, arrays, implementation, options)
 
 
-def value_aggregation(*arrays: Array, implementation: str, **options: Any) -> Float[Array, "t e"]:
+def value_aggregation(
+    *arrays: Array, implementation: str = "auto", **options: Any
+) -> Float[Array, "t e"]:
     """Calls `kernels_pallas.value_aggregation` on the arrays of one device.
 
     Raises:

@@ -85,8 +85,9 @@ def product_key_top_k(
         cores: Tucker cores; None, as are then u and v, for additive scores.
         top_m: pairs to choose for each token and head.
         shortlist: candidates a side.
-        implementation: of the forward and the backward pass; "xla" runs everywhere. By default the
-            first of `AUTOMATIC` that supports the call, which is logged once.
+        implementation: of the forward and the backward pass. "xla" runs everywhere, "pallas_tpu"
+            on TPU, "pallas_gpu" on Hopper. By default the first of `AUTOMATIC` that supports the
+            call, which is logged once.
         chunk_size: tokens that "xla" processes at once. By default what was measured (`tuned.py`),
             else a power of two, from a budget of bytes for the platform.
         platform: what the call will be compiled for, where it is not the platform of the mesh in

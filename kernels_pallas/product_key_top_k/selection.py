@@ -19,6 +19,7 @@ CPU, 2 shared cores, 256 tokens, milliseconds, best of 9 interleaved runs:
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -83,11 +84,11 @@ def _num_sorted(k: int) -> int:
 def _threshold(scores: Array, k: int, most: int) -> tuple[Array, Array]:
     """A score that k to `most` candidates reach, and whether it was found, [..., 1, t]."""
 
-    def unfinished(state: tuple[Array, ...]) -> Array:
+    def unfinished(state: Any) -> Array:
         step, *_, found = state
         return (step < _MOST_STEPS) & ~jnp.all(found)
 
-    def bisect(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def bisect(state: Any) -> Any:
         step, low, high, threshold, found = state
         middle = low + (high - low) / 2
         count = jnp.sum(scores >= middle, axis=-2, keepdims=True, dtype=jnp.int32)
@@ -156,7 +157,7 @@ def _sorted(scores: Array, places: Array, size: int) -> Array:
     return _merge(joined, size)[1]
 
 
-def _sort(entries: tuple[Array, Array]) -> tuple[Array, Array]:
+def _sort(entries: tuple[Array, ...]) -> tuple[Array, ...]:
     """Sorts along the last axis but one, whose size is a power of two."""
     size = entries[0].shape[-2]
     for level in range(int(math.log2(size))):
@@ -174,7 +175,7 @@ def _sort(entries: tuple[Array, Array]) -> tuple[Array, Array]:
     return entries
 
 
-def _merge(entries: tuple[Array, Array], length: int) -> tuple[Array, Array]:
+def _merge(entries: tuple[Array, ...], length: int) -> tuple[Array, ...]:
     """Sorts blocks of `length` whose scores rise and fall once, or fall and rise."""
     while length > 1:
         halves = [_split(x, length) for x in entries]

@@ -168,7 +168,7 @@ def backward(
         query_grad = _einsum(f"tshrn,hsrnq->t{query_axes}q", dense, keys.astype(dtype)).reshape(
             query.shape
         )
-        query = query.reshape(query.shape[0], *_sizes(query_axes, keys), -1)
+        query = query.reshape(query.shape[0], *_sizes(query_axes, keys), keys.shape[-1])
         keys_grad += _einsum(f"tshrn,t{query_axes}q->hsrnq", dense, query.astype(dtype))
         return (keys_grad, cores_grad), query_grad
 
@@ -178,7 +178,7 @@ def backward(
         jnp.moveaxis(query, 3, 0),
         addresses.reshape(num_tokens, num_heads, top_m),
         chosen,
-        scores_grad.reshape(num_tokens, num_heads, top_m, -1),
+        scores_grad.reshape(num_tokens, num_heads, top_m, scores_grad.shape[-1]),
     )
     (keys_grad, cores_grad), query_grad = scan_chunks(
         accumulate, zeros, per_token, options.chunk_size
@@ -202,7 +202,7 @@ def _sizes(axes: str, keys: Array) -> tuple[int, ...]:
 def _key_scores(query: Array, keys: Array, dtype: jnp.dtype) -> Array:
     """S of every key, [h, 2, r, n, t], from a query of [t, h or 1, 2, r or 1, q]."""
     axes = _query_axes(jnp.moveaxis(query, 0, 3), keys)
-    query = query.reshape(query.shape[0], *_sizes(axes, keys), -1)
+    query = query.reshape(query.shape[0], *_sizes(axes, keys), keys.shape[-1])
     return _einsum(f"t{axes}q,hsrnq->hsrnt", query, keys, preferred_element_type=dtype)
 
 

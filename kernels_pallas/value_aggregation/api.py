@@ -13,7 +13,6 @@ from kernels_pallas.value_aggregation import (
     pallas_gpu,
     pallas_sparsecore,
     pallas_tpu,
-    row_gradients_xla,
     xla,
 )
 from kernels_pallas.value_aggregation.options import Options
@@ -23,23 +22,17 @@ from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 
-# Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
+# Each has `unsupported_reason`, `forward`, `backward` and `row_gradients`; all take the same
+# arguments in the same order.
 BACKENDS: dict[str, Any] = {
     "xla": xla,
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
     "pallas_sparsecore": pallas_sparsecore,
 }
-# Those whose gradients of tables come row-sparse too: `backward` with `max_rows` before `options`.
-ROW_GRADIENTS: dict[str, Any] = {
-    "xla": row_gradients_xla.row_gradients,
-    "pallas_tpu": pallas_tpu.row_gradients,
-    "pallas_gpu": pallas_gpu.row_gradients,
-    "pallas_sparsecore": pallas_sparsecore.row_gradients,
-}
 
-# What an unnamed implementation is: the first that can take the call. "pallas_tpu" has been
-# compiled and interpreted but not run on a TPU, so it is there by name until it is measured.
+# What an unnamed implementation is: the first that can take the call. The Pallas kernels have been
+# compiled and interpreted but not run on a device, so they are there by name until measured.
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
@@ -106,7 +99,8 @@ def value_aggregation(
     if an argument is. The caller casts. Tables may be bfloat16; only fetched rows are converted.
     Gradients are accumulated likewise and returned in the dtype of their argument; those of the
     tables are dense. An id that is selected repeatedly contributes each time, to output and
-    gradient alike, in an order that is fixed on CPU and up to the device's atomics on GPU.
+    gradient alike, in an order that is fixed: only "xla" on GPU leaves the order of the tables'
+    gradients to the device's atomics.
 
     Reverse-mode differentiable only. Inside `jax.shard_map` it works on the local arrays, which may
     vary over different manual axes.
@@ -123,9 +117,10 @@ def value_aggregation(
         num_slots: outputs a token; 1 without `slots`.
         chunk_size: tokens that "xla" processes at once. By default what was measured (`tuned.py`),
             else a power of two, from a budget of bytes for the platform.
-        implementation: of the forward and the backward pass. "xla" runs everywhere; "pallas_tpu",
-            on TPU, never writes the fetched rows to memory. By default the first of `AUTOMATIC`
-            that supports the call, which is logged once.
+        implementation: of the forward and the backward pass. "xla" runs everywhere; the others
+            never write the fetched rows to memory: "pallas_tpu" on TPU, "pallas_sparsecore" on
+            those that have SparseCores, "pallas_gpu" on Hopper. By default the first of
+            `AUTOMATIC` that supports the call, which is logged once.
         platform: what the call will be compiled for, where it is not the platform of the mesh in
             context nor the default backend: ahead-of-time compilation for TPU in a CPU process.
 
@@ -136,7 +131,6 @@ def value_aggregation(
     """
     chosen, options = _choose(
         "value_aggregation",
-        tuple(BACKENDS),
         (values, indices, scores, pre_values, pre_inputs, slots),
         (activation, num_slots, chunk_size),
         (implementation, platform),
@@ -185,7 +179,6 @@ def value_aggregation_row_gradients(
     """
     chosen, options = _choose(
         "value_aggregation_row_gradients",
-        tuple(ROW_GRADIENTS),
         (values, indices, scores, pre_values, pre_inputs, slots),
         (activation, num_slots, chunk_size),
         (implementation, platform),
@@ -201,14 +194,13 @@ def value_aggregation_row_gradients(
     values, scores, pre_values, pre_inputs, output_grad = vary_alike(
         (values, scores, pre_values, pre_inputs, output_grad), (indices, slots)
     )
-    return ROW_GRADIENTS[chosen](
+    return BACKENDS[chosen].row_gradients(
         values, indices, scores, pre_values, pre_inputs, slots, output_grad, max_rows, options
     )
 
 
 def _choose(
     operator: str,
-    names: tuple[str, ...],
     arrays: tuple[Any, Any, Any, Any, Any, Any],
     asked: tuple[Activation | None, int, int | None],
     where: tuple[str | None, dispatch.Platform | None],
@@ -226,8 +218,8 @@ def _choose(
     default = tuned.Chunks(chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes))
     options = Options(activation, num_slots, chunk_size or default.chunk_size)
     reasons = {
-        name: functools.partial(BACKENDS[name].unsupported_reason, *arrays, options, target)
-        for name in names
+        name: functools.partial(backend.unsupported_reason, *arrays, options, target)
+        for name, backend in BACKENDS.items()
     }
     chosen = dispatch.choose(operator, implementation, target, AUTOMATIC, reasons)
     if chosen == "xla" and chunk_size is None:

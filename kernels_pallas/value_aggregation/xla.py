@@ -16,6 +16,12 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.common import scan_chunks
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+from kernels_pallas.value_aggregation.table_gradient import (
+    RowGradients,
+    sort_selections,
+    sum_by_row,
+    unique_ids,
+)
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -79,31 +85,19 @@ def backward(
     Table gradients are dense and start from zero once; every chunk adds its rows in place, in the
     accumulation dtype.
     """
-    activation, num_slots, chunk_size = options
+    _, num_slots, chunk_size = options
     dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
     num_cores = scores.shape[-1]
 
     def accumulate(table_grads: Any, chunk: Any) -> tuple[Any, Any]:
         values_grad, pre_values_grad = table_grads
-        indices, scores, pre_inputs, slots, output_grad = chunk
-        weights = scores = scores.astype(dtype)
-        output_grad = _split_cores(output_grad.reshape(-1, num_slots, values.shape[1]), num_cores)
-        rows = _split_cores(_fetch_rows(values, indices, dtype), num_cores)
-        weights_grad = _from_slots(_einsum("tkcd,tscd->tksc", rows, output_grad), slots)
-        scores_grad, pre_inputs_grad = weights_grad, None
-
-        if pre_values is not None:
-            pre_rows = _fetch_rows(pre_values, indices, dtype)
-            pre_inputs = pre_inputs.astype(dtype)
-            pre_scores = _einsum("tkp,tp->tk", pre_rows, pre_inputs)
-            gates, activation_vjp = jax.vjp(lambda x: _activate(x, activation), pre_scores)
-            (pre_scores_grad,) = activation_vjp(jnp.sum(weights_grad * scores, axis=-1))
-            weights = scores * gates[:, :, None]
-            scores_grad = weights_grad * gates[:, :, None]
-            pre_inputs_grad = _einsum("tk,tkp->tp", pre_scores_grad, pre_rows)
-            pre_rows_grad = pre_scores_grad[:, :, None] * pre_inputs[:, None, :]
+        indices, _, pre_inputs, slots, output_grad = chunk
+        token_grads = _token_gradients(values, pre_values, chunk, options, dtype)
+        scores_grad, pre_inputs_grad, weights, pre_scores_grad = token_grads
+        if pre_scores_grad is not None:
+            pre_rows_grad = pre_scores_grad * pre_inputs.astype(dtype)[:, None, :]
             pre_values_grad = _scatter_add_rows(pre_values_grad, indices, pre_rows_grad)
-
+        output_grad = _split_slots_and_cores(output_grad, num_slots, num_cores)
         rows_grad = _einsum("tksc,tscd->tkcd", _to_slots(weights, slots, num_slots), output_grad)
         rows_grad = rows_grad.reshape(*indices.shape, values.shape[1])
         values_grad = _scatter_add_rows(values_grad, indices, rows_grad)
@@ -119,6 +113,75 @@ def backward(
         (values_grad, scores_grad, pre_values_grad, pre_inputs_grad),
         (values, scores, pre_values, pre_inputs),
     )
+
+
+def row_gradients(
+    values: Float[Array, "num_values value_dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Float[Array, "num_tokens top_m num_cores"],
+    pre_values: Float[Array, "num_values pre_value_dim"] | None,
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None,
+    slots: Int32[Array, "num_tokens top_m"] | None,
+    output_grad: Float[Array, "num_tokens {options.num_slots}*value_dim"],
+    max_rows: int,
+    options: Options,
+) -> RowGradients:
+    """Computes the gradients of `value_aggregation`, those of the tables row by row.
+
+    The gradients that a token has alone come first, from rows that are fetched in chunks of tokens;
+    then the rows of the tables' gradients, from selections sorted by id. The order of a sum is
+    fixed on CPU and TPU, and up to the device's atomics on GPU.
+    """
+    top_m = indices.shape[1]
+    dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
+
+    def compute(_: None, chunk: Any) -> tuple[None, Any]:
+        return None, _token_gradients(values, pre_values, chunk, options, dtype)
+
+    output_grad = output_grad.astype(dtype)
+    per_token = (indices, scores, pre_inputs, slots, output_grad)
+    token_grads = scan_chunks(compute, None, per_token, options.chunk_size)[1]
+    scores_grad, pre_inputs_grad, weights, pre_scores_grad = token_grads
+
+    selections = sort_selections(indices)
+    ids, num_rows = unique_ids(selections.ids, values.shape[0], max_rows)
+    chunk_size = options.chunk_size * top_m
+    rows, order = selections.rows, selections.order
+    factors = output_grad.reshape(-1, values.shape[1])
+    values_grad = sum_by_row(rows, order, weights, factors, slots, max_rows, chunk_size)
+    if pre_inputs is None or pre_scores_grad is None:
+        return RowGradients(ids, num_rows, values_grad, None, scores_grad, None)
+    pre_values_grad = sum_by_row(
+        rows, order, pre_scores_grad, pre_inputs.astype(dtype), None, max_rows, chunk_size
+    )
+    return RowGradients(ids, num_rows, values_grad, pre_values_grad, scores_grad, pre_inputs_grad)
+
+
+def _token_gradients(
+    values: Array, pre_values: Array | None, chunk: Any, options: Options, dtype: jnp.dtype
+) -> tuple[Array, Array | None, Array, Array | None]:
+    """Gradients of scores, pre-inputs, and what those of the two tables are made of.
+
+    The latter are outer products, of weights [t, k, c] with the output's gradient, and of the
+    pre-scores' gradients [t, k, 1] with the pre-inputs.
+    """
+    indices, scores, pre_inputs, slots, output_grad = chunk
+    activation, num_slots, _ = options
+    num_cores = scores.shape[-1]
+    scores = scores.astype(dtype)
+    output_grad = _split_slots_and_cores(output_grad, num_slots, num_cores)
+    rows = _split_cores(_fetch_rows(values, indices, dtype), num_cores)
+    weights_grad = _from_slots(_einsum("tkcd,tscd->tksc", rows, output_grad), slots)
+    if pre_values is None:
+        return weights_grad, None, scores, None
+
+    pre_rows = _fetch_rows(pre_values, indices, dtype)
+    pre_scores = _einsum("tkp,tp->tk", pre_rows, pre_inputs.astype(dtype))
+    gates, activation_vjp = jax.vjp(lambda x: _activate(x, activation), pre_scores)
+    (pre_scores_grad,) = activation_vjp(jnp.sum(weights_grad * scores, axis=-1))
+    pre_inputs_grad = _einsum("tk,tkp->tp", pre_scores_grad, pre_rows)
+    gates = gates[:, :, None]
+    return weights_grad * gates, pre_inputs_grad, scores * gates, pre_scores_grad[:, :, None]
 
 
 def _fetch_rows(table: Array, indices: Array, dtype: jnp.dtype) -> Array:
@@ -145,6 +208,12 @@ def _activate(x: Array, activation: Activation | None) -> Array:
 
 def _split_cores(rows: Array, num_cores: int) -> Array:
     return rows.reshape(*rows.shape[:-1], num_cores, rows.shape[-1] // num_cores)
+
+
+def _split_slots_and_cores(output_grad: Array, num_slots: int, num_cores: int) -> Array:
+    """[t, slots * d] to [t, slot, c, d / c]."""
+    num_tokens, width = output_grad.shape
+    return _split_cores(output_grad.reshape(num_tokens, num_slots, width // num_slots), num_cores)
 
 
 def _to_slots(weights: Array, slots: Array | None, num_slots: int) -> Array:

@@ -1,5 +1,6 @@
-"""Compiles for TPUs that are not attached, each batch of cases in a process of its own."""
+"""Compiles for chips that are not attached, each batch of cases in a process of its own."""
 
+import contextlib
 import fcntl
 import importlib.util
 import json
@@ -7,31 +8,38 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 FUSED_BYTES = 2 * 2**20  # what a fused kernel may need beside arguments and results
 
+# The module that has the compiler, and its settings.
+_COMPILERS = {
+    "tpu": ("libtpu", {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"}),  # there is no host to ask
+    # There is nothing to tune on.
+    "h200": ("jax_plugins.xla_cuda13", {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}),
+}
 
-def run_cases(script: str, *cases: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `script`, a file beside this one, says of each case: JSON in argv[1], JSON on stdout."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: pip install libtpu")
-    path = Path(__file__).with_name(script)
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no host of TPUs to ask
-    }
-    # libtpu serves one process of a machine at a time.
-    with Path(tempfile.gettempdir(), "umv2_libtpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+
+def run_cases(
+    script: str, *cases: dict[str, Any], compiler: Literal["tpu", "h200"] = "tpu"
+) -> list[Any]:
+    """What `script`, a file beside this one, says of each case: JSON in argv[1], JSON on stdout.
+
+    Skips the test that asks where the compiler is not installed.
+    """
+    module, settings = _COMPILERS[compiler]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {module}: pip install -e '.[compile]'")
+    root = Path(__file__).parents[2]
+    environment = os.environ | settings | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    with _libtpu_alone() if compiler == "tpu" else contextlib.nullcontext():
         process = subprocess.run(
-            [sys.executable, str(path), json.dumps(cases)],
+            [sys.executable, str(Path(__file__).with_name(script)), json.dumps(cases)],
             capture_output=True,
             text=True,
             env=environment,
@@ -39,3 +47,11 @@ def run_cases(script: str, *cases: dict[str, Any]) -> list[dict[str, Any]]:
         )
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout)
+
+
+@contextlib.contextmanager
+def _libtpu_alone() -> Iterator[None]:
+    """libtpu serves one process of a machine at a time."""
+    with Path(tempfile.gettempdir(), "umv2_libtpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

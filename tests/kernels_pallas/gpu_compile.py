@@ -3,8 +3,7 @@
 CASES is JSON, a list of cases; prints, as JSON, of each the bytes of temporaries and arguments and
 its Mosaic GPU kernels by name: the registers of a thread, and the bytes that it spills, as ptxas
 reports them (the most, of kernels of the same name). Compilation is complete, down to machine code
-for sm_90a. `compile_cases` runs it in a process of its own, because flags and the platform are
-fixed when JAX starts. A case has
+for sm_90a. A case has
 
     operator        "value_aggregation" or "product_key_top_k"
     arguments       for each argument its [shape, dtype], or null
@@ -18,11 +17,9 @@ fixed when JAX starts. A case has
     sharded         names of arguments, only for "sharded"
 """
 
-import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -59,28 +56,6 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 NUM_DEVICES = 4
-
-
-def compile_cases(*cases: dict[str, Any]) -> list[dict[str, Any]]:
-    """What this script says of each case; skips the test that asks where it cannot run."""
-    import pytest  # not needed where this file is the script
-
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        pytest.skip('needs the CUDA plugin: pip install "jax[cuda13]"')
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is nothing to tune on
-        "JAX_PLATFORMS": "cpu",
-    }
-    process = subprocess.run(
-        [sys.executable, __file__, json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
 
 
 def compiled(case: dict[str, Any]) -> Any:

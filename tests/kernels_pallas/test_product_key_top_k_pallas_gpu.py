@@ -25,8 +25,7 @@ from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.pallas_gpu_memory import Call
 from kernels_pallas.product_key_top_k.reference import product_key_top_k_reference
 from kernels_pallas.product_key_top_k.shapes import PAPER, SHAPES, Shape
-from tests.kernels_pallas.aot import FUSED_BYTES
-from tests.kernels_pallas.gpu_compile import compile_cases
+from tests.kernels_pallas.aot import FUSED_BYTES, run_cases
 from tests.kernels_pallas.test_product_key_top_k import (
     assert_all_close,
     make_inputs,
@@ -344,7 +343,9 @@ def assert_fused(shape: Shape, result: dict[str, Any]) -> None:
 
 def test_kernel_compiles_for_an_h200_without_temporaries_or_spilled_registers() -> None:
     shapes = [PAPER_SHAPES[0], ADDITIVE]
-    results = compile_cases(*(compile_case(shape, "bfloat16") for shape in shapes))
+    results = run_cases(
+        "gpu_compile.py", *(compile_case(shape, "bfloat16") for shape in shapes), compiler="h200"
+    )
     for shape, result in zip(shapes, results, strict=True):
         assert_fused(shape, result)
 
@@ -362,14 +363,18 @@ def test_gradients_compile_alone_over_a_mesh_and_mapped() -> None:
             sharded=heads,
         ),
     ]
-    for case, result in zip(cases, compile_cases(*cases), strict=True):
+    for case, result in zip(
+        cases, run_cases("gpu_compile.py", *cases, compiler="h200"), strict=True
+    ):
         assert "product_key_top_k_forward" in result["kernels"], case["what"]
 
 
 @pytest.mark.slow
 def test_papers_sizes_need_no_temporaries() -> None:
     shapes = [(shape, dtype) for shape in PAPER_SHAPES for dtype in ("float32", "bfloat16")]
-    results = compile_cases(*(compile_case(shape, dtype) for shape, dtype in shapes))
+    results = run_cases(
+        "gpu_compile.py", *(compile_case(shape, dtype) for shape, dtype in shapes), compiler="h200"
+    )
     for (shape, _), result in zip(shapes, results, strict=True):
         assert 4 * shape.num_tokens * 2 * shape.rank * shape.num_keys > 20 * FUSED_BYTES
         assert_fused(shape, result)

@@ -51,9 +51,7 @@ def test_thresholds_are_found_and_the_best_are_right(
     assert_right(scores, k)
 
 
-@pytest.mark.parametrize(
-    ("num_candidates", "k", "num_tokens"), [(60, 8, 3), (70, 33, 32)], ids=str
-)
+@pytest.mark.parametrize(("num_candidates", "k", "num_tokens"), [(60, 8, 3), (70, 33, 32)], ids=str)
 def test_small_sizes_are_left_to_xla(num_candidates: int, k: int, num_tokens: int) -> None:
     scores = normal(num_candidates, num_tokens)
     jaxpr = str(jax.make_jaxpr(selection.best, static_argnums=1)(jnp.asarray(scores), k))

@@ -25,8 +25,8 @@ from kernels_pallas.value_aggregation.reference import Activation, value_aggrega
 from kernels_pallas.value_aggregation.shapes import PAPER, SHAPES, Shape
 from kernels_pallas.value_aggregation.table_gradient_gpu import TableBlocks, sum_by_row
 from kernels_pallas.value_aggregation.tokens_gpu import Blocks
-from tests.kernels_pallas.aot import FUSED_BYTES
-from tests.kernels_pallas.gpu_compile import NUM_DEVICES, compile_cases
+from tests.kernels_pallas.aot import FUSED_BYTES, run_cases
+from tests.kernels_pallas.gpu_compile import NUM_DEVICES
 from tests.kernels_pallas.test_value_aggregation import (
     TABLES,
     assert_all_close,
@@ -328,7 +328,9 @@ SMALL = Shape("small", "ci", 20, 6, 32, 24, 8, num_cores=2, activation="gelu")
 
 def test_forward_compiles_for_an_h200_without_temporaries() -> None:
     cases = [gpu_case(SMALL, dtype, "forward") for dtype in ("float32", "bfloat16")]
-    for case, result in zip(cases, compile_cases(*cases), strict=True):
+    for case, result in zip(
+        cases, run_cases("gpu_compile.py", *cases, compiler="h200"), strict=True
+    ):
         assert result["kernels"].keys() == FORWARD, case
         assert result["temporaries"] == 0, case
 
@@ -342,7 +344,9 @@ def test_gradients_compile_alone_over_a_mesh_mapped_and_rematerialized() -> None
         for what in ("grads", "mapped", "sharded")
     )
     assert SMALL.num_tokens % NUM_DEVICES == 0
-    results = compile_cases(token_grads, grads, mapped, sharded, remat)
+    results = run_cases(
+        "gpu_compile.py", token_grads, grads, mapped, sharded, remat, compiler="h200"
+    )
     kernels = [set(result["kernels"]) for result in results]
     assert kernels[0] == FORWARD | {"value_aggregation_backward"}
     assert results[0]["temporaries"] < FUSED_BYTES
@@ -357,7 +361,7 @@ def test_gradients_compile_alone_over_a_mesh_mapped_and_rematerialized() -> None
 def test_papers_sizes_compile_without_spills_and_temporaries(dtype: str) -> None:
     shapes = [shape for shape in SHAPES if shape.name in PAPER]
     cases = [gpu_case(shape, dtype, what) for shape in shapes for what in ("forward", "grads")]
-    results = iter(compile_cases(*cases))
+    results = iter(run_cases("gpu_compile.py", *cases, compiler="h200"))
     for shape in shapes:
         forward, grads = next(results), next(results)
         selections = shape.num_tokens * shape.top_m

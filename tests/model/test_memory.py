@@ -326,7 +326,8 @@ def test_output_variance_is_that_of_the_output() -> None:
 def test_an_implementation_for_other_hardware_is_one_error_that_names_the_field(
     operator: str,
 ) -> None:
-    config = _config(**{operator: "pallas_tpu"})
+    named: dict[str, Any] = {operator: "pallas_tpu"}
+    config = _config(**named)
     message = rf"model\.memory\.{operator}='pallas_tpu': {operator}, .*: it compiles for TPU, not"
     with pytest.raises(config_lib.ConfigError, match=message):
         _apply(_layer(config), _inputs(config), _store(config))

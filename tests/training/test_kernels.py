@@ -1,0 +1,41 @@
+"""The training step with its kernels, compiled for chips that are not attached."""
+
+from typing import Literal
+
+import pytest
+
+from tests.kernels_pallas.aot import run_cases
+
+BOTH = {
+    f"{operator}_{part}"
+    for operator in ("product_key_top_k", "value_aggregation")
+    for part in ("forward", "backward")
+}
+AGGREGATION = {"value_aggregation_forward", "value_aggregation_backward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("compiler", "topology", "top_k", "aggregation", "kernels"),
+    [
+        ("tpu", "v5e:2x2", "xla", "xla", set()),
+        ("tpu", "v5e:2x2", "pallas_tpu", "pallas_tpu", BOTH),
+        ("tpu", "v5p:2x2x1", "xla", "pallas_sparsecore", AGGREGATION),
+        # The backward pass of product-key top-k is plain XLA there.
+        ("h200", "h200", "pallas_gpu", "pallas_gpu", BOTH - {"product_key_top_k_backward"}),
+    ],
+)
+def test_the_step_compiles_with_the_kernels_that_are_named_on_four_devices(
+    compiler: Literal["tpu", "h200"],
+    topology: str,
+    top_k: str,
+    aggregation: str,
+    kernels: set[str],
+) -> None:
+    fields = {
+        "model.memory.product_key_top_k": top_k,
+        "model.memory.value_aggregation": aggregation,
+    }
+    case = {"topology": topology, "replicas": 4, "fields": fields}
+    (found,) = run_cases("train_step_compile.py", case, compiler=compiler)
+    assert set(found) == kernels
