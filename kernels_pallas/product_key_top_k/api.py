@@ -135,6 +135,7 @@ def _top_k(
     options: Options,
     implementation: str,
 ) -> tuple[Array, Array]:
+    options = options._replace(with_chosen=False)
     scores, addresses, _ = BACKENDS[implementation].forward(query, keys, u, v, cores, options)
     return scores, addresses
 

@@ -127,7 +127,7 @@ def forward(
     v: Float[Array, "num_heads rank"] | None,
     cores: Float[Array, "num_cores num_heads rank rank"] | None,
     options: Options,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """Computes the results of `product_key_top_k`, and what its backward pass needs."""
     call = Call.of(query, keys, cores, options)
     blocks = heuristic(call)
@@ -145,7 +145,7 @@ def _launch(
     u: Array | None,
     v: Array | None,
     cores: Array | None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """Launches the kernel."""
     num_tokens = padded(call.num_tokens, blocks.cluster * blocks.tokens)
     pad_dim = call.padded_dim - call.key_dim
@@ -161,15 +161,17 @@ def _launch(
     operands = (query, keys, weights, cores, cores.sum(axis=0), call.places())
 
     pairs = call.num_heads * call.top_m
-    chosen = (num_tokens, 2, call.num_heads, call.rank, call.top_m)
+    results: dict[str, tuple[tuple[int, ...], Any]] = {
+        "scores": ((num_tokens, pairs, max(1, call.num_cores)), jnp.float32),
+        "addresses": ((num_tokens, pairs), jnp.int32),
+    }
+    if call.with_chosen:
+        shape = (num_tokens, 2, call.num_heads, call.rank, call.top_m)
+        results["chosen"] = (shape, jnp.float32)
     launch = plgpu.kernel(
         functools.partial(_product_key_top_k_kernel, call, blocks),
         kernel_name="product_key_top_k_forward",
-        out_type=[
-            jax.ShapeDtypeStruct((num_tokens, pairs, max(1, call.num_cores)), jnp.float32),
-            jax.ShapeDtypeStruct((num_tokens, pairs), jnp.int32),
-            jax.ShapeDtypeStruct(chosen, jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(*described) for described in results.values()],
         scratch_types=Scratch.types(call, blocks),
         grid=(call.num_heads, num_tokens // (blocks.cluster * blocks.tokens)),
         grid_names=("head", "tiles"),
@@ -180,17 +182,18 @@ def _launch(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         cost_estimate=_cost(call, query, num_tokens // blocks.tokens),
     )
-    results = custom_batching.sequential_vmap(launch)(*operands)
+    arrays = custom_batching.sequential_vmap(launch)(*operands)
     # Mosaic GPU forgets over which axes of `shard_map` its arguments vary.
-    results = vary_alike(results, operands)
-    scores, addresses, chosen = (x[: call.num_tokens] for x in results)
-    return scores, addresses, chosen
+    arrays = vary_alike(arrays, operands)
+    scores, addresses, *chosen = (x[: call.num_tokens] for x in arrays)
+    return scores, addresses, chosen[0] if chosen else None
 
 
 def _product_key_top_k_kernel(call: Call, blocks: Blocks, *refs: Any) -> None:
     """All of a block; see the top of this file."""
     query, keys, weights, cores, summed_core, places, *refs_left = refs
-    results, scratch = refs_left[:3], Scratch(*refs_left[3:])
+    num_results = 3 if call.with_chosen else 2
+    results, scratch = refs_left[:num_results], Scratch(*refs_left[num_results:])
     head = lax.axis_index("head")
     tile = lax.axis_index("tiles") * blocks.cluster + lax.axis_index("peer")
     group = lax.axis_index("group")

@@ -48,6 +48,7 @@ class Call:
     top_m: int
     shortlist: int
     dtype: Any
+    with_chosen: bool
 
     @classmethod
     def of(cls, query: Any, keys: Any, cores: Any, options: Options) -> "Call":
@@ -56,9 +57,17 @@ class Call:
         num_cores = 0 if cores is None else cores.shape[0]
         is_half = query.dtype == keys.dtype == jnp.bfloat16
         dtype = jnp.dtype(jnp.bfloat16 if is_half else jnp.float32)
-        num_tokens, (top_m, shortlist, _) = query.shape[3], options
         return cls(
-            num_heads, rank, num_tokens, num_keys, key_dim, num_cores, top_m, shortlist, dtype
+            num_heads=num_heads,
+            rank=rank,
+            num_tokens=query.shape[3],
+            num_keys=num_keys,
+            key_dim=key_dim,
+            num_cores=num_cores,
+            top_m=options.top_m,
+            shortlist=options.shortlist,
+            dtype=dtype,
+            with_chosen=options.with_chosen,
         )
 
     @property

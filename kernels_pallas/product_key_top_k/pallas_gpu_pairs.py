@@ -152,7 +152,7 @@ def write_results(
     call: Call, head: Array, tokens: Any, cores: Any, results: Any, mine: Mine
 ) -> None:
     """Scores, addresses and S of the chosen pairs, 32 pairs at a time."""
-    scores, addresses, chosen = results
+    scores, addresses, *chosen = results
     sides = range(2)
     chunks = range(call.list_size // LANES)
     words = [[mine.list(side, word) for word in range(1 + call.rank)] for side in sides]
@@ -189,9 +189,12 @@ def write_results(
         for core in range(max(1, call.num_cores)):
             score = _pair_score(call, cores, core, head, row_words, column_words)
             _put(scores.at[tokens, :, core], pairs, score, count)
+        if not chosen:
+            return
         for side, side_words in enumerate((row_words, column_words)):
             for a, word in enumerate(side_words):
-                _put(chosen.at[tokens, side, head, a], first, select.as_float(word), count)
+                at = chosen[0].at[tokens, side, head, a]
+                _put(at, first, select.as_float(word), count)
 
     num_whole = call.top_m // LANES
     lax.fori_loop(0, num_whole, lambda i, _: put(i * LANES, LANES), None)

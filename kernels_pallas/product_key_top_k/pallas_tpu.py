@@ -17,8 +17,8 @@ side stays in VMEM until its shortlist is known.
                 keys, and tokens to one of 1024.
     limits      S of a side's keys is 4 KiB a key and rank: n up to about 5,000 at rank 2 where keys
                 are narrow, 1,700 at the largest size below. More is refused.
-    residual    S of the chosen is always written, 8 r m bytes a token, also where no backward pass
-                follows; nothing else is held in HBM beside arguments and results.
+    residual    S of the chosen is written for a backward pass, 8 r m bytes a token; nothing else is
+                held in HBM beside arguments and results.
 
 What it costs, counted and not measured: vector operations a token in thousands, both sides, and how
 many of the grid's blocks were merged for 1024 tokens of random data, the core's singular values
@@ -107,23 +107,24 @@ def forward(
     v: Float[Array, "num_heads rank"] | None,
     cores: Float[Array, "num_cores num_heads rank rank"] | None,
     options: Options,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """Computes the results of `product_key_top_k`, and what its backward pass needs.
 
     Returns:
-        scores, addresses, and S of the chosen keys, [num_tokens, 2, num_heads, rank, top_m].
+        scores, addresses, and S of the chosen keys, [num_tokens, 2, num_heads, rank, top_m], if
+        the options want it.
     """
     blocks = heuristic(query, keys, cores, options)
     shape = sizes(query, keys, cores, top_m=options.top_m, shortlist=options.shortlist)
     key = tuned.Key.of("product_key_top_k", "pallas_tpu", "forward", shape, query.dtype)
     blocks = tuned.lookup(blocks, key, platform="tpu") or blocks
     call = _Call(query, keys, cores, options, blocks)
-    scores, addresses, chosen = call.run(query, keys, u, v, cores)
+    scores, addresses, *chosen = call.run(query, keys, u, v, cores)
     pairs = (call.num_heads * call.top_m, call.num_tokens)
     return (
         jnp.moveaxis(scores.reshape(-1, *pairs), (0, 2), (2, 0)),
         addresses.reshape(pairs).T,
-        jnp.moveaxis(chosen, 4, 0),
+        jnp.moveaxis(chosen[0], 4, 0) if chosen else None,
     )
 
 
@@ -135,7 +136,7 @@ class _Call:
         self.num_heads, _, self.rank, self.num_keys, _ = keys.shape
         self.num_cores = 1 if cores is None else cores.shape[0]
         self.additive = cores is None
-        self.top_m, self.shortlist, _ = options
+        self.top_m, self.shortlist, _, self.with_chosen = options
         self.query_dtype, self.keys_dtype = query.dtype, keys.dtype
 
         self.tile_tokens = _SUBLANES * _LANES
@@ -177,8 +178,10 @@ class _Call:
         shapes = {
             "scores": ((cores, self.num_heads, m), (cores, 1, m), jnp.float32),
             "addresses": ((self.num_heads, m), (1, m), jnp.int32),
-            "chosen": ((2, self.num_heads, rank, m), (2, 1, rank, m), jnp.float32),
         }
+        if self.with_chosen:
+            block = (2, 1, rank, m)
+            shapes["chosen"] = ((2, self.num_heads, rank, m), block, jnp.float32)
         return {
             name: ((*shape, self.num_tokens), (*block, self.tile_tokens), dtype)
             for name, (shape, block, dtype) in shapes.items()
@@ -201,7 +204,7 @@ class _Call:
     def run(
         self, query: Array, keys: Array, u: Array | None, v: Array | None, cores: Array | None
     ) -> tuple[Array, ...]:
-        """Calls the kernel; scores [c, H, m, T], addresses [H, m, T], chosen [2, H, r, m, T]."""
+        """Calls the kernel; scores [c, H, m, T], addresses [H, m, T], maybe S [2, H, r, m, T]."""
         per_head, per_rank = self.query_heads > 1, self.query_ranks > 1
         small = {"blocks": jnp.asarray(self.staircase.blocks, jnp.int32).reshape(-1)}
         if u is not None and v is not None and cores is not None:
@@ -400,8 +403,9 @@ class _Call:
             [_gather([refs["short_scores"].at[i, a, tokens]], places[i]) for a in range(self.rank)]
             for i in range(2)
         ]
-        for i, a in itertools.product(range(2), range(self.rank)):
-            write("chosen", (i, 0, a), chosen[i][a])
+        if self.with_chosen:
+            for i, a in itertools.product(range(2), range(self.rank)):
+                write("chosen", (i, 0, a), chosen[i][a])
         rows, columns = chosen
         if self.additive:
             write("scores", (0, 0), rows[0] + columns[0])

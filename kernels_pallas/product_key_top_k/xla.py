@@ -104,17 +104,18 @@ def forward(
     v: Float[Array, "num_heads rank"] | None,
     cores: Float[Array, "num_cores num_heads rank rank"] | None,
     options: Options,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """Computes the results of `product_key_top_k`, and what its backward pass needs.
 
     Returns:
-        scores, addresses, and S of the chosen keys, [num_tokens, 2, num_heads, rank, top_m].
+        scores, addresses, and S of the chosen keys, [num_tokens, 2, num_heads, rank, top_m], if
+        the options want it.
     """
-    top_m, shortlist, chunk_size = options
+    top_m, shortlist = options.top_m, options.shortlist
     dtype = scores_dtype(query, keys)
     num_heads, num_keys, num_tokens = keys.shape[0], keys.shape[3], query.shape[3]
 
-    def choose(_: None, query: Array) -> tuple[None, tuple[Array, Array, Array]]:
+    def choose(_: None, query: Array) -> tuple[None, tuple[Array, Array, Array | None]]:
         by_side = _key_scores(query, keys, dtype)
         rows, row_scores = _shortlist(by_side[:, 0], u, shortlist)
         columns, column_scores = _shortlist(by_side[:, 1], v, shortlist)
@@ -125,10 +126,10 @@ def forward(
         return None, (
             _pair_scores(chosen, cores),
             jnp.moveaxis(addresses, 2, 0),
-            jnp.moveaxis(chosen, 4, 0),
+            jnp.moveaxis(chosen, 4, 0) if options.with_chosen else None,
         )
 
-    _, results = scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), chunk_size)
+    _, results = scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), options.chunk_size)
     scores, addresses, chosen = results
     pairs = (num_tokens, num_heads * top_m)
     return scores.reshape(*pairs, scores.shape[-1]), addresses.reshape(pairs), chosen
