@@ -24,10 +24,17 @@ AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 MAX_NUM_KEYS = 46340  # addresses are int32, and 46341 squared is beyond 2^31
 
-# Bytes of key scores that one chunk of tokens holds, when the caller names no chunk size. CPU: from
-# 128 to 512 tokens are equally good within the noise at the sizes listed in xla.py (964 keys: 77 ms
-# in chunks of 64, 71 of 128, 71 of 256, 75 in one), and small tables want no chunks (128 keys:
-# 17 ms in chunks of 64, 14 in one of 2048).
+# Bytes of key scores that one chunk of tokens holds, when the caller names no chunk size. CPU, 2
+# cores, milliseconds, best of 7 interleaved runs, key dim 64, cores of singular values 2.1 : 0.15:
+#
+#     T, n, s, m             chunks of 64    128    256 tokens    plain, no chunks
+#      512,  964,  94,  94           11.0   10.6   12.8                       38.3
+#      256, 1696, 128, 256           14.7   20.3   26.3                       31.5
+#     2048,  360,  32,  32           12.7   11.8   10.7                       30.2
+#
+# What a token's numbers take must stay in the cache while they are searched. The products with the
+# keys are in these times: with key dims of 512 and 1280, as at the paper's sizes, they are a third
+# to a half of the whole, and the plain form is 2.7 and 2.0 times as slow.
 _CPU_CHUNK_BYTES = 2 * 2**20
 # An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
 # easily holds. Reasoned, not measured.

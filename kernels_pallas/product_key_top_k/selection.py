@@ -12,9 +12,13 @@ of 964. Here each step is the same operation on all tokens of a block:
 A token for which bisection fails, because more candidates than fit have equal scores, or because
 some are not finite, sends its block to XLA's top-k. So the result is exact always.
 
-CPU, 2 shared cores, 256 tokens, milliseconds, best of 9 interleaved runs:
+CPU, 2 cores, milliseconds, medians of 31 interleaved runs:
 
-    best of          16 of 128   32 of 360   94 of 964   128 of 1696   256 of 1696
+    best of         8 of 64   16 of 128   32 of 360   94 of 964   128 of 1696   256 of 1696
+    64 tokens          0.08        0.12        0.21        0.41          0.55          0.86
+      lax.top_k        0.02        0.04        0.33        1.08          1.78          3.01
+    256 tokens         0.16        0.33        0.51        1.52          2.98          5.53
+      lax.top_k        0.07        0.45        1.36        4.80          7.01         12.55
 """
 
 import functools

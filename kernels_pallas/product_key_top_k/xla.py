@@ -24,20 +24,8 @@ from kernels_pallas.product_key_top_k.selection import best, top_k
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
 # How far beyond m the staircase reaches where Tucker scores are not monotone, and the share of the
-# grid beyond which it does not pay. CPU, 2 shared cores, float32, one head, median / best of 5
-# interleaved runs in milliseconds, singular values 2.1 : 0.15; "plain" has no chunks:
-#
-#     T, n, s, m             share    plain         whole grid    staircase
-#     1024,  964,  94,  94    0.12    117 / 114     72 / 70       74 / 66
-#      512, 1696, 128, 256    0.18    122 / 116     80 / 73       80 / 72
-#     2048,  360,  32,  32    0.28     40 /  38     39 / 38       37 / 36
-#     2048,  128,  16,  16    0.45     17 /  14     14 / 12       12 / 12
-#     2048,   64,   8,   8    0.66    5.4 / 4.8    4.3 / 4.1     4.7 / 4.2
-#
-# Of the last stage alone, 256 tokens: 8.6 / 7.1 (whole grid) to 5.8 / 5.3 at the first size, 17.4 /
-# 16.3 to 12.5 / 11.4 at the second. XLA's top-k on CPU spends about 20 microseconds a token on the
-# 94 best of a thousand, on one core, most of it whatever the number of candidates: it, in both
-# shortlists and here, is what remains.
+# grid beyond which it does not pay: 0.12 at (n 964, s 94, m 94) and 0.18 at (1696, 128, 256), but
+# 0.45 at (128, 16, 16), where searching the grid took as long.
 TUCKER_REACH = 2
 MOST_INSIDE = 0.5
 
