@@ -22,13 +22,13 @@ from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 from kernels_pallas.product_key_top_k.selection import best, top_k
 
-# DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
 # How far beyond m the staircase reaches where Tucker scores are not monotone, and the share of the
 # grid beyond which it does not pay: 0.12 at (n 964, s 94, m 94) and 0.18 at (1696, 128, 256), but
 # 0.45 at (128, 16, 16), where searching the grid took as long.
 TUCKER_REACH = 2
 MOST_INSIDE = 0.5
 
+# DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
