@@ -33,6 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import tuned
+from kernels_pallas.value_aggregation import table_gradient_tpu
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.pallas_tpu_blocks import (
@@ -44,11 +45,7 @@ from kernels_pallas.value_aggregation.pallas_tpu_blocks import (
 )
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.table_gradient import RowGradients, Term
-from kernels_pallas.value_aggregation.table_gradient_tpu import (
-    row_sums,
-    table_gradients,
-    too_many_tokens,
-)
+from kernels_pallas.value_aggregation.table_gradient_tpu import TokenGradients, too_many_tokens
 
 _LANES = 128
 # Arrays with a number a selection, [..., K, T]; the others have a row a token.
@@ -144,15 +141,10 @@ def backward(
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Computes the gradients of (values, scores, pre_values, pre_inputs), each in its own dtype."""
     del slots
-    scores_grad, pre_inputs_grad, terms = _token_grads(
+    of_tokens = _token_grads(
         values, indices, scores, pre_values, pre_inputs, output_grad, options.activation
     )
-    scores_grad = scores_grad.astype(scores.dtype)
-    if pre_values is None or pre_inputs is None or pre_inputs_grad is None:
-        (values_grad,) = table_gradients(indices, terms, [values])
-        return values_grad, scores_grad, None, None
-    values_grad, pre_values_grad = table_gradients(indices, terms, [values, pre_values])
-    return values_grad, scores_grad, pre_values_grad, pre_inputs_grad.astype(pre_inputs.dtype)
+    return table_gradient_tpu.gradients(values, indices, scores, pre_values, pre_inputs, of_tokens)
 
 
 def row_gradients(
@@ -168,12 +160,10 @@ def row_gradients(
 ) -> RowGradients:
     """Computes the same gradients in float32, those of the tables row by row."""
     del slots
-    scores_grad, pre_inputs_grad, terms = _token_grads(
+    of_tokens = _token_grads(
         values, indices, scores, pre_values, pre_inputs, output_grad, options.activation
     )
-    ids, num_rows, sums = row_sums(indices, terms, values.shape[0], max_rows)
-    pre_values_grad = None if pre_values is None else sums[1]
-    return RowGradients(ids, num_rows, sums[0], pre_values_grad, scores_grad, pre_inputs_grad)
+    return table_gradient_tpu.row_gradients(indices, values.shape[0], max_rows, of_tokens)
 
 
 def _token_grads(
@@ -184,7 +174,7 @@ def _token_grads(
     pre_inputs: Array | None,
     output_grad: Array,
     activation: Activation | None,
-) -> tuple[Array, Array | None, list[Term]]:
+) -> TokenGradients:
     """The gradients of scores and pre-inputs, and what those of the tables are sums of."""
     call = _Call("backward", values, indices, scores, pre_values, pre_inputs)
     cores = range(call.num_cores)
@@ -225,10 +215,10 @@ def _token_grads(
     grads = call.run("value_aggregation_backward", compute, inputs, outputs)
     scores_grad = jnp.moveaxis(grads["scores_grad"], (0, 2), (2, 0))
     if pre_values is None or pre_inputs is None:
-        return scores_grad, None, [Term(scores, output_grad)]
+        return TokenGradients(scores_grad, None, [Term(scores, output_grad)])
     weights = Term(jnp.moveaxis(grads["weights"], (0, 2), (2, 0)), output_grad)
     pre_weights = Term(grads["pre_scores_grad"].T[:, :, None], pre_inputs)
-    return scores_grad, grads["pre_inputs_grad"], [weights, pre_weights]
+    return TokenGradients(scores_grad, grads["pre_inputs_grad"], [weights, pre_weights])
 
 
 class _Call:

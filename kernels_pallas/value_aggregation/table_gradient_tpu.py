@@ -33,7 +33,12 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import tuned
 from kernels_pallas.common import vary_alike
-from kernels_pallas.value_aggregation.table_gradient import Term, number_ids, unique_ids
+from kernels_pallas.value_aggregation.table_gradient import (
+    RowGradients,
+    Term,
+    number_ids,
+    unique_ids,
+)
 
 _LANES, _SUBLANES = 128, 8
 _UNROLL = 8
@@ -99,28 +104,59 @@ def too_many_tokens(num_tokens: int) -> tuple[bool, str]:
     return needed > _FACTOR_BYTES, reason
 
 
-def table_gradients(
-    indices: Int32[Array, "num_tokens top_m"], terms: list[Term], tables: list[Array]
-) -> list[Array]:
-    """The dense gradient of each table, in its dtype, from what it is a sum of."""
-    ids, tokens, weights = _sort_selections(indices, terms)
-    return [
+class TokenGradients(NamedTuple):
+    """What selected rows are needed for: a token's own gradients, and terms of the tables' ones.
+
+    Attributes:
+        scores: gradient of the scores, float32.
+        pre_inputs: that of the pre-inputs, if there are any, float32.
+        terms: what the gradients of values, and of pre-values, are sums of.
+    """
+
+    scores: Float[Array, "num_tokens top_m num_cores"]
+    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None
+    terms: list[Term]
+
+
+def gradients(
+    values: Array,
+    indices: Int32[Array, "num_tokens top_m"],
+    scores: Array,
+    pre_values: Array | None,
+    pre_inputs: Array | None,
+    of_tokens: TokenGradients,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """The gradients of (values, scores, pre_values, pre_inputs), each in its own dtype."""
+    ids, tokens, weights = _sort_selections(indices, of_tokens.terms)
+    tables = [values] if pre_values is None else [values, pre_values]
+    of_tables = [
         sum_by_row(ids, tokens, columns, term.factors, table.shape[0], table.dtype)
-        for columns, term, table in zip(weights, terms, tables, strict=True)
+        for columns, term, table in zip(weights, of_tokens.terms, tables, strict=True)
     ]
+    scores_grad = of_tokens.scores.astype(scores.dtype)
+    if pre_inputs is None or of_tokens.pre_inputs is None:
+        return of_tables[0], scores_grad, None, None
+    return of_tables[0], scores_grad, of_tables[1], of_tokens.pre_inputs.astype(pre_inputs.dtype)
 
 
-def row_sums(
-    indices: Int32[Array, "num_tokens top_m"], terms: list[Term], num_values: int, max_rows: int
-) -> tuple[Int32[Array, "{max_rows}"], Int32[Array, ""], list[Float[Array, "{max_rows} _"]]]:
-    """The ids and their number as in `RowGradients`; the rows of each table's gradient, float32."""
-    ids, tokens, weights = _sort_selections(indices, terms)
+def row_gradients(
+    indices: Int32[Array, "num_tokens top_m"],
+    num_values: int,
+    max_rows: int,
+    of_tokens: TokenGradients,
+) -> RowGradients:
+    """The same in float32, those of the tables row by row."""
+    ids, tokens, weights = _sort_selections(indices, of_tokens.terms)
     rows = number_ids(ids)
     sums = [
         sum_by_row(rows, tokens, columns, term.factors, max_rows, jnp.float32)
-        for columns, term in zip(weights, terms, strict=True)
+        for columns, term in zip(weights, of_tokens.terms, strict=True)
     ]
-    return *unique_ids(ids, num_values, max_rows), sums
+    ids, num_rows = unique_ids(ids, num_values, max_rows)
+    pre_values_grad = None if of_tokens.pre_inputs is None else sums[1]
+    return RowGradients(
+        ids, num_rows, sums[0], pre_values_grad, of_tokens.scores, of_tokens.pre_inputs
+    )
 
 
 def _sort_selections(indices: Array, terms: list[Term]) -> tuple[Array, Array, list[list[Array]]]:
