@@ -37,13 +37,13 @@ LOAD_TIME_IMPORTS = {
 # ... and these at any time. numpy comes with jax.
 IMPORTS = {
     "kernels_pallas": ("kernels_pallas", "jax", "jaxtyping", "numpy"),
-    "kernels_pallas.bench": ("kernels_pallas", "jax", "jaxtyping", "numpy", "absl"),
+    "kernels_pallas.benchmark": ("kernels_pallas", "jax", "jaxtyping", "numpy", "matplotlib"),
 }
 # Who alone imports it. Tests import what they like.
 ONLY_IMPORTERS = {
     "kernels_pallas": ("umv2.parallel", "kernels_pallas", "experiments"),
     "orbax": ("umv2.training.checkpoint",),
-    "absl.flags": ("main", "kernels_pallas.bench", "experiments"),
+    "absl.flags": ("main", "experiments"),
     "configs": ("configs", "experiments"),
     "experiments": ("experiments",),
     "main": (),
@@ -254,7 +254,8 @@ def test_a_broken_rule_is_found(module: str, source: str, fault: str) -> None:
         ("umv2.config", "from umv2 import types"),
         ("umv2.parallel", "from kernels_pallas import weighted_lookup"),
         ("kernels_pallas.dispatch", "import json\nimport jax.numpy as jnp"),
-        ("kernels_pallas.bench", "from absl import app, flags\nprint(1)"),
+        ("kernels_pallas.bench", "import argparse\nprint(1)"),
+        ("kernels_pallas.benchmark.report", "from matplotlib import pyplot"),
         ("configs.tiny", "import math\nimport ml_collections\nfrom configs import base"),
         ("experiments.report", "def plot():\n    import matplotlib"),
         ("tests.test_model", "import orbax.checkpoint\nfrom umv2 import model, data"),

@@ -1,7 +1,6 @@
 """Records of measurements as an aligned table and as a roofline plot."""
 
 import datetime
-import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -118,10 +117,11 @@ def roofline(records: Sequence[dict[str, Any]], path: Path, *, matrix_flops: flo
 
     The slope is the copy's bandwidth, the ceiling a product of float32 matrices of the same run.
     """
-    # By name, because the package itself imports jax alone.
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    # The package itself imports jax alone.
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
 
     measured = [record for record in records if "reason" not in record]
     if not measured:
