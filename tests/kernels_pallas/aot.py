@@ -17,32 +17,28 @@ import pytest
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 FUSED_BYTES = 2 * 2**20  # what a fused kernel may need beside arguments and results
 
-# The module that has the compiler, and its settings.
-_COMPILERS = {
-    "tpu": ("libtpu", {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"}),  # there is no host to ask
-    # There is nothing to tune on.
-    "h200": ("jax_plugins.xla_cuda13", {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}),
+Compiler = Literal["tpu", "h200"]
+
+_MODULES = {"tpu": "libtpu", "h200": "jax_plugins.xla_cuda13"}
+_SETTINGS = {
+    "tpu": {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"},  # there is no host of TPUs to ask
+    "h200": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},  # there is nothing to tune on
 }
 
 
-def run_cases(
-    script: str, *cases: dict[str, Any], compiler: Literal["tpu", "h200"] = "tpu"
-) -> list[Any]:
+def run_cases(script: str, *cases: dict[str, Any], compiler: Compiler = "tpu") -> list[Any]:
     """What `script`, a file beside this one, says of each case: JSON in argv[1], JSON on stdout.
 
     Skips the test that asks where the compiler is not installed.
     """
-    module, settings = _COMPILERS[compiler]
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"needs {module}: pip install -e '.[compile]'")
-    root = Path(__file__).parents[2]
-    environment = os.environ | settings | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-    with _libtpu_alone() if compiler == "tpu" else contextlib.nullcontext():
+    if importlib.util.find_spec(_MODULES[compiler]) is None:
+        pytest.skip(f"needs {_MODULES[compiler]}: pip install -e '.[compile]'")
+    with environment(compiler) as variables:
         process = subprocess.run(
             [sys.executable, str(Path(__file__).with_name(script)), json.dumps(cases)],
             capture_output=True,
             text=True,
-            env=environment,
+            env=variables,
             check=False,
         )
     assert process.returncode == 0, process.stderr[-4000:]
@@ -50,8 +46,11 @@ def run_cases(
 
 
 @contextlib.contextmanager
-def _libtpu_alone() -> Iterator[None]:
-    """libtpu serves one process of a machine at a time."""
-    with Path(tempfile.gettempdir(), "umv2_libtpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def environment(compiler: Compiler) -> Iterator[dict[str, str]]:
+    """The environment of a process that compiles, for as long as it may: flags are fixed early."""
+    root = str(Path(__file__).parents[2])
+    variables = os.environ | _SETTINGS[compiler] | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    with Path(tempfile.gettempdir(), f"umv2_{compiler}.lock").open("w") as lock:
+        if compiler == "tpu":  # libtpu serves one process of a machine at a time
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield variables

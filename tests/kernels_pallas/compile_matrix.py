@@ -11,14 +11,10 @@ that anyone measured.
 """
 
 import argparse
-import contextlib
-import fcntl
 import itertools
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,12 +28,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernels_pallas.benchmark.report import aligned, environment
 from kernels_pallas.benchmark.workloads import OPERATORS, Workload, differentiated
 from kernels_pallas.dispatch import UnsupportedError
-from tests.kernels_pallas.aot import CHIPS
+from tests.kernels_pallas import aot
 from tests.kernels_pallas.conformance import DTYPES, PLATFORMS, RESULTS
 from tests.kernels_pallas.gpu_compile import H200
 from tests.kernels_pallas.sparsecore_compile import contiguous
 
-TOPOLOGIES = {chip.partition(":")[0]: chip for chip in CHIPS} | {"h200": "1x1x1"}
+TOPOLOGIES = {chip.partition(":")[0]: chip for chip in aot.CHIPS} | {"h200": "1x1x1"}
 PASSES = ("forward", "gradients")
 IDENTITY = ("chip", "operator", "backend", "shape", "dtype", "pass")
 
@@ -126,28 +122,19 @@ def work(chip: str, options: argparse.Namespace) -> None:
 
 
 def run_chip(chip: str, argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Compiles for one chip in a process of its own: flags are fixed when JAX starts."""
-    variables = {
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0" if chip == "h200" else "",
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no host of TPUs to ask
-    }
+    """Compiles for one chip in a process of its own."""
     command = [sys.executable, "-m", __spec__.name, *argv, f"--worker={chip}"]
     lines = []
-    with contextlib.ExitStack() as stack:
-        if chip != "h200":
-            # libtpu serves one process of a machine at a time.
-            path = Path(tempfile.gettempdir(), "umv2_libtpu.lock")
-            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
-        process = stack.enter_context(
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=os.environ | variables,
-            )
-        )
+    with (
+        aot.environment("h200" if chip == "h200" else "tpu") as variables,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=variables,
+        ) as process,
+    ):
         assert process.stdout is not None
         for text in process.stdout:
             sys.stderr.write(text)
