@@ -83,7 +83,8 @@ def outcome(case: dict[str, str], mesh: Mesh) -> dict[str, Any]:
     try:
         results = jax.eval_shape(function, arguments)
         if case["backend"] == "pallas_sparsecore":
-            # The compiler chooses no layout without tiles on its own, and knows none for scores.
+            # The compiler chooses no layout without tiles on its own, and knows none for scores:
+            # the copy that transposes them to [T, c, K] counts among the temporaries.
             outs = jax.tree.map(lambda x: contiguous(x, sharding), results)
             named = {n: contiguous(x, sharding) for n, x in arguments.items() if n != "scores"}
             formats |= named
