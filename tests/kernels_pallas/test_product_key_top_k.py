@@ -1,11 +1,10 @@
 """Product-key top-k against its reference, by hand, and under JAX's transformations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -132,15 +131,6 @@ def staircase_and_grid(
         return found, doubtful, xla.best(xla._whole_grid(rows, columns, additive), top_m)
 
     return run(inputs)
-
-
-@pytest.fixture
-def no_runtime_shape_checks() -> Iterator[None]:
-    """Lets a wrong argument reach the operator's own checks, as outside of the tests."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_additive_scores_of_two_tokens_by_hand() -> None:

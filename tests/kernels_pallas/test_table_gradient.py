@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,15 +39,6 @@ def interpreter() -> Iterator[None]:
     with pltpu.force_tpu_interpret_mode(params):
         yield
     pltpu.reset_tpu_interpret_mode_state()
-
-
-@pytest.fixture
-def no_runtime_shape_checks() -> Iterator[None]:
-    """Lets a wrong argument reach the operator's own checks, as outside of the tests."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def output_gradient(inputs: dict[str, Any]) -> Array:

@@ -1,11 +1,10 @@
 """Value aggregation against its reference, by hand, and under JAX's transformations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -112,15 +111,6 @@ def temporary_bytes(function: Callable[..., Any], inputs: dict[str, Any], **opti
     memory = compiled.memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
-
-
-@pytest.fixture
-def no_runtime_shape_checks() -> Iterator[None]:
-    """Lets a wrong argument reach the operator's own checks, as outside of the tests."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_two_tokens_by_hand() -> None:
