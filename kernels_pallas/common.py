@@ -1,6 +1,8 @@
 """What operators share: chunks of tokens, manual axes of `shard_map`, and checks of arguments."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -38,6 +40,16 @@ def chunk_tokens(bytes_per_token: int, chunk_bytes: int) -> int:
     num_tokens = max(1, chunk_bytes // max(1, bytes_per_token))
     # A power of two divides the usual batch, which spares the smaller last chunk.
     return 1 << (num_tokens.bit_length() - 1)
+
+
+def padded(size: int, multiple: int) -> int:
+    """Returns the least multiple that is not below a size."""
+    return -(-size // multiple) * multiple
+
+
+def add_up(terms: Iterable[Array]) -> Array:
+    """Returns the sum of terms, from left to right."""
+    return functools.reduce(operator.add, terms)
 
 
 def vary_alike(arrays: Any, others: Any = ()) -> Any:

@@ -6,9 +6,10 @@ logged, with the reasons against those that stood before it.
 """
 
 import functools
+import importlib
 import logging
-from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -19,6 +20,35 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 class UnsupportedError(ValueError):
     """The implementation that was asked for cannot take this call; the message says why."""
+
+
+class Backends(Mapping[str, Any]):
+    """The modules that implement an operator, by name; each is imported when it is first used.
+
+    Pallas's compilers would double the time of an import that may only want plain XLA.
+    """
+
+    def __init__(self, package: str, names: tuple[str, ...]) -> None:
+        self._package, self._names = package, names
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return importlib.import_module(f"{self._package}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def unsupported_reasons(self, *case: Any) -> dict[str, Callable[[], str | None]]:
+        """For each module, what its `unsupported_reason` says of a case, once it is asked."""
+
+        def reason(name: str) -> str | None:
+            return self[name].unsupported_reason(*case)
+
+        return {name: functools.partial(reason, name) for name in self}
 
 
 def lowering_platform(platform: Platform | None = None) -> str:
@@ -38,6 +68,17 @@ def lowering_platform(platform: Platform | None = None) -> str:
     if platform not in get_args(Platform):
         raise ValueError(f"platform: got {platform!r}, must be one of {get_args(Platform)}")
     return platform
+
+
+def compute_capability() -> str | None:
+    """That of the attached GPU, if the call can be meant for no other."""
+    if jax.default_backend() != "gpu":
+        return None
+    device: Any = jax.local_devices()[0]
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None and target.device_kind != device.device_kind:
+        return None
+    return getattr(device, "compute_capability", None)
 
 
 def choose(

@@ -1,7 +1,7 @@
 """The public operator: checks its arguments and owns the derivative."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.common import check, chunk_tokens, vary_alike
-from kernels_pallas.product_key_top_k import pallas_gpu, pallas_tpu, xla
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 from kernels_pallas.product_key_top_k.shapes import sizes
@@ -17,7 +16,7 @@ from kernels_pallas.product_key_top_k.shapes import sizes
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 # Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
-BACKENDS: dict[str, Any] = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+BACKENDS = dispatch.Backends("kernels_pallas.product_key_top_k", get_args(Implementation))
 
 # What an unnamed implementation is: the first that can take the call.
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
@@ -117,12 +116,7 @@ def product_key_top_k(
     chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
     default = tuned.Chunks(chunk_tokens(row, chunk_bytes))
     options = Options(top_m, shortlist, chunk_size or default.chunk_size)
-    reasons = {
-        name: functools.partial(
-            backend.unsupported_reason, query, keys, u, v, cores, options, target
-        )
-        for name, backend in BACKENDS.items()
-    }
+    reasons = BACKENDS.unsupported_reasons(query, keys, u, v, cores, options, target)
     chosen = dispatch.choose("product_key_top_k", implementation, target, AUTOMATIC, reasons)
     if chosen == "xla" and chunk_size is None:
         shape = sizes(query, keys, cores, top_m=top_m, shortlist=shortlist)

@@ -41,12 +41,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels_pallas import tuned
-from kernels_pallas.common import vary_alike
+from kernels_pallas import dispatch, tuned
+from kernels_pallas.common import padded, vary_alike
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.pallas_gpu_keys import key_scores, shortlist
-from kernels_pallas.product_key_top_k.pallas_gpu_memory import Blocks, Call, Scratch, padded
+from kernels_pallas.product_key_top_k.pallas_gpu_memory import Blocks, Call, Scratch
 from kernels_pallas.product_key_top_k.pallas_gpu_pairs import Grid, select_pairs, write_results
 from kernels_pallas.product_key_top_k.pallas_gpu_select import LANES, TOKENS
 from kernels_pallas.product_key_top_k.reference import scores_dtype
@@ -95,7 +95,7 @@ def unsupported_reason(
 ) -> str | None:
     """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
     del u, v
-    capability = _compute_capability()
+    capability = dispatch.compute_capability()
     reasons = [
         (platform != "gpu", f"it compiles for GPU, not for {platform}"),
         (
@@ -209,17 +209,6 @@ def _product_key_top_k_kernel(call: Call, blocks: Blocks, *refs: Any) -> None:
     select_pairs(call, blocks, Grid(call, core, mine), places, mine)
     first_token = tile * blocks.tokens + group * TOKENS
     write_results(call, head, pl.ds(first_token, TOKENS), cores, results, mine)
-
-
-def _compute_capability() -> str | None:
-    """That of the attached GPU, if the call can be meant for no other."""
-    if jax.default_backend() != "gpu":
-        return None
-    device: Any = jax.local_devices()[0]
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    if target is not None and target.device_kind != device.device_kind:
-        return None
-    return getattr(device, "compute_capability", None)
 
 
 def _cost(call: Call, query: Array, num_tiles: int) -> pl.CostEstimate:

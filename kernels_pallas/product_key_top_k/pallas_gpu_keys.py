@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.common import add_up
 from kernels_pallas.product_key_top_k import pallas_gpu_select as select
 from kernels_pallas.product_key_top_k.pallas_gpu_memory import (
     BLOCK_KEYS,
@@ -144,7 +145,7 @@ def shortlist(call: Call, blocks: Blocks, side: int, head: Array, weights: Any, 
             if not call.additive:
                 by_weight = [weights[side, head, a] for a in range(call.rank)]
                 products = zip(by_rank, by_weight, strict=True)
-                ranking = select.add_up(s * select.everywhere(w, jnp.float32) for s, w in products)
+                ranking = add_up(s * select.everywhere(w, jnp.float32) for s, w in products)
             exists = number < call.num_keys
             image = select.where(exists, select.image(ranking), select.EMPTY)
             return body(carry, [image, number, *words])

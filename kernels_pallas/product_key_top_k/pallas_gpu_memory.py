@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.common import padded
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.pallas_gpu_select import LANES, TOKENS
@@ -244,11 +245,6 @@ class Mine:
     def list(self, side: int, word: int) -> Any:
         """Numbers (word 0) or S of a rank (word 1 + rank) of the shortlist, [4, list_size]."""
         return self.all_lists.at[side, word, self.tokens]
-
-
-def padded(size: int, multiple: int) -> int:
-    """The next multiple."""
-    return pl.cdiv(size, multiple) * multiple
 
 
 def _swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.common import add_up
 from kernels_pallas.product_key_top_k import pallas_gpu_select as select
 from kernels_pallas.product_key_top_k.pallas_gpu_memory import Blocks, Call, Mine
 from kernels_pallas.product_key_top_k.pallas_gpu_select import LANES
@@ -38,9 +39,7 @@ class Grid:
         if self.call.additive:
             return values
         return [
-            select.add_up(
-                values[a] * select.everywhere(self.core[a][b], jnp.float32) for a in ranks
-            )
+            add_up(values[a] * select.everywhere(self.core[a][b], jnp.float32) for a in ranks)
             for b in ranks
         ]
 
@@ -49,7 +48,7 @@ class Grid:
         columns = [by_rank[chunk] for by_rank in self.columns]
         if self.call.additive:
             return select.image(row[0] + columns[0])
-        return select.image(select.add_up(x * y for x, y in zip(row, columns, strict=True)))
+        return select.image(add_up(x * y for x, y in zip(row, columns, strict=True)))
 
     def width(self, i: Array) -> Array:
         """Columns of row i that are inside the staircase."""
@@ -209,7 +208,7 @@ def _pair_score(
     rows, columns = ([select.as_float(word) for word in words] for words in (rows, columns))
     if call.additive:
         return rows[0] + columns[0]
-    return select.add_up(
+    return add_up(
         rows[a] * select.everywhere(cores[core, head, a, b], jnp.float32) * columns[b]
         for a in range(call.rank)
         for b in range(call.rank)

@@ -15,9 +15,7 @@ So the result is exact always. Scores are compared as whole numbers in the same 
 are taken by rising number of the candidate.
 """
 
-import functools
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,11 +103,6 @@ def image(scores: Array) -> Array:
 def is_finite(bits: Array) -> Array:
     """Whether these bits are those of a finite float32."""
     return (bits & _LARGEST) < _INFINITY
-
-
-def add_up(terms: Iterable[Array]) -> Array:
-    """Their sum, from left to right."""
-    return functools.reduce(operator.add, terms)
 
 
 def in_lane(wanted: Array, word: Array) -> Array:

@@ -40,7 +40,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -51,7 +50,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels_pallas import tuned
-from kernels_pallas.common import check
+from kernels_pallas.common import add_up, check, padded
 from kernels_pallas.product_key_top_k import pallas_tpu_backward
 from kernels_pallas.product_key_top_k import pallas_tpu_select as select
 from kernels_pallas.product_key_top_k.options import Options
@@ -151,8 +150,8 @@ class _Call:
             self.shortlist, self.padded, size=_power_of_two(self.top_m)
         )
         # Lists are transposed and gathered by whole registers of lanes.
-        self.listed = _padded(self.padded, _LANES)
-        self.places = max(self.listed, _padded(self.staircase.size, _LANES))
+        self.listed = padded(self.padded, _LANES)
+        self.places = max(self.listed, padded(self.staircase.size, _LANES))
 
     @property
     def scratch(self) -> dict[str, Any]:
@@ -192,10 +191,10 @@ class _Call:
         """The scratch buffers, two of each block, and room for temporaries."""
         scratch = sum(4 * math.prod(shape) for shape, _ in self.scratch.values())
         blocks = sum(
-            4 * math.prod(block[:-2]) * _padded(block[-2], 8) * block[-1]
+            4 * math.prod(block[:-2]) * padded(block[-2], 8) * block[-1]
             for _, block, _ in self.outputs.values()
         )
-        width = _padded(self.key_dim, _LANES)
+        width = padded(self.key_dim, _LANES)
         blocks += width * self.tile_tokens * jnp.dtype(self.query_dtype).itemsize
         blocks += width * self.tile_keys * jnp.dtype(self.keys_dtype).itemsize
         parts = 6 * width * (self.dot_tokens + self.tile_keys)
@@ -308,7 +307,7 @@ class _Call:
             parts = [refs["key_scores"][tile, a, _tokens_of(group)] for a in range(self.rank)]
             if not self.additive:
                 parts = [x * refs["weights"][first_weight + a] for a, x in enumerate(parts)]
-            keys = select.key_of(_sum(parts).T)
+            keys = select.key_of(add_up(parts).T)
             ids = lax.broadcasted_iota(jnp.int32, keys.shape, 0) + first_id
             keys = jnp.where(ids < self.num_keys, keys, select.NOTHING)
             refs["ranking"][:, group] = keys
@@ -353,14 +352,14 @@ class _Call:
         if self.additive:
             return short[q]
         core = [self._core(refs, head, a, q) for a in range(self.rank)]
-        times_core = _sum(x * c for x, c in zip(short, core, strict=True))
+        times_core = add_up(x * c for x, c in zip(short, core, strict=True))
         return jnp.where(side == 0, times_core, short[q])
 
     def _core(self, refs: Any, head: Array, a: int, b: int, core: int | None = None) -> Array:
         """An entry of a core, or of the sum of all."""
         if core is None:
             entries = [self._core(refs, head, a, b, core) for core in range(self.num_cores)]
-            return _sum(entries)
+            return add_up(entries)
         first = (head * self.num_cores + core) * self.rank**2
         return refs["cores"][first + a * self.rank + b]
 
@@ -413,7 +412,7 @@ class _Call:
         for core in range(self.num_cores):
             entries = itertools.product(range(self.rank), repeat=2)
             terms = [rows[a] * columns[b] * self._core(refs, head, a, b, core) for a, b in entries]
-            write("scores", (core, 0), _sum(terms))
+            write("scores", (core, 0), add_up(terms))
 
     def _cost(self, query: Array, keys: Array) -> pl.CostEstimate:
         tokens_keys = self.num_tokens * self.num_heads * 2 * self.rank * self.num_keys
@@ -478,14 +477,6 @@ def _tokens_of(group: Array) -> Any:
 
 def _column(x: Array, column: int) -> Array:
     return x[:, column : column + 1]
-
-
-def _sum(terms: Iterable[Array]) -> Array:
-    return functools.reduce(jnp.add, terms)
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _power_of_two(size: int) -> int:

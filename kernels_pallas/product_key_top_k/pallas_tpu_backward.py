@@ -14,10 +14,8 @@ Counted and not measured.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import tuned
-from kernels_pallas.common import check
+from kernels_pallas.common import add_up, check, padded
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.shapes import sizes
 
@@ -109,8 +107,8 @@ class _Call:
         check(self.tile_tokens % _LANES == 0, "tokens", self.tile_tokens, rule)
         # Ranks that share a query add to one gradient, so they are taken together.
         self.step_ranks = self.rank if self.query_ranks == 1 else 1
-        self.product_keys = min(_KEYS_PER_PRODUCT, _padded(self.num_keys, _SUBLANES))
-        self.listed = _padded(self.top_m, _SUBLANES)
+        self.product_keys = min(_KEYS_PER_PRODUCT, padded(self.num_keys, _SUBLANES))
+        self.listed = padded(self.top_m, _SUBLANES)
 
     @property
     def scratch(self) -> dict[str, Any]:
@@ -130,10 +128,10 @@ class _Call:
     @property
     def vmem_bytes(self) -> int:
         """The scratch buffers, two of each block, and room for temporaries."""
-        width, tokens = _padded(self.key_dim, _LANES), self.tile_tokens
+        width, tokens = padded(self.key_dim, _LANES), self.tile_tokens
         query_bytes, keys_bytes = self.query_dtype.itemsize, self.keys_dtype.itemsize
         scratch = sum(4 * math.prod(shape) for shape, _ in self.scratch.values())
-        keys = _padded(self.num_keys, _SUBLANES) * width * self.step_ranks * 2 * keys_bytes
+        keys = padded(self.num_keys, _SUBLANES) * width * self.step_ranks * 2 * keys_bytes
         queries = tokens * width * (query_bytes + 4)
         pairs = 4 * tokens * self.listed * (1 + 2 * self.rank + self.num_cores)
         # Operands of products in float32, and in three parts of bfloat16.
@@ -296,7 +294,7 @@ class _Call:
                 grads = refs["scores_grad"][0, 0]
             else:
                 rank = rank_step * self.step_ranks + a
-                grads = _sum(
+                grads = add_up(
                     refs["scores_grad"][core, 0] * self._other_side(refs, head, side, rank, core)
                     for core in range(self.num_cores)
                 )
@@ -309,7 +307,7 @@ class _Call:
         for other in range(self.rank):
             entry = jnp.where(side == 0, rank * self.rank + other, other * self.rank + rank)
             terms.append(refs["cores"][first + entry] * refs["chosen"][1 - side, 0, other])
-        return _sum(terms)
+        return add_up(terms)
 
     def _sum_cores(self, refs: Any, is_token: Array) -> None:
         """Adds the gradients of the cores, of each token of the tile apart."""
@@ -348,7 +346,7 @@ class _Call:
 
         def spread_group(group: Array, _: None) -> None:
             for start in range(0, num_keys, rows):
-                spread(start, min(rows, _padded(num_keys - start, _SUBLANES)), group)
+                spread(start, min(rows, padded(num_keys - start, _SUBLANES)), group)
 
         lax.fori_loop(0, self.tile_tokens // _LANES, spread_group, None)
 
@@ -365,11 +363,3 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
 
 def _iota(shape: tuple[int, ...], axis: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _sum(terms: Iterable[Array]) -> Array:
-    return functools.reduce(jnp.add, terms)
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

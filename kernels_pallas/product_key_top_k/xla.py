@@ -7,8 +7,6 @@ proved to be enough; see `_Staircase`.
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.common import scan_chunks
+from kernels_pallas.common import add_up, scan_chunks
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
 from kernels_pallas.product_key_top_k.selection import best, top_k
@@ -200,7 +198,7 @@ def _shortlist(scores: Array, weights: Array | None, size: int) -> tuple[Array, 
     ranking = scores[:, 0]
     if weights is not None:
         weights = weights.astype(scores.dtype)[:, :, None, None]
-        ranking = _add_up(scores[:, i] * weights[:, i] for i in range(scores.shape[1]))
+        ranking = add_up(scores[:, i] * weights[:, i] for i in range(scores.shape[1]))
     places = best(ranking, size)
     return places, _take(scores, places[:, None])
 
@@ -249,7 +247,7 @@ def _times_core(rows: Array, cores: Array) -> Array:
     core = cores.astype(rows.dtype).sum(axis=0)
     ranks = range(rows.shape[1])
     # Rank by rank and not as a product of matrices: those of a token would be tiny.
-    products = [_add_up(rows[:, r] * core[:, r, q, None, None] for r in ranks) for q in ranks]
+    products = [add_up(rows[:, r] * core[:, r, q, None, None] for r in ranks) for q in ranks]
     return jnp.stack(products, axis=1)
 
 
@@ -292,7 +290,7 @@ def _grid(rows: Array, columns: Array, additive: bool) -> Array:
     rows, columns = rows[:, :, :, None], columns[:, :, None]
     if additive:
         return rows[:, 0] + columns[:, 0]
-    return _add_up(rows[:, q] * columns[:, q] for q in range(rows.shape[1]))
+    return add_up(rows[:, q] * columns[:, q] for q in range(rows.shape[1]))
 
 
 def _pair_scores(chosen: Array, cores: Array | None) -> Array:
@@ -301,10 +299,6 @@ def _pair_scores(chosen: Array, cores: Array | None) -> Array:
     if cores is None:
         return jnp.moveaxis(rows + columns, (1, 3), (3, 0))
     return _einsum("hrkt,chrq,hqkt->thkc", rows, cores.astype(rows.dtype), columns)
-
-
-def _add_up(terms: Iterable[Array]) -> Array:
-    return functools.reduce(operator.add, terms)
 
 
 def _take(x: Array, places: Array) -> Array:

@@ -9,12 +9,6 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.common import check, chunk_tokens, vary_alike
-from kernels_pallas.value_aggregation import (
-    pallas_gpu,
-    pallas_sparsecore,
-    pallas_tpu,
-    xla,
-)
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.shapes import sizes
@@ -24,12 +18,7 @@ Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 
 # Each has `unsupported_reason`, `forward`, `backward` and `row_gradients`; all take the same
 # arguments in the same order.
-BACKENDS: dict[str, Any] = {
-    "xla": xla,
-    "pallas_tpu": pallas_tpu,
-    "pallas_gpu": pallas_gpu,
-    "pallas_sparsecore": pallas_sparsecore,
-}
+BACKENDS = dispatch.Backends("kernels_pallas.value_aggregation", get_args(Implementation))
 
 # What an unnamed implementation is: the first that can take the call. The Pallas kernels have been
 # compiled and interpreted but not run on a device, so they are there by name until measured.
@@ -217,10 +206,7 @@ def _choose(
     chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
     default = tuned.Chunks(chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes))
     options = Options(activation, num_slots, chunk_size or default.chunk_size)
-    reasons = {
-        name: functools.partial(backend.unsupported_reason, *arrays, options, target)
-        for name, backend in BACKENDS.items()
-    }
+    reasons = BACKENDS.unsupported_reasons(*arrays, options, target)
     chosen = dispatch.choose(operator, implementation, target, AUTOMATIC, reasons)
     if chosen == "xla" and chunk_size is None:
         shape = sizes(values, scores, pre_values, num_slots)

@@ -23,12 +23,11 @@ are reasoned, from the report of the compiler and the latency and bandwidth of t
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import tuned
+from kernels_pallas import dispatch, tuned
 from kernels_pallas.value_aggregation import fetch_gpu as fetch
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.fetch_gpu import QUAD, columns_of
@@ -87,7 +86,7 @@ def unsupported_reason(
     """Why this implementation cannot take arguments of these shapes and dtypes, or None."""
     tables = {"values": values} | ({} if pre_values is None else {"pre_values": pre_values})
     reasons = [(platform != "gpu", f"it compiles for GPU, not for {platform}")]
-    capability = _compute_capability()
+    capability = dispatch.compute_capability()
     reasons.append(
         (
             capability is not None and _major(capability) < _COMPUTE_CAPABILITY,
@@ -308,17 +307,6 @@ def _shared_bytes(tables: list[Any]) -> int:
     tokens = sum((ring + 2 * 4) * width for ring, width in zip(rings, widths, strict=True))
     sums = (2 * QUAD * 4 + 4) * (max(widths) + fetch.COLUMNS)
     return max(tokens, sums) + _OTHER_SHARED_BYTES
-
-
-def _compute_capability() -> str | None:
-    """That of the attached GPU, if the call can be meant for no other."""
-    if jax.default_backend() != "gpu":
-        return None
-    device: Any = jax.local_devices()[0]
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    if target is not None and target.device_kind != device.device_kind:
-        return None
-    return getattr(device, "compute_capability", None)
 
 
 def _major(capability: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernels_pallas import tuned
-from kernels_pallas.common import check
+from kernels_pallas.common import check, padded
 from kernels_pallas.value_aggregation.shapes import sizes
 
 SUBLANES = 8
@@ -59,8 +59,3 @@ def _token_bytes(top_m: int, values: Any, pre_values: Any, lanes: int) -> int:
 def rows_per_copy(table: Any) -> int:
     """bfloat16 rows share their words in pairs."""
     return 2 if table.dtype == jnp.bfloat16 else 1
-
-
-def padded(size: int, multiple: int) -> int:
-    """The least multiple that is not below a size."""
-    return -(-size // multiple) * multiple

@@ -1,6 +1,8 @@
 """Which implementation a call gets, and what is said about it."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -85,3 +87,23 @@ def test_value_aggregation_takes_xla_unless_another_is_named() -> None:
     assert ["pallas_call" in jaxpr for jaxpr in on_tpu] == [False, True]
     with pytest.raises(UnsupportedError, match="'pallas_tpu': it compiles for TPU, not for cpu"):
         value_aggregation(*arrays, implementation="pallas_tpu", platform="cpu")
+
+
+def test_a_backend_is_imported_when_it_is_asked_for() -> None:
+    script = """
+import sys
+from kernels_pallas.value_aggregation.api import BACKENDS
+print("jax.experimental.pallas" in sys.modules)
+BACKENDS["pallas_tpu"]
+print("jax.experimental.pallas" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "True"]
+
+
+def test_backends_have_the_names_of_their_operator_alone() -> None:
+    backends = dispatch.Backends("kernels_pallas.value_aggregation", ("xla",))
+    assert list(backends) == ["xla"]
+    assert backends["xla"].__name__ == "kernels_pallas.value_aggregation.xla"
+    with pytest.raises(KeyError):
+        backends["reference"]

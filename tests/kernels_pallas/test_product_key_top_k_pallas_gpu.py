@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
+from kernels_pallas import dispatch
 from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.product_key_top_k import pallas_gpu, pallas_gpu_pairs, product_key_top_k
 from kernels_pallas.product_key_top_k import pallas_gpu_select as select
@@ -308,7 +309,7 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
 def test_gpus_without_hoppers_matrix_instructions_are_refused(
     monkeypatch: pytest.MonkeyPatch, capability: str
 ) -> None:
-    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: capability)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
     with pytest.raises(UnsupportedError, match=rf"9.0 \(Hopper\), the device has {capability}"):
         product_key_top_k(**make_inputs(), top_m=5, shortlist=6, **ON_GPU)
 

@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
-from kernels_pallas import value_aggregation_row_gradients
+from kernels_pallas import dispatch, value_aggregation_row_gradients
 from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.value_aggregation import pallas_gpu, table_gradient_gpu, value_aggregation
 from kernels_pallas.value_aggregation.activation import activation_and_slope
@@ -286,7 +286,7 @@ def test_other_platforms_and_older_cards_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(UnsupportedError, match="it compiles for GPU, not for tpu"):
         value_aggregation(**inputs, implementation="pallas_gpu", platform="tpu")
     for capability in ("8.0", "gfx942"):
-        monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda found=capability: found)
+        monkeypatch.setattr(dispatch, "compute_capability", lambda found=capability: found)
         with pytest.raises(UnsupportedError, match=rf"9.0 \(Hopper\) .* has {capability}"):
             value_aggregation(**inputs, **ON_GPU)
 
