@@ -163,5 +163,12 @@ def get_config() -> ConfigDict:
     generate.seed = 0  # of the samples
 
     config.mesh = ConfigDict()
-    config.mesh.replica = -1  # devices that each take a share of the batch; -1: all
+    # Devices along each axis; their product is the number in use. The batch is divided over the
+    # first three.
+    config.mesh.replica = -1  # copies of the whole state; -1: as many as the other axes leave
+    config.mesh.fsdp = 1  # dense parameters are divided too, and gathered where they are used
+    config.mesh.memory = 1  # value tables, or experts, are divided too, and work is exchanged
+    config.mesh.tensor = 1  # heads, FFN and vocabulary; the sequence in memory layers
+    config.mesh.parameters = "fsdp"  # what divides dense parameters: fsdp, fsdp_and_memory
+    config.mesh.table_sharding = "auto"  # what memory divides of a table: columns, rows, auto
     return config
