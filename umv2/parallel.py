@@ -54,10 +54,32 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(REPLICA))
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """Returns the rows of a global batch that the devices of this process hold, in rising order.
+
+    Processes whose devices hold the same rows (those of one `tensor` group) each load them.
+    """
+    shares = batch_sharded(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for (share,) in shares for row in range(batch_size)[share]}))
+
+
 def local_to_global(mesh: Mesh, tree: Any) -> Any:
-    """Assembles global batch arrays from each process's own rows."""
+    """Assembles global batch arrays from the `local_rows` of each process."""
     sharding = batch_sharded(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    num_shares = mesh.size // sharding.shard_shape((mesh.size,))[0]
+    local_shares = local_rows(mesh, num_shares)
+
+    def assemble(rows: np.ndarray) -> Array:
+        share_size = len(rows) // len(local_shares)
+        shape = (num_shares * share_size, *rows.shape[1:])
+
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            place = local_shares.index(range(shape[0])[index[0]].start // share_size)
+            return rows[place * share_size : (place + 1) * share_size]
+
+        return jax.make_array_from_callback(shape, sharding, share)
+
+    return jax.tree.map(assemble, tree)
 
 
 def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
