@@ -67,17 +67,11 @@ def local_to_global(mesh: Mesh, tree: Any) -> Any:
     """Assembles global batch arrays from the `local_rows` of each process."""
     sharding = batch_sharded(mesh)
     num_shares = mesh.size // sharding.shard_shape((mesh.size,))[0]
-    local_shares = local_rows(mesh, num_shares)
+    num_local_shares = len(local_rows(mesh, num_shares))
 
     def assemble(rows: np.ndarray) -> Array:
-        share_size = len(rows) // len(local_shares)
-        shape = (num_shares * share_size, *rows.shape[1:])
-
-        def share(index: tuple[slice, ...]) -> np.ndarray:
-            place = local_shares.index(range(shape[0])[index[0]].start // share_size)
-            return rows[place * share_size : (place + 1) * share_size]
-
-        return jax.make_array_from_callback(shape, sharding, share)
+        shape = (len(rows) * num_shares // num_local_shares, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return jax.tree.map(assemble, tree)
 
