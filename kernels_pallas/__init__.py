@@ -6,12 +6,14 @@ from kernels_pallas.value_aggregation.api import (
     value_aggregation,
     value_aggregation_row_gradients,
 )
+from kernels_pallas.value_aggregation.row_products import row_products
 from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
 __all__ = [
     "RowGradients",
     "UnsupportedError",
     "product_key_top_k",
+    "row_products",
     "value_aggregation",
     "value_aggregation_row_gradients",
 ]

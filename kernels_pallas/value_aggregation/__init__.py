@@ -4,6 +4,7 @@ from kernels_pallas.value_aggregation.api import (
     value_aggregation,
     value_aggregation_row_gradients,
 )
+from kernels_pallas.value_aggregation.row_products import row_products
 from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
-__all__ = ["RowGradients", "value_aggregation", "value_aggregation_row_gradients"]
+__all__ = ["RowGradients", "row_products", "value_aggregation", "value_aggregation_row_gradients"]

@@ -16,8 +16,8 @@ from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 
-# Each has `unsupported_reason`, `forward`, `backward` and `row_gradients`; all take the same
-# arguments in the same order.
+# Each has `unsupported_reason`, `forward`, `backward` and `row_gradients`, which take the same
+# arguments in the same order; and, for `row_products`, `row_products` and `table_gradient`.
 BACKENDS = dispatch.Backends("kernels_pallas.value_aggregation", get_args(Implementation))
 
 # What an unnamed implementation is: the first that can take the call. The Pallas kernels have been
@@ -195,11 +195,22 @@ def _choose(
     where: tuple[str | None, dispatch.Platform | None],
 ) -> tuple[str, Options]:
     """Checks arguments; which of the implementations gets the call, and with what options."""
-    values, indices, scores, pre_values, pre_inputs, slots = arrays
+    activation, num_slots, chunk_size = asked
+    _check_arrays(*arrays)
+    _check_options(arrays[3], activation, arrays[5], num_slots, chunk_size)
+    return choose(operator, arrays, asked, where)
+
+
+def choose(
+    operator: str,
+    arrays: tuple[Any, Any, Any, Any, Any, Any],
+    asked: tuple[Activation | None, int, int | None],
+    where: tuple[str | None, dispatch.Platform | None],
+) -> tuple[str, Options]:
+    """Which of the implementations gets a call whose arguments are sound, and with what options."""
+    values, indices, scores, pre_values, pre_inputs, _ = arrays
     activation, num_slots, chunk_size = asked
     implementation, platform = where
-    _check_arrays(*arrays)
-    _check_options(pre_values, activation, slots, num_slots, chunk_size)
     target = dispatch.lowering_platform(platform)
     row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
     itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize

@@ -218,6 +218,31 @@ def row_gradients(
     return RowGradients(ids, num_rows, values_grad, pre_values_grad, grads.scores, grads.pre_inputs)
 
 
+def row_products(
+    table: Float[Array, "num_values dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    inputs: Float[Array, "num_tokens dim"],
+    options: Options,
+) -> Float[Array, "num_tokens top_m"]:
+    """Computes the output of `row_products`: without pre-values, no score enters its gradient."""
+    scores = jnp.zeros_like(indices, jnp.float32)[:, :, None]
+    grads, _ = _token_grads(table, indices, scores, None, None, inputs, options)
+    return grads.scores[:, :, 0]
+
+
+def table_gradient(
+    table: Float[Array, "num_values dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    weights: Float[Array, "num_tokens top_m 1"],
+    factors: Float[Array, "num_tokens dim"],
+    options: Options,
+) -> Float[Array, "num_values dim"]:
+    """Adds weight x factor to the row of each selection; in the dtype of the table."""
+    blocks = _backward_blocks(table, indices, weights, None, options)
+    ids, order, _ = sort_selections(indices)
+    return sum_by_row(ids, order, weights, factors, table.shape[0], table.dtype, blocks)
+
+
 class _TokenGrads(NamedTuple):
     """What the rows are needed for: gradients of scores and pre-inputs, and factors of the tables'.
 
@@ -241,19 +266,7 @@ def _token_grads(
     options: Options,
 ) -> tuple[_TokenGrads, BackwardBlocks]:
     """The gradients of a token's own arguments, and the blocks of the whole backward pass."""
-    num_tokens, top_m = indices.shape
-    token_blocks = heuristic(num_tokens, top_m, row_bytes(values, pre_values))
-    widths = [table.shape[1] for table in (values, pre_values) if table is not None]
-    table_blocks = table_heuristic(indices.size, 4 * max(widths))
-    blocks = BackwardBlocks(**vars(token_blocks), **vars(table_blocks))
-    key = tuned.Key.of(
-        "value_aggregation",
-        "pallas_gpu",
-        "backward",
-        sizes(values, scores, pre_values, options.num_slots),
-        values.dtype,
-    )
-    blocks = tuned.lookup(blocks, key, platform="gpu") or blocks
+    blocks = _backward_blocks(values, indices, scores, pre_values, options)
     call = Call(values, indices, scores, pre_values, pre_inputs, blocks)
     cores = range(call.num_cores)
 
@@ -298,6 +311,25 @@ def _token_grads(
         _TokenGrads(grads["scores_grad"], pre_inputs_grad, grads["weights"], pre_scores_grad),
         blocks,
     )
+
+
+def _backward_blocks(
+    values: Array, indices: Array, scores: Array, pre_values: Array | None, options: Options
+) -> BackwardBlocks:
+    """Measured blocks, where there are some for these very sizes, else those of the heuristics."""
+    num_tokens, top_m = indices.shape
+    token_blocks = heuristic(num_tokens, top_m, row_bytes(values, pre_values))
+    widths = [table.shape[1] for table in (values, pre_values) if table is not None]
+    table_blocks = table_heuristic(indices.size, 4 * max(widths))
+    blocks = BackwardBlocks(**vars(token_blocks), **vars(table_blocks))
+    key = tuned.Key.of(
+        "value_aggregation",
+        "pallas_gpu",
+        "backward",
+        sizes(values, scores, pre_values, options.num_slots),
+        values.dtype,
+    )
+    return tuned.lookup(blocks, key, platform="gpu") or blocks
 
 
 def _shared_bytes(tables: list[Any]) -> int:

@@ -196,6 +196,30 @@ def row_gradients(
     return table_gradient_tpu.row_gradients(indices, values.shape[0], max_rows, of_tokens)
 
 
+def row_products(
+    table: Float[Array, "num_values dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    inputs: Float[Array, "num_tokens dim"],
+    options: Options,
+) -> Float[Array, "num_tokens top_m"]:
+    """Computes the output of `row_products`: without pre-values, no score enters its gradient."""
+    del options
+    scores = jnp.zeros_like(indices, jnp.float32)[:, :, None]
+    return token_grads(table, indices, scores, None, None, inputs, None).scores[:, :, 0]
+
+
+def table_gradient(
+    table: Float[Array, "num_values dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    weights: Float[Array, "num_tokens top_m 1"],
+    factors: Float[Array, "num_tokens dim"],
+    options: Options,
+) -> Float[Array, "num_values dim"]:
+    """Adds weight x factor to the row of each selection; in the dtype of the table."""
+    del options
+    return table_gradient_tpu.of_tables([table], indices, [Term(weights, factors)])[0]
+
+
 def token_grads(
     values: Float[Array, "num_values value_dim"],
     indices: Int32[Array, "num_tokens top_m"],

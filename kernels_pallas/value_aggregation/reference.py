@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 Activation = Literal["gelu", "silu", "relu"]
 
 
-def accumulation_dtype(*arrays: Array | None) -> jnp.dtype:
+def accumulation_dtype(*arrays: Array | jax.ShapeDtypeStruct | None) -> jnp.dtype:
     """float32, or float64 where an array already is."""
     return jnp.result_type(jnp.float32, *(array.dtype for array in arrays if array is not None))
 
@@ -32,8 +32,7 @@ def value_aggregation_reference(
     dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
     weights = scores.astype(dtype)
     if pre_values is not None and pre_inputs is not None:
-        pre_rows = pre_values[indices].astype(dtype)
-        pre_scores = jnp.sum(pre_rows * pre_inputs.astype(dtype)[:, None, :], axis=-1)
+        pre_scores = row_products_reference(pre_values, indices, pre_inputs.astype(dtype))
         weights *= _activate(pre_scores, activation)[:, :, None]
 
     slice_dim = values.shape[-1] // scores.shape[-1]
@@ -45,6 +44,16 @@ def value_aggregation_reference(
         for slot in range(num_slots)
     ]
     return jnp.concatenate(per_slot, axis=-1)
+
+
+def row_products_reference(
+    table: Float[Array, "num_values dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    inputs: Float[Array, "num_tokens dim"],
+) -> Float[Array, "num_tokens top_m"]:
+    """Defines `row_products`; arguments, result and dtype are the same."""
+    dtype = accumulation_dtype(table, inputs)
+    return jnp.sum(table[indices].astype(dtype) * inputs.astype(dtype)[:, None, :], axis=-1)
 
 
 def _activate(x: Array, activation: Activation | None) -> Array:

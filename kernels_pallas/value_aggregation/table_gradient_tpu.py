@@ -127,16 +127,23 @@ def gradients(
     of_tokens: TokenGradients,
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """The gradients of (values, scores, pre_values, pre_inputs), each in its own dtype."""
-    ids, tokens, weights = _sort_selections(indices, of_tokens.terms)
     tables = [values] if pre_values is None else [values, pre_values]
-    of_tables = [
-        sum_by_row(ids, tokens, columns, term.factors, table.shape[0], table.dtype)
-        for columns, term, table in zip(weights, of_tokens.terms, tables, strict=True)
-    ]
+    values_grad, *pre_values_grad = of_tables(tables, indices, of_tokens.terms)
     scores_grad = of_tokens.scores.astype(scores.dtype)
     if pre_inputs is None or of_tokens.pre_inputs is None:
-        return of_tables[0], scores_grad, None, None
-    return of_tables[0], scores_grad, of_tables[1], of_tokens.pre_inputs.astype(pre_inputs.dtype)
+        return values_grad, scores_grad, None, None
+    return values_grad, scores_grad, *pre_values_grad, of_tokens.pre_inputs.astype(pre_inputs.dtype)
+
+
+def of_tables(
+    tables: list[Array], indices: Int32[Array, "num_tokens top_m"], terms: list[Term]
+) -> list[Array]:
+    """The gradient of each table, in its own dtype, from what it is a sum of."""
+    ids, tokens, weights = _sort_selections(indices, terms)
+    return [
+        sum_by_row(ids, tokens, columns, term.factors, table.shape[0], table.dtype)
+        for columns, term, table in zip(weights, terms, tables, strict=True)
+    ]
 
 
 def row_gradients(

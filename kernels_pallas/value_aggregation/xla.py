@@ -157,6 +157,43 @@ def row_gradients(
     return RowGradients(ids, num_rows, values_grad, pre_values_grad, scores_grad, pre_inputs_grad)
 
 
+def row_products(
+    table: Float[Array, "num_values dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    inputs: Float[Array, "num_tokens dim"],
+    options: Options,
+) -> Float[Array, "num_tokens top_m"]:
+    """Computes the output of `row_products`, `chunk_size` tokens at a time."""
+    dtype = accumulation_dtype(table, inputs)
+
+    def multiply(_: None, chunk: Any) -> tuple[None, Array]:
+        indices, inputs = chunk
+        rows = _fetch_rows(table, indices, dtype)
+        return None, _einsum("tkd,td->tk", rows, inputs.astype(dtype))
+
+    return scan_chunks(multiply, None, (indices, inputs), options.chunk_size)[1]
+
+
+def table_gradient(
+    table: Float[Array, "num_values dim"],
+    indices: Int32[Array, "num_tokens top_m"],
+    weights: Float[Array, "num_tokens top_m 1"],
+    factors: Float[Array, "num_tokens dim"],
+    options: Options,
+) -> Float[Array, "num_values dim"]:
+    """Adds weight x factor to the row of each selection; in the dtype of the table."""
+    dtype = accumulation_dtype(table, weights, factors)
+
+    def accumulate(table_grad: Array, chunk: Any) -> tuple[Array, None]:
+        indices, weights, factors = chunk
+        rows_grad = weights.astype(dtype) * factors.astype(dtype)[:, None, :]
+        return _scatter_add_rows(table_grad, indices, rows_grad), None
+
+    zeros = jnp.zeros_like(table, dtype)
+    grads = scan_chunks(accumulate, zeros, (indices, weights, factors), options.chunk_size)
+    return grads[0].astype(table.dtype)
+
+
 def _token_gradients(
     values: Array, pre_values: Array | None, chunk: Any, options: Options, dtype: jnp.dtype
 ) -> tuple[Array, Array | None, Array, Array | None]:
