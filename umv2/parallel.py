@@ -112,17 +112,30 @@ def value_aggregation(
     return _call(operator, arrays, implementation, options)
 
 
+def row_products(
+    *arrays: Array, implementation: str = "auto", **options: Any
+) -> Float[Array, "t k"]:
+    """Calls `kernels_pallas.row_products` on the arrays of one device.
+
+    Raises:
+      ConfigError: as `value_aggregation`, whose implementation it takes.
+    """
+    operator = kernels_pallas.row_products
+    return _call(operator, arrays, implementation, options, "value_aggregation")
+
+
 def _call(
     operator: Callable[..., Any],
     arrays: tuple[Array | None, ...],
     implementation: str,
     options: dict[str, Any],
+    field: str | None = None,
 ) -> Any:
     name = None if implementation == "auto" else implementation
     try:
         return operator(*arrays, implementation=name, **options)
     except UnsupportedError as error:
-        field = f"model.memory.{operator.__name__}={implementation!r}"
+        field = f"model.memory.{field or operator.__name__}={implementation!r}"
         raise ConfigError(f"{field}: {error}") from error
 
 
