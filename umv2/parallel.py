@@ -6,7 +6,7 @@ replicated over it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -122,6 +122,13 @@ def row_products(
     """
     operator = kernels_pallas.row_products
     return _call(operator, arrays, implementation, options, "value_aggregation")
+
+
+def activate(
+    x: Float[Array, "*shape"], activation: Literal["gelu", "silu", "relu"] | None
+) -> Float[Array, "*shape"]:
+    """Returns the activation of pre-scores, exactly as `value_aggregation` applies it."""
+    return kernels_pallas.activate(x, activation)
 
 
 def _call(

@@ -1,5 +1,6 @@
 """Weighted sums of a few rows of a large table, and their gradients."""
 
+from kernels_pallas.value_aggregation.activation import activate
 from kernels_pallas.value_aggregation.api import (
     value_aggregation,
     value_aggregation_row_gradients,
@@ -7,4 +8,10 @@ from kernels_pallas.value_aggregation.api import (
 from kernels_pallas.value_aggregation.row_products import row_products
 from kernels_pallas.value_aggregation.table_gradient import RowGradients
 
-__all__ = ["RowGradients", "row_products", "value_aggregation", "value_aggregation_row_gradients"]
+__all__ = [
+    "RowGradients",
+    "activate",
+    "row_products",
+    "value_aggregation",
+    "value_aggregation_row_gradients",
+]

@@ -5,7 +5,6 @@ that is ever held. The backward pass fetches the rows again rather than saving t
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,8 +13,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.common import scan_chunks
+from kernels_pallas.value_aggregation.activation import activate
 from kernels_pallas.value_aggregation.options import Options
-from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
+from kernels_pallas.value_aggregation.reference import accumulation_dtype
 from kernels_pallas.value_aggregation.table_gradient import (
     RowGradients,
     sort_selections,
@@ -62,7 +62,7 @@ def forward(
         if pre_values is not None:
             pre_rows = _fetch_rows(pre_values, indices, dtype)
             pre_scores = _einsum("tkp,tp->tk", pre_rows, pre_inputs.astype(dtype))
-            weights *= _activate(pre_scores, activation)[:, :, None]
+            weights *= activate(pre_scores, activation)[:, :, None]
         rows = _split_cores(_fetch_rows(values, indices, dtype), num_cores)
         return None, _einsum("tksc,tkcd->tscd", _to_slots(weights, slots, num_slots), rows)
 
@@ -214,7 +214,7 @@ def _token_gradients(
 
     pre_rows = _fetch_rows(pre_values, indices, dtype)
     pre_scores = _einsum("tkp,tp->tk", pre_rows, pre_inputs.astype(dtype))
-    gates, activation_vjp = jax.vjp(lambda x: _activate(x, activation), pre_scores)
+    gates, activation_vjp = jax.vjp(lambda x: activate(x, activation), pre_scores)
     (pre_scores_grad,) = activation_vjp(jnp.sum(weights_grad * scores, axis=-1))
     pre_inputs_grad = _einsum("tk,tkp->tp", pre_scores_grad, pre_rows)
     gates = gates[:, :, None]
@@ -229,18 +229,6 @@ def _fetch_rows(table: Array, indices: Array, dtype: jnp.dtype) -> Array:
 
 def _scatter_add_rows(table: Array, indices: Array, rows: Array) -> Array:
     return table.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def _activate(x: Array, activation: Activation | None) -> Array:
-    match activation:
-        case None:
-            return x
-        case "gelu":
-            return _gelu(x)
-        case "silu":
-            return jax.nn.silu(x)
-        case "relu":
-            return jax.nn.relu(x)
 
 
 def _split_cores(rows: Array, num_cores: int) -> Array:
@@ -267,17 +255,3 @@ def _from_slots(slot_weights: Array, slots: Array | None) -> Array:
     return jnp.take_along_axis(
         slot_weights, slots[:, :, None, None], axis=2, mode="promise_in_bounds"
     )[:, :, 0, :]
-
-
-@jax.custom_jvp
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-@_gelu.defjvp
-def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """Adds up Phi(x) + x phi(x): the derivative of jax 0.12's erf fails within shard_map."""
-    (x,), (tangent,) = primals, tangents
-    density = jnp.exp(-jnp.square(x) / 2) / math.sqrt(2 * math.pi)
-    slope = jax.lax.erfc(-x * math.sqrt(0.5)) / 2 + x * density
-    return _gelu(x), tangent * slope
