@@ -5,7 +5,7 @@ its Mosaic GPU kernels by name: the registers of a thread, and the bytes that it
 reports them (the most, of kernels of the same name). Compilation is complete, down to machine code
 for sm_90a. A case has
 
-    operator        "value_aggregation" or "product_key_top_k"
+    operator        "value_aggregation", "product_key_top_k" or "row_products"
     arguments       for each argument its [shape, dtype], or null
     implementation  one of the operator's
     options         keyword arguments that are no arrays; may be left out
@@ -66,11 +66,12 @@ def compiled(case: dict[str, Any]) -> Any:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from kernels_pallas.product_key_top_k import product_key_top_k
-    from kernels_pallas.value_aggregation import value_aggregation
+    from kernels_pallas.value_aggregation import row_products, value_aggregation
 
     operators: dict[str, Any] = {
         "value_aggregation": value_aggregation,
         "product_key_top_k": product_key_top_k,
+        "row_products": row_products,
     }
     operator = operators[case["operator"]]
     what, sharded = case["what"], case.get("sharded", ())

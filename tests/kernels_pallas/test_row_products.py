@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 from jax import Array
 from jax.interpreters import partial_eval as pe
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 from jax.test_util import check_grads
 from jax.typing import DTypeLike
 
 from kernels_pallas import UnsupportedError, row_products, value_aggregation
 from kernels_pallas.value_aggregation.reference import row_products_reference
+from tests.kernels_pallas.aot import CHIPS, FUSED_BYTES, run_cases
 from tests.kernels_pallas.conformance import PLATFORMS, interpreter
 from tests.kernels_pallas.test_value_aggregation import (
     assert_all_close,
@@ -230,10 +237,57 @@ def test_kernels_compute_what_is_asked_for_alone(backend: str) -> None:
         names = ("forward", "backward", "row_sums", "sum_slices")
         return {name for name in names if f"value_aggregation_{name}" in str(used)}
 
-    with interpreter(backend):
+    device = AbstractDevice("TPU v6 lite", 1, "tpu")  # tells the number of SparseCores
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         assert kernels(lambda x: row_products(**arrays | {"inputs": x}, **options)) == {"backward"}
         # The value is not asked for either: the gradient of a sum does without it.
         assert kernels(jax.grad(loss)) == {"forward"}
+
+
+@pytest.mark.slow
+def test_rows_of_three_columns_compile_for_every_tpu() -> None:
+    sizes = {"num_tokens": 300, "top_m": 6, "num_values": 512, "num_cores": 1, "value_dim": 8}
+    cases: list[dict[str, Any]] = [
+        {
+            "topology": chip,
+            "what": "row_products",
+            "table_dtype": dtype,
+            "pre_value_dim": 3,
+            **sizes,
+        }
+        for chip in CHIPS
+        for dtype in ("float32", "bfloat16")
+    ]
+    for case, result in zip(cases, run_cases("tpu_compile.py", *cases), strict=True):
+        assert result["kernels"] == ["value_aggregation_backward"], case
+        assert result["temporaries"] < FUSED_BYTES, case
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_the_h200() -> None:
+    columns = {"float32": 4, "bfloat16": 40}
+    cases: list[dict[str, Any]] = [
+        {
+            "operator": "row_products",
+            "implementation": "pallas_gpu",
+            "what": what,
+            "arguments": {
+                "table": [[512, dim], dtype],
+                "indices": [[300, 6], "int32"],
+                "inputs": [[300, dim], "float32"],
+            },
+        }
+        for dtype, dim in columns.items()
+        for what in ("forward", "grads")
+    ]
+    results = run_cases("gpu_compile.py", *cases, compiler="h200")
+    for case, result in zip(cases, results, strict=True):
+        kernels = {"value_aggregation_backward"}
+        if case["what"] == "grads":
+            kernels |= {"value_aggregation_forward", "value_aggregation_sum_slices"}
+            kernels |= {"value_aggregation_join_slices"}
+        assert result["kernels"].keys() == kernels, case
+        assert result["temporaries"] < FUSED_BYTES, case
 
 
 def test_the_implementation_is_chosen_as_that_of_value_aggregation() -> None:

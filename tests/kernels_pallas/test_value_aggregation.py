@@ -155,6 +155,8 @@ def test_activations_and_slots_match_the_reference(
         {"num_cores": 3, "num_slots": 2},
         {"num_cores": 2, "pre_value_dim": 0},
         {"num_cores": 1, "pre_value_dim": 0, "num_slots": 3},
+        {"value_dim": 3, "num_cores": 1, "pre_value_dim": 3},
+        {"value_dim": 3, "num_cores": 3, "num_slots": 2, "pre_value_dim": 1},
         {"top_m": 1},
         {"num_tokens": 1},
         {"num_tokens": 1, "top_m": 1, "num_values": 1, "num_cores": 1, "value_dim": 1},

@@ -4,6 +4,7 @@ CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and ar
 `aot.py` runs it in a process of its own, because libtpu serves one process at a time.
 """
 
+import functools
 import json
 import sys
 from typing import Any
@@ -14,7 +15,7 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
-from kernels_pallas.value_aggregation import value_aggregation
+from kernels_pallas.value_aggregation import row_products, value_aggregation
 
 TABLES = ("values", "pre_values")
 
@@ -85,6 +86,12 @@ def compiled(case: dict[str, Any]) -> Any:
         name: row_major(x.ndim, x.dtype, sharding, reverse=name in ("indices", "scores"))
         for name, x in inputs.items()
     }
+    if what == "row_products":
+        names = ("pre_values", "indices", "pre_inputs")
+        products = functools.partial(row_products, implementation="pallas_tpu", platform="tpu")
+        in_shardings = tuple(formats[name] for name in names)
+        jitted = jax.jit(products, in_shardings=in_shardings)
+        return jitted.lower(*(inputs[name] for name in names)).compile()
     if what == "mapped":
         inputs = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in inputs.items()}
         return jax.jit(jax.vmap(forward), in_shardings=sharding).lower(inputs).compile()
