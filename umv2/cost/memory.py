@@ -1,4 +1,4 @@
-"""What the compiler says of one program: memory of a device, and its estimate of the work."""
+"""What the compiler says of a program: the memory of one device, and an estimate of its work."""
 
 import dataclasses
 
@@ -7,10 +7,15 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that one device holds while it runs a program; None: the compiler does not say.
+    """Bytes that one device holds while it runs a program.
 
-    `aliased` bytes of the outputs lie in donated arguments. `peak` counts arguments, outputs and
-    temporaries at their worst moment; `code` is the program itself.
+    Attributes:
+      arguments: parameters, state and batch, as they are divided over devices.
+      outputs: of which `aliased` lie in donated arguments and need no room of their own.
+      temporaries: in the memory that also holds arguments (HBM), not in that of the core.
+      code: the program itself; CPU and GPU compilers do not say.
+      peak: the compiler's own figure for the worst moment, or None. The TPU compilers count what
+        lies in the core's own memory (VMEM) too, so it can be above `total`.
     """
 
     arguments: int
@@ -22,7 +27,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Arguments, outputs that lie in no argument, temporaries and code, as if all at once."""
+        """Arguments, outputs that lie in none of them, temporaries and code, all at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
     def as_dict(self) -> dict[str, int | None]:
@@ -32,10 +37,11 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The compiler's own estimate of one execution on one device; None: it gives none.
+    """The compiler's estimate of one execution on one device; None where it gives none.
 
-    `flops` and `bytes_accessed` count the body of a loop once on some backends: see `estimate`.
-    `seconds` is the model of an ideal machine and no measurement.
+    The body of a loop counts once however often it runs: true of CPU and TPU compilers, measured on
+    scans. Compilers for GPUs that are not attached give nothing. `seconds` is the time of an ideal
+    machine for the same single rounds, and no measurement.
     """
 
     flops: float | None
@@ -47,11 +53,28 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
-def memory(compiled: jax.stages.Compiled) -> Memory:
-    """Returns what one device holds while it runs the program."""
-    raise NotImplementedError
+def memory(compiled: jax.stages.Compiled) -> Memory | None:
+    """Returns what one device holds while it runs the program; None: the backend does not say."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        peak=getattr(stats, "peak_memory_in_bytes", 0) or None,
+    )
 
 
 def estimate(compiled: jax.stages.Compiled) -> Estimate:
     """Returns the compiler's estimate of the work of one device."""
-    raise NotImplementedError
+    figures = compiled.cost_analysis() or {}
+    # A part that has no estimate adds -1 (seconds), which the sum of the others does not outweigh.
+    known = {name: value for name, value in figures.items() if value >= 0}
+    return Estimate(
+        flops=known.get("flops"),
+        bytes_accessed=known.get("bytes accessed"),
+        seconds=known.get("optimal_seconds"),
+    )

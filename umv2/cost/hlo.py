@@ -1,0 +1,346 @@
+"""Programs as XLA prints them: computations, instructions, and how often loops run.
+
+The text of a compiled program (`jax.stages.Compiled.as_text()`) is what CPU, TPU and GPU compilers
+have in common, and what a test can store.
+"""
+
+import bisect
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+# "  ROOT %name = type opcode(operands), attributes"; a tuple's type ends at the first ") opcode(".
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
+_PARTITIONS = re.compile(r"^HloModule .*\bnum_partitions=(\d+)", re.MULTILINE)
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_SCALAR = re.compile(r"[a-z]\w*\[\]")
+_NAME = re.compile(r"%([\w.-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|condition|body|branch_computations|true_computation|false_computation"
+    r"|called_computations)=(?:%([\w.-]+)|\{([^}]*)\})"
+)
+_NUMBER_TYPE = re.compile(r"(s|u|f|bf|c)(\d+)(\w*)")  # f8e4m3fn
+_NUMBER_KINDS = {"s": "int", "u": "uint", "f": "float", "bf": "bfloat", "c": "complex"}
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_DIGITS = re.compile(r"\d+")
+
+# How scalars are computed, as far as the number of rounds of a loop needs it. What grows along a
+# line stays on one: `minimum` and its like, which bend it, are left out.
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "and": operator.and_,
+    "or": operator.or_,
+}
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "EQ": operator.eq,
+    "NE": operator.ne,
+}
+_UNCHANGED = (
+    "bitcast",
+    "convert",
+    "copy",
+    "copy-done",
+    "copy-start",
+    "optimization-barrier",
+    "reshape",
+)
+_MOST_ROUNDS = 2**40
+
+# A scalar, a tuple of values, or None: not known before the program runs.
+type Value = int | tuple["Value", ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayType:
+    """Element type, by XLA's name (bf16, s32, pred), and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numpy_name(self) -> str:
+        """The element type by its NumPy name."""
+        if found := _NUMBER_TYPE.fullmatch(self.dtype):
+            kind, size, variant = found.groups()
+            return _NUMBER_KINDS[kind] + size + (f"_{variant}" if variant else "")
+        return "bool" if self.dtype == "pred" else self.dtype
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element; 0 for tokens."""
+        if self.dtype == "token":
+            return 0
+        digits = _DIGITS.search(self.dtype)
+        return int(digits.group()) if digits else 8  # pred
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements, without padding."""
+        return -(-functools.reduce(operator.mul, self.shape, self.bits) // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `rest` is what stands behind the opening bracket of operands."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+    is_root: bool
+
+    @functools.cached_property
+    def _split(self) -> tuple[str, str]:
+        depth = 1
+        for match in re.finditer(r"[()]", self.rest):
+            depth += 1 if match.group() == "(" else -1
+            if not depth:
+                return self.rest[: match.start()], self.rest[match.end() :]
+        raise ValueError(f"the operands of %{self.name} do not end on its line")
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands."""
+        return tuple(_NAME.findall(self._split[0]))
+
+    @property
+    def literal(self) -> str:
+        """What stands in the brackets of a constant, a parameter."""
+        return self._split[0]
+
+    @property
+    def attributes(self) -> str:
+        """What stands behind the operands."""
+        return self._split[1]
+
+    @functools.cached_property
+    def called(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the computations that it calls, by attribute."""
+        return {
+            match.group(1): tuple(_NAME.findall(match.group(0)))
+            for match in _CALLED.finditer(self.attributes)
+        }
+
+    def attribute(self, name: str, pattern: str) -> str:
+        """Returns what matches the pattern behind `name=`; "" where nothing does."""
+        found = re.search(rf"\b{name}=({pattern})", self.attributes)
+        return found.group(1) if found else ""
+
+
+class Computation:
+    """Instructions by name, in the order they are printed."""
+
+    def __init__(self, name: str, instructions: Sequence[Instruction]):
+        self.name = name
+        self.instructions = {instruction.name: instruction for instruction in instructions}
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        """The instruction that gives the result: the last one, where none is marked."""
+        marked = [i for i in self.instructions.values() if i.is_root]
+        return marked[0] if marked else list(self.instructions.values())[-1]
+
+    @functools.cached_property
+    def users(self) -> Mapping[str, tuple[Instruction, ...]]:
+        """The instructions that use the one of a name."""
+        users: dict[str, tuple[Instruction, ...]] = {}
+        for instruction in self.instructions.values():
+            for name in instruction.operands:
+                users[name] = (*users.get(name, ()), instruction)
+        return users
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations by name, and the number of devices that run the program together."""
+
+    entry: Computation
+    computations: Mapping[str, Computation]
+    num_devices: int
+
+    @functools.cached_property
+    def fused(self) -> frozenset[str]:
+        """Names of the computations that fusions call."""
+        return frozenset(
+            called.name
+            for computation in self.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode == "fusion"
+            for called in self.called(instruction)
+        )
+
+    def operand_types(self, computation: Computation, names: Sequence[str]) -> list[ArrayType]:
+        """Returns the types of instructions that give arrays."""
+        types = [computation.instructions[name].type for name in names]
+        return [array for text in types for array in array_types(text)]
+
+    def trip_count(self, loop: Instruction, state: Value) -> int | None:
+        """Returns how often the body of a `while` runs, from the state that it starts with.
+
+        Where the compiler has not recorded it, follows what the loop carries: the condition is
+        asked about a state in which whatever grows by the same step in the first two rounds has
+        gone on to do so.
+
+        Returns:
+          None where it depends on data.
+        """
+        if known := _TRIP_COUNT.search(loop.attributes):
+            return int(known.group(1))
+        first = self.after_round(loop, state)
+        second = self.after_round(loop, first)
+        (condition,) = self.called(loop, "condition")
+
+        def goes_on(rounds: int) -> Value:
+            reached = _extrapolated(state, first, second, rounds)
+            return Evaluation(self, condition, [reached]).value(condition.root)
+
+        return _first_false(goes_on)
+
+    def after_round(self, loop: Instruction, state: Value) -> Value:
+        """Returns the state that the body of a `while` leaves."""
+        (body,) = self.called(loop, "body")
+        return Evaluation(self, body, [state]).value(body.root)
+
+    def unchanged(self, loop: Instruction, state: Value) -> Value:
+        """Returns what of the state is known in every round of a `while`."""
+        return _kept(state, self.after_round(loop, state))
+
+    def called(self, instruction: Instruction, *attributes: str) -> list[Computation]:
+        """Returns the computations that an instruction names in these attributes, or in any."""
+        names = [instruction.called.get(a, ()) for a in attributes or instruction.called]
+        return [self.computations[name] for group in names for name in group]
+
+
+class Evaluation:
+    """Scalars of one run of a computation, as far as the arguments that are known decide them."""
+
+    def __init__(self, program: Program, computation: Computation, arguments: Sequence[Value]):
+        self._program = program
+        self._computation = computation
+        self._arguments = arguments
+        self._known: dict[str, Value] = {}
+
+    def value(self, instruction: Instruction) -> Value:
+        """Returns the value of an instruction."""
+        if instruction.name not in self._known:
+            self._known[instruction.name] = self._value(instruction)
+        return self._known[instruction.name]
+
+    def operands(self, instruction: Instruction) -> list[Value]:
+        """Returns the values of its operands."""
+        return [self.value(self._computation.instructions[name]) for name in instruction.operands]
+
+    def _value(self, instruction: Instruction) -> Value:
+        if not instruction.type.startswith("(") and not _SCALAR.match(instruction.type):
+            return None
+        value: Value = None
+        match instruction.opcode:
+            case "constant":
+                value = _scalar(instruction.literal)
+            case "parameter":
+                number = int(instruction.literal)
+                value = self._arguments[number] if number < len(self._arguments) else None
+            case "tuple":
+                value = tuple(self.operands(instruction))
+            case "get-tuple-element":
+                (whole,) = self.operands(instruction)
+                index = int(instruction.attribute("index", r"\d+"))
+                value = whole[index] if isinstance(whole, tuple) else None
+            case opcode if opcode in _UNCHANGED:
+                value = self.operands(instruction)[0]
+            case "compare":
+                compare = _COMPARISONS[instruction.attribute("direction", "[A-Z]+")]
+                value = _applied(compare, self.operands(instruction))
+            case opcode if opcode in _ARITHMETIC:
+                value = _applied(_ARITHMETIC[opcode], self.operands(instruction))
+            case "fusion" | "call":
+                (called,) = self._program.called(instruction, "calls", "to_apply")
+                operands = self.operands(instruction)
+                value = Evaluation(self._program, called, operands).value(called.root)
+            case "while":
+                value = self._program.unchanged(instruction, self.operands(instruction)[0])
+        return value
+
+
+def parse(text: str) -> Program:
+    """Parses the text of a compiled program.
+
+    Raises:
+      ValueError: it is not one.
+    """
+    computations: dict[str, Computation] = {}
+    entry = None
+    name, lines = "", list[Instruction]()
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            is_entry, name = found.groups()
+            lines = []
+            entry = name if is_entry else entry
+        elif line.startswith("}"):
+            computations[name] = Computation(name, lines)
+        elif found := _INSTRUCTION.match(line):
+            is_root, instruction, type_, opcode, rest = found.groups()
+            lines.append(Instruction(instruction, type_, opcode, rest, bool(is_root)))
+    if not text.startswith("HloModule ") or entry not in computations:
+        raise ValueError("the text is not that of a compiled program (Compiled.as_text())")
+    partitions = _PARTITIONS.search(text)
+    return Program(computations[entry], computations, int(partitions.group(1)) if partitions else 1)
+
+
+def array_types(text: str) -> tuple[ArrayType, ...]:
+    """Returns the arrays of a type, of a tuple one by one."""
+    return tuple(
+        ArrayType(dtype, tuple(map(int, _DIGITS.findall(shape))))
+        for dtype, shape in _ARRAY.findall(text)
+    )
+
+
+def _scalar(literal: str) -> int | None:
+    if literal in ("true", "false"):
+        return int(literal == "true")
+    return int(literal) if re.fullmatch(r"-?\d+", literal) else None
+
+
+def _applied(function: Callable[[int, int], int], operands: Sequence[Value]) -> int | None:
+    first, second = operands
+    if isinstance(first, int) and isinstance(second, int):
+        return int(function(first, second))
+    return None
+
+
+def _kept(before: Value, after: Value) -> Value:
+    """What is the same before and after; None where it is not."""
+    if isinstance(before, tuple) and isinstance(after, tuple):
+        return tuple(_kept(b, a) for b, a in zip(before, after, strict=True))
+    return before if before == after else None
+
+
+def _extrapolated(state: Value, first: Value, second: Value, rounds: int) -> Value:
+    """The state after many rounds, from the first three; None where it leaves the line."""
+    if isinstance(state, tuple) and isinstance(first, tuple) and isinstance(second, tuple):
+        parts = zip(state, first, second, strict=True)
+        return tuple(_extrapolated(*part, rounds) for part in parts)
+    if isinstance(state, int) and isinstance(first, int) and isinstance(second, int):
+        return state + rounds * (first - state) if second - first == first - state else None
+    return None
+
+
+def _first_false(goes_on: Callable[[int], Value]) -> int | None:
+    """The first round that does not go on; None where one is not known, or none is in sight."""
+    rounds = 0
+    while answer := goes_on(rounds):
+        rounds = 2 * rounds + 1
+        if rounds > _MOST_ROUNDS:
+            return None
+    if answer is None:
+        return None
+    return bisect.bisect_left(range(rounds), True, key=lambda earlier: not goes_on(earlier))
