@@ -6,6 +6,7 @@ field, its value and the rule.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -232,6 +233,7 @@ class Config:
         self.train.validate()
         self.optimizer.validate(self.train.num_steps)
         self.mesh.validate()
+        self._validate_divisions()
         memory = self.model.memory
         for name, family, layers in (
             ("tucker_penalty", "memory", "memory layers"),
@@ -252,6 +254,36 @@ class Config:
                 "loss.tucker_penalty",
                 self.loss.tucker_penalty,
                 "needs Tucker scoring of rank > 1: it acts on all but the first singular value",
+            )
+
+    def _validate_divisions(self) -> None:
+        """Raises ConfigError for a size that the axes of the mesh do not divide.
+
+        Value tables are not among them: `cost.exchange` chooses what divides them.
+        """
+        mesh, model = self.mesh, self.model
+        dense = ("fsdp", "memory") if mesh.parameters == "fsdp_and_memory" else ("fsdp",)
+        sizes: list[tuple[tuple[str, ...], str, int]] = [
+            (dense, "model.hidden_size", model.hidden_size),
+            (("tensor",), "model.vocab_size", model.vocab_size),
+            (("tensor",), "model.num_heads", model.num_heads),
+            (("tensor",), "model.num_key_value_heads", model.num_key_value_heads),
+            (("tensor",), "model.ffn_size", model.ffn_size),
+        ]
+        match model.family:
+            case "memory":
+                sizes.append((dense, "model.memory.key_dim", model.memory.key_dim))
+                sizes.append((("tensor",), "data.sequence_length", self.data.sequence_length))
+            case "moe":
+                sizes.append((("memory", "tensor"), "model.moe.expert_size", model.moe.expert_size))
+        for axes, field, size in sizes:
+            parts = math.prod(getattr(mesh, axis) for axis in axes)
+            require(
+                size % parts == 0,
+                " x ".join(f"mesh.{axis}" for axis in axes),
+                parts,
+                f"must divide {field}={size}; {math.gcd(size, parts)} does, and {parts} divides"
+                f" {field}={-(-size // parts) * parts}",
             )
 
 

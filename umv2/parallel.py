@@ -1,57 +1,185 @@
 """The device mesh, and the one place where per-device code is cut out of the global program.
 
-The mesh has explicit axes: every array's sharding is part of its type, so a missing collective is
-an error at tracing time and not a silent gather. `replica` divides the batch; parameters are
-replicated over it.
+The mesh has four axes, of size 1 where they are not in use. All are explicit: every array's
+sharding is part of its type, so a missing collective is an error at tracing time and not a silent
+gather.
+
+    replica   divides the batch alone: for slow links, between slices or hosts
+    fsdp      divides the batch, and dense parameters where they are stored
+    memory    divides the batch, and value tables or experts where they are stored and used
+    tensor    divides heads, FFN and vocabulary; in memory layers, the sequence
+
+What divides which dimension of which parameter is said in `PARAMETER_AXES` and `rules`.
 """
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import kernels_pallas
 from kernels_pallas import UnsupportedError
+from kernels_pallas.common import vary_alike
 from umv2.config import ConfigError, MeshConfig
 
-REPLICA = "replica"
+REPLICA, FSDP, MEMORY, TENSOR = AXES = ("replica", "fsdp", "memory", "tensor")
+DATA_AXES = (REPLICA, FSDP, MEMORY)
+
+# The logical axes of each parameter's last dimensions; those before them are stacks of layers.
+# Optimizer moments have the same names under other prefixes.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(params|mu|nu)/(embedding|head)", ("vocabulary", "hidden")),
+    (r"attention/(query|key|value)", ("hidden", "heads")),
+    (r"attention/output", ("heads", "hidden")),
+    (r"ffn/(gate|up)", ("hidden", "ffn")),
+    (r"ffn/down", ("ffn", "hidden")),
+    (r"sparse/(query|pre|output_gate)", ("hidden", None)),
+    (r"sparse/output", (None, "hidden")),
+    (r"sparse/keys", (None, "key")),
+    (r"sparse/router", ("expert_hidden", None)),
+    (r"sparse/(gate|up)", (None, "expert_hidden", "expert")),
+    (r"sparse/down", (None, "expert", "expert_hidden")),
+    (r"store/(.*/)?(values|pre_values)", ("table", "row", "column")),
+)
 
 
-def create_mesh(config: MeshConfig, *batch_sizes: int) -> Mesh:
-    """Returns the mesh over all devices of all processes, or over the first `mesh.replica`.
+def create_mesh(
+    config: MeshConfig, *batch_sizes: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns the mesh over all devices of all processes, or over the first that it needs.
+
+    Neighbours on the interconnect become neighbours on the last axes; `replica` goes between the
+    slices of a job that has several.
 
     Args:
       config: the mesh section.
-      *batch_sizes: sequences of each kind of batch that the replicas will divide.
+      *batch_sizes: sequences of each kind of batch that will be divided.
+      devices: those of a topology to compile for; by default those that are there.
 
     Raises:
-      ConfigError: more replicas than devices, or a batch that they do not divide.
+      ConfigError: more devices than there are, or a batch that they do not divide.
     """
-    available = jax.device_count()
-    replicas = available if config.replica == -1 else config.replica
-    if replicas > available:
-        raise ConfigError(f"mesh.replica={replicas}: must be at most the {available} devices here")
+    devices = jax.devices() if devices is None else list(devices)
+    others = {FSDP: config.fsdp, MEMORY: config.memory, TENSOR: config.tensor}
+    group = math.prod(others.values())
+    replicas = max(1, len(devices) // group) if config.replica == -1 else config.replica
+    sizes = {REPLICA: replicas} | others
+    in_use = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
+    if replicas * group > len(devices):
+        raise ConfigError(
+            f"{in_use}: needs {replicas * group} devices, more than the {len(devices)} that are"
+            " there"
+        )
+    if replicas * group < len(devices) and jax.process_count() > 1:
+        raise ConfigError(
+            f"{in_use or 'mesh.replica=1'}: uses {replicas * group} of {len(devices)} devices;"
+            f" several processes must use all: mesh.replica={len(devices) // group} does"
+        )
+    shares = math.prod(sizes[axis] for axis in DATA_AXES)
     for batch_size in batch_sizes:
-        if batch_size % replicas:
+        if batch_size % shares:
             raise ConfigError(
-                f"mesh.replica={replicas}: must divide every batch, and one has {batch_size}"
-                " sequences (train.batch_size / train.gradient_accumulation, evaluation.batch_size)"
+                f"{in_use}: {shares} shares (replica x fsdp x memory) must divide every batch, and"
+                f" one has {batch_size} sequences (train.batch_size / train.gradient_accumulation,"
+                f" evaluation.batch_size); {-(-batch_size // shares) * shares} would do"
             )
-    devices = np.asarray(jax.devices()[:replicas])
-    return Mesh(devices, (REPLICA,), axis_types=(AxisType.Explicit,))
+    shape = tuple(sizes.values())
+    grid = _arranged(devices[: replicas * group], shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
+def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        if shape[0] % len(slices):
+            raise ConfigError(
+                f"mesh.replica={shape[0]}: must be a multiple of the {len(slices)} slices"
+            )
+        within = (shape[0] // len(slices), *shape[1:])
+        between = (len(slices), *(1 for _ in shape[1:]))
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def rules(config: MeshConfig) -> dict[str, tuple[str, ...]]:
+    """Returns the mesh axes that divide each logical axis of stored parameters."""
+    dense = (FSDP, MEMORY) if config.parameters == "fsdp_and_memory" else (FSDP,)
+    return {
+        "hidden": dense,
+        "key": dense,
+        "heads": (TENSOR,),
+        "ffn": (TENSOR,),
+        "vocabulary": (TENSOR,),
+        "expert_hidden": (FSDP,),
+        "expert": (MEMORY, TENSOR),
+        "table": (),
+        "row": (MEMORY,) if config.table_sharding == "rows" else (),
+        "column": (MEMORY,) if config.table_sharding == "columns" else (),
+    }
+
+
+def partition(
+    name: str,
+    shape: tuple[int, ...],
+    rules: Mapping[str, tuple[str, ...]],
+    sizes: Mapping[str, int],
+) -> PartitionSpec:
+    """Returns how a named array of the train state is divided.
+
+    Args:
+      name: "params/blocks/ffn/gate", or an optimizer moment's that ends in the same.
+      shape: all dimensions.
+      rules: of the function `rules`.
+      sizes: devices along each mesh axis; axes of size 1 divide nothing.
+
+    Raises:
+      ValueError: rules by which one mesh axis divides two dimensions, or two patterns that match.
+    """
+    found = [axes for pattern, axes in PARAMETER_AXES if re.search(f"(^|/){pattern}$", name)]
+    if len(found) > 1:
+        raise ValueError(f"{name!r} matches several patterns of PARAMETER_AXES: {found}")
+    logical = (
+        (None,) * len(shape) if not found else (None,) * (len(shape) - len(found[0])) + found[0]
+    )
+    divided: list[tuple[str, ...]] = []
+    for axis in logical:
+        over = tuple(a for a in rules.get(axis or "", ()) if sizes[a] > 1)
+        divided.append(over)
+    used = [a for over in divided for a in over]
+    if len(used) != len(set(used)):
+        raise ValueError(f"rules divide two dimensions of {name} by one mesh axis: {divided}")
+    return PartitionSpec(*map(_entry, divided))
+
+
+def state_shardings(mesh: Mesh, config: MeshConfig, state: Any) -> Any:
+    """Returns the sharding of every leaf of a train state, or of a part of it.
+
+    Raises:
+      ValueError: tables to divide, and mesh.table_sharding is still "auto".
+    """
+    axes = rules(config)
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith("store/") and config.table_sharding == "auto" and config.memory > 1:
+            raise ValueError("mesh.table_sharding='auto': choose before arrays are divided")
+        return NamedSharding(mesh, partition(name, leaf.shape, axes, mesh.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(REPLICA))
+    return NamedSharding(mesh, PartitionSpec(DATA_AXES))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
@@ -80,12 +208,125 @@ def local_to_global(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(assemble, tree)
 
 
+def on_mesh() -> bool:
+    """Whether code is traced for a mesh, and not for one device or one device's part."""
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def spec(array: Array) -> PartitionSpec:
+    """Returns how an array is divided; entries of a tuple or a name for each dimension."""
+    return jax.typeof(array).sharding.spec
+
+
+def create[T](function: Callable[[], T], shardings: Any) -> T:
+    """Computes new arrays divided as they are to be stored, with no device holding one whole."""
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))()
+
+
+def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
+    """Returns a parameter that the given axes no longer divide: what a device computes with.
+
+    The gradient goes back to where the parts are stored.
+    """
+    if not on_mesh():
+        return parameter
+    kept = [tuple(a for a in _axes(entry) if a not in over) for entry in spec(parameter)]
+    return jax.sharding.reshard(parameter, PartitionSpec(*map(_entry, kept)))
+
+
+def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """Returns x @ weight in the dtype of x, the weight gathered in that dtype.
+
+    Divided as x is, but for the last axis, which is divided as the weight's is; summed over devices
+    where the contracted axis is divided.
+    """
+    weight = gathered(weight.astype(x.dtype))
+    if not on_mesh():
+        return jnp.einsum("...i,io->...o", x, weight)
+    out = PartitionSpec(*spec(x)[:-1], spec(weight)[-1])
+    return jnp.einsum("...i,io->...o", x, weight, out_sharding=out)
+
+
 def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Returns `table[ids]`, divided over devices as the ids are."""
-    spec = jax.typeof(ids).sharding.spec
-    if jax.sharding.get_abstract_mesh().empty:
+    if not on_mesh():
         return table[ids]
-    return table.at[ids].get(out_sharding=PartitionSpec(*spec, None))
+    table = gathered(table)
+    out = PartitionSpec(*spec(ids), None)
+    if spec(table)[0] is None:
+        return table.at[ids].get(out_sharding=out)
+
+    def per_device(part: Array, ids: Array) -> Array:
+        own = ids - jax.lax.axis_index(TENSOR) * len(part)
+        present = (own >= 0) & (own < len(part))
+        rows = jnp.where(present[..., None], part[jnp.where(present, own, 0)], 0)
+        return jax.lax.psum(rows, TENSOR)
+
+    return map_per_device(per_device, table, ids, out_specs=out)
+
+
+def map_per_device(function: Callable[..., Any], *arguments: Any, out_specs: Any) -> Any:
+    """Runs a function of one device's arrays on every device's parts, divided as they are."""
+    if not on_mesh():
+        return function(*arguments)
+    in_specs = jax.tree.map(spec, arguments)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*arguments)
+
+
+def split_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Divides the sequence over `tensor`, whose devices hold the same tokens.
+
+    A sequence that it does not divide, as when decoding, stays: the devices do the same work.
+    """
+    if not on_mesh():
+        return x
+    size = jax.sharding.get_abstract_mesh().shape[TENSOR]
+    return x if x.shape[1] % size else jax.sharding.reshard(x, PartitionSpec(DATA_AXES, TENSOR))
+
+
+def join_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Undoes `split_sequence`."""
+    return jax.sharding.reshard(x, PartitionSpec(DATA_AXES)) if on_mesh() else x
+
+
+def table_layout(values: Float[Array, "*l n v"]) -> Literal["whole", "rows", "columns"]:
+    """Returns what `memory` divides of a value table."""
+    if not on_mesh():
+        return "whole"
+    rows, columns = (MEMORY in _axes(entry) for entry in spec(values)[-2:])
+    return "rows" if rows else "columns" if columns else "whole"
+
+
+def divided(array: Array, axis: int) -> tuple[str, ...]:
+    """Returns the mesh axes that divide one dimension of an array."""
+    return _axes(spec(array)[axis]) if on_mesh() else ()
+
+
+def gather_tokens[T](tree: T, over: tuple[str, ...]) -> T:
+    """Joins, in one device's code, the tokens of the devices along `memory` if that is in `over`.
+
+    Those along `tensor` hold the same tokens.
+    """
+    if MEMORY not in over:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, MEMORY, tiled=True), tree)
+
+
+def scatter_tokens(x: Float[Array, "t d"], over: tuple[str, ...]) -> Float[Array, "t d"]:
+    """Adds up the devices' parts of joined tokens' outputs; each gets those of its own tokens."""
+    if TENSOR in over:
+        x = jax.lax.psum(x, TENSOR)
+    return jax.lax.psum_scatter(x, MEMORY, tiled=True) if MEMORY in over else x
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _entry(axes: tuple[str, ...]) -> Any:
+    """The entry of a PartitionSpec that names mesh axes."""
+    return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 def product_key_top_k(
@@ -153,21 +394,19 @@ def map_over_batch(
 
     Args:
       function: `(batched, shared) -> (outputs, sums)`, written for one device.
-      batched: pytree of arrays divided along their first axis.
-      shared: pytree of arrays that every device sees whole.
+      batched: pytree of [b, t, ...] arrays, all divided alike.
+      shared: pytree of arrays that every device sees as they are stored.
 
     Returns:
-      `outputs`, divided along their first axis, and `sums`, added over all devices.
+      `outputs`, [b, t, ...] and divided as `batched`, and `sums`, added over all tokens.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not on_mesh():
         return function(batched, shared)
+    tokens = PartitionSpec(*spec(jax.tree.leaves(batched)[0])[:2])
+    token_axes = tuple(axis for entry in tokens for axis in _axes(entry))
 
     def per_device(batched: Any, shared: Any) -> tuple[Any, Any]:
         outputs, sums = function(batched, shared)
-        return outputs, jax.lax.psum(sums, REPLICA)
+        return outputs, jax.lax.psum(sums, token_axes)
 
-    return jax.shard_map(
-        per_device,
-        in_specs=(PartitionSpec(REPLICA), PartitionSpec()),
-        out_specs=(PartitionSpec(REPLICA), PartitionSpec()),
-    )(batched, shared)
+    return map_per_device(per_device, batched, shared, out_specs=(tokens, PartitionSpec()))

@@ -468,8 +468,8 @@ def test_arms_differ_in_what_they_name() -> None:
 def test_the_store_has_the_drawn_deviation_and_one_table_for_each_layer(expansion: int) -> None:
     config = _config(num_layers=3, num_keys=20, key_expansion=expansion)
     store = memory.create_store(config, key=jax.random.key(1))
-    assert store.values.shape == (3 * 400, 12)
+    assert store.values.shape == (3, 400, 12)
     assert store.pre_values is not None
-    assert store.pre_values.shape == (3 * 400, 4)
+    assert store.pre_values.shape == (3, 400, 4)
     np.testing.assert_allclose(store.values.std(), 0.02, rtol=0.05)
     np.testing.assert_allclose(store.pre_values.std(), 0.02, rtol=0.05)

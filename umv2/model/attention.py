@@ -1,12 +1,13 @@
 """Causal self-attention with rotary positions and a key-value cache."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from umv2 import parallel
 from umv2.config import ModelConfig
 from umv2.model import initialization, layers
 from umv2.types import struct
@@ -62,12 +63,35 @@ class Attention(nnx.Module):
           The projected output, and the cache with the positions of x written into it.
         """
         query, keys = layers.linear(x, self.query[...]), layers.linear(x, self.key[...])
-        values = self._split(layers.linear(x, self.value[...]))
+        values = layers.linear(x, self.value[...])
+        position = jnp.asarray(position, jnp.int32)
         if self.normalised:
             query, keys = self.query_norm(query), self.key_norm(keys)
-        positions = position + jnp.arange(x.shape[1], dtype=jnp.int32)
+        shares: tuple[Any, Any] = (
+            (parallel.spec(query), None) if parallel.on_mesh() else (None, None)
+        )
+        if cache is not None and parallel.on_mesh():
+            shares = (shares[0], jax.tree.map(parallel.spec, cache))
+        attended, cache = parallel.map_per_device(
+            self._attend, query, keys, values, mask, cache, position, out_specs=shares
+        )
+        return layers.linear(attended, self.output[...]), cache
+
+    def _attend(
+        self,
+        query: Float[Array, "b t e"],
+        keys: Float[Array, "b t f"],
+        values: Float[Array, "b t f"],
+        mask: Bool[Array, "b 1 t t"] | None,
+        cache: KeyValueCache | None,
+        position: Int[Array, ""],
+    ) -> tuple[Float[Array, "b t e"], KeyValueCache | None]:
+        """Attends with the heads of one device."""
+        shape = query.shape
+        positions = position + jnp.arange(shape[1], dtype=jnp.int32)
         query = layers.rotate(self._split(query), positions, self.rope_theta)
         keys = layers.rotate(self._split(keys), positions, self.rope_theta)
+        values = self._split(values)
         if cache is None:
             attended = jax.nn.dot_product_attention(
                 query, keys, values, mask=mask, is_causal=True, implementation=self.implementation
@@ -84,8 +108,7 @@ class Attention(nnx.Module):
                 cache.values.astype(query.dtype),
                 mask=seen[None, None],
             )
-        flat = jnp.reshape(attended, x.shape[:2] + (-1,))
-        return layers.linear(flat, self.output[...]), cache
+        return attended.reshape(shape), cache
 
     def _split(self, x: Float[Array, "b t e"]) -> Float[Array, "b t h q"]:
         return jnp.reshape(x, x.shape[:2] + (-1, self.head_dim))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from umv2 import parallel
 from umv2.model import layers
 from umv2.types import struct
 
@@ -70,11 +71,11 @@ def mixture(
     """Returns the weighted sum over each token's experts: sum_j w_j Down(silu(Gate x) * Up x).
 
     Products are in the dtype of `x`, sums over a token's experts in float32 (float64 for float64
-    inputs). Reverse-mode differentiable only. Inside `jax.shard_map` the matrices may be the same
-    on all devices.
+    inputs). Reverse-mode differentiable only. Inside `jax.shard_map` tokens or matrices may be the
+    same on some devices.
     """
-    matrices = _vary_like(x, (gate, up, down))
-    return _mixture(x, weights.astype(x.dtype), matrices, dispatch)
+    arguments = (x, weights.astype(x.dtype), (gate, up, down), dispatch)
+    return _mixture(*parallel.vary_alike(arguments))
 
 
 @jax.custom_vjp
@@ -264,20 +265,3 @@ def _blocked_gradients(
     return _visit_blocks(
         visit, zeros, group_sizes, num_rows=len(out_grad), max_block_rows=max_block_rows
     )
-
-
-def _vary_like(x: Array, matrices: Any) -> Any:
-    """Makes matrices vary over the manual axes of `shard_map` that `x` varies over.
-
-    JAX then sums their gradients over the devices; a custom derivative must leave that to it.
-    """
-
-    def vary(matrix: Array) -> Array:
-        missing = _manual_axes(x) - _manual_axes(matrix)
-        return lax.pcast(matrix, tuple(sorted(missing)), to="varying") if missing else matrix
-
-    return jax.tree.map(vary, matrices)
-
-
-def _manual_axes(array: Array) -> frozenset[str]:
-    return jax.typeof(array).manual_axis_type.varying

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from umv2 import parallel
+
 
 class Buffer(nnx.Variable):
     """Saved state that no gradient reaches."""
@@ -37,7 +39,7 @@ def linear(
     x: Float[Array, "*b i"], weight: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "*b o"]:
     """Returns x @ weight (+ bias) in the dtype of x."""
-    y = jnp.einsum("...i,io->...o", x, weight.astype(x.dtype))
+    y = parallel.linear(x, weight)
     return y if bias is None else y + _with_rank(bias, y.ndim).astype(x.dtype)
 
 

@@ -5,6 +5,8 @@ UltraMemV2 (arXiv 2508.18756, section 3) and its predecessors are one layer: Ult
 differ from it in the fields of `MemoryConfig` that configs/families.py sets.
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -14,25 +16,26 @@ from jaxtyping import Array, Float, Int, Key
 
 from umv2 import parallel
 from umv2.config import ModelConfig
-from umv2.model import initialization, layers, retrieval
+from umv2.model import exchange, initialization, layers, retrieval
 from umv2.types import LayerStats, struct
 
 
 @struct
 class ValueStore:
-    """All value tables of a model, one after another; the only owner of these arrays.
+    """All value tables of a model, or one of them; the only owner of these arrays.
 
-    A row is a Pre-value, which gates a selected value by its product with the projected input, and
-    a Value, which is added up (Eq. 13-15). `pre_values` is None where pre_value_dim is 0.
+    Rows are numbered through all tables. A row is a Pre-value, which gates a selected value by its
+    product with the projected input, and a Value, which is added up (Eq. 13-15). `pre_values` is
+    None where pre_value_dim is 0.
     """
 
-    values: Float[Array, "*l rows v"]
-    pre_values: Float[Array, "*l rows p"] | None
+    values: Float[Array, "*l n v"]
+    pre_values: Float[Array, "*l n p"] | None
 
     @property
     def num_rows(self) -> int:
         """Rows that an index may name."""
-        return self.values.shape[-2]
+        return math.prod(self.values.shape[:-1])
 
 
 @struct
@@ -44,14 +47,14 @@ class StoreWindow:
 
 
 def create_store(config: ModelConfig, *, key: Key[Array, ""]) -> ValueStore:
-    """Draws the value tables of all memory layers: [L_mem * N, D_v] and [L_mem * N, D_p]."""
+    """Draws the value tables of all memory layers: [L_mem, N, D_v] and [L_mem, N, D_p]."""
     memory = config.memory
     std = initialization.memory_initialization(config).values_std
-    rows = len(config.placements) * memory.num_values
+    rows = (len(config.placements), memory.num_values)
     pre_values = None
     if memory.pre_value_dim:
-        pre_values = layers.normal(key, "pre_values", (rows, memory.pre_value_dim), std)
-    values = layers.normal(key, "values", (rows, memory.value_dim), std)
+        pre_values = layers.normal(key, "pre_values", (*rows, memory.pre_value_dim), std)
+    values = layers.normal(key, "values", (*rows, memory.value_dim), std)
     return ValueStore(values=values, pre_values=pre_values)
 
 
@@ -131,18 +134,28 @@ class MemoryLayer(nnx.Module):
           store: this layer's window of the value tables; rows of other layers may be in it.
         """
         memory = self.config
+        x = parallel.split_sequence(x)
         query = layers.linear(x, self.query[...], self._optional("query_bias"))
         pre_inputs = None
         if memory.pre_value_dim:
             pre_inputs = layers.linear(x, self.pre[...]) if memory.has_pre_projection else x
-        shared = (self._retrieval_arrays(), store.store, jnp.asarray(store.start, jnp.int32))
-        pooled, sums = parallel.map_over_batch(self._look_up, (query, pre_inputs), shared)
+        start = jnp.asarray(store.start, jnp.int32)
+        pooled, sums = parallel.map_over_batch(
+            functools.partial(
+                self._look_up,
+                layout=parallel.table_layout(store.store.values),
+                num_rows=store.store.num_rows,
+            ),
+            (query, pre_inputs),
+            (self._retrieval_arrays(), store.store, start),
+        )
         y = pooled.astype(x.dtype)
         if memory.output_gate == "silu":
             gate = layers.linear(x, self.output_gate[...], self._optional("output_gate_bias"))
             y = y * jax.nn.silu(gate)
         if memory.projection != "none":
             y = layers.linear(y, self.output[...], self._optional("output_bias"))
+        y = parallel.join_sequence(y)
         selections = x.shape[0] * x.shape[1] * memory.num_heads
         stats = LayerStats(
             balance_loss=retrieval.balance_loss(*sums["balance"]),
@@ -160,10 +173,13 @@ class MemoryLayer(nnx.Module):
         return getattr(self, name)[...] if hasattr(self, name) else None
 
     def _retrieval_arrays(self) -> dict[str, Any]:
-        names = ("keys", "key_norm", "query_norm", "query_norm_bias", "cores", "core_u", "core_v")
-        return {name: self._optional(name) for name in (*names, "shuffle")}
+        names = ("key_norm", "query_norm", "query_norm_bias", "cores", "core_u", "core_v")
+        arrays = {name: self._optional(name) for name in (*names, "shuffle")}
+        return arrays | {"keys": parallel.gathered(self.keys[...])}
 
-    def _look_up(self, batched: tuple, shared: tuple) -> tuple[Float[Array, "b t e"], dict]:
+    def _look_up(
+        self, batched: tuple, shared: tuple, *, layout: exchange.Layout, num_rows: int
+    ) -> tuple[Float[Array, "b t e"], dict]:
         """Retrieves and pools the rows for one device's tokens."""
         memory, (query, pre_inputs), (weights, store, start) = self.config, batched, shared
         batch, length = query.shape[:2]
@@ -191,22 +207,25 @@ class MemoryLayer(nnx.Module):
         )
         virtual = retrieval.virtual_addresses(grid, weights["shuffle"])
         block, visible, rows = retrieval.table_rows(
-            virtual, start, num_visible=memory.num_visible, num_rows=store.num_rows
+            virtual, start, num_visible=memory.num_visible, num_rows=num_rows
         )
         value_weights = retrieval.value_weights(
             scores, memory.score_activation, num_heads=memory.num_heads
         )
-        pooled = parallel.value_aggregation(
-            store.values,
+        tables = jax.tree.map(lambda table: table.reshape(-1, *table.shape[-2:]), store)
+        pooled = exchange.aggregate(
+            layout,
+            tables.values,
             rows,
             value_weights,
-            pre_values=store.pre_values,
+            pre_values=tables.pre_values,
             pre_inputs=None if pre_inputs is None else pre_inputs.reshape(num_tokens, -1),
             activation=None if memory.activation == "none" else memory.activation,
             slots=block if memory.num_slots > 1 else None,
             num_slots=memory.num_slots,
             chunk_size=memory.chunk_tokens or None,
             implementation=memory.value_aggregation,
+            dtype=query.dtype,
         )
         key_scores = retrieval.product_key_scores(query, keys)
         shortlisting = retrieval.shortlist_scores(key_scores, u, v)

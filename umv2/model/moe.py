@@ -68,8 +68,15 @@ class MixtureOfExperts(nnx.Module):
           store: none; experts have no value tables.
         """
         del store
-        matrices = [parameter[...] for parameter in (self.router, self.gate, self.up, self.down)]
-        y, sums = parallel.map_over_batch(self._mix, x, matrices)
+        router = parallel.gathered(self.router[...])
+        matrices = [
+            parallel.gathered(p[...], (parallel.FSDP,)) for p in (self.gate, self.up, self.down)
+        ]
+        y, sums = parallel.map_over_batch(
+            functools.partial(self._mix, divided=parallel.divided(matrices[0], axis=-1)),
+            x,
+            [router, *matrices],
+        )
         num_tokens = math.prod(x.shape[:2])
         hits = sums.pop("hits")
         mean = jax.tree.map(lambda total: total / num_tokens, sums)
@@ -86,9 +93,14 @@ class MixtureOfExperts(nnx.Module):
         return y, stats
 
     def _mix(
-        self, x: Float[Array, "b t d"], matrices: list[Array]
+        self, x: Float[Array, "b t d"], matrices: list[Array], *, divided: tuple[str, ...]
     ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
-        """Computes the output for one device's tokens, and sums over them."""
+        """Computes the output for one device's tokens, and sums over them.
+
+        Where the mesh axes `divided` divide the experts' inner size, every device works on its part
+        of all experts for the tokens of its group, so that no routing leaves a device idle; the
+        partial outputs are added up.
+        """
         router, *expert_matrices = matrices
         tokens = x.reshape(-1, x.shape[-1])
         # DEFAULT precision would round to bfloat16 on TPU, and so change which experts win.
@@ -100,15 +112,19 @@ class MixtureOfExperts(nnx.Module):
         )
         sizes = self.config
         routing = route(logits, top_k=sizes.top_k, renormalize=sizes.renormalize)
-        dispatch = experts.plan_dispatch(routing.choices, sizes.num_experts)
-        y = experts.mixture(tokens, routing.weights, dispatch, *expert_matrices)
+        work = parallel.gather_tokens(
+            (tokens, routing.weights.astype(x.dtype), routing.choices), divided
+        )
+        dispatch = experts.plan_dispatch(work[2], sizes.num_experts)
+        y = experts.mixture(work[0], work[1], dispatch, *expert_matrices)
+        y = parallel.scatter_tokens(y, divided)
         scores = jax.lax.stop_gradient(routing.weights)
         sums = {
             "probability": jnp.sum(routing.probabilities, axis=0),
             "squared_log_partition": jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
             "top_score": jnp.sum(scores[:, 0]),
             "last_score": jnp.sum(scores[:, -1]),
-            "hits": dispatch.group_sizes,
+            "hits": jnp.zeros(sizes.num_experts, jnp.int32).at[routing.choices].add(1),
         }
         return y.reshape(x.shape), sums
 

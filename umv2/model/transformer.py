@@ -197,7 +197,7 @@ class Transformer(nnx.Module):
         logits = jnp.einsum(
             "btd,vd->btv",
             x,
-            head[...].astype(dtype),
+            parallel.gathered(head[...].astype(dtype)),
             preferred_element_type=layers.accumulation_dtype(dtype),
         )
         return ModelOutput(
@@ -302,8 +302,7 @@ class Transformer(nnx.Module):
         """
         memory, count = self.config.memory, len(self.config.placements)
         if memory.sharing == "none":
-            tables = jax.tree.map(lambda table: table.reshape(count, -1, table.shape[-1]), store)
-            return None, {"table": tables, "start": jnp.zeros(count, jnp.int32)}
+            return None, {"table": store, "start": jnp.zeros(count, jnp.int32)}
         starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
         return store, {"start": jnp.asarray(starts * memory.num_values, jnp.int32)}
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
+from umv2 import parallel
 from umv2.config import Config, ModelConfig
 from umv2.model import layers
 from umv2.model.memory import ValueStore, create_store
@@ -78,8 +79,18 @@ def create_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
 
 
 def abstract_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
-    """Returns the shapes and dtypes of the state without creating it."""
-    return jax.eval_shape(lambda: create_state(config, optimizer))
+    """Returns the shapes and dtypes of the state, and its shardings on the mesh in use, if any."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.eval_shape(lambda: create_state(config, optimizer))
+    with jax.set_mesh(None):
+        state = jax.eval_shape(lambda: create_state(config, optimizer))
+    shardings = parallel.state_shardings(mesh, config.mesh, state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
 
 
 def refreshed_buffers(

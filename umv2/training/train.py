@@ -239,9 +239,9 @@ def _restore_or_create(
         logging.info("continuing after step %d", int(state.step))
         return state
     start = time.monotonic()
-    # Under the mesh, arrays come out as the step will return them, so that it compiles once.
-    create = jax.jit(lambda: create_state(config, optimizer))
-    state = jax.block_until_ready(create())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer))
+    state = parallel.create(lambda: create_state(config, optimizer), shardings)
+    jax.block_until_ready(state)
     logging.info("created the state in %.1f s", time.monotonic() - start)
     return state
 
