@@ -79,7 +79,7 @@ def _place(layout: exchange.Layout, mesh: Mesh, arrays: dict[str, Any]) -> dict[
 
 def _on_devices(function: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a function of one device's (floats, integers) on all devices of the mesh."""
-    return lambda *arrays: jax.shard_map(function, out_specs=_TOKENS)(*arrays)
+    return jax.shard_map(function, out_specs=_TOKENS)
 
 
 def _output_and_gradients(

@@ -16,6 +16,7 @@ array is scattered, and so on.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -96,46 +97,43 @@ def aggregate(
     return exchange(*_varying(arrays, axis), options).astype(accumulation)
 
 
-def column_fault(value_dim: int, pre_value_dim: int, num_cores: int, size: int) -> str | None:
-    """Returns why `size` devices cannot divide tables by columns, or None if they can.
+def column_sizes(value_dim: int, pre_value_dim: int, num_cores: int) -> list[int]:
+    """Returns the numbers of devices that can divide tables by columns, in rising order.
 
-    The rule that is broken, and the number of devices nearest to `size` that breaks none.
+    They divide both tables, and a device holds columns of one core, or of whole cores.
     """
+    divisors = _divisors(math.gcd(value_dim, pre_value_dim))
+    return [size for size in divisors if size % num_cores == 0 or num_cores % size == 0]
 
-    def fault(size: int) -> str | None:
-        for name, dim in (("value_dim", value_dim), ("pre_value_dim", pre_value_dim)):
-            if dim % size:
-                return f"must divide model.memory.{name}={dim}"
-        if size % num_cores and num_cores % size:
-            return (
-                f"must be a divisor or a multiple of model.memory.num_cores={num_cores}, for a"
-                " device holds columns of one core, or of whole cores"
-            )
-        return None
 
-    return _with_nearest(fault, size, value_dim)
+def row_sizes(num_values: int) -> list[int]:
+    """Returns the numbers of devices that can divide tables by rows, in rising order."""
+    return _divisors(num_values)
+
+
+def column_fault(value_dim: int, pre_value_dim: int, num_cores: int, size: int) -> str | None:
+    """Returns why `size` devices cannot divide tables by columns, with a size that can, or None."""
+    sizes = column_sizes(value_dim, pre_value_dim, num_cores)
+    rule = f"value_dim={value_dim} and pre_value_dim={pre_value_dim}"
+    if num_cores > 1:
+        rule += f", and be a divisor or a multiple of num_cores={num_cores}"
+    return _fault(size, sizes, rule)
 
 
 def row_fault(num_values: int, size: int) -> str | None:
-    """Returns why `size` devices cannot divide tables by rows, or None if they can.
-
-    The rule that is broken, and the number of devices nearest to `size` that does not break it.
-    """
-
-    def fault(size: int) -> str | None:
-        return f"must divide the {num_values} rows of a table" if num_values % size else None
-
-    return _with_nearest(fault, size, num_values)
+    """Returns why `size` devices cannot divide tables by rows, with a size that can, or None."""
+    return _fault(size, row_sizes(num_values), f"the {num_values} rows of a table")
 
 
-def _with_nearest(fault: Callable[[int], str | None], size: int, largest: int) -> str | None:
-    """The fault of a size, with the nearest one that has none; 1 has none."""
-    if (broken := fault(size)) is None:
+def _fault(size: int, sizes: list[int], rule: str) -> str | None:
+    if size in sizes:
         return None
-    # 1 works, so no size is further away than that.
-    near = (other for step in range(size) for other in (size - step, size + step))
-    nearest = next(other for other in near if other <= largest and fault(other) is None)
-    return f"{broken}; {nearest} would do"
+    return f"must divide {rule}; {min(sizes, key=lambda other: abs(other - size))} would do"
+
+
+def _divisors(number: int) -> list[int]:
+    small = [m for m in range(1, math.isqrt(number) + 1) if number % m == 0]
+    return sorted({*small, *(number // m for m in small)})
 
 
 # --- columns ---
@@ -173,7 +171,7 @@ def _columns(
         weights = weights * gates[:, :, None]
     weights = _own_weights(weights.astype(options.dtype), axis)
     if slots is not None:
-        slots = lax.all_gather(slots.astype(_smallest(num_slots)), axis, tiled=True)
+        slots = lax.all_gather(slots.astype(smallest_dtype(num_slots)), axis, tiled=True)
         slots = slots.astype(jnp.int32)
     pooled = _value_aggregation(values, None, rows, weights, None, slots, options)
     pooled = pooled.astype(options.dtype).reshape(-1, num_slots, values.shape[-1])
@@ -299,7 +297,7 @@ def _round(
     weights = weights.reshape(-1, num_cores).astype(options.dtype)
     weights = jnp.where(sent[:, :, None], weights[routing.order[place]], 0)
     ends = jnp.clip(routing.ends - number * room, 0, room)
-    counts = jnp.diff(ends, prepend=0, axis=1).astype(_smallest(top_m + 1))
+    counts = jnp.diff(ends, prepend=0, axis=1).astype(smallest_dtype(top_m + 1))
 
     exchange = functools.partial(
         lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True
@@ -464,8 +462,8 @@ def _flat(table: Float[Array, "l n d"]) -> Float[Array, "ln d"]:
     return table.reshape(-1, table.shape[-1])
 
 
-def _smallest(num_values: int) -> np.dtype:
-    """The smallest integer type that holds 0, ..., num_values - 1."""
+def smallest_dtype(num_values: int) -> np.dtype:
+    """Returns the smallest integer type that holds 0, ..., num_values - 1."""
     return np.min_scalar_type(num_values - 1)
 
 

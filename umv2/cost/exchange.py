@@ -1,0 +1,207 @@
+"""What value tables that are divided over devices cost: bytes exchanged, and bytes held.
+
+The counterpart of `umv2.model.exchange`, collective by collective. Counted is what one device
+receives over the mesh axis `memory` when every collective moves as little as it can; tests hold it
+to what is read from compiled programs. Selections that do not fit into the first round of the
+layout "rows" are left out: an even load needs no second one.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax.numpy as jnp
+
+from umv2.config import ConfigError, MemoryConfig, ModelConfig
+from umv2.cost import accounting
+from umv2.model import exchange
+
+Layout = Literal["columns", "rows"]
+
+# A TPU holds a float32 table in tiles of this many rows and columns.
+_TILE_ROWS, _TILE_COLUMNS = 8, 128
+_MOMENTS = 2  # of AdamW, in float32 as the tables
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangedBytes:
+    """Bytes that one device receives in one memory layer, by kind of collective."""
+
+    forward: Mapping[str, int]
+    backward: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All bytes of a training step."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+
+def exchanged_bytes(
+    memory: MemoryConfig,
+    layout: Layout,
+    *,
+    size: int,
+    num_tokens: int,
+    itemsize: int,
+    remat: bool,
+) -> ExchangedBytes:
+    """Counts the bytes that one device receives in one memory layer.
+
+    Args:
+      memory: sizes of the layer.
+      layout: of the tables.
+      size: M, devices along the axis that divides them.
+      num_tokens: tokens of each device in one pass.
+      itemsize: bytes of an element of the compute dtype.
+      remat: whether the backward pass repeats the forward pass, exchanges included.
+    """
+    forward: collections.Counter[str] = collections.Counter()
+    backward: collections.Counter[str] = collections.Counter()
+
+    def count(kind: str, operand: int, gradient: str = "") -> None:
+        """Counts a collective of `operand` bytes a device, and the one that is its gradient."""
+        forward[kind] += _received(kind, operand, size)
+        if gradient == "reduce-scatter":  # of what was gathered
+            operand *= size
+        elif gradient == "all-gather":  # of the part that was kept
+            operand //= size
+        if gradient:
+            backward[gradient] += _received(gradient, operand, size)
+
+    selections = num_tokens * memory.num_selected
+    pre_inputs = num_tokens * memory.pre_value_dim * itemsize
+    pooled = num_tokens * memory.num_slots * memory.value_dim * itemsize
+    int32 = accounting.INT32_BYTES
+    if layout == "columns":
+        count("all-gather", selections * int32)  # ids
+        if memory.num_slots > 1:
+            count("all-gather", selections * exchange.smallest_dtype(memory.num_slots).itemsize)
+        if memory.pre_value_dim:
+            count("all-to-all", pre_inputs, "all-to-all")
+            count("reduce-scatter", size * selections * itemsize, "all-gather")  # pre-scores
+        weights = selections * itemsize
+        if memory.num_cores == 1:
+            count("all-gather", weights, "reduce-scatter")
+        else:
+            weights *= size * exchange.own_cores(memory.num_cores, size)
+            count("all-to-all", weights, "all-to-all")
+        count("all-to-all", size * pooled, "all-to-all")
+    else:
+        room = size * exchange.capacity(selections, size)
+        lines = size * num_tokens * memory.num_slots
+        count("all-reduce", int32)  # the number of rounds
+        count("all-to-all", room * int32)  # ids
+        count("all-to-all", lines * exchange.smallest_dtype(memory.num_selected + 1).itemsize)
+        count("all-to-all", room * memory.num_cores * itemsize, "all-to-all")  # weights
+        if memory.pre_value_dim:
+            count("all-gather", pre_inputs, "reduce-scatter")
+        count("reduce-scatter", size * pooled, "all-gather")
+    return ExchangedBytes(dict(forward), dict(backward + forward if remat else backward))
+
+
+def _received(kind: str, operand: int, size: int) -> int:
+    """Bytes that one of `size` devices receives through a collective on operands of these bytes."""
+    match kind:
+        case "all-gather":
+            return operand * (size - 1)
+        case "all-reduce":
+            return -(-2 * operand * (size - 1) // size)
+        case _:
+            return -(-operand * (size - 1) // size)
+
+
+def table_bytes(config: ModelConfig, layout: Layout, size: int) -> int:
+    """Returns the bytes of one device's part of all value tables, with their moments, on a TPU.
+
+    In float32. Rows are padded to 128 columns each, which narrow parts of columns pay dearly.
+    """
+    memory = config.memory
+    columns, rows = (size, 1) if layout == "columns" else (1, size)
+    padded_rows = _padded(memory.num_values // rows, _TILE_ROWS)
+    row = sum(
+        _padded(dim // columns, _TILE_COLUMNS) for dim in (memory.value_dim, memory.pre_value_dim)
+    )
+    copies = (1 + _MOMENTS) * len(config.placements)
+    return copies * padded_rows * row * accounting.FLOAT32_BYTES
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def choose(
+    config: ModelConfig, size: int, num_tokens: int, *, capacity: int | None = None
+) -> tuple[Layout, str]:
+    """Chooses how value tables are divided: by what exchanges fewer bytes, of what is possible.
+
+    Args:
+      config: of a model with memory layers.
+      size: mesh.memory, the devices that share the tables.
+      num_tokens: tokens of each device in one pass.
+      capacity: bytes that a device has for tables and moments; None: any.
+
+    Returns:
+      The layout, and a line that says why, with the figures.
+
+    Raises:
+      ConfigError: neither layout is possible; the message says why, and names sizes that are.
+    """
+    faults = {layout: _fault(config, layout, size, capacity) for layout in _sizes(config)}
+    possible = [layout for layout, fault in faults.items() if fault is None]
+    if not possible:
+        reasons = "; by ".join(f"{layout}: {fault}" for layout, fault in faults.items())
+        raise ConfigError(f"mesh.memory={size}: cannot divide the value tables. By {reasons}")
+    received = {
+        layout: exchanged_bytes(
+            config.memory,
+            layout,
+            size=size,
+            num_tokens=num_tokens,
+            itemsize=jnp.dtype(config.compute_dtype).itemsize,
+            remat=config.remat != "none",
+        ).total
+        for layout in possible
+    }
+    chosen = min(possible, key=received.__getitem__)
+
+    def figures(layout: Layout) -> str:
+        if faults[layout]:
+            return f"mesh.memory={size} {faults[layout]}"
+        held = table_bytes(config, layout, size)
+        return f"{received[layout] / 1e6:,.1f} MB a layer, tables of {held / 1e9:,.2f} GB"
+
+    (other,) = (layout for layout in faults if layout != chosen)
+    return chosen, (
+        f"mesh.table_sharding: {chosen} over mesh.memory={size} ({figures(chosen)};"
+        f" {other}: {figures(other)}). Received by a device with {num_tokens:,} tokens, forward and"
+        " backward; tables with moments, as padded on a TPU"
+    )
+
+
+def _sizes(config: ModelConfig) -> dict[Layout, list[int]]:
+    """The numbers of devices that can divide the tables, by layout."""
+    memory = config.memory
+    return {
+        "columns": exchange.column_sizes(memory.value_dim, memory.pre_value_dim, memory.num_cores),
+        "rows": exchange.row_sizes(memory.num_values),
+    }
+
+
+def _fault(config: ModelConfig, layout: Layout, size: int, capacity: int | None) -> str | None:
+    """Why a layout is impossible, with a size that is possible where there is one."""
+    memory = config.memory
+    if layout == "columns":
+        dims = (memory.value_dim, memory.pre_value_dim, memory.num_cores)
+        fault = exchange.column_fault(*dims, size)
+    else:
+        fault = exchange.row_fault(memory.num_values, size)
+    if fault or capacity is None or table_bytes(config, layout, size) <= capacity:
+        return fault
+    fitting = [m for m in _sizes(config)[layout] if table_bytes(config, layout, m) <= capacity]
+    advice = f"{min(fitting)} devices would do" if fitting else "no number of devices would do"
+    held = table_bytes(config, layout, size)
+    return (
+        f"leaves each device tables and moments of {held / 1e9:,.2f} GB, and it has"
+        f" {capacity / 1e9:,.2f} GB; {advice}"
+    )
