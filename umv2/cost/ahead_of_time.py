@@ -1,0 +1,334 @@
+"""Compiles a step for devices that are not attached, and reads from the program what it needs.
+
+A compiler takes its settings from the environment, before JAX starts, and that of TPUs serves one
+process of a machine at a time. So each program is compiled in a process of its own, which
+`measure` starts: `python -m umv2.cost.ahead_of_time REQUEST ANSWER`, two JSON files.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from umv2 import parallel
+from umv2.config import Config, from_config_dict, to_dict
+from umv2.cost import collectives, memory, topology, work
+from umv2.inference import decode
+from umv2.model.attention import KeyValueCache
+from umv2.schema import UserError
+from umv2.training import metrics, optim
+from umv2.training.state import abstract_state, merge_model, model_structure
+from umv2.training.train import make_train_step
+from umv2.types import Batch
+
+Step = Literal["train", "decode"]
+STEPS: tuple[Step, ...] = ("train", "decode")
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_EXHAUSTED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """Bytes that one device receives in one step, through one kind of collective over some axes."""
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What the compiler made of a step, for each device; bytes unless said otherwise.
+
+    Attributes:
+      mesh: devices along each axis.
+      device_kind: as JAX names it.
+      peak_flops: FLOP/s of a device; None where unknown.
+      arguments: as the compiler places them; where it gave up, without its padding.
+      parts: of the arguments, without padding: "dense" and "sparse" parameters (value tables,
+        experts) with their moments, and "data": batch, cache and counters.
+      needed: arguments, results that lie in none of them, and temporaries; None where the compiler
+        gave up without saying how much.
+      available: where the compiler gave up: what it says that there is.
+      refusal: what the compiler said where it gave up; None where there is a program.
+      program: what it does; None where there is none.
+      collectives: of the program.
+      seconds: of wall time, from the start of the process to the figures.
+      process_bytes: memory that the process needed at its worst moment.
+    """
+
+    mesh: dict[str, int]
+    device_kind: str
+    peak_flops: float | None
+    arguments: int
+    parts: dict[str, int]
+    needed: int | None
+    available: int | None
+    refusal: str | None
+    program: work.Work | None
+    collectives: tuple[Collectives, ...]
+    seconds: float
+    process_bytes: int
+
+    @property
+    def temporaries(self) -> int | None:
+        """What is needed beside the arguments."""
+        return None if self.needed is None else self.needed - self.arguments
+
+
+def measure(config: Config, place: topology.Topology, step: Step) -> Measurement:
+    """Compiles one step in a process of its own; takes seconds to minutes.
+
+    Raises:
+      UserError: the configuration does not work on this topology, or this machine lacks memory.
+      RuntimeError: the process failed for a reason of its own; its last words are the message.
+    """
+    with tempfile.TemporaryDirectory() as folder, _turn(place):
+        request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        start = time.monotonic()
+        request.write_text(
+            json.dumps({"config": to_dict(config), "topology": place.name, "step": step})
+        )
+        process = subprocess.run(
+            [sys.executable, "-m", "umv2.cost.ahead_of_time", str(request), str(answer)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | place.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            check=False,
+        )
+        if process.returncode == -9:
+            raise UserError(
+                f"--topology={place.name}: the compiler was killed, as happens where a machine has"
+                " too little memory for it"
+            )
+        if not answer.exists():
+            raise RuntimeError(f"compiling for {place.name} failed:\n{process.stderr[-4000:]}")
+        found = json.loads(answer.read_text())
+        found["seconds"] = time.monotonic() - start
+    if "error" in found:
+        raise UserError(found["error"])
+    return from_dict(found)
+
+
+def from_dict(values: dict[str, Any]) -> Measurement:
+    """Returns the measurement that `dataclasses.asdict` made plain values of."""
+    program = values["program"]
+    received = (part | {"axes": tuple(part["axes"])} for part in values["collectives"])
+    return Measurement(
+        **values
+        | {
+            "program": work.Work(**program) if program else None,
+            "collectives": tuple(Collectives(**part) for part in received),
+        }
+    )
+
+
+def argument_bytes(config: Config, mesh_sizes: dict[str, int], step: Step) -> dict[str, int]:
+    """Returns the bytes of a device's arguments by part, without a compiler or devices.
+
+    Raises:
+      ValueError: an array that the mesh does not divide evenly.
+    """
+    mesh = jax.sharding.AbstractMesh(
+        tuple(mesh_sizes.values()),
+        tuple(mesh_sizes),
+        axis_types=(jax.sharding.AxisType.Explicit,) * len(mesh_sizes),
+    )
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    state = abstract_state(config, optimizer)
+    shardings = parallel.state_shardings(mesh, config.mesh, state)
+    state = jax.tree.map(_with_sharding, state, shardings)
+    arguments = (state, _batch(config, mesh)) if step == "train" else _served(config, mesh, state)
+    return _bytes_by_part(config, arguments)
+
+
+def _lower(config: Config, mesh: Mesh, step: Step) -> tuple[dict[str, int], jax.stages.Lowered]:
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    graphdef = model_structure(config.model)
+    batch = _batch(config, mesh)
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, optimizer)
+        if step == "train":
+            arguments: tuple[Any, ...] = (state, batch)
+            function: Any = make_train_step(config, graphdef, optimizer)
+            donated: tuple[int, ...] = (0,)
+        else:
+            arguments, donated = _served(config, mesh, state), (3,)
+            function = _decode_step(config, graphdef)
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+    return _bytes_by_part(config, arguments), lowered
+
+
+def _batch(config: Config, mesh: Any) -> Batch:
+    shape = (config.train.batch_size, config.data.sequence_length)
+    example = jax.eval_shape(
+        lambda: Batch(*(jnp.zeros(shape, kind) for kind in (int, int, int, float)))
+    )
+    return jax.tree.map(lambda leaf: _with_sharding(leaf, parallel.batch_sharded(mesh)), example)
+
+
+def _served(config: Config, mesh: Any, state: Any) -> tuple[Any, ...]:
+    """Arguments of `_decode_step`: as many sequences as evaluation takes, with a full cache."""
+    model, size = config.model, config.evaluation.batch_size
+    shape = (
+        model.num_layers,
+        size,
+        config.data.sequence_length,
+        model.num_key_value_heads,
+        model.head_dim,
+    )
+    heads = parallel.TENSOR if mesh.shape[parallel.TENSOR] > 1 else None
+    spec = PartitionSpec(None, parallel.DATA_AXES, None, heads)
+    entries: Any = jax.ShapeDtypeStruct(
+        shape, jnp.dtype(model.compute_dtype), sharding=NamedSharding(mesh, spec)
+    )
+    tokens = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=parallel.batch_sharded(mesh))
+    whole = NamedSharding(mesh, PartitionSpec())
+    position = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    key = _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    cache = KeyValueCache(keys=entries, values=entries)
+    return state.params, state.buffers, state.store, cache, tokens, position, key
+
+
+def _decode_step(config: Config, graphdef: Any) -> Any:
+    settings = config.generate
+
+    def step(
+        params: Any, buffers: Any, store: Any, cache: Any, tokens: Any, position: Any, key: Any
+    ) -> Any:
+        return decode.decode(
+            merge_model(graphdef, params, buffers),
+            store,
+            cache,
+            tokens,
+            position,
+            key,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            vocab_size=config.model.vocab_size,
+        )
+
+    return step
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _bytes_by_part(config: Config, arguments: Any) -> dict[str, int]:
+    parts = {"dense": 0, "sparse": 0, "data": 0}
+    sparse = (
+        r"\bstore\b|\bsparse/(gate|up|down)\b" if config.model.family == "moe" else r"\bstore\b"
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        part = "dense" if re.search(r"\b(params|model)\b", name) else "data"
+        part = "sparse" if re.search(sparse, name) else part
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        parts[part] += 8 if key else jnp.dtype(leaf.dtype).itemsize * _product(shape)
+    return parts
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _measured(config: Config, place: topology.Topology, step: Step) -> Measurement:
+    devices = place.devices()
+    mesh = parallel.create_mesh(config.mesh, *_batch_sizes(config, step), devices=devices)
+    parts, lowered = _lower(config, mesh, step)
+    available = refusal = program = None
+    placed = sum(parts.values())
+    received: list[Collectives] = []
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = str(error).splitlines()[0]
+        found = _EXHAUSTED.search(refusal)
+        needed = _bytes(found[1], found[2]) if found else None
+        available = _bytes(found[3], found[4]) if found else None
+    else:
+        held = memory.memory(compiled)
+        assert held is not None  # compilers for chips report it
+        placed = held.arguments
+        needed = held.arguments + held.outputs - held.aliased + held.temporaries
+        text = compiled.as_text()
+        assert text is not None  # every XLA backend of jax gives it
+        program = work.read(text)
+        totals = collectives.totals(collectives.read(text, mesh))
+        received = [Collectives(kind, axes, size) for (kind, axes), size in totals.items()]
+    return Measurement(
+        mesh=dict(mesh.shape),
+        device_kind=devices[0].device_kind,
+        peak_flops=metrics.peak_flops(devices[0]),
+        parts=parts,
+        arguments=placed,
+        needed=needed,
+        available=available,
+        refusal=refusal,
+        program=program,
+        collectives=tuple(sorted(received, key=lambda part: -part.bytes)),
+        seconds=0.0,  # which the parent knows
+        process_bytes=max(
+            resource.getrusage(who).ru_maxrss * 1024
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ),
+    )
+
+
+def _batch_sizes(config: Config, step: Step) -> tuple[int, ...]:
+    if step == "decode":
+        return (config.evaluation.batch_size,)
+    return (config.train.batch_size // config.train.gradient_accumulation,)
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 2 ** _UNITS[unit])
+
+
+@contextlib.contextmanager
+def _turn(place: topology.Topology) -> Iterator[None]:
+    """Waits until no other process of this machine compiles for TPUs."""
+    with Path(tempfile.gettempdir(), f"umv2_{place.chip.platform}.lock").open("w") as lock:
+        if place.chip.platform == "tpu":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _main(request: Path, answer: Path) -> None:
+    """Answers one request; a mistake of the user's is an answer too."""
+    wanted = json.loads(request.read_text())
+    config, place = from_config_dict(wanted["config"]), topology.parse(wanted["topology"])
+    try:
+        found = dataclasses.asdict(_measured(config, place, wanted["step"]))
+    except UserError as error:
+        found = {"error": str(error)}
+    answer.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(*map(Path, sys.argv[1:]))
