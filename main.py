@@ -50,6 +50,13 @@ _FOLDER = flags.DEFINE_string("folder", None, "Folder of an exchanged model (exp
 _FORMAT = flags.DEFINE_enum(
     "format", "umv2", ["umv2", "olmoe"], "umv2: any family | olmoe: of Hugging Face (export)."
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where JAX cannot tell (docs/pods.md)."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the job; 1: this one alone, whatever started it.", 1
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", 0)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Entries to train (train_tokenizer).")
 
 
@@ -59,6 +66,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"{argv[1]}: unexpected argument; options are written --name=value")
     config = _load_config()
     # JAX is imported only now, so that --help and a mistake in the configuration answer at once.
+    first = _join_processes()
     from umv2 import modes
 
     match _MODE.value:
@@ -66,7 +74,8 @@ def main(argv: list[str]) -> None:
             modes.train(_needed(config), _workdir())
         case "evaluate":
             report = modes.evaluate(config, _workdir())
-            print(json.dumps(report.metrics()) if _JSON.value else report.table())
+            if first:
+                print(json.dumps(report.metrics()) if _JSON.value else report.table())
         case "generate":
             for piece in modes.generate(config, _workdir(), _PROMPT.value):
                 print(piece, end="", flush=True)
@@ -86,6 +95,24 @@ def main(argv: list[str]) -> None:
             modes.export_run(_workdir(), _folder(), cast(Any, _FORMAT.value))
         case "import":
             modes.import_model(_folder(), _workdir(), config)
+
+
+def _join_processes() -> bool:
+    """Joins the other processes, where there are any; returns whether this is the first.
+
+    The others say what is wrong and nothing else.
+    """
+    from umv2 import distributed
+
+    given = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _MODE.value not in ("train", "evaluate"):
+        distributed.require_alone(f"mode {_MODE.value!r}", _NUM_PROCESSES.value)
+        return True
+    process = distributed.initialize(*given, saves_on_termination=_MODE.value == "train")
+    if process != 0:
+        logging.set_verbosity(logging.WARNING)
+        _set_log_format(f"process {process}: ")
+    return process == 0
 
 
 def _load_config() -> Config | None:
@@ -195,9 +222,13 @@ def _set_up_logging() -> None:
     """Shows the library's messages with the time of day, and of jax only what is wrong."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    formatter = std_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.get_absl_handler().setFormatter(formatter)
+    _set_log_format()
     std_logging.getLogger("jax").setLevel(std_logging.WARNING)
+
+
+def _set_log_format(speaker: str = "") -> None:
+    formatter = std_logging.Formatter(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S")
+    logging.get_absl_handler().setFormatter(formatter)
 
 
 if __name__ == "__main__":

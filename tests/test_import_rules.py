@@ -24,7 +24,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("umv2.modes",),
     JOBS,
     ("umv2.model", "umv2.data"),
-    ("umv2.parallel",),
+    ("umv2.parallel", "umv2.distributed"),
     ("kernels_pallas",),
     KNOWN_TO_ALL,
 )

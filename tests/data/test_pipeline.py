@@ -3,6 +3,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umv2.config import ConfigError, DataConfig
+from umv2.config import DataConfig
 from umv2.data.documents import Documents, InMemoryDocuments
 from umv2.data.pipeline import Corpus, held_out_batches, load_corpus, train_batches
 from umv2.data.sources import DataError
@@ -29,8 +30,8 @@ def corpus(make_corpus: MakeCorpus) -> Corpus:
     return make_corpus([[10 * n + i for i in range(n)] for n in range(1, 13)])
 
 
-def take(corpus: Corpus, config: DataConfig, count: int, **kwargs: int) -> list[Batch]:
-    with_defaults = {"batch_size": 4} | kwargs
+def take(corpus: Corpus, config: DataConfig, count: int, **kwargs: Any) -> list[Batch]:
+    with_defaults: dict[str, Any] = {"batch_size": 4} | kwargs
     batches = train_batches(corpus, config, **with_defaults)
     taken = list(itertools.islice(batches, count))
     batches.close()
@@ -145,40 +146,21 @@ def test_resuming_at_a_step_gives_the_uninterrupted_stream(
         assert_equal(take(corpus, config, 30 - step, start_step=step), whole[step:])
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_processes_share_the_global_batch(
-    corpus: Corpus, config: DataConfig, process_count: int
+@pytest.mark.parametrize(
+    "shares", [[range(4)], [(0, 1), (2, 3)], [(0, 2), (1, 3)], [[0], [3], [1], [2]]]
+)
+def test_rows_are_those_of_the_whole_batch(
+    corpus: Corpus, config: DataConfig, shares: list[Sequence[int]]
 ) -> None:
-    shares = [
-        take(corpus, config, 9, process_index=index, process_count=process_count, start_step=2)
-        for index in range(process_count)
-    ]
     whole = take(corpus, config, 9, start_step=2)
-    for step, batch in enumerate(whole):
-        rows = [
-            np.concatenate(fields)
-            for fields in zip(*(arrays(share[step]) for share in shares), strict=True)
-        ]
-        for joined, expected in zip(rows, arrays(batch), strict=True):
-            np.testing.assert_array_equal(joined, expected)
-    held_out = [
-        list(
-            held_out_batches(
-                corpus, config, batch_size=4, process_index=index, process_count=process_count
-            )
-        )
-        for index in range(process_count)
-    ]
-    num_targets = sum(batch.weights.sum() for share in held_out for batch in share)
-    assert num_targets == corpus.held_out.lengths.sum() + len(corpus.held_out.lengths)
-    assert len({len(share) for share in held_out}) == 1
-
-
-def test_processes_that_cannot_share_a_batch_are_refused(
-    corpus: Corpus, config: DataConfig
-) -> None:
-    with pytest.raises(ConfigError, match="batch_size=4: must be a multiple of the 3 processes"):
-        train_batches(corpus, config, batch_size=4, process_count=3)
+    assert len({row.tobytes() for row in whole[0].inputs}) == 4, "the rows differ"
+    whole_held_out = list(held_out_batches(corpus, config, batch_size=4))
+    for rows in shares:
+        some = take(corpus, config, 9, start_step=2, rows=rows)
+        some_held_out = list(held_out_batches(corpus, config, batch_size=4, rows=rows))
+        for batch, expected in zip(some + some_held_out, whole + whole_held_out, strict=True):
+            for array, full in zip(arrays(batch), arrays(expected), strict=True):
+                np.testing.assert_array_equal(array, full[list(rows)])
 
 
 def test_another_seed_and_another_epoch_give_another_order(

@@ -5,9 +5,9 @@ with the end-of-text id before it; one more ends the stream. Cut into windows th
 it gives every token of every document, and the end-of-text after it, as a target exactly once, and
 a document sees nothing but an end-of-text before its first token. What does not fill a window at
 the end of an epoch is dropped. The windows are shuffled too, because a batch of neighbours would be
-a batch of one document. Row `i` of the endless sequence of windows depends on the seed alone and
-step `n` of process `p` of `P` takes rows `[n b + p b/P, n b + (p + 1) b/P)`, so to resume is to
-start at a step.
+a batch of one document. Row `i` of the endless sequence of windows depends on the seed alone, and
+row `j` of step `n` is row `n b + j` of them, whichever process loads it: to resume, on any number
+of processes, is to start at a step.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int32
 from tqdm import tqdm
 
-from umv2.config import ConfigError, DataConfig
+from umv2.config import DataConfig
 from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
 from umv2.data.shards import ArrayRecordDocuments
 from umv2.data.sources import (
@@ -182,7 +182,9 @@ def _tokenize(texts: Sequence[bytes], tokenizer: Tokenizer, cache_dir: Path) -> 
     if path.exists():
         with np.load(path) as cached:
             return InMemoryDocuments(cached["tokens"], cached["lengths"], hashes)
-    bar = tqdm(texts, "tokenizing", unit=" documents", disable=None)
+    # Shown on a terminal (None), and not by processes that are to be quiet.
+    disable = None if logging.level_info() else True
+    bar = tqdm(texts, "tokenizing", unit=" documents", disable=disable)
     encoded = [tokenizer.encode(text.decode()) for text in bar]
     lengths = np.array([len(tokens) for tokens in encoded], np.int64)
     tokens = np.concatenate(encoded)
@@ -241,7 +243,7 @@ class PackedStream:
 
 
 class PackedBatches:
-    """Random access to one process's share of the batches: element `n` is the fields of step `n`.
+    """Random access to some rows of every batch: element `n` is the fields of step `n`.
 
     Fields rather than a `Batch`, so that grain may rebuild them with other leaves on their way
     between processes.
@@ -254,14 +256,9 @@ class PackedBatches:
         *,
         held_out: bool,
         batch_size: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int] | None,
     ) -> None:
         """Endless and shuffled for training; one pass in a fixed order for held-out."""
-        if batch_size % process_count:
-            raise ConfigError(
-                f"batch_size={batch_size}: must be a multiple of the {process_count} processes"
-            )
         self._stream = PackedStream(
             corpus.held_out if held_out else corpus.train,
             corpus.end_of_text_id,
@@ -271,8 +268,7 @@ class PackedBatches:
         self._config = config
         self._end_of_text_id = corpus.end_of_text_id
         self._batch_size = batch_size
-        local_size = batch_size // process_count
-        self._local_rows = range(process_index * local_size, (process_index + 1) * local_size)
+        self._rows = range(batch_size) if rows is None else rows
 
     def __len__(self) -> int:
         if not self._held_out:
@@ -284,8 +280,8 @@ class PackedBatches:
         length = self._config.sequence_length
         num_targets = self._stream.num_targets
         windows, weights = [], []
-        for local_row in self._local_rows:
-            epoch, row = 0, int(step) * self._batch_size + local_row
+        for row_of_batch in self._rows:
+            epoch, row = 0, int(step) * self._batch_size + row_of_batch
             if not self._held_out:
                 num_windows = num_targets // length
                 epoch, row = divmod(row, num_windows)
@@ -350,25 +346,20 @@ def train_batches(
     config: DataConfig,
     *,
     batch_size: int,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> BatchIterator:
-    """Yields this process's rows of every global batch from `start_step` on, without end.
+    """Yields `rows`, by default all, of every batch from `start_step` on, without end.
 
-    Batches have `batch_size / process_count` rows. Worker processes (`config.num_workers`) need
-    absl's flags to be parsed.
-
-    Raises:
-      ConfigError: when the processes cannot share a batch evenly.
+    Processes that divide a batch each take their `parallel.local_rows`. Worker processes
+    (`config.num_workers`) need absl's flags to be parsed.
     """
     batches = PackedBatches(
         corpus,
         config,
         held_out=False,
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
     return BatchIterator(batches, config, start_step)
 
@@ -378,23 +369,18 @@ def held_out_batches(
     config: DataConfig,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> BatchIterator:
-    """Yields this process's rows of one pass over the held-out documents, in a fixed order.
+    """Yields `rows`, by default all, of one pass over the held-out documents, in a fixed order.
 
     Every token, and the end-of-text after each document, is a target of weight 1 exactly once; the
     rest of the last batch has weight 0.
-
-    Raises:
-      ConfigError: when the processes cannot share a batch evenly.
     """
     batches = PackedBatches(
         corpus,
         config,
         held_out=True,
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
     return BatchIterator(batches, config, 0)

@@ -81,8 +81,8 @@ def evaluate(
 
     Args:
       evaluation_step: of `make_evaluation_step`, with all arguments but the batch given.
-      batches: this process's rows of each; all of one shape, filled up with weight 0.
-      mesh: the replicas that divide the rows.
+      batches: the `parallel.local_rows` of each; all of one shape, filled up with weight 0.
+      mesh: the devices that divide the rows.
       num_bytes: of the text in UTF-8, where each of its tokens is one target of weight 1.
     """
     total_nats = total_weight = 0.0
@@ -111,16 +111,9 @@ def evaluate_corpus(
     """Evaluates one pass over the held-out documents of a corpus.
 
     The end-of-text after each document is a token to predict, too, of no bytes.
-
-    Raises:
-      ConfigError: when the processes cannot share `evaluation.batch_size` evenly.
     """
-    batches = held_out_batches(
-        corpus,
-        config.data,
-        batch_size=config.evaluation.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batch_size = config.evaluation.batch_size
+    rows = parallel.local_rows(mesh, batch_size)
+    batches = held_out_batches(corpus, config.data, batch_size=batch_size, rows=rows)
     with contextlib.closing(batches):
         return evaluate(evaluation_step, batches, mesh=mesh, num_bytes=corpus.held_out_bytes)

@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from umv2.data import pipeline
 from umv2.evaluation.perplexity import HeldOut
 
@@ -50,10 +52,12 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def write(workdir: Path, step: int, held_out: HeldOut, corpus: pipeline.Corpus) -> Report:
-    """Compares a result with compressors, and writes `evaluation.json` and `loss.png`."""
+    """Compares a result with compressors; process 0 writes `evaluation.json` and `loss.png`."""
     comparable = held_out.bits_per_byte is not None
     compressors = compressed_bits_per_byte(corpus.held_out_text()) if comparable else {}
     report = Report(step=step, held_out=held_out, compressors=compressors)
+    if jax.process_index() != 0:
+        return report
     (workdir / "evaluation.json").write_text(json.dumps(report.metrics(), indent=2) + "\n")
     metrics_file = workdir / "metrics.jsonl"
     if metrics_file.exists():

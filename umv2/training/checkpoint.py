@@ -24,6 +24,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
+from umv2 import distributed
 from umv2.config import Config, ConfigError, differing_fields
 from umv2.model.memory import ValueStore
 from umv2.schema import UserError
@@ -76,6 +77,7 @@ class Checkpointer:
 
     def __init__(self, directory: Path, *, keep: int, config: dict[str, Any]):
         self._directory, self._config = directory.absolute(), config
+        distributed.require_shared(self._directory)
         self._manager = _open(
             self._directory,
             cleanup_tmp_directories=True,
@@ -137,20 +139,13 @@ class Checkpointer:
         """
         wanted = _named(abstract)
 
-        def read(step: int) -> tuple[int, dict[str, Any], dict[str, Array]]:
+        def read(step: int) -> tuple[int, dict[str, Array]]:
             metadata = _read_metadata(self._manager, step)
             check_config(metadata["config"], self._config)
             _check_arrays(metadata["arrays"], wanted)
-            return step, metadata, _read_arrays(self._manager, step, wanted, metadata["checksums"])
+            return step, _read_arrays(self._manager, step, wanted, metadata["checksums"])
 
-        step, metadata, arrays = _newest(self._manager, read)
-        if metadata["num_processes"] != jax.process_count():
-            logging.warning(
-                "checkpoint %d was saved by %d processes, not %d: the training data changes order",
-                step,
-                metadata["num_processes"],
-                jax.process_count(),
-            )
+        step, arrays = _newest(self._manager, read)
         self._set_aside_after(step)
         return _unnamed(abstract, arrays)
 

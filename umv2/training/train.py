@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float
 
-from umv2 import parallel
+from umv2 import distributed, parallel
 from umv2.config import Config, to_dict
 from umv2.cost import accounting
 from umv2.data import pipeline, tokenizers
@@ -162,9 +161,8 @@ def _run(
         corpus,
         config.data,
         batch_size=train_config.batch_size,
+        rows=parallel.local_rows(mesh, train_config.batch_size),
         start_step=first_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     progress = metrics.Progress(
         num_steps=train_config.num_steps,
@@ -177,7 +175,7 @@ def _run(
         contextlib.closing(batches),
         metrics.MetricWriter(workdir, config, first_step=first_step) as writer,
         progress,
-        _TerminationSignal() as termination,
+        distributed.StopSignal() as stop,
     ):
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first_step + 1, train_config.num_steps + 1):
@@ -189,7 +187,7 @@ def _run(
             pending = (step, step_metrics)
 
             # Read once a step: a signal that comes later is for the next, which saves.
-            stopping = termination.received
+            stopping = stop.requested(step)
             last = step == train_config.num_steps
             if step % train_config.log_interval_steps == 0 or last:
                 loss = _report(*pending, progress, workdir)
@@ -292,20 +290,3 @@ def _forget_usage(state: TrainState) -> TrainState:
     if state.usage is None:
         return state
     return dataclasses.replace(state, usage=jnp.zeros_like(state.usage))
-
-
-class _TerminationSignal:
-    """Notes SIGTERM instead of dying, so that the loop can save and return."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> "_TerminationSignal":
-        self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def _note(self, *_: object) -> None:
-        self.received = True
