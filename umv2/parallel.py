@@ -187,12 +187,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
 
     Processes whose devices hold the same rows (those of one `tensor` group) each load them.
     """
-    mine = [
-        share
-        for device, (share,) in batch_sharded(mesh).devices_indices_map((batch_size,)).items()
-        if device.process_index == jax.process_index()
-    ]
-    return tuple(sorted({row for share in mine for row in range(batch_size)[share]}))
+    shares = batch_sharded(mesh).devices_indices_map((batch_size,))
+    local_shares = [shares[device][0] for device in mesh.local_devices]
+    return tuple(sorted({row for share in local_shares for row in range(batch_size)[share]}))
 
 
 def local_to_global(mesh: Mesh, tree: Any) -> Any:
