@@ -1,6 +1,7 @@
 """Tables divided over devices give the outputs and the gradients of tables that are not."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +103,7 @@ def _output_and_gradients(
 
 
 def _assert_same(left: Any, right: Any, tolerance: float) -> None:
-    """Relative to the largest element of each array."""
+    """Compares each array relative to its largest element."""
 
     def compare(a: np.ndarray, b: np.ndarray) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
@@ -130,3 +131,148 @@ def test_divided_tables_give_the_same_output_and_gradients(
     assert all(np.any(grad) for grad in expected[1].values())
     divided = _output_and_gradients(layout, floats, integers, size, **options)
     _assert_same(divided, expected, 2e-6)
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+def test_in_float64_they_are_the_same_to_its_precision(x64: None, layout: exchange.Layout) -> None:
+    floats, integers = _arrays(num_tokens=24, num_cores=2, num_slots=2)
+    assert floats["values"].dtype == jnp.float64
+    options = {"activation": "gelu", "num_slots": 2}
+    expected = _output_and_gradients("whole", floats, integers, **options)
+    divided = _output_and_gradients(layout, floats, integers, 4, **options)
+    _assert_same(divided, expected, 1e-13)
+
+
+# --- rounds ---
+
+
+def _num_rounds(rows: jax.Array, size: int) -> int:
+    route = functools.partial(
+        exchange.route, slots=None, own_rows=_NUM_ROWS // size, num_slots=1, axis="memory"
+    )
+    mesh = _mesh(size)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(rows, NamedSharding(mesh, _TOKENS))
+        rounds = jax.shard_map(lambda rows: route(rows).num_rounds, out_specs=PartitionSpec())(rows)
+    return int(rounds)
+
+
+@pytest.mark.parametrize(
+    ("size", "skew", "rounds"),
+    [
+        # Of 6 tokens x 6 rows, 16 fit into a round.
+        pytest.param(8, lambda rows: 0 * rows + 29, 3, id="all want one row"),
+        # Of 24 x 6, 120: only the first device needs a second round.
+        pytest.param(
+            2, lambda rows: jnp.where(jnp.arange(48)[:, None] < 24, rows % 12, rows), 2, id="half"
+        ),
+    ],
+)
+def test_what_does_not_fit_is_sent_in_further_rounds(
+    size: int,
+    skew: Callable[[jax.Array], jax.Array],
+    rounds: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    floats, integers = _arrays(num_tokens=48, num_cores=2)
+    assert _num_rounds(integers["rows"], size) == 1
+    integers["rows"] = skew(integers["rows"])
+    assert _num_rounds(integers["rows"], size) == rounds
+    options = {"activation": "silu", "num_slots": 1}
+    expected = _output_and_gradients("whole", floats, integers, **options)
+    divided = _output_and_gradients("rows", floats, integers, size, **options)
+    _assert_same(divided, expected, 2e-6)
+
+    monkeypatch.setattr(exchange, "_later_rounds", lambda num_rounds, add, first: first)
+    output, grads = _output_and_gradients("rows", floats, integers, size, **options)
+    for some, every in ((output, divided[0]), *((grads[name], divided[1][name]) for name in grads)):
+        assert np.abs(some - every).max() > 0.01 * np.abs(every).max()
+
+
+# --- within a model ---
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+def test_tokens_may_be_divided_further_and_layers_scanned(layout: exchange.Layout) -> None:
+    # Two replicas and two devices along `tensor` have tokens of their own, and the same tables.
+    floats, integers = _arrays(num_tokens=48, num_cores=2, num_slots=2)
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("replica", "memory", "tensor"), axis_types=(AxisType.Explicit,) * 3
+    )
+    tokens = PartitionSpec(("replica", "memory", "tensor"))
+
+    def loss(floats: Any, integers: Any, layout: exchange.Layout, pool: Any) -> jax.Array:
+        @jax.checkpoint
+        def layer(weights: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            pooled = pool(floats | {"weights": weights}, integers)
+            return weights * 0.9, jnp.sum(jnp.tanh(pooled) ** 2)
+
+        return jnp.sum(jax.lax.scan(layer, floats["weights"], length=2)[1])
+
+    options: dict[str, Any] = {"activation": "silu", "num_slots": 2}
+    pool = functools.partial(_pool, "whole", **options)
+    expected = jax.jit(jax.value_and_grad(lambda f, i: loss(f, i, "whole", pool)))(floats, integers)
+    pool = jax.shard_map(functools.partial(_pool, layout, **options), out_specs=tokens)
+    with jax.set_mesh(mesh):
+        placed = [
+            {
+                name: jax.device_put(
+                    array, NamedSharding(mesh, _TABLES[layout] if "values" in name else tokens)
+                )
+                for name, array in arrays.items()
+            }
+            for arrays in (floats, integers)
+        ]
+        divided = jax.jit(jax.value_and_grad(lambda f, i: loss(f, i, layout, pool)))(*placed)
+    assert "memory" in jax.typeof(divided[1]["values"]).sharding.spec
+    _assert_same(jax.device_get(divided), jax.device_get(expected), 2e-6)
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+def test_floating_point_arrays_are_exchanged_in_the_compute_dtype(layout: exchange.Layout) -> None:
+    floats, integers = _arrays(num_tokens=16, num_cores=2, num_slots=2)
+    options: dict[str, Any] = {"num_slots": 2, "dtype": jnp.bfloat16}
+    output, grads = _output_and_gradients(layout, floats, integers, 4, **options)
+    expected = _output_and_gradients("whole", floats, integers, num_slots=2)
+    _assert_same((output, grads), expected, 3e-2)
+    assert {x.dtype for x in jax.tree.leaves((output, grads))} == {np.dtype("float32")}
+
+    mesh = _mesh(4)
+    pool = _on_devices(functools.partial(_pool, layout, **options))
+    arguments = _place(layout, mesh, floats), _place(layout, mesh, integers)
+    with jax.set_mesh(mesh):
+        grad = jax.jit(jax.grad(lambda floats, integers: jnp.sum(jnp.sin(pool(floats, integers)))))
+        text = grad.lower(*arguments).as_text()
+    kinds = r"stablehlo\.(all_gather|reduce_scatter|all_to_all)"
+    exchanged = re.findall(kinds + r".*?: \(tensor<[\dx]*x(\w+)>\) -> ", text, re.DOTALL)
+    assert len(exchanged) >= 8
+    assert {dtype for _, dtype in exchanged} == {"bf16", "i32", "ui8"}
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_m", "size"), [(4096, 128, 64), (4096, 32, 4), (256, 128, 16), (8, 128, 16)]
+)
+def test_rows_chosen_at_random_take_one_round(num_tokens: int, top_m: int, size: int) -> None:
+    room = exchange.capacity(num_tokens * top_m, size)
+    owners = np.random.default_rng(0).integers(size, size=(size, num_tokens * top_m))
+    assert max(np.bincount(drawn).max() for drawn in owners) <= room
+    assert room <= 1.26 * num_tokens * top_m / size or num_tokens * top_m / size < 400
+
+
+def test_sizes_that_do_not_divide_the_tables_are_named_with_one_that_does() -> None:
+    assert exchange.column_fault(768, 384, 2, 64) is None
+    assert exchange.column_fault(768, 384, 2, 1) is None
+    assert exchange.column_fault(768, 0, 1, 256) is None
+    fault = exchange.column_fault(480, 160, 2, 64)
+    assert fault == (
+        "must divide value_dim=480 and pre_value_dim=160, and be a divisor or a multiple of"
+        " num_cores=2; 80 would do"
+    )
+    # 4 of 6 cores would need 1.5 slices of the row.
+    assert exchange.column_fault(48, 0, 6, 4) is not None
+    assert exchange.column_sizes(48, 0, 6) == [1, 2, 3, 6, 12, 24, 48]
+    assert exchange.row_fault(129_600, 64) is None
+    assert exchange.row_fault(36, 8) == "must divide the 36 rows of a table; 9 would do"

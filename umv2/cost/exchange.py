@@ -86,7 +86,7 @@ def exchanged_bytes(
         else:
             weights *= size * exchange.own_cores(memory.num_cores, size)
             count("all-to-all", weights, "all-to-all")
-        count("all-to-all", size * pooled, "all-to-all")
+        count("all-to-all", pooled, "all-to-all")
     else:
         room = size * exchange.capacity(selections, size)
         lines = size * num_tokens * memory.num_slots

@@ -32,8 +32,9 @@ from umv2 import parallel
 Layout = Literal["whole", "columns", "rows"]
 Activation = Literal["gelu", "silu", "relu"] | None
 
-# Room for selections in a round, as a multiple of what an even load would need.
-SLACK = 1.25
+# Room for selections in a round beyond an even load: a share of it, or, where loads are small, this
+# many standard deviations of what falls on a device when each selection picks one at random.
+_SLACK, _DEVIATIONS = 0.25, 5
 # Selections of a token that its virtual tokens hold at most (`_virtual_tokens`).
 _MAX_GROUP = 8
 
@@ -214,9 +215,10 @@ class Routing(NamedTuple):
 
 
 def capacity(num_selections: int, size: int) -> int:
-    """Returns how many selections a device sends to each owner in one round, at most."""
-    even = -(-int(num_selections * SLACK) // size)
-    return min(num_selections, -(-even // 8) * 8)
+    """Returns how many selections a device sends to each of `size` owners in one round, at most."""
+    even = num_selections / size
+    room = math.ceil(even + max(_SLACK * even, _DEVIATIONS * math.sqrt(even)))
+    return min(num_selections, -(-room // 8) * 8)
 
 
 def route(

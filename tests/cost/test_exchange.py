@@ -1,0 +1,217 @@
+"""The bytes that the model of exchanges counts are those of the compiled programs."""
+
+import collections
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from configs import base, paper_1b_7b, paper_2b5_60b_top768, paper_227m_1b2
+from umv2 import config as config_lib
+from umv2.config import ConfigError, ModelConfig
+from umv2.cost import collectives, exchange
+from umv2.model import exchange as model_exchange
+
+_SIZE, _NUM_TOKENS = 4, 64
+_TABLES = {
+    "columns": PartitionSpec(None, None, "memory"),
+    "rows": PartitionSpec(None, "memory", None),
+}
+
+
+def _config(**memory: Any) -> ModelConfig:
+    config = base.get_config()
+    config.model.compute_dtype = "float32"
+    config.model.memory.update(memory)
+    return config_lib.from_config_dict(config).model
+
+
+def _compiled(config: ModelConfig, layout: exchange.Layout, what: str) -> collections.Counter[str]:
+    """Bytes by kind that a device receives in a program of one memory layer's exchanges."""
+    memory = config.memory
+    mesh = Mesh(np.asarray(jax.devices()[:_SIZE]), ("memory",), axis_types=(AxisType.Explicit,))
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        spec = _TABLES[layout] if shape[0] == 1 else PartitionSpec("memory")
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    tokens, selected = _SIZE * _NUM_TOKENS, memory.num_selected
+    rows = array(tokens, selected, dtype=jnp.int32)
+    floats = {
+        "values": array(1, memory.num_values, memory.value_dim),
+        "weights": array(tokens, selected, memory.num_cores),
+        "pre_values": None,
+        "pre_inputs": None,
+    }
+    if memory.pre_value_dim:
+        floats["pre_values"] = array(1, memory.num_values, memory.pre_value_dim)
+        floats["pre_inputs"] = array(tokens, memory.pre_value_dim)
+
+    def pool(floats: Any, rows: jax.Array, slots: jax.Array | None) -> jax.Array:
+        return model_exchange.aggregate(
+            layout,
+            rows=rows,
+            slots=slots,
+            **floats,
+            activation=None,
+            num_slots=memory.num_slots,
+            chunk_size=None,
+            implementation="auto",
+            dtype=jnp.float32,
+        )
+
+    @functools.partial(jax.shard_map, out_specs=PartitionSpec("memory"))
+    def run(floats: Any, rows: jax.Array, slots: jax.Array | None) -> Any:
+        if what == "forward":
+            return pool(floats, rows, slots)
+
+        def layer(floats: Any) -> jax.Array:
+            return jnp.tanh(pool(floats, rows, slots))
+
+        layer = jax.checkpoint(layer) if what == "with remat" else layer
+        pooled, vjp = jax.vjp(layer, floats)
+        # The gradients of what is divided as tokens are, and, to keep them, of the tables' sizes.
+        return jax.tree.map(lambda x: x.reshape(-1), (pooled, vjp(jnp.cos(pooled))))
+
+    with jax.set_mesh(mesh):
+        slots = rows if memory.num_slots > 1 else None
+        text = jax.jit(run).lower(floats, rows, slots).compile().as_text()
+    assert text is not None
+    received: collections.Counter[str] = collections.Counter()
+    for (kind, axes), num_bytes in collectives.totals(collectives.read(text, mesh)).items():
+        assert axes == ("memory",)
+        received[kind] += num_bytes
+    return received
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+@pytest.mark.parametrize(
+    ("memory", "step"),
+    [
+        pytest.param({"num_cores": 2}, "with remat", id="two cores"),
+        pytest.param({"num_cores": 1, "pre_value_dim": 0}, "with remat", id="no pre-values"),
+        pytest.param(
+            {"num_cores": 8, "key_expansion": 2, "projection": "per_block"},
+            "without remat",
+            id="cores and slots",
+        ),
+    ],
+)
+def test_bytes_are_those_of_the_compiled_program(
+    layout: exchange.Layout, memory: dict[str, Any], step: str
+) -> None:
+    sizes = {"num_keys": 12, "top_m": 16, "shortlist": 8}
+    config = _config(**(sizes | memory))
+    for what in ("forward", step):
+        modelled = exchange.exchanged_bytes(
+            config.memory,
+            layout,
+            size=_SIZE,
+            num_tokens=_NUM_TOKENS,
+            itemsize=4,
+            remat=what == "with remat",
+        )
+        expected = collections.Counter(modelled.forward)
+        if what != "forward":
+            expected += collections.Counter(modelled.backward)
+            assert sum(expected.values()) == modelled.total
+        found = _compiled(config, layout, what)
+        assert found.keys() == expected.keys()
+        for kind in found:
+            assert found[kind] == pytest.approx(expected[kind], rel=1e-3), (what, kind)
+
+
+def test_one_device_exchanges_nothing() -> None:
+    config = _config()
+    for layout in ("columns", "rows"):
+        modelled = exchange.exchanged_bytes(
+            config.memory, layout, size=1, num_tokens=64, itemsize=2, remat=True
+        )
+        assert modelled.total == 0
+
+
+def test_bytes_by_hand() -> None:
+    # 1B/7B: 128 rows a token, D_v = 768, D_p = 384, two cores; 4 devices with 1000 tokens each.
+    config = config_lib.from_config_dict(paper_1b_7b.get_config()).model
+    options: dict[str, Any] = {"size": 4, "num_tokens": 1000, "itemsize": 2, "remat": False}
+    columns = exchange.exchanged_bytes(config.memory, "columns", **options)
+    # From each of the other three: ids, pre-scores, weights of one core, a quarter of the columns.
+    per_token = {
+        "all-gather": 3 * 128 * 4,
+        "reduce-scatter": 3 * 128 * 2,
+        "all-to-all": 3 * (128 * 2 + (768 + 384) // 4 * 2),
+    }
+    assert columns.forward == {kind: 1000 * size for kind, size in per_token.items()}
+    rows = exchange.exchanged_bytes(config.memory, "rows", **options)
+    # From each of the other three: a quarter of the selections and a quarter more, ids and two
+    # weights; a count; D_p inputs and D_v outputs.
+    sent = 128 // 4 * 5 // 4
+    assert rows.forward == {
+        "all-to-all": 1000 * 3 * (sent * (4 + 2 * 2) + 1),
+        "all-gather": 1000 * 3 * 384 * 2,
+        "reduce-scatter": 1000 * 3 * 768 * 2,
+        "all-reduce": 6,
+    }
+    assert rows.backward == {
+        "all-to-all": 1000 * 3 * sent * 2 * 2,
+        "reduce-scatter": 1000 * 3 * 384 * 2,
+        "all-gather": 1000 * 3 * 768 * 2,
+    }
+
+
+def test_narrow_columns_are_padded_to_the_lanes_of_a_tpu() -> None:
+    config = config_lib.from_config_dict(paper_227m_1b2.get_config()).model
+    one_row = 3 * 20 * 4  # values and two moments, 20 layers, float32
+    assert exchange.table_bytes(config, "rows", 4) == 360**2 // 4 * (256 + 256) * one_row
+    assert exchange.table_bytes(config, "columns", 4) == 360**2 * (128 + 128) * one_row
+    assert exchange.table_bytes(config, "columns", 64) == 360**2 * (128 + 128) * one_row
+
+
+# --- the choice ---
+
+
+def test_the_layout_that_exchanges_less_is_chosen_and_said_why() -> None:
+    small = config_lib.from_config_dict(paper_227m_1b2.get_config()).model
+    large = config_lib.from_config_dict(paper_2b5_60b_top768.get_config()).model
+    layout, why = exchange.choose(small, 4, 4096)
+    assert layout == "columns"
+    assert why == (
+        "mesh.table_sharding: columns over mesh.memory=4 (14.9 MB a layer, tables of 7.96 GB; rows:"
+        " 30.8 MB a layer, tables of 3.98 GB). Received by a device with 4,096 tokens, forward and"
+        " backward; tables with moments, as padded on a TPU"
+    )
+    # Where tokens select more rows, sending every selection to all devices costs more.
+    assert exchange.choose(large, 4, 4096)[0] == "rows"
+    # Where columns do not fit, rows do.
+    layout, why = exchange.choose(small, 4, 4096, capacity=5 * 10**9)
+    assert layout == "rows"
+    assert "leaves each device tables and moments of 7.96 GB, and it has 5.00 GB" in why
+    assert "no number of devices would do" in why
+
+
+@pytest.mark.parametrize(("size", "layout"), [(32, "columns"), (9, "rows")])
+def test_the_layout_that_the_sizes_allow_is_chosen(
+    size: int, layout: Literal["columns", "rows"]
+) -> None:
+    config = _config(num_keys=36, value_dim=64, pre_value_dim=32)  # 1296 = 2^4 3^4 rows
+    chosen, why = exchange.choose(config, size, 512)
+    assert chosen == layout
+    assert f"mesh.memory={size} must divide" in why
+    assert "\n" not in why
+
+
+def test_where_neither_is_possible_the_error_names_sizes_that_are() -> None:
+    config = _config(num_keys=36, value_dim=64, pre_value_dim=32, num_cores=1)
+    with pytest.raises(ConfigError) as error:
+        exchange.choose(config, 7, 512)
+    assert str(error.value) == (
+        "mesh.memory=7: cannot divide the value tables. By columns: must divide value_dim=64 and"
+        " pre_value_dim=32; 8 would do; by rows: must divide the 1296 rows of a table; 6 would do"
+    )
+    with pytest.raises(ConfigError, match=r"by rows: leaves .* 162 devices would do"):
+        held = exchange.table_bytes(config, "rows", 162)
+        exchange.choose(config, 2, 512, capacity=held)
