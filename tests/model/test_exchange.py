@@ -54,7 +54,7 @@ def _arrays(
 def _pool(
     layout: exchange.Layout, floats: dict[str, Any], integers: dict[str, Any], **options: Any
 ) -> jax.Array:
-    options = {"activation": None, "num_slots": 1, "chunk_size": None} | options
+    options: dict[str, Any] = {"activation": None, "num_slots": 1, "chunk_size": None} | options
     return exchange.aggregate(
         layout,
         floats["values"],
@@ -126,7 +126,7 @@ def test_divided_tables_give_the_same_output_and_gradients(
     layout: exchange.Layout, size: int, sizes: dict[str, Any], activation: str | None
 ) -> None:
     floats, integers = _arrays(**({"num_tokens": 48} | sizes))
-    options = {"activation": activation, "num_slots": sizes.get("num_slots", 1)}
+    options: dict[str, Any] = {"activation": activation, "num_slots": sizes.get("num_slots", 1)}
     expected = _output_and_gradients("whole", floats, integers, **options)
     assert all(np.any(grad) for grad in expected[1].values())
     divided = _output_and_gradients(layout, floats, integers, size, **options)
@@ -137,7 +137,7 @@ def test_divided_tables_give_the_same_output_and_gradients(
 def test_in_float64_they_are_the_same_to_its_precision(x64: None, layout: exchange.Layout) -> None:
     floats, integers = _arrays(num_tokens=24, num_cores=2, num_slots=2)
     assert floats["values"].dtype == jnp.float64
-    options = {"activation": "gelu", "num_slots": 2}
+    options: dict[str, Any] = {"activation": "gelu", "num_slots": 2}
     expected = _output_and_gradients("whole", floats, integers, **options)
     divided = _output_and_gradients(layout, floats, integers, 4, **options)
     _assert_same(divided, expected, 1e-13)
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_sent_in_further_rounds(
     assert _num_rounds(integers["rows"], size) == 1
     integers["rows"] = skew(integers["rows"])
     assert _num_rounds(integers["rows"], size) == rounds
-    options = {"activation": "silu", "num_slots": 1}
+    options: dict[str, Any] = {"activation": "silu", "num_slots": 1}
     expected = _output_and_gradients("whole", floats, integers, **options)
     divided = _output_and_gradients("rows", floats, integers, size, **options)
     _assert_same(divided, expected, 2e-6)
