@@ -54,7 +54,7 @@ def _arrays(
 def _pool(
     layout: exchange.Layout, floats: dict[str, Any], integers: dict[str, Any], **options: Any
 ) -> jax.Array:
-    options: dict[str, Any] = {"activation": None, "num_slots": 1, "chunk_size": None} | options
+    options = {"activation": None, "num_slots": 1, "chunk_size": None} | options
     return exchange.aggregate(
         layout,
         floats["values"],
