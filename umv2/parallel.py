@@ -25,8 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import kernels_pallas
-from kernels_pallas import UnsupportedError
-from kernels_pallas.common import vary_alike
+from kernels_pallas import UnsupportedError, common
 from umv2.config import ConfigError, MeshConfig
 
 REPLICA, FSDP, MEMORY, TENSOR = AXES = ("replica", "fsdp", "memory", "tensor")
@@ -314,6 +313,14 @@ def scatter_tokens(x: Float[Array, "t d"], over: tuple[str, ...]) -> Float[Array
     if TENSOR in over:
         x = jax.lax.psum(x, TENSOR)
     return jax.lax.psum_scatter(x, MEMORY, tiled=True) if MEMORY in over else x
+
+
+def vary_alike[T](arrays: T) -> T:
+    """Makes arrays vary, in one device's code, over every axis that one of them varies over.
+
+    JAX then sums their gradients over the devices; a custom derivative must leave that to it.
+    """
+    return common.vary_alike(arrays)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

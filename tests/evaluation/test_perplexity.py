@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from umv2 import parallel
-from umv2.config import MeshConfig, from_config_dict
+from tests import meshes
+from umv2.config import from_config_dict
 from umv2.data.documents import InMemoryDocuments
 from umv2.data.pipeline import Corpus
 from umv2.data.tokenizers import ByteTokenizer
@@ -57,10 +57,9 @@ def evaluate(
 ) -> perplexity.HeldOut:
     graphdef, params, buffers, store = model_parts()
     params = params | {"head": params["head"] * head_scale}
-    rows = batches[0].inputs.shape[0]
-    mesh = parallel.create_mesh(MeshConfig(replica=replicas), rows)
+    mesh = meshes.create(replica=replicas)
     step = perplexity.make_evaluation_step(graphdef, mask_across_documents=mask)
-    arguments = jax.device_put((params, buffers, store), parallel.replicated(mesh))
+    arguments = meshes.replicate((params, buffers, store), mesh)
     return perplexity.evaluate(
         functools.partial(step, *arguments), batches, mesh=mesh, num_bytes=None
     )
@@ -77,7 +76,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
 def test_bits_per_byte_by_hand() -> None:
     # Two batches, 3 + 1 tokens, 6 + 2 nats; 4 bytes.
     sums = iter([(jnp.float32(6.0), jnp.float32(3.0)), (jnp.float32(2.0), jnp.float32(1.0))])
-    mesh = parallel.create_mesh(MeshConfig(replica=1), 1)
+    mesh = meshes.create(replica=1)
     held_out = perplexity.evaluate(
         lambda batch: next(sums), [batch_of(1), batch_of(1)], mesh=mesh, num_bytes=4
     )
@@ -101,7 +100,7 @@ def test_without_bytes_there_is_no_bits_per_byte() -> None:
 def test_batches_add_up_in_float64() -> None:
     # In float32, 2^24 + 1 = 2^24.
     sums = iter(jnp.float32([2.0**24, 1.0, 1.0]))
-    mesh = parallel.create_mesh(MeshConfig(replica=1), 1)
+    mesh = meshes.create(replica=1)
     held_out = perplexity.evaluate(
         lambda batch: (jnp.float32(0.0), next(sums)),
         [batch_of(1)] * 3,
@@ -154,7 +153,7 @@ def test_every_held_out_byte_counts_once() -> None:
         one_bit_a_token,
         corpus,
         from_config_dict(config),
-        mesh=parallel.create_mesh(MeshConfig(replica=2), 2),
+        mesh=meshes.create(replica=2),
     )
     # Five bytes and an end-of-text for each of the two documents.
     assert (held_out.num_tokens, held_out.num_bytes) == (7, 5)

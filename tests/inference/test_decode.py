@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from umv2 import parallel
-from umv2.config import ConfigError, GenerateConfig, MeshConfig, from_config_dict
+from tests import meshes
+from umv2.config import ConfigError, GenerateConfig, from_config_dict
 from umv2.data.tokenizers import ByteTokenizer, Ids
 from umv2.inference import decode
 from umv2.model.memory import ValueStore
@@ -174,8 +174,8 @@ def test_prompts_of_one_bucket_share_one_prefill_and_one_decode(
 
 def test_a_model_that_lies_on_a_mesh_generates_on_one_device() -> None:
     model, store = small_model("memory")
-    mesh = parallel.create_mesh(MeshConfig(replica=8))
-    replicated = jax.device_put((model, store), parallel.replicated(mesh))
+    mesh = meshes.create(replica=8)
+    replicated = meshes.replicate((model, store), mesh)
     texts = [
         list(decode.Generator(*parts, tokenizer=TOKENIZER, config=GREEDY).generate("a"))
         for parts in (replicated, (model, store))

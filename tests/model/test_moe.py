@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import base
+from tests import meshes
 from tests.model.drawn import drawn
 from umv2 import config as config_lib
+from umv2 import parallel
 from umv2.model import experts, moe
 
 _EXPERTS = 6
@@ -311,12 +312,11 @@ def test_eight_devices_equal_one() -> None:
     layer, x = _layer(config), _inputs(batch=8, length=3)
     run = jax.jit(lambda layer, x: (layer(x), jax.grad(_objective, argnums=(0, 1))(layer, x)))
     one = run(layer, x)
-    mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
+    mesh = meshes.create(replica=8)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(layer, NamedSharding(mesh, PartitionSpec()))
-        eight = run(placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec("replica"))))
+        eight = run(meshes.replicate(layer, mesh), jax.device_put(x, parallel.batch_sharded(mesh)))
     assert len(one[0][0].sharding.device_set) == 1
-    assert eight[0][0].sharding.spec[0] == "replica"
+    assert eight[0][0].sharding.spec[0] == parallel.DATA_AXES
     for left, right in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
