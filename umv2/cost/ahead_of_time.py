@@ -8,7 +8,9 @@ process of a machine at a time. So each program is compiled in a process of its 
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
+import math
 import os
 import re
 import resource
@@ -25,12 +27,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umv2 import parallel
-from umv2.config import Config, from_config_dict, to_dict
-from umv2.cost import collectives, memory, topology, work
+from umv2.config import Config, MeshConfig, from_config_dict, to_dict
+from umv2.cost import collectives, exchange, memory, topology, work
 from umv2.inference import decode
 from umv2.model.attention import KeyValueCache
 from umv2.schema import UserError
-from umv2.training import metrics, optim
+from umv2.training import optim
 from umv2.training.state import abstract_state, merge_model, model_structure
 from umv2.training.train import make_train_step
 from umv2.types import Batch
@@ -58,7 +60,6 @@ class Measurement:
     Attributes:
       mesh: devices along each axis.
       device_kind: as JAX names it.
-      peak_flops: FLOP/s of a device; None where unknown.
       arguments: as the compiler places them; where it gave up, without its padding.
       parts: of the arguments, without padding: "dense" and "sparse" parameters (value tables,
         experts) with their moments, and "data": batch, cache and counters.
@@ -74,7 +75,6 @@ class Measurement:
 
     mesh: dict[str, int]
     device_kind: str
-    peak_flops: float | None
     arguments: int
     parts: dict[str, int]
     needed: int | None
@@ -140,26 +140,52 @@ def from_dict(values: dict[str, Any]) -> Measurement:
     )
 
 
+def with_layout(config: Config, mesh_sizes: dict[str, int], step: Step) -> Config:
+    """Returns the configuration with the layout of value tables chosen, where that is "auto".
+
+    Raises:
+      ConfigError: the tables cannot be divided.
+    """
+    size = mesh_sizes[parallel.MEMORY]
+    if config.model.family != "memory" or config.mesh.table_sharding != "auto" or size == 1:
+        return config
+    shares = math.prod(mesh_sizes[axis] for axis in parallel.DATA_AXES)
+    num_tokens = _batch_size(config, step) // shares
+    if step == "train":
+        num_tokens *= config.data.sequence_length // mesh_sizes[parallel.TENSOR]
+    layout, _ = exchange.choose(config.model, size, num_tokens)
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, table_sharding=layout))
+
+
 def argument_bytes(config: Config, mesh_sizes: dict[str, int], step: Step) -> dict[str, int]:
     """Returns the bytes of a device's arguments by part, without a compiler or devices.
 
     Raises:
       ValueError: an array that the mesh does not divide evenly.
     """
-    mesh = jax.sharding.AbstractMesh(
+    mesh: Any = jax.sharding.AbstractMesh(
         tuple(mesh_sizes.values()),
         tuple(mesh_sizes),
         axis_types=(jax.sharding.AxisType.Explicit,) * len(mesh_sizes),
     )
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    state = abstract_state(config, optimizer)
+    config = with_layout(config, mesh_sizes, step)
+    one_device = MeshConfig(1, 1, 1, 1, parameters="fsdp", table_sharding="auto")
+    train = dataclasses.replace(config.train, gradient_accumulation=1)
+    state = _undivided_state(dataclasses.replace(config, mesh=one_device, train=train))
     shardings = parallel.state_shardings(mesh, config.mesh, state)
     state = jax.tree.map(_with_sharding, state, shardings)
-    arguments = (state, _batch(config, mesh)) if step == "train" else _served(config, mesh, state)
-    return _bytes_by_part(config, arguments)
+    if step == "train":
+        return _bytes_by_part(config, (state, _batch(config, mesh)))
+    return _bytes_by_part(config, _served(config, mesh, state))
 
 
-def _lower(config: Config, mesh: Mesh, step: Step) -> tuple[dict[str, int], jax.stages.Lowered]:
+@functools.lru_cache(maxsize=1)  # a search asks for many meshes of one model
+def _undivided_state(config: Config) -> Any:
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    return abstract_state(config, optimizer)
+
+
+def _lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     graphdef = model_structure(config.model)
     batch = _batch(config, mesh)
@@ -168,12 +194,11 @@ def _lower(config: Config, mesh: Mesh, step: Step) -> tuple[dict[str, int], jax.
         if step == "train":
             arguments: tuple[Any, ...] = (state, batch)
             function: Any = make_train_step(config, graphdef, optimizer)
-            donated: tuple[int, ...] = (0,)
+            donated = 0
         else:
-            arguments, donated = _served(config, mesh, state), (3,)
-            function = _decode_step(config, graphdef)
-        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-    return _bytes_by_part(config, arguments), lowered
+            arguments = tuple(_served(config, mesh, state).values())
+            function, donated = _decode_step(config, graphdef), 3
+        return jax.jit(function, donate_argnums=donated).lower(*arguments)
 
 
 def _batch(config: Config, mesh: Any) -> Batch:
@@ -184,7 +209,7 @@ def _batch(config: Config, mesh: Any) -> Batch:
     return jax.tree.map(lambda leaf: _with_sharding(leaf, parallel.batch_sharded(mesh)), example)
 
 
-def _served(config: Config, mesh: Any, state: Any) -> tuple[Any, ...]:
+def _served(config: Config, mesh: Any, state: Any) -> dict[str, Any]:
     """Arguments of `_decode_step`: as many sequences as evaluation takes, with a full cache."""
     model, size = config.model, config.evaluation.batch_size
     shape = (
@@ -203,8 +228,15 @@ def _served(config: Config, mesh: Any, state: Any) -> tuple[Any, ...]:
     whole = NamedSharding(mesh, PartitionSpec())
     position = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     key = _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    cache = KeyValueCache(keys=entries, values=entries)
-    return state.params, state.buffers, state.store, cache, tokens, position, key
+    return {
+        "params": state.params,
+        "buffers": state.buffers,
+        "store": state.store,
+        "cache": KeyValueCache(keys=entries, values=entries),
+        "tokens": tokens,
+        "position": position,
+        "key": key,
+    }
 
 
 def _decode_step(config: Config, graphdef: Any) -> Any:
@@ -244,21 +276,16 @@ def _bytes_by_part(config: Config, arguments: Any) -> dict[str, int]:
         part = "sparse" if re.search(sparse, name) else part
         shape = leaf.sharding.shard_shape(leaf.shape)
         key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        parts[part] += 8 if key else jnp.dtype(leaf.dtype).itemsize * _product(shape)
+        parts[part] += 8 if key else jnp.dtype(leaf.dtype).itemsize * math.prod(shape)
     return parts
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _measured(config: Config, place: topology.Topology, step: Step) -> Measurement:
     devices = place.devices()
-    mesh = parallel.create_mesh(config.mesh, *_batch_sizes(config, step), devices=devices)
-    parts, lowered = _lower(config, mesh, step)
+    batch_size = _batch_size(config, step)
+    mesh = parallel.create_mesh(config.mesh, batch_size, devices=devices)
+    config = with_layout(config, dict(mesh.shape), step)
+    parts, lowered = argument_bytes(config, dict(mesh.shape), step), _lower(config, mesh, step)
     available = refusal = program = None
     placed = sum(parts.values())
     received: list[Collectives] = []
@@ -284,7 +311,6 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
     return Measurement(
         mesh=dict(mesh.shape),
         device_kind=devices[0].device_kind,
-        peak_flops=metrics.peak_flops(devices[0]),
         parts=parts,
         arguments=placed,
         needed=needed,
@@ -300,10 +326,11 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
     )
 
 
-def _batch_sizes(config: Config, step: Step) -> tuple[int, ...]:
+def _batch_size(config: Config, step: Step) -> int:
+    """Sequences that go through the model at once, over all devices."""
     if step == "decode":
-        return (config.evaluation.batch_size,)
-    return (config.train.batch_size // config.train.gradient_accumulation,)
+        return config.evaluation.batch_size
+    return config.train.batch_size // config.train.gradient_accumulation
 
 
 def _bytes(number: str, unit: str) -> int:

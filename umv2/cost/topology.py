@@ -7,9 +7,10 @@ import dataclasses
 import importlib.util
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from umv2.schema import UserError
+from umv2.training import metrics
 
 EXAMPLES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4", "h200:8")
 
@@ -18,10 +19,11 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one JAX device of a kind has; the peak of its matrix units is in `training.metrics`.
+    """What one JAX device of a kind has.
 
     Attributes:
-      platform: of JAX.
+      platform: as JAX names it.
+      device_kind: as JAX names it.
       dimensions: of the torus, which a topology's name gives the sizes of; 1: a switch.
       devices: that JAX makes of a chip.
       memory_bytes: that one program may fill.
@@ -32,6 +34,7 @@ class Chip:
     """
 
     platform: Literal["tpu", "cuda"]
+    device_kind: str
     dimensions: int
     devices: int
     memory_bytes: int
@@ -39,6 +42,13 @@ class Chip:
     link_bandwidth: float
     flops_per_cycle: int | None
     source: str
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s of dense bfloat16 matrix products."""
+        peak = metrics.peak_flops(cast(Any, self))  # which asks a device for platform and kind
+        assert peak is not None
+        return peak
 
 
 _TPU_SOURCE = (
@@ -48,6 +58,7 @@ _TPU_SOURCE = (
 CHIPS = {
     "v5e": Chip(
         platform="tpu",
+        device_kind="TPU v5 lite",
         dimensions=2,
         devices=1,
         memory_bytes=int(15.75 * _GIB),
@@ -58,6 +69,7 @@ CHIPS = {
     ),
     "v5p": Chip(
         platform="tpu",
+        device_kind="TPU v5",
         dimensions=3,
         devices=1,
         memory_bytes=int(95.73 * _GIB),
@@ -68,6 +80,7 @@ CHIPS = {
     ),
     "v6e": Chip(
         platform="tpu",
+        device_kind="TPU v6 lite",
         dimensions=2,
         devices=1,
         memory_bytes=int(31.24 * _GIB),
@@ -78,6 +91,7 @@ CHIPS = {
     ),
     "tpu7x": Chip(
         platform="tpu",
+        device_kind="TPU7x",
         dimensions=3,
         devices=2,
         memory_bytes=int(94.74 * _GIB),
@@ -88,6 +102,7 @@ CHIPS = {
     ),
     "h200": Chip(
         platform="cuda",
+        device_kind="NVIDIA H200",
         dimensions=1,
         devices=1,
         # CUDA and NCCL hold the rest; JAX takes 75 % where nothing else is said.
