@@ -128,11 +128,11 @@ def gradients(
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """The gradients of (values, scores, pre_values, pre_inputs), each in its own dtype."""
     tables = [values] if pre_values is None else [values, pre_values]
-    values_grad, *pre_values_grad = of_tables(tables, indices, of_tokens.terms)
+    grads = of_tables(tables, indices, of_tokens.terms)
     scores_grad = of_tokens.scores.astype(scores.dtype)
     if pre_inputs is None or of_tokens.pre_inputs is None:
-        return values_grad, scores_grad, None, None
-    return values_grad, scores_grad, *pre_values_grad, of_tokens.pre_inputs.astype(pre_inputs.dtype)
+        return grads[0], scores_grad, None, None
+    return grads[0], scores_grad, grads[1], of_tokens.pre_inputs.astype(pre_inputs.dtype)
 
 
 def of_tables(

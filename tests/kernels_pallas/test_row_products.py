@@ -46,7 +46,7 @@ def arguments(
     num_values: int = 11,
     dtype: DTypeLike = jnp.float32,
     table_dtype: DTypeLike | None = None,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {
         "table": jnp.asarray(rng.normal(size=(num_values, dim)), table_dtype or dtype),
@@ -56,12 +56,12 @@ def arguments(
 
 
 def results(
-    function: Callable[..., Array], arrays: dict[str, Array], **options: Any
-) -> dict[str, Array]:
+    function: Callable[..., Array], arrays: dict[str, Any], **options: Any
+) -> dict[str, Any]:
     """The output and the gradients of a weighted sum of it, by argument."""
     indices = arrays["indices"]
 
-    def loss(chosen: dict[str, Array]) -> tuple[Array, Array]:
+    def loss(chosen: dict[str, Any]) -> tuple[Array, Array]:
         output = function(**chosen, indices=indices, **options)
         return jnp.sum(output * jnp.cos(jnp.arange(output.size)).reshape(output.shape)), output
 
@@ -83,7 +83,7 @@ def test_two_tokens_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_every_shape_matches_the_reference(shape: dict[str, int], chunk_size: int | None) -> None:
+def test_every_shape_matches_the_reference(shape: dict[str, Any], chunk_size: int | None) -> None:
     arrays = arguments(**shape)
     got = results(row_products, arrays, chunk_size=chunk_size)
     assert_all_close(got, results(row_products_reference, arrays))
@@ -135,7 +135,7 @@ def test_columns_on_their_own_add_up_to_the_pre_scores_of_value_aggregation() ->
     inputs = make_inputs(pre_value_dim=6, num_cores=1)
     table, indices, x = (inputs[name] for name in ("pre_values", "indices", "pre_inputs"))
     parts = [row_products(table[:, at : at + 3], indices, x[:, at : at + 3]) for at in (0, 3)]
-    scores = inputs["scores"] * sum(parts)[:, :, None]
+    scores = inputs["scores"] * (parts[0] + parts[1])[:, :, None]
     divided = value_aggregation(inputs["values"], indices, scores)
     np.testing.assert_allclose(divided, value_aggregation(**inputs), rtol=1e-5, atol=1e-5)
     wrong = value_aggregation(inputs["values"], indices, inputs["scores"] * parts[0][:, :, None])
@@ -149,9 +149,8 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed() -> None:
         def loss(array: Array) -> Array:
             return jnp.sum(jnp.sin(row_products(**arrays | {name: array})))
 
-        return jax.jit(jax.grad(loss)).lower(arrays[name]).compile().as_text()
+        return str(jax.jit(jax.grad(loss)).lower(arrays[name]).compile().as_text())
 
-    # The gradient of the table is a scatter, which XLA turns into a loop on CPU.
     assert "scatter" in compiled("table")
     assert "scatter" not in compiled("inputs")
 
@@ -164,7 +163,7 @@ def test_memory_stays_far_below_that_of_the_gathered_rows() -> None:
     }
     gathered_bytes = 8192 * 32 * 192 * 4
 
-    def grads(**arrays: Any) -> dict[str, Array]:
+    def grads(**arrays: Any) -> dict[str, Any]:
         return results(row_products, arrays, chunk_size=128)
 
     assert temporary_bytes(row_products, shapes, chunk_size=8192) >= gathered_bytes
@@ -201,7 +200,7 @@ def test_inside_shard_map_tokens_and_columns_are_divided(
     }
 
     def sharded(**arrays: Array) -> Array:
-        def local(arrays: dict[str, Array]) -> Array:
+        def local(arrays: dict[str, Any]) -> Array:
             return jax.lax.psum(row_products(**arrays, chunk_size=2), "memory")
 
         return jax.shard_map(

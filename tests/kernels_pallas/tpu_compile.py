@@ -87,11 +87,10 @@ def compiled(case: dict[str, Any]) -> Any:
         for name, x in inputs.items()
     }
     if what == "row_products":
-        names = ("pre_values", "indices", "pre_inputs")
         products = functools.partial(row_products, implementation="pallas_tpu", platform="tpu")
-        in_shardings = tuple(formats[name] for name in names)
-        jitted = jax.jit(products, in_shardings=in_shardings)
-        return jitted.lower(*(inputs[name] for name in names)).compile()
+        operands = [(inputs[n], formats[n]) for n in ("pre_values", "indices", "pre_inputs")]
+        shapes, in_shardings = zip(*operands, strict=True)
+        return jax.jit(products, in_shardings=in_shardings).lower(*shapes).compile()
     if what == "mapped":
         inputs = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in inputs.items()}
         return jax.jit(jax.vmap(forward), in_shardings=sharding).lower(inputs).compile()
