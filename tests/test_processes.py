@@ -1,0 +1,372 @@
+"""Several real processes on this machine: the same run as in one, whatever ends or resumes it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_run
+from umv2 import distributed, parallel
+from umv2.config import MeshConfig
+from umv2.schema import UserError
+
+ROOT = Path(__file__).parents[1]
+# A process that waits for another which does not come is killed after so many seconds.
+PATIENCE = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How one process of a job ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Job:
+    """Started processes; their output goes to files, so that none waits for a reader."""
+
+    def __init__(self, folder: Path, commands: list[list[str]], env: dict[str, str]) -> None:
+        folder.mkdir()
+        self._outputs = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(commands))]
+        self.processes = []
+        for command, (out, err) in zip(commands, self._outputs, strict=True):
+            with out.open("w") as stdout, err.open("w") as stderr:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, stderr=stderr)
+                )
+
+    def wait(self) -> list[Ended]:
+        """Returns how each ended, in time."""
+        until = time.monotonic() + PATIENCE
+        for process in self.processes:
+            process.wait(until - time.monotonic())
+        return [
+            Ended(process.returncode, out.read_text(), err.read_text())
+            for process, (out, err) in zip(self.processes, self._outputs, strict=True)
+        ]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for what the processes will do while they run."""
+        until = time.monotonic() + PATIENCE
+        while not condition():
+            ended = [p.poll() for p in self.processes]
+            assert ended == [None] * len(ended), [err.read_text() for _, err in self._outputs]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """Ends them at once, without a word."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """Starts main.py in processes of their own CPU devices."""
+
+    folder: Path
+    paths: str
+    cache: Path
+
+    @contextlib.contextmanager
+    def job(
+        self,
+        count: int,
+        workdir: Path,
+        *,
+        devices_each: int = 1,
+        options: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        other_workdir: Path | None = None,
+        changes: dict[str, Any] | None = None,
+    ) -> Iterator[Job]:
+        """A job of `count` processes; those after the first may be given another workdir."""
+        config = {"mesh__replica": -1} | (changes or {})
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        commands = []
+        for index in range(count):
+            here = other_workdir if other_workdir and index else workdir
+            command = [sys.executable, "main.py", f"--workdir={here}", *options]
+            if "--mode=evaluate" not in options:
+                command += tiny_run.flags(self.paths, **config)
+            if count > 1:
+                command += [f"--coordinator_address={address}", f"--num_processes={count}"]
+                command += [f"--process_id={index}"]
+            commands.append(command)
+        env = tiny_run.environment(self.cache) | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
+        }
+        output = self.folder / f"output_{len(list(self.folder.iterdir()))}"
+        job = Job(output, commands, env | (environment or {}))
+        try:
+            yield job
+        finally:
+            job.kill()
+
+    def run(self, count: int, workdir: Path, **options: Any) -> list[Ended]:
+        """Runs a job to its end, which must be a good one."""
+        with self.job(count, workdir, **options) as job:
+            ended = job.wait()
+        assert [process.code for process in ended] == [0] * count, ended
+        return ended
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    """Jobs on the text of the tiny run; what they compile is kept for the session."""
+    text = tmp_path_factory.mktemp("text")
+    cache = tmp_path_factory.getbasetemp() / "compiled_for_processes"
+    output = tmp_path / "output"
+    output.mkdir()
+    return Launcher(output, tiny_run.write_text(text), cache)
+
+
+def records(workdir: Path) -> list[dict[str, float]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def curve(workdir: Path, name: str) -> dict[int, float]:
+    """A measure by the step after which it was taken."""
+    return {int(r["step"]): r[name] for r in records(workdir) if name in r}
+
+
+def steps(workdir: Path) -> list[int]:
+    """Steps of the finished checkpoints."""
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def assert_same_records(left: Path, right: Path, relative: float) -> None:
+    left_records, right_records = records(left), records(right)
+    assert [r["step"] for r in left_records] == [r["step"] for r in right_records]
+    for a, b in zip(left_records, right_records, strict=True):
+        assert a.keys() - {"tokens_per_second", "mfu"} == b.keys() - {"tokens_per_second", "mfu"}
+        for name in a.keys() - {"wall_time", "tokens_per_second", "mfu"}:
+            assert a[name] == pytest.approx(b[name], rel=relative, abs=1e-6), (a["step"], name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("localhost:1", None, None), "needs --num_processes and --process_id too"),
+        ((None, None, 1), "--process_id=1: needs --coordinator_address and --num_processes too"),
+        ((None, 2, 1), "--num_processes=2, --process_id=1: needs --coordinator_address too"),
+        (("localhost:1", 2, 2), "--process_id=2: must be below --num_processes=2"),
+        ((None, 1, 1), "--process_id=1: must be below --num_processes=1"),
+        (("localhost", 2, 1), "--coordinator_address=localhost: must be host:port"),
+    ],
+)
+def test_flags_that_do_not_fit_together(
+    flags: tuple[str | None, int | None, int | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        distributed.initialize(*flags, saves_on_termination=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins", "started"),
+    [
+        ({}, False, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False, None),  # sbatch
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False, None),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True, "SLURM started 8"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True, "Open MPI started 2"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True, None),
+        ({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}, False, None),
+    ],
+)
+def test_a_process_joins_where_a_launcher_started_several(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], joins: bool, started: str | None
+) -> None:
+    joined: list[dict[str, Any]] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **kwargs: joined.append(kwargs))
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_", "TPU_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.initialize(saves_on_termination=True) == 0
+    assert len(joined) == joins
+    distributed.initialize(None, 1, None, saves_on_termination=True)  # alone, by the flag
+    assert len(joined) == joins
+    distributed.require_alone("mode 'prepare'", 1)
+    if started is None:
+        distributed.require_alone("mode 'prepare'", None)
+    else:
+        with pytest.raises(UserError, match=started):
+            distributed.require_alone("mode 'prepare'", None)
+
+
+def test_a_launcher_that_jax_cannot_ask_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no permission")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="processes of SLURM: no permission; --coordinator_address"):
+        distributed.initialize(saves_on_termination=True)
+
+
+def test_jax_marks_the_environment_where_tpus_are_attached() -> None:
+    print_mark = "import jax, os; print(os.environ.get('TPU_ML_PLATFORM'))"
+    for forced, mark in (({}, "None"), ({"JAX_FORCE_TPU_INIT": "1"}, "JAX")):
+        env = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+        command = [sys.executable, "-c", print_mark]
+        printed = subprocess.check_output(command, env=env | forced, text=True)
+        assert printed.strip() == mark
+
+
+def test_a_batch_is_assembled_from_the_rows_of_a_process() -> None:
+    mesh = parallel.create_mesh(MeshConfig(2, 2, 1, 2, "fsdp", "auto"), 8)
+    assert parallel.local_rows(mesh, 8) == tuple(range(8))
+    rows = np.arange(24).reshape(8, 3)
+    (batch,) = parallel.local_to_global(mesh, [rows])
+    assert batch.sharding.shard_shape(batch.shape) == (2, 3)
+    np.testing.assert_array_equal(batch, rows)
+
+
+def test_two_processes_train_as_one_does(finished: tiny_run.Run, launcher: Launcher) -> None:
+    workdir = launcher.folder / "run"
+    first, second = launcher.run(2, workdir, devices_each=2)
+    assert steps(workdir) == steps(finished.workdir)
+    assert_same_records(workdir, finished.workdir, 1e-4)
+    assert curve(workdir, "loss") == pytest.approx(curve(finished.workdir, "loss"), rel=1e-5)
+    assert "2 processes, 4 devices" in first.stderr
+    assert "step 12/12" in first.stderr
+    assert [line for line in second.stderr.splitlines() if "Gloo" not in line] == []
+
+
+def test_a_folder_that_is_not_shared_is_one_error(launcher: Launcher) -> None:
+    here, there = launcher.folder / "here", launcher.folder / "there"
+    with launcher.job(2, here, other_workdir=there) as job:
+        ended = job.wait()
+    for process, workdir in zip(ended, (here, there), strict=True):
+        assert process.code == 1
+        assert f"error: {workdir}/checkpoints: is not shared by all 2 processes" in process.stderr
+        assert "is not seen by 1" in process.stderr
+        assert "Traceback" not in process.stderr
+    assert list((here / "checkpoints").iterdir()) == []
+
+
+# Long curves are compared in float64: those of float32 part after some ten steps by rounding alone.
+PRECISE = {"model__compute_dtype": "float64"}
+LONG = PRECISE | {
+    "train__num_steps": 40,
+    "train__checkpoint_interval_steps": 8,
+    "train__evaluation_interval_steps": 20,
+    "train__log_interval_steps": 1,
+}
+X64 = {"JAX_ENABLE_X64": "1"}
+
+
+@pytest.fixture
+def uninterrupted(launcher: Launcher) -> Path:
+    """The run of 40 steps in one process on one device."""
+    workdir = launcher.folder / "uninterrupted"
+    launcher.run(1, workdir, environment=X64, changes=LONG)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_killed_job_resumes_in_any_number_of_processes(
+    launcher: Launcher,
+    uninterrupted: Path,
+    record_property: Callable[[str, object], None],
+    count: int,
+) -> None:
+    killed = launcher.folder / "killed"
+    with launcher.job(count, killed, environment=X64, changes=LONG) as job:
+        job.wait_until((killed / "checkpoints" / "8").exists)
+        job.kill()
+    assert [process.returncode for process in job.processes] == [-signal.SIGKILL] * count
+    saved = max(steps(killed))
+    assert 8 <= saved < 40
+    for resumed_count in (1, 2, 4):
+        resumed = shutil.copytree(killed, launcher.folder / f"resumed_{resumed_count}")
+        ended = launcher.run(resumed_count, resumed, environment=X64, changes=LONG)
+        assert f"continuing after step {saved}" in ended[0].stderr
+        assert curve(resumed, "loss").keys() == set(range(1, 41))
+        for name in ("loss", "gradient_norm", "held_out_loss"):
+            expected = curve(uninterrupted, name)
+            difference = max(
+                abs(value / expected[step] - 1) for step, value in curve(resumed, name).items()
+            )
+            record_property(f"{count} -> {resumed_count} processes: {name}", difference)
+            assert difference < 1e-5, name
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_one_step(launcher: Launcher) -> None:
+    workdir = launcher.folder / "run"
+    endless = {
+        "train__num_steps": 100_000,
+        "train__checkpoint_interval_steps": 100_000,
+        "train__evaluation_interval_steps": 100_000,
+    }
+    with launcher.job(2, workdir, changes=endless) as job:
+        job.wait_until((workdir / "metrics.jsonl").exists)
+        job.wait_until(lambda: len(records(workdir)) > 2)
+        job.processes[1].send_signal(signal.SIGTERM)
+        first, second = job.wait()
+    assert (first.code, second.code) == (0, 0), (first, second)
+    (saved,) = steps(workdir)
+    assert f"stopped by SIGTERM after step {saved}; the state is saved" in first.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+
+
+@pytest.mark.slow
+def test_divergence_ends_all_processes(launcher: Launcher) -> None:
+    workdir = launcher.folder / "run"
+    with launcher.job(2, workdir, changes={"optimizer__learning_rate": 1e38}) as job:
+        ended = job.wait()
+    for process in ended:
+        assert process.code == 1
+        assert "The last good checkpoint is kept" in process.stderr
+        assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_report_once(finished: tiny_run.Run, launcher: Launcher) -> None:
+    workdir = Path(shutil.copytree(finished.workdir, launcher.folder / "run"))
+    changes = tiny_run.flags(finished.paths, mesh__replica=-1)
+    first, second = launcher.run(
+        2, workdir, options=("--mode=evaluate", "--json", *changes), devices_each=2
+    )
+    printed = [line for line in first.stdout.splitlines() if "Gloo" not in line]
+    report = json.loads(*printed)
+    assert report["held_out_loss"] == pytest.approx(
+        curve(finished.workdir, "held_out_loss")[12], rel=1e-5
+    )
+    assert json.loads((workdir / "evaluation.json").read_text()) == report
+    assert [line for line in second.stdout.splitlines() if "Gloo" not in line] == []
+
+
+def test_modes_of_one_process_refuse_several(launcher: Launcher) -> None:
+    with launcher.job(2, launcher.folder / "run", options=("--mode=prepare",)) as job:
+        ended = job.wait()
+    for process in ended:
+        assert process.code == 1
+        assert process.stderr == "error: --num_processes=2: mode 'prepare' runs in one process\n"
