@@ -66,7 +66,8 @@ OUT_OF_RANGE = {
         " data.prefetch_batches train.num_steps"
         " train.batch_size train.gradient_accumulation train.log_interval_steps"
         " train.evaluation_interval_steps train.checkpoint_interval_steps"
-        " train.num_checkpoints_kept evaluation.batch_size generate.max_new_tokens",
+        " train.num_checkpoints_kept evaluation.batch_size generate.max_new_tokens"
+        " mesh.fsdp mesh.memory mesh.tensor",
     ),
     "must be >= 0": (
         -1,

@@ -9,7 +9,10 @@ from absl import logging
 
 from umv2 import parallel
 from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
+from umv2.cost import exchange
+from umv2.cost import plan as cost_plan
 from umv2.cost import report as cost_report
+from umv2.cost import search as plan_search
 from umv2.data import pipeline, tokenizers
 from umv2.data import prepare as data_preparation
 from umv2.evaluation import perplexity, report
@@ -36,6 +39,8 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
     tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
     corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
     mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
+    num_tokens = config.evaluation.batch_size * config.data.sequence_length
+    config = exchange.with_layout(config, mesh.shape, num_tokens)
     with jax.set_mesh(mesh):
         restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
         step = perplexity.make_evaluation_step(
@@ -77,6 +82,23 @@ def cost(
     report.draw(output_dir / "cost.png")
     logging.info("wrote %s", output_dir / "cost.png")
     return report
+
+
+def plan(
+    name: str, config: Config, topology: str, *, step: cost_plan.Step, search_limit: int | None
+) -> cost_plan.Plan | plan_search.Search:
+    """Says whether a step fits on a topology that need not be attached, and what bounds its time.
+
+    With a `search_limit`, compiles that many of the most promising meshes for training.
+
+    Raises:
+      UserError: an unknown topology, a compiler that is missing, a mesh that is impossible.
+    """
+    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and no device is asked for
+    if search_limit is not None:
+        return plan_search.search(name, config, topology, limit=search_limit)
+    logging.info("compiling the %s step for %s, seconds to minutes", step, topology)
+    return cost_plan.plan(name, config, topology, step)
 
 
 def prepare(config: Config, output_dir: Path) -> None:

@@ -59,10 +59,10 @@ def _model(config: config_lib.ModelConfig) -> transformer.Transformer:
 def _store(config: config_lib.ModelConfig) -> memory.ValueStore | None:
     if config.family != "memory":
         return None
-    rows, sizes = len(config.placements) * config.memory.num_values, config.memory
+    rows, sizes = (len(config.placements), config.memory.num_values), config.memory
     generator = np.random.default_rng(1)
-    values = generator.normal(size=(rows, sizes.value_dim)).astype(np.float32)
-    pre_values = generator.normal(size=(rows, sizes.pre_value_dim)).astype(np.float32)
+    values = generator.normal(size=(*rows, sizes.value_dim)).astype(np.float32)
+    pre_values = generator.normal(size=(*rows, sizes.pre_value_dim)).astype(np.float32)
     return memory.ValueStore(
         values=jnp.asarray(values),
         pre_values=jnp.asarray(pre_values) if sizes.pre_value_dim else None,

@@ -8,12 +8,15 @@ layout "rows" are left out: an even load needs no second one.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
+from absl import logging
 
-from umv2.config import ConfigError, MemoryConfig, ModelConfig
+from umv2 import parallel
+from umv2.config import Config, ConfigError, MemoryConfig, ModelConfig
 from umv2.cost import accounting
 from umv2.model import exchange
 
@@ -177,6 +180,32 @@ def choose(
         f" {other}: {figures(other)}). Received by a device with {num_tokens:,} tokens, forward and"
         " backward; tables with moments, as padded on a TPU"
     )
+
+
+def with_layout(config: Config, mesh_sizes: Mapping[str, int], num_tokens: int) -> Config:
+    """Returns the configuration with a layout of tables that is possible on a mesh.
+
+    Args:
+      config: whose mesh.table_sharding may be "auto"; then the choice is logged.
+      mesh_sizes: devices along each axis.
+      num_tokens: tokens of a pass, on all devices.
+
+    Raises:
+      ConfigError: the layout that is named, or each, is impossible; with sizes that are possible.
+    """
+    size, named = mesh_sizes[parallel.MEMORY], config.mesh.table_sharding
+    if config.model.family != "memory" or size == 1:
+        return config
+    if named == "auto":
+        share = -(-num_tokens // math.prod(mesh_sizes.values()))
+        layout, explanation = choose(config.model, size, share)
+        logging.info("%s", explanation)
+        return dataclasses.replace(
+            config, mesh=dataclasses.replace(config.mesh, table_sharding=layout)
+        )
+    if fault := _fault(config.model, named, size, None):
+        raise ConfigError(f"mesh.memory={size}, mesh.table_sharding={named!r}: {fault}")
+    return config
 
 
 def _sizes(config: ModelConfig) -> dict[Layout, list[int]]:

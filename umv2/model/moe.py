@@ -119,12 +119,13 @@ class MixtureOfExperts(nnx.Module):
         y = experts.mixture(work[0], work[1], dispatch, *expert_matrices)
         y = parallel.scatter_tokens(y, divided)
         scores = jax.lax.stop_gradient(routing.weights)
+        numbers = jnp.arange(sizes.num_experts, dtype=routing.choices.dtype)[None, None]
         sums = {
             "probability": jnp.sum(routing.probabilities, axis=0),
             "squared_log_partition": jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
             "top_score": jnp.sum(scores[:, 0]),
             "last_score": jnp.sum(scores[:, -1]),
-            "hits": jnp.zeros(sizes.num_experts, jnp.int32).at[routing.choices].add(1),
+            "hits": jnp.sum(routing.choices[..., None] == numbers, axis=(0, 1), dtype=jnp.int32),
         }
         return y.reshape(x.shape), sums
 

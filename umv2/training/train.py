@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from umv2 import distributed, parallel
 from umv2.config import Config, to_dict
-from umv2.cost import accounting
+from umv2.cost import accounting, exchange
 from umv2.data import pipeline, tokenizers
 from umv2.evaluation import perplexity
 from umv2.model.transformer import ModelStats
@@ -126,6 +126,7 @@ def train(config: Config, workdir: Path) -> None:
     corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
     microbatch_size = config.train.batch_size // config.train.gradient_accumulation
     mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
+    config = exchange.with_layout(config, mesh.shape, microbatch_size * config.data.sequence_length)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
