@@ -24,6 +24,7 @@ _MODES = {
     "generate": "continue --prompt with the model in --workdir",
     "inspect": "resolved configuration and every parameter (--json for machines)",
     "cost": "parameters, FLOPs and bytes of --config beside those of --compare, with a plot",
+    "plan": "compile the step of --config for --topology, which need not be there: does it fit?",
     "prepare": "tokenise text or a Hugging Face data set into token shards in --workdir",
     "train_tokenizer": "train a byte-pair encoding of --vocab_size on the corpus, into --workdir",
     "export": "write the model of the run in --workdir to --folder, as --format",
@@ -41,11 +42,21 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", list(_MODES), "; ".join(f"{name}: {what}" for name, what in _MODES.items())
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue (generate).")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of text (inspect, evaluate, cost).")
+_JSON = flags.DEFINE_bool(
+    "json", False, "Print JSON instead of text (inspect, evaluate, cost, plan)."
+)
 _COMPARE = flags.DEFINE_list("compare", [], "Other configurations, as FILE or FILE:FAMILY (cost).")
 _CONTEXT = flags.DEFINE_integer(
     "context", None, "Positions that a token attends to (cost); default: the sequence length.", 1
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Devices to plan for: v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h200:8."
+)
+_PLAN_STEP = flags.DEFINE_enum(
+    "plan_step", "train", ["train", "decode"], "What to plan; decode: with a full cache (plan)."
+)
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, rank those that fit (plan).")
+_SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 8, "Programs that --search compiles.", 1)
 _FOLDER = flags.DEFINE_string("folder", None, "Folder of an exchanged model (export, import).")
 _FORMAT = flags.DEFINE_enum(
     "format", "umv2", ["umv2", "olmoe"], "umv2: any family | olmoe: of Hugging Face (export)."
@@ -62,8 +73,7 @@ _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Entries to train (train_
 
 def main(argv: list[str]) -> None:
     """Dispatches on --mode."""
-    if len(argv) > 1:
-        raise ConfigError(f"{argv[1]}: unexpected argument; options are written --name=value")
+    _check_no_arguments(argv)
     config = _load_config()
     # JAX is imported only now, so that --help and a mistake in the configuration answer at once.
     first = _join_processes()
@@ -87,6 +97,15 @@ def main(argv: list[str]) -> None:
             folder = Path(_WORKDIR.value or ".")
             costs = modes.cost(_compared(_needed(config)), _CONTEXT.value, folder)
             print(costs.as_json() if _JSON.value else costs.as_text())
+        case "plan":
+            plan = modes.plan(
+                _label(config_flags.get_config_filename(flags.FLAGS["config"])),
+                _needed(config),
+                _topology(),
+                step=cast(Any, _PLAN_STEP.value),
+                search_limit=_search_limit(),
+            )
+            print(plan.as_json() if _JSON.value else plan.as_text())
         case "prepare":
             modes.prepare(_needed(config), _workdir())
         case "train_tokenizer":
@@ -95,6 +114,11 @@ def main(argv: list[str]) -> None:
             modes.export_run(_workdir(), _folder(), cast(Any, _FORMAT.value))
         case "import":
             modes.import_model(_folder(), _workdir(), config)
+
+
+def _check_no_arguments(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ConfigError(f"{argv[1]}: unexpected argument; options are written --name=value")
 
 
 def _join_processes() -> bool:
@@ -157,6 +181,21 @@ def _needed(config: Config | None) -> Config:
     if config is None:
         raise ConfigError(f"--config: mode {_MODE.value!r} needs one, such as configs/tiny.py")
     return config
+
+
+def _topology() -> str:
+    if not _TOPOLOGY.value:
+        raise ConfigError("--topology: mode 'plan' needs one, such as v5p:4x4x8 or h200:8")
+    return _TOPOLOGY.value
+
+
+def _search_limit() -> int | None:
+    """Returns how many programs to search among; None: the mesh of the configuration alone."""
+    if not _SEARCH.value:
+        return None
+    if _PLAN_STEP.value != "train":
+        raise ConfigError("--plan_step='decode': --search is for training steps")
+    return _SEARCH_LIMIT.value
 
 
 def _folder() -> Path:

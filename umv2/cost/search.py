@@ -1,0 +1,121 @@
+"""Which mesh, rematerialisation and gradient accumulation to rent a machine with."""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import tqdm
+from absl import logging
+
+from umv2.config import Config
+from umv2.cost import ahead_of_time, plan, search_space, topology
+from umv2.cost.report import _lined_up
+
+# How far what is compiled may fall below what earlier programs lead to expect.
+_DOUBT = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Plans of a training step, those that fit first, each group by its bound.
+
+    `num_candidates` is how many may fit by arithmetic; of these the most promising were compiled.
+    """
+
+    plans: tuple[plan.Plan, ...]
+    num_candidates: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        return {
+            "num_candidates": self.num_candidates,
+            "plans": [found.as_dict() for found in self.plans],
+        }
+
+    def as_json(self) -> str:
+        """Returns `as_dict` as text."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def as_text(self) -> str:
+        """Returns a table, a row for each program, and the flags of the best that fits."""
+        short = [path.rpartition(".")[2] for path in search_space.PATHS]
+        rows: list[tuple[str, ...]] = [
+            ("", *short, "needed GiB", "compute ms", "HBM ms", "links ms", "compiler's ms")
+        ]
+        for found in self.plans:
+            times = [_milliseconds(found.seconds.get(name)) for name in _RESOURCES]
+            needed = found.measured.needed
+            rows.append(
+                (
+                    "fits" if found.fits else "too large",
+                    *map(str, search_space.values(found.config).values()),
+                    "?" if needed is None else f"{needed / 2**30:,.1f}",
+                    *times,
+                    _milliseconds(found.estimated_seconds),
+                )
+            )
+        best = self.plans[0] if self.plans else None
+        lines = [
+            _lined_up(rows),
+            "",
+            f"Compiled {len(self.plans)} of {self.num_candidates} that may fit. Times are the least"
+            " that each resource needs, and the compiler's estimate without collectives: nothing"
+            " was timed.",
+        ]
+        if best is None or not best.fits:
+            lines.append("Nothing that was compiled fits: take more devices, or a smaller batch.")
+        else:
+            lines.append(" ".join(f"--config.{field}" for field in plan.fields(best.config)))
+        return "\n".join(lines)
+
+
+_RESOURCES = ("compute", "HBM", "interconnect")
+
+
+def search(name: str, config: Config, topology_name: str, *, limit: int) -> Search:
+    """Compiles the training step with what is most promising, one program after the other.
+
+    Tries meshes over all devices, layouts of value tables, what divides dense parameters, policies
+    of rematerialisation, and gradient accumulation. What cannot fit by arithmetic is left out, and
+    so is what the programs compiled so far lead to expect too large.
+
+    Args:
+      name: of the configuration, for the report.
+      config: all but what is tried stays as it is.
+      topology_name: as `topology.parse` takes it.
+      limit: programs to compile.
+
+    Raises:
+      UserError: an unknown topology, or a compiler that is missing.
+    """
+    place = topology.parse(topology_name)
+    waiting = search_space.candidates(config, place)
+    num_candidates, plans = len(waiting), list[plan.Plan]()
+    factors: dict[str, float] = {}  # by policy: temporaries of programs, of the least possible
+    with tqdm.tqdm(total=min(limit, num_candidates), disable=not sys.stderr.isatty()) as bar:
+        while waiting and len(plans) < limit:
+            candidate = waiting.pop(0)
+            sizes = search_space.mesh_sizes(candidate, place.num_devices)
+            parts = ahead_of_time.argument_bytes(candidate, sizes, "train")
+            least = search_space.least_temporaries(candidate, sizes, parts)
+            expected = least * max(1.0, _DOUBT * factors.get(candidate.model.remat, 1.0))
+            if sum(parts.values()) + expected > place.chip.memory_bytes:
+                continue
+            found = plan.plan(name, candidate, topology_name)
+            plans.append(found)
+            if found.measured.temporaries is not None:
+                factors[candidate.model.remat] = found.measured.temporaries / least
+            logging.info("%s: %s", " ".join(plan.fields(candidate)), found.verdict)
+            bar.update()
+    plans.sort(key=lambda found: (not found.fits, *_time(found)))
+    return Search(plans=tuple(plans), num_candidates=num_candidates)
+
+
+def _time(found: plan.Plan) -> tuple[float, float]:
+    """The bound, and among equals the sum over resources."""
+    return found.bound_seconds or 0.0, sum(found.seconds.values())
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:,.1f}"
