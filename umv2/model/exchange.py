@@ -276,16 +276,18 @@ def _rows(
     """Pools, of this device's rows, those that all devices' tokens selected."""
     own_rows, num_slots = values.shape[1], options.num_slots
     routing = route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis)
-    send = functools.partial(_round, options)
-    arrays = (values, pre_values, weights, pre_inputs)
-    pooled = _sum_of_rounds(send, routing.num_rounds, routing, arrays)
-    return pooled.reshape(rows.shape[0], -1)
+    if pre_inputs is not None:
+        pre_inputs = lax.all_gather(pre_inputs.astype(options.dtype), options.axis)
+    arrays = (values, pre_values, weights.astype(options.dtype), pre_inputs)
+    sums = _sum_of_rounds(functools.partial(_round, options), routing.num_rounds, routing, arrays)
+    sums = sums.reshape(-1, sums.shape[-1]).astype(options.dtype)
+    return lax.psum_scatter(sums, options.axis, tiled=True).reshape(rows.shape[0], -1)
 
 
 def _round(
     options: _Options, number: Int[Array, ""] | int, routing: Routing, arrays: tuple
-) -> Float[Array, "lines v"]:
-    """Returns what the selections that are sent in one round add to the output of this device."""
+) -> Float[Array, "m lines v"]:
+    """Returns this device's part of the pooled lines of all devices, of one round's selections."""
     values, pre_values, weights, pre_inputs = arrays
     axis, size = options.axis, lax.axis_size(options.axis)
     num_tokens, top_m, num_cores = weights.shape
@@ -296,7 +298,7 @@ def _round(
     place += routing.starts[:, None]
     sent = place < (routing.starts + routing.ends[:, -1])[:, None]
     place = jnp.minimum(place, num_tokens * top_m - 1)
-    weights = weights.reshape(-1, num_cores).astype(options.dtype)
+    weights = weights.reshape(-1, num_cores)
     weights = jnp.where(sent[:, :, None], weights[routing.order[place]], 0)
     ends = jnp.clip(routing.ends - number * room, 0, room)
     counts = jnp.diff(ends, prepend=0, axis=1).astype(smallest_dtype(top_m + 1))
@@ -309,7 +311,6 @@ def _round(
     rows, weights, line = _virtual_tokens(rows, counts.astype(jnp.int32), weights, group)
     num_lines = counts.shape[1]
     if pre_inputs is not None:
-        pre_inputs = lax.all_gather(pre_inputs.astype(options.dtype), axis)
         source = jnp.arange(size, dtype=jnp.int32)[:, None]
         pre_inputs = pre_inputs[source, jnp.minimum(line // options.num_slots, num_tokens - 1)]
         pre_inputs = pre_inputs.reshape(-1, pre_inputs.shape[-1])
@@ -329,9 +330,7 @@ def _round(
     add = jax.vmap(
         lambda sums, line, terms: sums.at[line].add(terms, mode="drop", indices_are_sorted=True)
     )
-    sums = add(jnp.zeros_like(pooled, shape=(size, num_lines, pooled.shape[-1])), line, pooled)
-    sums = sums.astype(options.dtype).reshape(size * num_lines, -1)
-    return lax.psum_scatter(sums, axis, tiled=True).astype(pooled.dtype)
+    return add(jnp.zeros_like(pooled, shape=(size, num_lines, pooled.shape[-1])), line, pooled)
 
 
 def _group_size(top_m: int, parts: int) -> int:
