@@ -73,6 +73,7 @@ class Job:
         """Ends them at once, without a word."""
         for process in self.processes:
             process.kill()
+        for process in self.processes:
             process.wait()
 
 
@@ -294,14 +295,15 @@ def uninterrupted(launcher: Launcher) -> Path:
 def test_a_killed_job_resumes_in_any_number_of_processes(
     launcher: Launcher,
     uninterrupted: Path,
-    record_property: Callable[[str, object], None],
     count: int,
 ) -> None:
     killed = launcher.folder / "killed"
     with launcher.job(count, killed, environment=X64, changes=LONG) as job:
         job.wait_until((killed / "checkpoints" / "8").exists)
         job.kill()
-    assert [process.returncode for process in job.processes] == [-signal.SIGKILL] * count
+    # The last may have ended by itself at the loss of the first.
+    assert job.processes[0].returncode == -signal.SIGKILL
+    assert all(process.returncode < 0 for process in job.processes)
     saved = max(steps(killed))
     assert 8 <= saved < 40
     for resumed_count in (1, 2, 4):
@@ -311,11 +313,7 @@ def test_a_killed_job_resumes_in_any_number_of_processes(
         assert curve(resumed, "loss").keys() == set(range(1, 41))
         for name in ("loss", "gradient_norm", "held_out_loss"):
             expected = curve(uninterrupted, name)
-            difference = max(
-                abs(value / expected[step] - 1) for step, value in curve(resumed, name).items()
-            )
-            record_property(f"{count} -> {resumed_count} processes: {name}", difference)
-            assert difference < 1e-5, name
+            assert curve(resumed, name) == pytest.approx(expected, rel=1e-5), (name, resumed_count)
 
 
 @pytest.mark.slow
