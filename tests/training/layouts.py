@@ -1,0 +1,214 @@
+"""Every layout of the mesh against one device, through the production entry point.
+
+python -m tests.training.layouts [FAMILY ...]: runs them, prints a table and writes it to
+experiments/results/meshes/; on 8 devices, of a CPU if there are no others.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # before jax is imported
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import numpy as np
+
+from configs import tiny
+from tests import tiny_run
+from umv2 import parallel
+from umv2.config import Config, from_config_dict
+from umv2.cost import exchange
+from umv2.training import optim
+from umv2.training import train as training
+from umv2.training.state import TrainState, abstract_state, create_state, model_structure
+from umv2.types import Batch
+
+STEPS = 20
+RESULTS = Path(__file__).parents[2] / "experiments/results/meshes"
+
+_BOTH = "fsdp_and_memory"
+# Of ultramem_v2, the layouts one by one; of the others, all that divides them at once.
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "ultramem_v2": [
+        {"replica": 8},
+        {"fsdp": 8},
+        {"tensor": 4, "replica": 2},
+        {"memory": 8, "table_sharding": "columns"},
+        {"memory": 8, "table_sharding": "rows"},
+        {"memory": 8, "table_sharding": "auto", "parameters": _BOTH},
+        {"replica": 2, "memory": 4, "table_sharding": "rows"},
+        {"fsdp": 2, "memory": 4, "table_sharding": "columns", "parameters": _BOTH},
+        {"memory": 4, "tensor": 2, "table_sharding": "columns"},
+        {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
+        {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"},
+        {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "rows", "parameters": _BOTH},
+    ],
+    "dense": [
+        {"fsdp": 2, "memory": 2, "tensor": 2},
+        {"memory": 4, "tensor": 2, "parameters": _BOTH},
+    ],
+    "moe": [
+        {"memory": 8},
+        {"tensor": 8},
+        {"fsdp": 2, "memory": 2, "tensor": 2},
+        {"memory": 4, "tensor": 2, "parameters": _BOTH},
+    ],
+    **{
+        family: [
+            {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
+            {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"},
+        ]
+        for family in ("ultramem", "memory_plus", "peer", "pkm")
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How a run on a mesh differs from the same on one device; relative."""
+
+    family: str
+    mesh: str
+    loss: float  # the largest over all steps
+    gradient: float  # the largest of the first step, against the largest gradient of its array
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.family:<12}{self.mesh:<62}{self.loss:>10.1e}{self.gradient:>10.1e}"
+
+
+HEADER = f"{'family':<12}{'mesh':<62}{'loss':>10}{'gradient':>10}"
+
+
+def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
+    """The tiny model of two layers, on text files."""
+    values = tiny.get_config(family)
+    values.model.memory.initialization = "released"  # spares the calibration
+    values.update_from_flattened_dict(
+        {
+            "data.source": "text",
+            "data.paths": (paths,),
+            "data.sequence_length": 32,
+            "data.held_out_fraction": 0.1,
+            "model.num_layers": 2,
+            "model.vocab_size": 264,
+            "train.num_steps": STEPS,
+            "train.batch_size": 8,
+            "train.log_interval_steps": 1,
+            "train.evaluation_interval_steps": STEPS,
+            "train.checkpoint_interval_steps": STEPS,
+            "train.tensorboard": False,
+            # At twice the rate, rounding decides a selection within 20 steps, and float32 curves
+            # part by 1e-4 however the work is divided.
+            "optimizer.learning_rate": 1e-3,
+            "optimizer.warmup_steps": 2,
+            "evaluation.batch_size": 8,
+            "mesh.replica": 1,
+        }
+        | {f"mesh.{name}": value for name, value in mesh.items()}
+    )
+    if family == "moe":
+        values.model.moe.expert_size = 48
+    elif family == "dense":
+        values.model.ffn_size = 408
+    return from_config_dict(values)
+
+
+@functools.cache
+def _paths() -> str:
+    folder = Path(tempfile.mkdtemp())
+    return tiny_run.write_text(folder)
+
+
+def losses(config: Config) -> np.ndarray:
+    """The loss of every step of a run."""
+    with tempfile.TemporaryDirectory() as workdir:
+        training.train(config, Path(workdir))
+        records = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
+        return np.array([record["loss"] for record in records if "loss" in record])
+
+
+def first_step(config: Config) -> tuple[TrainState, TrainState]:
+    """The state after one step on drawn tokens, and what it should be like."""
+    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+    mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
+    config = exchange.with_layout(config, mesh.shape, num_tokens=256)
+    shape = (config.train.batch_size, config.data.sequence_length + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    rows = parallel.local_rows(mesh, config.train.batch_size)
+    batch = Batch(
+        inputs=tokens[rows, :-1],
+        targets=tokens[rows, 1:],
+        segment_ids=np.zeros_like(tokens[rows, 1:]),
+        weights=np.ones_like(tokens[rows, 1:], np.float32),
+    )
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(config, optimizer)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = parallel.create(lambda: create_state(config, optimizer), shardings)
+        step = training.make_train_step(config, model_structure(config.model), optimizer)
+        return jax.jit(step)(state, parallel.local_to_global(mesh, batch))[0], abstract
+
+
+def gradients(state: TrainState) -> list[np.ndarray]:
+    """Clipped gradients of the first step, up to a factor: the first moments."""
+    return [
+        np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)
+        if "mu" in jax.tree_util.keystr(path)
+    ]
+
+
+@functools.cache
+def _one_device(family: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    config = config_of(family, {}, _paths())
+    return losses(config), gradients(first_step(config)[0])
+
+
+def compare(family: str, mesh: dict[str, Any]) -> Difference:
+    """Trains on a mesh, and on one device."""
+    alone, alone_gradients = _one_device(family)
+    config = config_of(family, mesh, _paths())
+    divided = losses(config)
+    pairs = zip(gradients(first_step(config)[0]), alone_gradients, strict=True)
+    return Difference(
+        family=family,
+        mesh=" ".join(f"{name}={value}" for name, value in mesh.items()),
+        loss=float(np.max(np.abs(divided - alone) / alone)),
+        gradient=max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs if b.any()),
+        steps=len(alone),
+    )
+
+
+def cases(*names: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every family and mesh; of the named families, or all."""
+    for family in names or LAYOUTS:
+        for mesh in LAYOUTS[family]:
+            yield family, mesh
+
+
+def main() -> None:
+    """Prints and stores the table."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    lines = [HEADER]
+    records = []
+    for family, mesh in cases(*sys.argv[1:]):
+        found = compare(family, mesh)
+        lines.append(str(found))
+        records.append(json.dumps(dataclasses.asdict(found) | {"jax": jax.__version__}))
+        sys.stdout.write(f"{lines[-1]}\n")
+        sys.stdout.flush()
+    (RESULTS / "equality.txt").write_text("\n".join(lines) + "\n")
+    (RESULTS / "equality.jsonl").write_text("\n".join(records) + "\n")
+
+
+if __name__ == "__main__":
+    main()
