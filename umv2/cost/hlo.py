@@ -10,6 +10,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 # "  ROOT %name = type opcode(operands), attributes"; a tuple's type ends at the first ") opcode(".
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
@@ -56,7 +57,7 @@ _UNCHANGED = (
 _MOST_ROUNDS = 2**40
 
 # A scalar, a tuple of values, or None: not known before the program runs.
-type Value = int | tuple["Value", ...] | None
+Value = int | tuple[Any, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
