@@ -47,12 +47,18 @@ def stored(name: str) -> str:
     return (HLO / f"{name}.txt").read_text()
 
 
+def text_of_program(program: jax.stages.Compiled) -> str:
+    text = program.as_text()
+    assert text is not None
+    return text
+
+
 def mapped(mesh: Any, function: Callable[[jax.Array], Any], shape: tuple[int, ...]) -> str:
     """The compiled text of a program of what one device holds."""
     spec = PartitionSpec(AXES)
     program = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     x = argument(mesh, (shape[0] * mesh.size, *shape[1:]), jnp.float32, AXES)
-    return compiled(mesh, program, x).as_text()
+    return text_of_program(compiled(mesh, program, x))
 
 
 @pytest.mark.parametrize("axes", SOME_AXES, ids="-".join)
@@ -64,11 +70,12 @@ def test_every_kind_along_every_axis_once_and_in_loops(axes: tuple[str, ...]) ->
     program, expected = collective_programs.every_kind(mesh, axes)
     named = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     expected = {(kind, named): num_bytes for (kind, _), num_bytes in expected.items()}
-    found = collectives.read(program.as_text(), mesh)
+    text = text_of_program(program)
+    found = collectives.read(text, mesh)
     assert collectives.totals(found) == expected
     assert all(collective.dtype == "float32" for collective in found)
     # The same without what the compiler has noted: on TPUs it notes nothing.
-    text, replaced = re.subn(r'"known_trip_count":\{[^}]*\}', '"x":{}', program.as_text())
+    text, replaced = re.subn(r'"known_trip_count":\{[^}]*\}', '"x":{}', text)
     assert replaced
     assert collectives.read(text, mesh) == found
 
@@ -279,6 +286,8 @@ def test_the_mesh_must_be_that_of_the_program() -> None:
         collectives.read(text, SIZES_OF_FOUR)
     with pytest.raises(ValueError, match="not that of a compiled program"):
         collectives.read("module @jit_f {\n}\n", SIZES)
+    with pytest.raises(ValueError, match="not that of a compiled program"):
+        collectives.read(None, SIZES)
 
 
 def test_the_table_is_lined_up_and_sorted_by_bytes() -> None:

@@ -68,7 +68,7 @@ class Collective:
         return self.bytes * self.count
 
 
-def read(text: str, mesh: Mesh | Mapping[str, int]) -> tuple[Collective, ...]:
+def read(text: str | None, mesh: Mesh | Mapping[str, int]) -> tuple[Collective, ...]:
     """Reads the collectives that connect more than one device.
 
     Counted is what an ideal ring moves, for G devices in a group: (G-1)/G of the result of an
@@ -79,14 +79,15 @@ def read(text: str, mesh: Mesh | Mapping[str, int]) -> tuple[Collective, ...]:
     run any number of times, or never.
 
     Args:
-      text: of a compiled program for CPU, TPU or GPU, `jax.stages.Compiled.as_text()`.
+      text: of a compiled program for CPU, TPU or GPU, `jax.stages.Compiled.as_text()`; None, which
+        a backend that prints nothing returns, is an error.
       mesh: that it was compiled for, or sizes by the names of its axes, in its order.
 
     Raises:
       ValueError: the text is not that of a compiled program, or not of this mesh.
     """
     sizes = dict(mesh.shape if isinstance(mesh, Mesh) else mesh)
-    program = hlo.parse(text)
+    program = hlo.parse(text or "")
     num_devices = math.prod(sizes.values())
     if program.num_devices != num_devices:
         raise ValueError(
