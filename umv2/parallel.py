@@ -308,7 +308,7 @@ def gather_tokens[T](tree: T, over: tuple[str, ...]) -> T:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, MEMORY, tiled=True), tree)
 
 
-def scatter_tokens(x: Float[Array, "t d"], over: tuple[str, ...]) -> Float[Array, "t d"]:
+def scatter_tokens(x: Float[Array, "mt d"], over: tuple[str, ...]) -> Float[Array, "t d"]:
     """Adds up the devices' parts of joined tokens' outputs; each gets those of its own tokens."""
     if TENSOR in over:
         x = jax.lax.psum(x, TENSOR)

@@ -78,14 +78,14 @@ class Difference:
     family: str
     mesh: str
     loss: float  # the largest over all steps
-    gradient: float  # the largest of the first step, against the largest gradient of its array
+    gradient_norm: float  # of the first step
     steps: int
 
     def __str__(self) -> str:
-        return f"{self.family:<12}{self.mesh:<62}{self.loss:>10.1e}{self.gradient:>10.1e}"
+        return f"{self.family:<12}{self.mesh:<62}{self.loss:>10.1e}{self.gradient_norm:>15.1e}"
 
 
-HEADER = f"{'family':<12}{'mesh':<62}{'loss':>10}{'gradient':>10}"
+HEADER = f"{'family':<12}{'mesh':<62}{'loss':>10}{'gradient norm':>15}"
 
 
 def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
@@ -123,17 +123,21 @@ def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
 
 
 @functools.cache
-def _paths() -> str:
+def paths() -> str:
+    """The pattern of the text files that all runs train on."""
     folder = Path(tempfile.mkdtemp())
     return tiny_run.write_text(folder)
 
 
-def losses(config: Config) -> np.ndarray:
-    """The loss of every step of a run."""
-    with tempfile.TemporaryDirectory() as workdir:
-        training.train(config, Path(workdir))
-        records = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
-        return np.array([record["loss"] for record in records if "loss" in record])
+def curves(config: Config, workdir: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The loss and the gradient norm of every step of a run, in a new folder or a given one."""
+    workdir = workdir or Path(tempfile.mkdtemp())
+    training.train(config, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    names = ("loss", "gradient_norm")
+    loss, norm = (np.array([record[name] for record in records]) for name in names)
+    return loss, norm
 
 
 def first_step(config: Config) -> tuple[TrainState, TrainState]:
@@ -159,7 +163,7 @@ def first_step(config: Config) -> tuple[TrainState, TrainState]:
 
 
 def gradients(state: TrainState) -> list[np.ndarray]:
-    """Clipped gradients of the first step, up to a factor: the first moments."""
+    """Returns the clipped gradients of the first step, up to a factor: the first moments."""
     return [
         np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)
@@ -168,23 +172,20 @@ def gradients(state: TrainState) -> list[np.ndarray]:
 
 
 @functools.cache
-def _one_device(family: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    config = config_of(family, {}, _paths())
-    return losses(config), gradients(first_step(config)[0])
+def _one_device(family: str) -> tuple[np.ndarray, np.ndarray]:
+    return curves(config_of(family, {}, paths()))
 
 
 def compare(family: str, mesh: dict[str, Any]) -> Difference:
     """Trains on a mesh, and on one device."""
-    alone, alone_gradients = _one_device(family)
-    config = config_of(family, mesh, _paths())
-    divided = losses(config)
-    pairs = zip(gradients(first_step(config)[0]), alone_gradients, strict=True)
+    alone, divided = _one_device(family), curves(config_of(family, mesh, paths()))
+    loss, norm = (np.abs(a - b) / b for a, b in zip(divided, alone, strict=True))
     return Difference(
         family=family,
         mesh=" ".join(f"{name}={value}" for name, value in mesh.items()),
-        loss=float(np.max(np.abs(divided - alone) / alone)),
-        gradient=max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs if b.any()),
-        steps=len(alone),
+        loss=float(loss.max()),
+        gradient_norm=float(norm[0]),
+        steps=len(loss),
     )
 
 
