@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umv2 import parallel
 from umv2.config import Config, MeshConfig, from_config_dict, to_dict
-from umv2.cost import collectives, exchange, memory, topology, work
+from umv2.cost import collectives, exchange, memory, topology, traffic, workload
 from umv2.inference import decode
 from umv2.model.attention import KeyValueCache
 from umv2.schema import UserError
@@ -42,6 +43,10 @@ STEPS: tuple[Step, ...] = ("train", "decode")
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _EXHAUSTED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
+
+
+class TooSlow(UserError):
+    """A compiler needed more time than it was given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Measurement:
 
     Attributes:
       mesh: devices along each axis.
+      table_sharding: mesh.table_sharding, chosen where it is "auto" and there is a choice.
       device_kind: as JAX names it.
       arguments: as the compiler places them; where it gave up, without its padding.
       parts: of the arguments, without padding: "dense" and "sparse" parameters (value tables,
@@ -74,13 +80,14 @@ class Measurement:
     """
 
     mesh: dict[str, int]
+    table_sharding: str
     device_kind: str
     arguments: int
     parts: dict[str, int]
     needed: int | None
     available: int | None
     refusal: str | None
-    program: work.Work | None
+    program: workload.Work | None
     collectives: tuple[Collectives, ...]
     seconds: float
     process_bytes: int
@@ -91,11 +98,15 @@ class Measurement:
         return None if self.needed is None else self.needed - self.arguments
 
 
-def measure(config: Config, place: topology.Topology, step: Step) -> Measurement:
+def measure(
+    config: Config, place: topology.Topology, step: Step, *, timeout_seconds: float | None = None
+) -> Measurement:
     """Compiles one step in a process of its own; takes seconds to minutes.
 
     Raises:
       UserError: the configuration does not work on this topology, or this machine lacks memory.
+      TooSlow: it took longer than `timeout_seconds`; compilers that run out of memory try for long
+        to need less.
       RuntimeError: the process failed for a reason of its own; its last words are the message.
     """
     with tempfile.TemporaryDirectory() as folder, _turn(place):
@@ -104,15 +115,21 @@ def measure(config: Config, place: topology.Topology, step: Step) -> Measurement
         request.write_text(
             json.dumps({"config": to_dict(config), "topology": place.name, "step": step})
         )
-        process = subprocess.run(
-            [sys.executable, "-m", "umv2.cost.ahead_of_time", str(request), str(answer)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | place.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            check=False,
-        )
+        try:
+            process = subprocess.run(
+                [sys.executable, "-m", "umv2.cost.ahead_of_time", str(request), str(answer)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | place.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                timeout=timeout_seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TooSlow(
+                f"--topology={place.name}: the compiler took longer than {timeout_seconds:.0f} s"
+            ) from error
         if process.returncode == -9:
             raise UserError(
                 f"--topology={place.name}: the compiler was killed, as happens where a machine has"
@@ -134,49 +151,53 @@ def from_dict(values: dict[str, Any]) -> Measurement:
     return Measurement(
         **values
         | {
-            "program": work.Work(**program) if program else None,
+            "program": workload.Work(**program) if program else None,
             "collectives": tuple(Collectives(**part) for part in received),
         }
     )
 
 
-def with_layout(config: Config, mesh_sizes: dict[str, int], step: Step) -> Config:
-    """Returns the configuration with the layout of value tables chosen, where that is "auto".
-
-    Raises:
-      ConfigError: the tables cannot be divided.
-    """
-    size = mesh_sizes[parallel.MEMORY]
-    if config.model.family != "memory" or config.mesh.table_sharding != "auto" or size == 1:
-        return config
-    shares = math.prod(mesh_sizes[axis] for axis in parallel.DATA_AXES)
-    num_tokens = _batch_size(config, step) // shares
-    if step == "train":
-        num_tokens *= config.data.sequence_length // mesh_sizes[parallel.TENSOR]
-    layout, _ = exchange.choose(config.model, size, num_tokens)
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, table_sharding=layout))
-
-
-def argument_bytes(config: Config, mesh_sizes: dict[str, int], step: Step) -> dict[str, int]:
+def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> dict[str, int]:
     """Returns the bytes of a device's arguments by part, without a compiler or devices.
 
     Raises:
       ValueError: an array that the mesh does not divide evenly.
     """
-    mesh: Any = jax.sharding.AbstractMesh(
-        tuple(mesh_sizes.values()),
-        tuple(mesh_sizes),
-        axis_types=(jax.sharding.AxisType.Explicit,) * len(mesh_sizes),
-    )
-    config = with_layout(config, mesh_sizes, step)
+    config = exchange.with_layout(config, mesh_sizes, _num_tokens(config, step))
     one_device = MeshConfig(1, 1, 1, 1, parameters="fsdp", table_sharding="auto")
     train = dataclasses.replace(config.train, gradient_accumulation=1)
     state = _undivided_state(dataclasses.replace(config, mesh=one_device, train=train))
-    shardings = parallel.state_shardings(mesh, config.mesh, state)
-    state = jax.tree.map(_with_sharding, state, shardings)
+    parts = {"dense": 0, "sparse": 0, "data": _data_bytes(config, mesh_sizes, step)}
+    rules, moe = parallel.rules(config.mesh), config.model.family == "moe"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if step == "decode" and name.startswith(("optimizer", "usage", "step")):
+            continue
+        spec = parallel.partition(name, leaf.shape, rules, mesh_sizes)
+        size = leaf.dtype.itemsize
+        for length, entry in itertools.zip_longest(leaf.shape, spec):
+            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            over = math.prod(mesh_sizes[axis] for axis in axes)
+            if length % over:
+                raise ValueError(f"{over} devices do not divide {name} of shape {leaf.shape}")
+            size *= length // over
+        sparse = r"\bstore\b|\bsparse/(gate|up|down)$" if moe else r"\bstore\b"
+        dense = r"\b(params|model)\b"
+        part = (
+            "sparse" if re.search(sparse, name) else "dense" if re.search(dense, name) else "data"
+        )
+        parts[part] += size
+    return parts
+
+
+def _data_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> int:
+    """Bytes of a batch, or of a key-value cache, on one device."""
+    shares = math.prod(mesh_sizes[axis] for axis in parallel.DATA_AXES)
+    length = config.data.sequence_length
     if step == "train":
-        return _bytes_by_part(config, (state, _batch(config, mesh)))
-    return _bytes_by_part(config, _served(config, mesh, state))
+        return len(dataclasses.fields(Batch)) * 4 * config.train.batch_size * length // shares
+    cache = traffic.cache_bytes(config.model, config.evaluation.batch_size, length)
+    return int(cache) // shares // mesh_sizes[parallel.TENSOR]
 
 
 @functools.lru_cache(maxsize=1)  # a search asks for many meshes of one model
@@ -265,26 +286,11 @@ def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _bytes_by_part(config: Config, arguments: Any) -> dict[str, int]:
-    parts = {"dense": 0, "sparse": 0, "data": 0}
-    sparse = (
-        r"\bstore\b|\bsparse/(gate|up|down)\b" if config.model.family == "moe" else r"\bstore\b"
-    )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        part = "dense" if re.search(r"\b(params|model)\b", name) else "data"
-        part = "sparse" if re.search(sparse, name) else part
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        parts[part] += 8 if key else jnp.dtype(leaf.dtype).itemsize * math.prod(shape)
-    return parts
-
-
 def _measured(config: Config, place: topology.Topology, step: Step) -> Measurement:
     devices = place.devices()
     batch_size = _batch_size(config, step)
     mesh = parallel.create_mesh(config.mesh, batch_size, devices=devices)
-    config = with_layout(config, dict(mesh.shape), step)
+    config = exchange.with_layout(config, mesh.shape, _num_tokens(config, step))
     parts, lowered = argument_bytes(config, dict(mesh.shape), step), _lower(config, mesh, step)
     available = refusal = program = None
     placed = sum(parts.values())
@@ -305,11 +311,12 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
         needed = held.arguments + held.outputs - held.aliased + held.temporaries
         text = compiled.as_text()
         assert text is not None  # every XLA backend of jax gives it
-        program = work.read(text)
+        program = workload.read(text)
         totals = collectives.totals(collectives.read(text, mesh))
         received = [Collectives(kind, axes, size) for (kind, axes), size in totals.items()]
     return Measurement(
         mesh=dict(mesh.shape),
+        table_sharding=config.mesh.table_sharding,
         device_kind=devices[0].device_kind,
         parts=parts,
         arguments=placed,
@@ -331,6 +338,12 @@ def _batch_size(config: Config, step: Step) -> int:
     if step == "decode":
         return config.evaluation.batch_size
     return config.train.batch_size // config.train.gradient_accumulation
+
+
+def _num_tokens(config: Config, step: Step) -> int:
+    """Tokens that go through the model at once, over all devices."""
+    length = 1 if step == "decode" else config.data.sequence_length
+    return _batch_size(config, step) * length
 
 
 def _bytes(number: str, unit: str) -> int:

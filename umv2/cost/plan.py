@@ -130,6 +130,8 @@ class Plan:
         """Returns the report: memory, work and time of one device, and the verdict."""
         measured, chip = self.measured, self.place.chip
         sizes = " x ".join(f"{axis} {size}" for axis, size in measured.mesh.items())
+        if measured.mesh["memory"] > 1 and self.config.model.family == "memory":
+            sizes += f", tables by {measured.table_sharding}"
         rows = [
             (f"{self.step} step of {self.name}", f"{self._batch_size} sequences of"
              f" {self.config.data.sequence_length:,} tokens"),
@@ -212,6 +214,9 @@ class Plan:
                     " the memory to temporaries"
                 )
         if self.step == "train":
+            memory = measured.mesh["memory"]
+            if memory > 1 and (other := search_space.other_layout(config, memory)):
+                yield f"mesh.table_sharding={other!r}: other temporaries in the memory layers"
             if config.model.remat != "full":
                 yield "model.remat='full': keeps the inputs of blocks only"
             if (accumulation := search_space.next_accumulation(config, measured.mesh)) is not None:
@@ -241,7 +246,14 @@ class Plan:
             yield f"smaller {axes}: {part.kind} over them receives {part.bytes / 1e9:,.2f} GB"
 
 
-def plan(name: str, config: Config, topology_name: str, step: Step = "train") -> Plan:
+def plan(
+    name: str,
+    config: Config,
+    topology_name: str,
+    step: Step = "train",
+    *,
+    timeout_seconds: float | None = None,
+) -> Plan:
     """Compiles a step for a topology that need not be attached.
 
     Args:
@@ -249,12 +261,14 @@ def plan(name: str, config: Config, topology_name: str, step: Step = "train") ->
       config: with the mesh to use.
       topology_name: as `topology.parse` takes it.
       step: of training, or of decoding for `evaluation.batch_size` sequences with a full cache.
+      timeout_seconds: that the compiler may take; None: as long as it wants.
 
     Raises:
-      UserError: an unknown topology, a compiler that is missing, a mesh that is impossible.
+      UserError: an unknown topology, a compiler that is missing or too slow, a mesh that is
+        impossible.
     """
     place = topology.parse(topology_name)
-    measured = ahead_of_time.measure(config, place, step)
+    measured = ahead_of_time.measure(config, place, step, timeout_seconds=timeout_seconds)
     return Plan(name=name, config=config, place=place, step=step, measured=measured)
 
 

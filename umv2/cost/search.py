@@ -14,6 +14,8 @@ from umv2.cost.report import _lined_up
 
 # How far what is compiled may fall below what earlier programs lead to expect.
 _DOUBT = 0.8
+# Compilers that run out of memory try for long to need less.
+_TIMEOUT_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +93,28 @@ def search(name: str, config: Config, topology_name: str, *, limit: int) -> Sear
     """
     place = topology.parse(topology_name)
     waiting = search_space.candidates(config, place)
-    num_candidates, plans = len(waiting), list[plan.Plan]()
+    num_candidates, plans, given_up = len(waiting), list[plan.Plan](), 0
     factors: dict[str, float] = {}  # by policy: temporaries of programs, of the least possible
     with tqdm.tqdm(total=min(limit, num_candidates), disable=not sys.stderr.isatty()) as bar:
-        while waiting and len(plans) < limit:
+        while waiting and len(plans) + given_up < limit:
             candidate = waiting.pop(0)
             sizes = search_space.mesh_sizes(candidate, place.num_devices)
             parts = ahead_of_time.argument_bytes(candidate, sizes, "train")
-            least = search_space.least_temporaries(candidate, sizes, parts)
+            least = search_space.least_temporaries(candidate, sizes, parts, place)
             expected = least * max(1.0, _DOUBT * factors.get(candidate.model.remat, 1.0))
             if sum(parts.values()) + expected > place.chip.memory_bytes:
                 continue
-            found = plan.plan(name, candidate, topology_name)
+            bar.update()
+            try:
+                found = plan.plan(name, candidate, topology_name, timeout_seconds=_TIMEOUT_SECONDS)
+            except ahead_of_time.TooSlow as error:
+                logging.info("%s: %s", " ".join(plan.fields(candidate)), error)
+                given_up += 1
+                continue
             plans.append(found)
             if found.measured.temporaries is not None:
                 factors[candidate.model.remat] = found.measured.temporaries / least
             logging.info("%s: %s", " ".join(plan.fields(candidate)), found.verdict)
-            bar.update()
     plans.sort(key=lambda found: (not found.fits, *_time(found)))
     return Search(plans=tuple(plans), num_candidates=num_candidates)
 

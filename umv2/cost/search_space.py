@@ -111,19 +111,24 @@ def candidates(config: Config, place: topology.Topology) -> list[Config]:
         for remat, accumulation in itertools.product(_REMAT, accumulations):
             changes = {"model.remat": remat, "train.gradient_accumulation": accumulation}
             candidate = changed(mesh, changes)
-            least = sum(parts.values()) + least_temporaries(candidate, sizes, parts)
+            least = sum(parts.values()) + least_temporaries(candidate, sizes, parts, place)
             if least <= place.chip.memory_bytes:
                 found.append((predicted_seconds(candidate, sizes, place), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def least_temporaries(config: Config, sizes: Mapping[str, int], parts: Mapping[str, int]) -> int:
+def least_temporaries(
+    config: Config, sizes: Mapping[str, int], parts: Mapping[str, int], place: topology.Topology
+) -> int:
     """Returns bytes of temporaries that no compiler can avoid: gradients, what blocks keep, logits.
+
+    A TPU's compiler copies tables, and adds up their gradients, row by row: padded to 128 columns.
 
     Args:
       config: of a training step.
       sizes: devices along each axis.
       parts: bytes of the arguments, of which a third of parameters with moments is a gradient.
+      place: where it runs.
     """
     model = config.model
     tokens = _batch(config) // _shares(sizes) * config.data.sequence_length
@@ -139,6 +144,9 @@ def least_temporaries(config: Config, sizes: Mapping[str, int], parts: Mapping[s
     logits = tokens * model.vocab_size * accounting.FLOAT32_BYTES // sizes["tensor"]
     working = tokens * scores * width // sizes["tensor"]
     gradients = (parts["dense"] + parts["sparse"]) // 3
+    if config.mesh.table_sharding == "columns" and place.chip.platform == "tpu":
+        padded = exchange.table_bytes(model, "columns", sizes["memory"]) // 3
+        gradients += max(0, 2 * padded - parts["sparse"] // 3)
     return gradients + model.num_layers * tokens * kept * width + max(logits, working)
 
 
@@ -167,6 +175,14 @@ def predicted_seconds(config: Config, sizes: Mapping[str, int], place: topology.
         received += 4 * passes * model.num_layers * share * model.hidden_size * width
     compute, exchanging = flops / chip.peak_flops, received / chip.link_bandwidth
     return max(compute, exchanging) + 0.1 * exchanging  # no overlap is perfect
+
+
+def other_layout(config: Config, size: int) -> str | None:
+    """Returns the layout of value tables that is not configured, where it is possible."""
+    other = {"rows": "columns", "columns": "rows"}.get(config.mesh.table_sharding)
+    if config.model.family != "memory" or other is None or not _divides(config, other, size):
+        return None
+    return other
 
 
 def next_accumulation(config: Config, sizes: Mapping[str, int]) -> int | None:
