@@ -1,235 +1,177 @@
-"""The work of a compiled program on one device, read from its HLO text, loops as often as they run.
+"""The matrix products of a compiled program, counted with the rounds of its loops.
 
-XLA's own `cost_analysis` counts the body of a loop once, and a training step is loops over layers.
+`jax.stages.Compiled.cost_analysis()` counts the body of a loop once, and a model scans its layers.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from umv2.cost import hlo
 
-_ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<=]*\])(?:\{[^}]*?(S\(\d+\))?\})?")
+_INTEGER = re.compile(r"-?\d+")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_INTEGERS = re.compile(r"\d+")
-
-# They name, regroup or wait for what others have computed.
-_FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "opt-barrier",
-    "optimization-barrier",
-}
-_MAIN = ("", "S(0)")  # what layouts say of the main memory of a device
-_FUSIONS = {"fusion", "fusion-start"}
-# They read as much of their first operand as they return.
-_READERS = {"dynamic-slice", "slice", "gather"}
-# They write into their first operand, in place, as much as another operand holds.
-_WRITERS = {"dynamic-update-slice": 1, "scatter": 2}
-# They pass on what they get, so what reads or writes stands behind them.
-_VIEWS = {"bitcast", "reshape", "copy", "transpose", "convert"}
+_GEMM_CONTRACTION = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one execution of a program.
+    """What one device does in one execution; of loops that depend on data, nothing is counted.
 
     Attributes:
-      flops: of matrix products, a multiply-add as two; none of custom kernels.
-      bytes: read from and written to its memory by all instructions; custom kernels only write.
-      cycles: that the compiler estimates for the instructions it schedules, one after the other
-        and without collectives; None where it says nothing.
+      matmul_flops: two for each product of elements in matrix products and convolutions. Compute
+        that a kernel (a custom call) does by itself is not among them.
+      cycles: of the core, as the TPU compiler estimates them for each of its fusions; without
+        collectives and kernels, and not a measurement. None: other compilers do not say.
     """
 
-    flops: float
-    bytes: float
-    cycles: float | None
+    matmul_flops: int
+    cycles: int | None
 
 
-def read(text: str) -> Work:
-    """Reads the work of one device from `jax.stages.Compiled.as_text()`, for CPU, TPU or GPU.
-
-    Loops whose number of rounds depends on data count once, of branches the largest.
+def read(text: str | None) -> Work:
+    """Reads the work of a compiled program, `jax.stages.Compiled.as_text()`.
 
     Raises:
       ValueError: the text is not that of a compiled program.
     """
-    program = hlo.parse(text)
-    flops, num_bytes, cycles = _work(program, program.entry, ())
-    return Work(flops=flops, bytes=num_bytes, cycles=cycles if _CYCLES.search(text) else None)
+    program = hlo.parse(text or "")
+    cycles = _Sum(program, _cycles, enters_fusions=False).of(program.entry, ())
+    flops = _Sum(program, _flops, enters_fusions=True).of(program.entry, ())
+    return Work(matmul_flops=flops, cycles=cycles or None)
 
 
-def _work(
-    program: hlo.Program, computation: hlo.Computation, arguments: Sequence[hlo.Value]
-) -> tuple[float, float, float]:
-    """FLOPs, bytes and cycles of one execution of a computation."""
-    flops = num_bytes = cycles = 0.0
-    values = hlo.Evaluation(program, computation, arguments)
-    for instruction in computation.instructions.values():
-        times, parts = 1, []
-        match instruction.opcode:
-            case "while":
-                (state,) = values.operands(instruction)
-                times = program.trip_count(instruction, state) or 1
-                (body,) = program.called(instruction, "body")
-                parts = [_work(program, body, (program.unchanged(instruction, state),))]
-            case "conditional":
-                parts = [max(_work(program, branch, ()) for branch in program.called(instruction))]
-            case "call" | "async-start":
-                parts = [_work(program, called, ()) for called in program.called(instruction)]
-            case opcode if opcode in _FREE or opcode.endswith(("-done", "-update")):
-                pass
-            case _:
-                own = (
-                    _flops(program, computation, instruction),
-                    _bytes(program, computation, instruction),
-                    sum(map(float, _CYCLES.findall(instruction.attributes))),
-                )
-                parts = [own]
-        for part in parts:
-            flops += times * part[0]
-            num_bytes += times * part[1]
-            cycles += times * part[2]
-    return flops, num_bytes, cycles
+class _Sum:
+    """Adds up a measure over a program's instructions, as often as each runs."""
+
+    def __init__(
+        self,
+        program: hlo.Program,
+        measure: Callable[[hlo.Program, hlo.Computation, hlo.Instruction], int],
+        *,
+        enters_fusions: bool,
+    ):
+        self._program = program
+        self._measure = measure
+        self._enters_fusions = enters_fusions
+        self._leads_anywhere: dict[str, bool] = {}
+
+    def of(self, computation: hlo.Computation, arguments: Sequence[hlo.Value]) -> int:
+        """Returns the sum over one run of a computation."""
+        values = hlo.Evaluation(self._program, computation, arguments)
+        total = 0
+        for instruction in computation.instructions.values():
+            total += self._measure(self._program, computation, instruction)
+            called = self._called(instruction)
+            if not any(map(self._matters, called)):
+                continue
+            operands = values.operands(instruction)
+            if instruction.opcode == "while":
+                rounds = self._program.trip_count(instruction, operands[0]) or 0
+                known = self._program.unchanged(instruction, operands[0])
+                (body,) = self._program.called(instruction, "body")
+                total += rounds * self.of(body, [known])
+            elif instruction.opcode == "conditional":
+                branches = zip(called, operands[1:], strict=True)
+                total += max(self.of(branch, [operand]) for branch, operand in branches)
+            else:
+                total += sum(self.of(computation, operands) for computation in called)
+        return total
+
+    def _called(self, instruction: hlo.Instruction) -> list[hlo.Computation]:
+        if instruction.opcode.endswith(("-done", "-update")):
+            return []  # counted where it started
+        if instruction.opcode == "fusion" and not self._enters_fusions:
+            return []
+        return self._program.called(instruction)
+
+    def _matters(self, computation: hlo.Computation) -> bool:
+        if computation.name not in self._leads_anywhere:
+            self._leads_anywhere[computation.name] = any(
+                self._measure(self._program, computation, instruction)
+                or any(map(self._matters, self._called(instruction)))
+                for instruction in computation.instructions.values()
+            )
+        return self._leads_anywhere[computation.name]
 
 
-def _flops(
-    program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction
-) -> float:
+def _cycles(_: hlo.Program, __: hlo.Computation, instruction: hlo.Instruction) -> int:
+    found = _CYCLES.search(instruction.rest)
+    return int(found.group(1)) if found else 0
+
+
+def _flops(program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction) -> int:
     match instruction.opcode:
-        case opcode if opcode in _FUSIONS:
-            (called,) = program.called(instruction)
-            return sum(_flops(program, called, inner) for inner in called.instructions.values())
         case "dot":
-            axes = instruction.attribute("lhs_contracting_dims", r"\{[\d,]*\}")
-        case "custom-call" if "__cublas$" in instruction.attributes:
-            found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-            axes = found[1] if found else ""
+            contracted = instruction.attribute("lhs_contracting_dims", r"\{[\d,]*\}")
+        case "custom-call" if found := _GEMM_CONTRACTION.search(instruction.attributes):
+            contracted = found.group(1)
         case "convolution":
-            left, right = program.operand_types(computation, instruction.operands[:2])
-            return _convolution_flops(instruction, left, right)
+            return _convolution_flops(program, computation, instruction)
         case _:
-            return 0.0
+            return 0
+    (result, *_) = hlo.array_types(instruction.type)  # a library's workspace follows
     (left,) = program.operand_types(computation, instruction.operands[:1])
-    result = hlo.array_types(instruction.type)[0]  # of a custom call beside a workspace
-    contracted = math.prod(left.shape[int(axis)] for axis in _INTEGERS.findall(axes))
-    return 2.0 * math.prod(result.shape) * contracted
-
-
-def _bytes(
-    program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction
-) -> float:
-    operands = [computation.instructions[name].type for name in instruction.operands]
-    match instruction.opcode:
-        case opcode if opcode in _FUSIONS:
-            (called,) = program.called(instruction)
-            read = _read_by_fusion(program, called, [_size(operand) for operand in operands])
-            return read + _written_by_fusion(called)
-        case opcode if opcode in _READERS:
-            return 2.0 * _size(instruction.type)
-        case opcode if opcode in _WRITERS:
-            return 2.0 * _size(operands[_WRITERS[opcode]])
-        case "custom-call" if "__cublas$" not in instruction.attributes:
-            return _size(instruction.type)
-        case opcode if opcode.endswith("-start"):  # its type lists operands, results and flags
-            return _size(instruction.type)
-    return _size(instruction.type) + sum(map(_size, operands))
-
-
-def _read_by_fusion(program: hlo.Program, called: hlo.Computation, sizes: Sequence[float]) -> float:
-    """Bytes that a fusion reads of operands of these sizes: only slices where it takes slices."""
-    parameters = [i for i in called.instructions.values() if i.opcode == "parameter"]
-    return sum(
-        min(sizes[int(p.literal)], _read_of(program, called, p, sizes[int(p.literal)]))
-        for p in parameters
-    )
-
-
-def _read_of(
-    program: hlo.Program, called: hlo.Computation, source: hlo.Instruction, whole: float
-) -> float:
-    total = 0.0
-    for user in called.users.get(source.name, ()):
-        first = user.operands[0] == source.name
-        if user.opcode in _READERS and first:
-            total += _size(user.type, everywhere=True)
-        elif user.opcode in _VIEWS:
-            total += _read_of(program, called, user, whole)
-        elif user.opcode == "fusion":
-            (inner,) = program.called(user)
-            sizes = [whole if name == source.name else 0.0 for name in user.operands]
-            total += _read_by_fusion(program, inner, sizes)
-        elif not (user.opcode in _WRITERS and first):  # which would be in place
-            return whole
-    return total
-
-
-def _written_by_fusion(called: hlo.Computation) -> float:
-    """Bytes that a fusion writes: only updates where it updates in place."""
-    root, total = called.root, 0.0
-    if root.opcode != "tuple" and root.type.startswith("("):  # such as a reduction of several
-        return _size(root.type)
-    names = root.operands if root.opcode == "tuple" else (root.name,)
-    for name, (array, space) in zip(names, _ARRAY.findall(root.type), strict=True):
-        result = called.instructions[name]
-        while result.opcode in _VIEWS:
-            result = called.instructions[result.operands[0]]
-        size = _size(array) if space in _MAIN else 0.0
-        if result.opcode in _WRITERS:
-            update = called.instructions[result.operands[_WRITERS[result.opcode]]]
-            size = min(size, _size(update.type, everywhere=True))
-        total += size
-    return total
-
-
-def _size(types: str, *, everywhere: bool = False) -> float:
-    """Bytes of the arrays of a type in the device's main memory, or wherever they are."""
-    return float(
-        sum(
-            hlo.array_types(array)[0].num_bytes
-            for array, space in _ARRAY.findall(types)
-            if everywhere or space in _MAIN
-        )
-    )
+    sizes = (left.shape[axis] for axis in _integers(contracted))
+    return 2 * math.prod(result.shape) * math.prod(sizes)
 
 
 def _convolution_flops(
-    instruction: hlo.Instruction, left: hlo.ArrayType, right: hlo.ArrayType
-) -> float:
-    """As XLA counts them: no products with padding, nor with the gaps of dilation.
-
-    TPUs have matrix products as convolutions, with batch dimensions as dilated spatial ones.
-    """
-    labels = re.split("_|->", instruction.attribute("dim_labels", r"\w+->\w+"))
-    (result,) = hlo.array_types(instruction.type)
-    inputs, kernel, outputs = (
-        dict(zip(names, array.shape, strict=True))
-        for names, array in zip(labels, (left, right, result), strict=True)
-    )
-    window = (instruction.attribute("window", r"\{[^}]*\}") or "{}")[1:-1]
-    fields = dict(field.split("=") for field in window.split())
-    products = 2.0 * outputs["b"] * outputs["f"] * kernel["i"]
-    for axis in (name for name in outputs if name.isdigit()):
-        products *= _valid_pairs(fields, int(axis), inputs[axis], kernel[axis], outputs[axis])
-    return products
+    program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction
+) -> int:
+    """TPU compilers write every product as one, and a batch as a window that slides over it."""
+    labels = instruction.attribute("dim_labels", r"\w+->\w+")
+    left_labels, right_labels, result_labels = re.split("_|->", labels)
+    operands = program.operand_types(computation, instruction.operands)
+    left = dict(zip(left_labels, operands[0].shape, strict=True))
+    right = dict(zip(right_labels, operands[1].shape, strict=True))
+    result = dict(zip(result_labels, hlo.array_types(instruction.type)[0].shape, strict=True))
+    groups = int(instruction.attribute("batch_group_count", r"\d+") or 1)
+    window = instruction.attribute("window", r"\{[^}]*\}")
+    products = left["b"] // groups * right["i"] * right["o"]
+    for dimension in filter(str.isdigit, result_labels):
+        sizes = [sizes[dimension] for sizes in (left, right, result)]
+        products *= _meetings(*sizes, **_window(window, int(dimension)))
+    return 2 * products
 
 
-def _valid_pairs(fields: dict[str, str], axis: int, size: int, window: int, outputs: int) -> int:
-    def field(name: str, default: str) -> str:
-        return fields[name].split("x")[axis] if name in fields else default
+def _window(text: str, dimension: int) -> dict[str, int]:
+    """One dimension of `{size=8x16 stride=7x15 pad=0_0x3_3 lhs_dilate=8x16}`."""
 
-    stride, low = int(field("stride", "1")), int(field("pad", "0_0").split("_")[0])
-    left, right = int(field("lhs_dilate", "1")), int(field("rhs_dilate", "1"))
-    pairs = 0
-    for tap in range(window):
-        for output in range(outputs):
-            position = output * stride + tap * right - low
-            pairs += position % left == 0 and 0 <= position // left < size
-    return pairs
+    def part(name: str, default: str) -> str:
+        found = re.search(rf"\b{name}=([-\d_x]+)", text)
+        return found.group(1).split("x")[dimension] if found else default
+
+    return {
+        "stride": int(part("stride", "1")),
+        "before": int(part("pad", "0_0").split("_")[0]),
+        "left_dilation": int(part("lhs_dilate", "1")),
+        "right_dilation": int(part("rhs_dilate", "1")),
+    }
+
+
+def _meetings(
+    left: int,
+    right: int,
+    result: int,
+    *,
+    stride: int,
+    before: int,
+    left_dilation: int,
+    right_dilation: int,
+) -> int:
+    """How often an element of a sliding window meets one of the input, and not padding."""
+    places = np.arange(result) * stride - before
+    count = 0
+    for element in range(right):
+        positions = places + element * right_dilation
+        inside = (0 <= positions) & (positions < left * left_dilation)
+        count += int(np.count_nonzero(inside & (positions % left_dilation == 0)))
+    return count
+
+
+def _integers(text: str) -> Iterator[int]:
+    return (int(number) for number in _INTEGER.findall(text))
