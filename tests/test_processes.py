@@ -280,6 +280,12 @@ LONG = PRECISE | {
     "train__log_interval_steps": 1,
 }
 X64 = {"JAX_ENABLE_X64": "1"}
+# Of a job of so many processes with a device each; replica takes what is left.
+MESHES: dict[int, dict[str, Any]] = {
+    1: {},
+    2: {"mesh__memory": 2, "mesh__table_sharding": "rows"},
+    4: {"mesh__fsdp": 2},
+}
 
 
 @pytest.fixture
@@ -291,14 +297,16 @@ def uninterrupted(launcher: Launcher) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [(2, {}), (4, {"mesh__memory": 2, "mesh__table_sharding": "columns"})],
+    ids=["2", "4"],
+)
 def test_a_killed_job_resumes_in_any_number_of_processes(
-    launcher: Launcher,
-    uninterrupted: Path,
-    count: int,
+    launcher: Launcher, uninterrupted: Path, count: int, mesh: dict[str, Any]
 ) -> None:
     killed = launcher.folder / "killed"
-    with launcher.job(count, killed, environment=X64, changes=LONG) as job:
+    with launcher.job(count, killed, environment=X64, changes=LONG | mesh) as job:
         job.wait_until((killed / "checkpoints" / "8").exists)
         job.kill()
     # The last may have ended by itself at the loss of the first.
@@ -306,9 +314,9 @@ def test_a_killed_job_resumes_in_any_number_of_processes(
     assert all(process.returncode < 0 for process in job.processes)
     saved = max(steps(killed))
     assert 8 <= saved < 40
-    for resumed_count in (1, 2, 4):
+    for resumed_count, other_mesh in MESHES.items():
         resumed = shutil.copytree(killed, launcher.folder / f"resumed_{resumed_count}")
-        ended = launcher.run(resumed_count, resumed, environment=X64, changes=LONG)
+        ended = launcher.run(resumed_count, resumed, environment=X64, changes=LONG | other_mesh)
         assert f"continuing after step {saved}" in ended[0].stderr
         assert curve(resumed, "loss").keys() == set(range(1, 41))
         for name in ("loss", "gradient_norm", "held_out_loss"):
