@@ -12,7 +12,9 @@ from umv2.config import Config
 from umv2.cost import ahead_of_time, plan, search_space, topology
 from umv2.cost.report import _lined_up
 
-# How far what is compiled may fall below what earlier programs lead to expect.
+# Temporaries of programs, of the least possible: what is expected of the first program ...
+_FIRST_FACTOR = 2.0
+# ... and how far others may fall below those that were compiled.
 _DOUBT = 0.8
 # Compilers that run out of memory try for long to need less.
 _TIMEOUT_SECONDS = 600.0
@@ -23,15 +25,18 @@ class Search:
     """Plans of a training step, those that fit first, each group by its bound.
 
     `num_candidates` is how many may fit by arithmetic; of these the most promising were compiled.
+    `least_bytes` is what a device needs by arithmetic on the mesh that takes the least.
     """
 
     plans: tuple[plan.Plan, ...]
     num_candidates: int
+    least_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
         return {
             "num_candidates": self.num_candidates,
+            "least_bytes": self.least_bytes,
             "plans": [found.as_dict() for found in self.plans],
         }
 
@@ -66,7 +71,10 @@ class Search:
             " was timed.",
         ]
         if best is None or not best.fits:
-            lines.append("Nothing that was compiled fits: take more devices, or a smaller batch.")
+            lines.append(
+                "Nothing that was compiled fits: take more devices, or a smaller batch. By"
+                f" arithmetic a device needs at least {self.least_bytes / 2**30:,.1f} GiB."
+            )
         else:
             lines.append(" ".join(f"--config.{field}" for field in plan.fields(best.config)))
         return "\n".join(lines)
@@ -75,7 +83,9 @@ class Search:
 _RESOURCES = ("compute", "HBM", "interconnect")
 
 
-def search(name: str, config: Config, topology_name: str, *, limit: int) -> Search:
+def search(
+    name: str, config: Config, topology_name: str, *, limit: int, enough: int | None = None
+) -> Search:
     """Compiles the training step with what is most promising, one program after the other.
 
     Tries meshes over all devices, layouts of value tables, what divides dense parameters, policies
@@ -87,6 +97,7 @@ def search(name: str, config: Config, topology_name: str, *, limit: int) -> Sear
       config: all but what is tried stays as it is.
       topology_name: as `topology.parse` takes it.
       limit: programs to compile.
+      enough: of those that fit; None: all.
 
     Raises:
       UserError: an unknown topology, or a compiler that is missing.
@@ -94,14 +105,16 @@ def search(name: str, config: Config, topology_name: str, *, limit: int) -> Sear
     place = topology.parse(topology_name)
     waiting = search_space.candidates(config, place)
     num_candidates, plans, given_up = len(waiting), list[plan.Plan](), 0
+    fitting = 0
     factors: dict[str, float] = {}  # by policy: temporaries of programs, of the least possible
     with tqdm.tqdm(total=min(limit, num_candidates), disable=not sys.stderr.isatty()) as bar:
-        while waiting and len(plans) + given_up < limit:
+        while waiting and len(plans) + given_up < limit and fitting != enough:
             candidate = waiting.pop(0)
             sizes = search_space.mesh_sizes(candidate, place.num_devices)
             parts = ahead_of_time.argument_bytes(candidate, sizes, "train")
             least = search_space.least_temporaries(candidate, sizes, parts, place)
-            expected = least * max(1.0, _DOUBT * factors.get(candidate.model.remat, 1.0))
+            factor = factors.get(candidate.model.remat)
+            expected = least * (_FIRST_FACTOR if factor is None else max(1.0, _DOUBT * factor))
             if sum(parts.values()) + expected > place.chip.memory_bytes:
                 continue
             bar.update()
@@ -112,11 +125,13 @@ def search(name: str, config: Config, topology_name: str, *, limit: int) -> Sear
                 given_up += 1
                 continue
             plans.append(found)
+            fitting += found.fits
             if found.measured.temporaries is not None:
                 factors[candidate.model.remat] = found.measured.temporaries / least
             logging.info("%s: %s", " ".join(plan.fields(candidate)), found.verdict)
     plans.sort(key=lambda found: (not found.fits, *_time(found)))
-    return Search(plans=tuple(plans), num_candidates=num_candidates)
+    least_bytes = search_space.least_bytes(config, place)
+    return Search(plans=tuple(plans), num_candidates=num_candidates, least_bytes=least_bytes)
 
 
 def _time(found: plan.Plan) -> tuple[float, float]:

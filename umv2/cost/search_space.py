@@ -99,7 +99,20 @@ def meshes(config: Config, num_devices: int) -> Iterator[Config]:
 
 def candidates(config: Config, place: topology.Topology) -> list[Config]:
     """Returns what may fit, the most promising first: meshes, rematerialisation, accumulation."""
-    found = []
+    fitting = [
+        (predicted_seconds(candidate, mesh_sizes(candidate, place.num_devices), place), candidate)
+        for candidate, least in _with_least_bytes(config, place)
+        if least <= place.chip.memory_bytes
+    ]
+    return [candidate for _, candidate in sorted(fitting, key=lambda pair: pair[0])]
+
+
+def least_bytes(config: Config, place: topology.Topology) -> int:
+    """Returns the least that a device needs on any mesh, whatever a compiler does."""
+    return min(least for _, least in _with_least_bytes(config, place))
+
+
+def _with_least_bytes(config: Config, place: topology.Topology) -> Iterator[tuple[Config, int]]:
     for mesh in meshes(changed(config, {"train.gradient_accumulation": 1}), place.num_devices):
         sizes = mesh_sizes(mesh, place.num_devices)
         try:
@@ -107,14 +120,12 @@ def candidates(config: Config, place: topology.Topology) -> list[Config]:
         except ValueError:
             continue
         share = mesh.train.batch_size // _shares(sizes)
-        accumulations = [size for size in (1, 2, 4, 8, 16, 32) if share % size == 0]
+        accumulations = [size for size in range(1, share + 1) if share % size == 0]
         for remat, accumulation in itertools.product(_REMAT, accumulations):
             changes = {"model.remat": remat, "train.gradient_accumulation": accumulation}
             candidate = changed(mesh, changes)
-            least = sum(parts.values()) + least_temporaries(candidate, sizes, parts, place)
-            if least <= place.chip.memory_bytes:
-                found.append((predicted_seconds(candidate, sizes, place), candidate))
-    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
+            least = least_temporaries(candidate, sizes, parts, place)
+            yield candidate, sum(parts.values()) + least
 
 
 def least_temporaries(

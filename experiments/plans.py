@@ -1,0 +1,277 @@
+"""Plans of the paper's models on pods that nobody rented: stores them, and writes docs/plans.md.
+
+    python -m experiments.plans                       # what is not stored yet, then the document
+    python -m experiments.plans --limit=0             # only the document
+    python -m experiments.plans --only=paper_1b_7b@v6e:8x8
+
+One line of JSON for each plan in experiments/results/plans/plans.jsonl; a search stores every
+program that it compiled. Compiles run one after the other and take minutes each.
+"""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+RESULTS = Path("experiments/results/plans/plans.jsonl")
+DOCUMENT = Path("docs/plans.md")
+MACHINES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4", "h200:8")
+MODELS = (
+    "paper_227m_1b2",
+    "paper_430m_5b",
+    "paper_500m_6b8",
+    "paper_1b_7b",
+    "paper_2b5_25b",
+    "paper_2b5_60b_top768",
+    "paper_2b5_120b_top256",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model on a machine; `fields` are set before, and with them nothing is searched."""
+
+    model: str
+    machine: str
+    fields: tuple[tuple[str, Any], ...] = ()
+    step: str = "train"
+
+    @property
+    def name(self) -> str:
+        """Says all of it; the key of what is stored."""
+        changes = "".join(f" {path}={value}" for path, value in self.fields)
+        return f"{self.model}@{self.machine}{'' if self.step == 'train' else ' decode'}{changes}"
+
+
+def _sharded(layout: str, size: int, machine: str) -> Case:
+    return Case(
+        "paper_1b_7b",
+        machine,
+        (
+            ("mesh.memory", size),
+            ("mesh.parameters", "fsdp_and_memory"),
+            ("mesh.table_sharding", layout),
+            ("train.batch_size", 1024),
+            ("train.gradient_accumulation", 4),
+        ),
+    )
+
+
+# Of the issue, in the order of what they show.
+SHOWN = (
+    Case("paper_227m_1b2", "v5e:4x4"),
+    Case("paper_1b_7b", "v6e:8x8"),
+    Case("paper_2b5_120b_top256", "v5p:4x4x8"),
+)
+LAYOUTS = tuple(
+    _sharded(layout, size, "v5p:4x4x8") for size in (4, 16, 64) for layout in ("rows", "columns")
+)
+TABLE = tuple(Case(model, machine) for machine in MACHINES for model in MODELS)
+
+_LIMIT = flags.DEFINE_integer("limit", 1000, "Cases to plan before the document is written.", 0)
+_ONLY = flags.DEFINE_list("only", [], "Names of cases, such as paper_1b_7b@v6e:8x8; default: all.")
+_TRIES = flags.DEFINE_integer("tries", 3, "Programs to compile until one fits.", 1)
+
+
+def cases() -> Iterator[Case]:
+    """Yields every case once."""
+    yield from dict.fromkeys((*SHOWN, *LAYOUTS, *TABLE))
+
+
+def run(case: Case) -> list[dict[str, Any]]:
+    """Plans a case; returns the programs that were compiled, the best first."""
+    from umv2.config import from_config_dict
+    from umv2.cost import plan, search
+    from umv2.schema import UserError
+
+    values = importlib.import_module(f"configs.{case.model}").get_config()
+    values.update_from_flattened_dict(dict(case.fields))
+    config = from_config_dict(values)
+    try:
+        if case.fields or case.step != "train":
+            found = [plan.plan(case.model, config, case.machine, case.step, timeout_seconds=900)]  # type: ignore[arg-type]  # a step by name
+            waiting, least = 1, None
+        else:
+            searched = search.search(case.model, config, case.machine, limit=_TRIES.value, enough=1)
+            found, waiting = list(searched.plans), searched.num_candidates
+            least = searched.least_bytes
+    except UserError as error:
+        return [{"case": case.name, "error": str(error)}]
+    if not found:
+        return [{"case": case.name, "candidates": waiting, "least_bytes": least}]
+    return [each.as_dict() | {"case": case.name, "candidates": waiting} for each in found]
+
+
+def stored() -> dict[str, list[dict[str, Any]]]:
+    """Returns what is stored, by the names of cases."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    if RESULTS.exists():
+        for line in RESULTS.read_text().splitlines():
+            record = json.loads(line)
+            found.setdefault(record["case"], []).append(record)
+    return found
+
+
+def document(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns docs/plans.md."""
+    parts = [_INTRODUCTION]
+    for case in SHOWN:
+        if records := found.get(case.name):
+            parts.append(f"### {case.name}\n\n{_table([(case.model, records)])}")
+    compared = [
+        (case.name.partition(" ")[2], found[case.name]) for case in LAYOUTS if case.name in found
+    ]
+    if compared:
+        parts.append(_LAYOUTS + _layouts(compared))
+    parts.append(_TABLES)
+    for machine in MACHINES:
+        rows = [
+            (case.model, found[case.name])
+            for case in TABLE
+            if case.name in found and case.machine == machine
+        ]
+        if rows:
+            parts.append(f"### {machine}\n\n{_table(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# Plans
+
+Does a model fit on a machine, and what bounds its step? `python main.py --mode=plan` compiles the
+real training step, state donated, for devices that are not attached, and reads memory, work and
+collectives from the program:
+
+    python main.py --mode=plan --config=configs/paper_1b_7b.py --topology=v6e:8x8 --search
+    python main.py --mode=plan --config=configs/paper_1b_7b.py --topology=h200:8 \\
+        --config.mesh.memory=8 --plan_step=decode
+
+Written by `python -m experiments.plans` from `experiments/results/plans/plans.jsonl`. **Nothing
+here was timed**: times are the least that each resource would need at its peak for what the program
+does (compute: the FLOPs of its matrix products; HBM: what its instructions read and write; links:
+what a device receives, over all its links at once), and the longest of them is the bound. Sizes are
+GiB of one device; of a TPU7x, one of the two cores of a chip. `v5p:4x4x8` names chips: 128 of them,
+which Cloud calls v5p-256, after their cores. A mesh is replica x fsdp x memory x tensor; `+` divides
+dense parameters over memory too. FLOPs are those of the program over those of the model: what is
+computed again, and attention to what causality hides. Every model keeps the paper's batch (768 or
+1024 sequences of 4,096 tokens) whatever the size of the machine. 'Planned in' is wall time and
+memory of the planning, on two cores that others used too.
+
+Of each model the search compiles what its arithmetic finds most promising, at most three programs,
+and stops at the first that fits. So this says what fits, not what is best.
+
+## Shown"""
+_LAYOUTS = """## Value tables by columns and by rows
+
+The 1B/7B model on v5p:4x4x8, in four microbatches, with its tables divided over M devices. Received
+bytes are those over `memory` in one step.
+
+"""
+_TABLES = "## All sizes"
+
+
+def _table(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
+    lines = [
+        "| model | mesh | tables | remat | micro-batches | arguments | temporaries | needed | FLOPs"
+        " | compute | HBM | links | planned in | verdict |",
+        "|" + " --- |" * 14,
+    ]
+    for name, records in rows:
+        lines += [_row(name.removeprefix("paper_"), record) for record in records[:1]]
+    return "\n".join(lines)
+
+
+def _row(name: str, record: dict[str, Any]) -> str:
+    if "measured" not in record:
+        reason = record.get("error")
+        if reason is None and record["candidates"]:
+            reason = f"no program in time, of {record['candidates']} that may fit"
+        elif reason is None:
+            reason = f"cannot fit: at least {_gib(record['least_bytes'])} a device"
+        return f"| {name} |" + " |" * 12 + f" {reason} |"
+    measured, seconds = record["measured"], record["seconds"]
+    fields = dict(field.split("=") for field in record["fields"])
+    mesh = "x".join(map(str, measured["mesh"].values()))
+    plus = "+" if fields["mesh.parameters"] == "fsdp_and_memory" else ""
+    program = measured["program"]
+    ratio = f"{program['flops'] / record['model_flops']:.2f}" if program else ""
+    cells = [
+        name,
+        mesh + plus,
+        measured["table_sharding"] if measured["mesh"]["memory"] > 1 else "",
+        fields["model.remat"],
+        fields["train.gradient_accumulation"],
+        _gib(measured["arguments"]),
+        _gib(record["temporaries"]),
+        f"{_gib(measured['needed'])} of {_gib(record['capacity'])}",
+        ratio,
+        *(_time(seconds.get(resource)) for resource in ("compute", "HBM", "interconnect")),
+        f"{measured['seconds']:.0f} s, {_gib(measured['process_bytes'])}",
+        "fits" if record["fits"] else "does not fit",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _layouts(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
+    lines = [
+        "| M | tables | arguments | temporaries | needed | received, GB | planned in |",
+        "|" + " --- |" * 7,
+    ]
+    for name, (record, *_) in rows:
+        fields = dict(field.split("=") for field in name.split())
+        size, layout = fields["mesh.memory"], fields["mesh.table_sharding"]
+        if "measured" not in record:
+            lines.append(f"| {size} | {layout} |" + " |" * 3 + f" {record['error']} | |")
+            continue
+        measured = record["measured"]
+        received = ", ".join(
+            f"{part['kind']} {part['bytes'] / 1e9:.2f}"
+            for part in measured["collectives"]
+            if part["axes"] == ["memory"] and part["bytes"] >= 5e6
+        )
+        cells = [
+            size,
+            layout,
+            _gib(measured["arguments"]),
+            _gib(record["temporaries"]),
+            f"{_gib(measured['needed'])} of {_gib(record['capacity'])}",
+            received,
+            f"{measured['seconds']:.0f} s, {_gib(measured['process_bytes'])}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _gib(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**30:,.1f}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e3:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def main(argv: list[str]) -> None:
+    """Plans what is missing and writes the document."""
+    del argv
+    known, planned = stored(), 0
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for case in cases():
+        if case.name in known or planned >= _LIMIT.value:
+            continue
+        if _ONLY.value and case.name not in _ONLY.value:
+            continue
+        logging.info("%s", case.name)
+        with RESULTS.open("a") as file:
+            for record in run(case):
+                file.write(json.dumps(record) + "\n")
+        planned += 1
+    DOCUMENT.write_text(document(stored()))
+
+
+if __name__ == "__main__":
+    app.run(main)
