@@ -147,17 +147,19 @@ def test_bytes_by_hand() -> None:
     }
     assert columns.forward == {kind: 1000 * size for kind, size in per_token.items()}
     rows = exchange.exchanged_bytes(config.memory, "rows", **options)
-    # From each of the other three: a quarter of the selections and a quarter more, ids and two
-    # weights; a count; D_p inputs and D_v outputs.
-    sent = 128 // 4 * 5 // 4
+    # From each of the other three: of every token 32 selections in groups of 8, the last half full
+    # (4.44 on average), and a quarter more; for each an id, two weights, and for a group its token.
+    groups = model_exchange.groups(1000, 128, 1, 4)
+    assert groups.size == 8
+    assert groups.room == pytest.approx(1000 * 4.44 * 1.25, rel=0.01)
     assert rows.forward == {
-        "all-to-all": 1000 * 3 * (sent * (4 + 2 * 2) + 1),
+        "all-to-all": 3 * groups.room * (8 * (4 + 2 * 2) + 4),
         "all-gather": 1000 * 3 * 384 * 2,
         "reduce-scatter": 1000 * 3 * 768 * 2,
         "all-reduce": 6,
     }
     assert rows.backward == {
-        "all-to-all": 1000 * 3 * sent * 2 * 2,
+        "all-to-all": 3 * groups.room * 8 * 2 * 2,
         "reduce-scatter": 1000 * 3 * 384 * 2,
         "all-gather": 1000 * 3 * 768 * 2,
     }
@@ -181,7 +183,7 @@ def test_the_layout_that_exchanges_less_is_chosen_and_said_why() -> None:
     assert layout == "columns"
     assert why == (
         "mesh.table_sharding: columns over mesh.memory=4 (14.9 MB a layer, tables of 7.96 GB; rows:"
-        " 30.8 MB a layer, tables of 3.98 GB). Received by a device with 4,096 tokens, forward and"
+        " 31.9 MB a layer, tables of 3.98 GB). Received by a device with 4,096 tokens, forward and"
         " backward; tables with moments, as padded on a TPU"
     )
     # Where tokens select more rows, sending every selection to all devices costs more.

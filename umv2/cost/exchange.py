@@ -91,12 +91,12 @@ def exchanged_bytes(
             count("all-to-all", weights, "all-to-all")
         count("all-to-all", pooled, "all-to-all")
     else:
-        room = size * exchange.capacity(selections, size)
-        lines = size * num_tokens * memory.num_slots
+        groups = exchange.groups(num_tokens, memory.num_selected, memory.num_slots, size)
+        sent = size * groups.room * groups.size  # places for selections
         count("all-reduce", int32)  # the number of rounds
-        count("all-to-all", room * int32)  # ids
-        count("all-to-all", lines * exchange.smallest_dtype(memory.num_selected + 1).itemsize)
-        count("all-to-all", room * memory.num_cores * itemsize, "all-to-all")  # weights
+        count("all-to-all", sent * int32)  # ids
+        count("all-to-all", size * groups.room * int32)  # whose they are
+        count("all-to-all", sent * memory.num_cores * itemsize, "all-to-all")  # weights
         if memory.pre_value_dim:
             count("all-gather", pre_inputs, "reduce-scatter")
         count("reduce-scatter", size * pooled, "all-gather")

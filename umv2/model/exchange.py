@@ -32,10 +32,9 @@ from umv2 import parallel
 Layout = Literal["whole", "columns", "rows"]
 Activation = Literal["gelu", "silu", "relu"] | None
 
-# Room for selections in a round beyond an even load: a share of it, or, where loads are small, this
-# many standard deviations of what falls on a device when each selection picks one at random.
+# Room for groups of selections in a round beyond an even load: a share of it, or, where loads are
+# small, this many standard deviations of what falls on a device when rows are picked at random.
 _SLACK, _DEVIATIONS = 0.25, 5
-# Selections of a token that its virtual tokens hold at most (`_virtual_tokens`).
 _MAX_GROUP = 8
 
 
@@ -193,32 +192,59 @@ def _own_weights(weights: Float[Array, "t k c"], axis: str) -> Float[Array, "mt 
 # --- rows ---
 
 
-class Routing(NamedTuple):
-    """Which of a device's selections go to whom, and in what order.
-
-    A token's selections of one slot are a line of their own: line t * num_slots + slot. Selections
-    are sorted by owner, then line; those of equal rank keep their order.
+class Groups(NamedTuple):
+    """How selections are sent: in groups of one line, a token's selections of one slot.
 
     Attributes:
-      order: where each of the sorted selections stands in the flattened [t, k] arrays.
-      rows: the sorted selections' rows of their owner's part of the tables.
-      ends: for each owner, how many of its selections belong to lines up to each one.
-      starts: where the selections of each owner begin among the sorted ones.
-      num_rounds: rounds that it takes until all devices have sent all selections; at least 1.
+      size: selections that a group holds at most, a power of two: a line's at an owner are cut into
+        groups of it, and value aggregation takes each for a token.
+      room: groups that a device sends to each owner in one round, at most.
     """
 
-    order: Int32[Array, " tk"]
-    rows: Int32[Array, " tk"]
-    ends: Int32[Array, "owners lines"]
-    starts: Int32[Array, " owners"]
-    num_rounds: Int32[Array, ""]
+    size: int
+    room: int
 
 
-def capacity(num_selections: int, size: int) -> int:
-    """Returns how many selections a device sends to each of `size` owners in one round, at most."""
-    even = num_selections / size
+def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Groups:
+    """Returns the groups that suit an even load: each row as likely to be selected as any."""
+    kinds = num_slots * num_owners
+    size = 1 << (min(max(top_m // kinds, 1), _MAX_GROUP).bit_length() - 1)
+    # The groups of a line at an owner, expected where its selections are binomially distributed.
+    share = [float(n == top_m) for n in range(top_m + 1)]
+    if kinds > 1:
+        odds = 1 / (kinds - 1)
+        share[0] = (1 - 1 / kinds) ** top_m
+        for n in range(top_m):
+            share[n + 1] = share[n] * odds * (top_m - n) / (n + 1)
+    expected = sum(probability * -(-n // size) for n, probability in enumerate(share))
+    even = num_tokens * num_slots * expected
     room = math.ceil(even + max(_SLACK * even, _DEVIATIONS * math.sqrt(even)))
-    return min(num_selections, -(-room // 8) * 8)
+    return Groups(size, min(-(-room // 8) * 8, num_tokens * _arranged_groups(top_m, kinds, size)))
+
+
+def _arranged_groups(top_m: int, kinds: int, size: int) -> int:
+    """Groups that any token's selections fit into, when each kind fills its last one up."""
+    return -(-(top_m + kinds * (size - 1)) // size)
+
+
+class Routing(NamedTuple):
+    """Which of a device's selections go to whom.
+
+    Attributes:
+      keys: of each token's selections and of what fills groups up; weights are sorted by them.
+      rows: rows of their owner's part of the tables, in groups.
+      lines: of the groups, token * num_slots + slot.
+      order: of the groups when sorted by owner, lines rising.
+      ends: where the groups of each owner end among those.
+      num_rounds: rounds that it takes until all devices have sent all groups; at least 1.
+    """
+
+    keys: Int32[Array, "t w"]
+    rows: Int32[Array, "n g"]
+    lines: Int32[Array, " n"]
+    order: Int32[Array, " n"]
+    ends: Int32[Array, " m"]
+    num_rounds: Int32[Array, ""]
 
 
 def route(
@@ -229,7 +255,10 @@ def route(
     num_slots: int,
     axis: str,
 ) -> Routing:
-    """Sorts this device's selections by the devices that own their rows.
+    """Groups this device's selections by the devices that own their rows.
+
+    Sorts of each token's selections, and one of the groups, do it: accelerators sort side by side,
+    but fetch and add elements at places that the data name one by one.
 
     Args:
       rows: table * N + row.
@@ -238,30 +267,59 @@ def route(
       num_slots: slots of a token.
       axis: the mesh axis over which rows are divided.
     """
-    size, num_tokens = lax.axis_size(axis), rows.shape[0]
-    table, row = rows // (own_rows * size), rows % (own_rows * size)
-    owner, local = row // own_rows, table * own_rows + row % own_rows
-    line = jnp.arange(num_tokens, dtype=jnp.int32)[:, None] * num_slots
-    # Of each token, how many selections each owner and slot gets. Comparing is cheaper for
-    # accelerators than adding one by one at places that the data name.
-    kinds = owner * num_slots
-    if slots is not None:
-        line, kinds = line + slots, kinds + slots
-    kind = jnp.arange(size * num_slots, dtype=jnp.int32)
-    counts = jnp.sum(kinds[:, :, None] == kind[None, None, :], axis=1, dtype=jnp.int32)
-    counts = counts.reshape(num_tokens, size, num_slots).swapaxes(0, 1).reshape(size, -1)
+    num_owners, (num_tokens, top_m) = lax.axis_size(axis), rows.shape
+    kinds = num_owners * num_slots
+    group, room = groups(num_tokens, top_m, num_slots, num_owners)
+    table, row = rows // (own_rows * num_owners), rows % (own_rows * num_owners)
+    kind = row // own_rows * num_slots + (0 if slots is None else slots)
+    local = table * own_rows + row % own_rows
+    every = jnp.arange(kinds, dtype=jnp.int32)
+    counts = jnp.sum(kind[:, :, None] == every[None, None, :], axis=1, dtype=jnp.int32)
 
-    place = (owner * (num_tokens * num_slots) + line).reshape(-1)
-    _, local, order = lax.sort(
-        (place, local.reshape(-1), lax.iota(jnp.int32, rows.size)), num_keys=1, is_stable=True
-    )
-    ends = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
-    totals = ends[:, -1]
-    starts = jnp.cumsum(totals, dtype=jnp.int32) - totals
-    most = -(-jnp.max(totals) // capacity(rows.size, size))
+    # What fills up the last group of each kind; the rest has no kind, and comes last.
+    width = _arranged_groups(top_m, kinds, group) * group
+    fill = jnp.arange(group - 1, dtype=jnp.int32)[None, None, :] < (-counts % group)[:, :, None]
+    fill = jnp.where(fill, every[None, :, None], kinds).reshape(num_tokens, -1)
+    kind = jnp.concatenate([kind, fill], axis=1)
+    spare = width - kind.shape[1]
+    kind = jnp.pad(kind, ((0, 0), (0, spare)), constant_values=kinds)
+    keys = kind * width + jnp.arange(width, dtype=jnp.int32)[None, :]
+    local = jnp.pad(local, ((0, 0), (0, width - top_m)))
+    sorted_keys, local = lax.sort((keys, local), dimension=1, num_keys=1, is_stable=False)
+    local, sorted_keys = local.reshape(-1, group), sorted_keys.reshape(-1, group)
+    # Its row is one that the token has selected: zero times a row that is not finite is not zero.
+    local = jnp.where(sorted_keys % width < top_m, local, local[:, :1])
+
+    kind = sorted_keys[:, 0] // width
+    token = lax.iota(jnp.int32, kind.size) // (width // group)
+    _, order = lax.sort_key_val(kind // num_slots, lax.iota(jnp.int32, kind.size))
+    owned = jnp.sum(-(-counts // group), axis=0, dtype=jnp.int32).reshape(num_owners, num_slots)
+    owned = jnp.sum(owned, axis=1, dtype=jnp.int32)
+    most = -(-jnp.max(owned) // room)
     # All devices of the mesh agree: the rounds of some must not wait for those of others.
     num_rounds = lax.pmax(most, tuple(sorted(jax.typeof(most).manual_axis_type.varying)))
-    return Routing(order, local, ends, starts, num_rounds)
+    ends = jnp.cumsum(owned, dtype=jnp.int32)
+    lines = token * num_slots + kind % num_slots
+    return Routing(keys, local, lines, order, ends, num_rounds)
+
+
+@jax.custom_vjp
+def _arrange(keys: Int32[Array, "t w"], weights: Float[Array, "t w c"]) -> Float[Array, "t w c"]:
+    """Sorts weights by keys, key modulo w being a weight's place: so does its derivative."""
+    columns = tuple(jnp.moveaxis(weights, -1, 0))
+    return jnp.stack(lax.sort((keys, *columns), dimension=1, is_stable=False)[1:], axis=-1)
+
+
+def _arrange_fwd(keys: Array, weights: Array) -> tuple[Array, Array]:
+    return _arrange(keys, weights), keys
+
+
+def _arrange_bwd(keys: Array, arranged_grad: Array) -> tuple[None, Array]:
+    places = lax.sort(keys, dimension=1, is_stable=False) % keys.shape[1]
+    return None, _arrange(places, arranged_grad)
+
+
+_arrange.defvjp(_arrange_fwd, _arrange_bwd)
 
 
 def _rows(
@@ -275,110 +333,66 @@ def _rows(
 ) -> Float[Array, "t e"]:
     """Pools, of this device's rows, those that all devices' tokens selected."""
     own_rows, num_slots = values.shape[1], options.num_slots
+    num_tokens, top_m, num_cores = weights.shape
     routing = route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis)
     if pre_inputs is not None:
         pre_inputs = lax.all_gather(pre_inputs.astype(options.dtype), options.axis)
-    arrays = (values, pre_values, weights.astype(options.dtype), pre_inputs)
-    sums = _sum_of_rounds(functools.partial(_round, options), routing.num_rounds, routing, arrays)
+    filled = ((0, 0), (0, routing.keys.shape[1] - top_m), (0, 0))
+    weights = _arrange(routing.keys, jnp.pad(weights.astype(options.dtype), filled))
+    weights = weights.reshape(*routing.rows.shape, num_cores)
+    arrays = (values, pre_values, weights, pre_inputs)
+    send = functools.partial(_round, options, num_tokens, top_m)
+    sums = _sum_of_rounds(send, routing.num_rounds, routing, arrays)
     sums = sums.reshape(-1, sums.shape[-1]).astype(options.dtype)
-    return lax.psum_scatter(sums, options.axis, tiled=True).reshape(rows.shape[0], -1)
+    return lax.psum_scatter(sums, options.axis, tiled=True).reshape(num_tokens, -1)
 
 
 def _round(
-    options: _Options, number: Int[Array, ""] | int, routing: Routing, arrays: tuple
+    options: _Options,
+    num_tokens: int,
+    top_m: int,
+    number: Int[Array, ""] | int,
+    routing: Routing,
+    arrays: tuple,
 ) -> Float[Array, "m lines v"]:
     """Returns this device's part of the pooled lines of all devices, of one round's selections."""
     values, pre_values, weights, pre_inputs = arrays
-    axis, size = options.axis, lax.axis_size(options.axis)
-    num_tokens, top_m, num_cores = weights.shape
-    room = capacity(num_tokens * top_m, size)
+    axis, num_slots, num_owners = options.axis, options.num_slots, lax.axis_size(options.axis)
+    group, room = groups(num_tokens, top_m, num_slots, num_owners)
+    num_lines = num_tokens * num_slots
 
-    # Places beyond an owner's last selection name some other selection and have no weight.
-    place = jnp.arange(room, dtype=jnp.int32)[None, :] + number * room
-    place += routing.starts[:, None]
-    sent = place < (routing.starts + routing.ends[:, -1])[:, None]
-    place = jnp.minimum(place, num_tokens * top_m - 1)
-    weights = weights.reshape(-1, num_cores)
-    weights = jnp.where(sent[:, :, None], weights[routing.order[place]], 0)
-    ends = jnp.clip(routing.ends - number * room, 0, room)
-    counts = jnp.diff(ends, prepend=0, axis=1).astype(smallest_dtype(top_m + 1))
-
-    exchange = functools.partial(
-        lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True
+    starts = jnp.concatenate([jnp.zeros_like(routing.ends[:1]), routing.ends[:-1]])
+    place = jnp.arange(room, dtype=jnp.int32)[None, :] + number * room + starts[:, None]
+    sent = place < routing.ends[:, None]
+    chosen = routing.order[jnp.minimum(place, routing.order.size - 1)]
+    # Beyond an owner's last group stands some other, without weight and of a line that none has.
+    lines = jnp.where(sent, routing.lines[chosen], num_lines)
+    weights = jnp.where(sent[:, :, None, None], weights[chosen], 0)
+    rows, lines, weights = (
+        lax.all_to_all(x, axis, 0, 0, tiled=True) for x in (routing.rows[chosen], lines, weights)
     )
-    rows, counts, weights = map(exchange, (routing.rows[place], counts, weights))
-    group = _group_size(top_m, size * options.num_slots)
-    rows, weights, line = _virtual_tokens(rows, counts.astype(jnp.int32), weights, group)
-    num_lines = counts.shape[1]
     if pre_inputs is not None:
-        source = jnp.arange(size, dtype=jnp.int32)[:, None]
-        pre_inputs = pre_inputs[source, jnp.minimum(line // options.num_slots, num_tokens - 1)]
+        source = jnp.arange(num_owners, dtype=jnp.int32)[:, None]
+        token = lines // num_slots
+        pre_inputs = pre_inputs.at[source, token].get(mode="fill", fill_value=0)
         pre_inputs = pre_inputs.reshape(-1, pre_inputs.shape[-1])
-
     chunk_size = options.chunk_size and max(1, options.chunk_size * top_m // group)
     pooled = _value_aggregation(
         values,
         pre_values,
         rows.reshape(-1, group),
-        weights.reshape(-1, group, num_cores),
+        weights.reshape(-1, *weights.shape[2:]),
         pre_inputs,
         None,
         options._replace(num_slots=1, chunk_size=chunk_size),
     )
-    pooled = pooled.reshape(size, -1, pooled.shape[-1])
-    # Virtual tokens that hold nothing have line `num_lines`, which does not exist.
+    pooled = pooled.reshape(num_owners, room, -1)
     add = jax.vmap(
         lambda sums, line, terms: sums.at[line].add(terms, mode="drop", indices_are_sorted=True)
     )
-    return add(jnp.zeros_like(pooled, shape=(size, num_lines, pooled.shape[-1])), line, pooled)
-
-
-def _group_size(top_m: int, parts: int) -> int:
-    """The selections of a virtual token: a power of two near those of a line at one owner."""
-    return 1 << (min(max(top_m // parts, 1), _MAX_GROUP).bit_length() - 1)
-
-
-def _virtual_tokens(
-    rows: Int32[Array, "m room"],
-    counts: Int32[Array, "m lines"],
-    weights: Float[Array, "m room c"],
-    group: int,
-) -> tuple[Int32[Array, "m u g"], Float[Array, "m u g c"], Int32[Array, "m u"]]:
-    """Cuts the selections of each line into groups, which are aggregated as tokens are.
-
-    Args:
-      rows: received from each device, in the order of lines.
-      counts: how many belong to each line.
-      weights: of the selections.
-      group: selections of a virtual token.
-
-    Returns:
-      Rows and weights of virtual tokens, and the line that each belongs to: the number of lines
-      for those at the end that hold nothing.
-    """
-    (size, room), num_lines = rows.shape, counts.shape[1]
-    num_virtual = min(room, num_lines + room // group)
-    source = jnp.arange(size, dtype=jnp.int32)[:, None]
-    ends = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
-    groups = -(-counts // group)
-    group_ends = jnp.cumsum(groups, axis=1, dtype=jnp.int32)
-
-    # The line of virtual token u is the number of lines that end at u or before.
-    marks = jnp.zeros_like(ends, shape=(size, num_virtual))
-    marks = marks.at[source, group_ends].add(1, mode="drop", indices_are_sorted=True)
-    line = jnp.cumsum(marks, axis=1, dtype=jnp.int32)
-    held = jnp.minimum(line, num_lines - 1)
-    before = jnp.arange(num_virtual, dtype=jnp.int32)[None, :] - (group_ends - groups)[source, held]
-    first = (ends - counts)[source, held] + before * group
-    length = jnp.where(line < num_lines, ends[source, held] - first, 0)
-
-    # A place that holds nothing repeats the last row before it, with no weight.
-    within = jnp.arange(group, dtype=jnp.int32)[None, None, :]
-    place = first[:, :, None] + jnp.minimum(within, jnp.maximum(length, 1)[:, :, None] - 1)
-    place = jnp.clip(place, 0, room - 1)
-    present = within < length[:, :, None]
-    taken = weights[source[:, :, None], place]
-    return rows[source[:, :, None], place], jnp.where(present[..., None], taken, 0), line
+    return add(
+        jnp.zeros_like(pooled, shape=(num_owners, num_lines, pooled.shape[-1])), lines, pooled
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
