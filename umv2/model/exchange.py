@@ -169,7 +169,7 @@ def _columns(
         pre_scores = lax.psum_scatter(partial.astype(options.dtype), axis, tiled=True)
         gates = parallel.activate(pre_scores.astype(partial.dtype), options.activation)
         weights = weights * gates[:, :, None]
-    weights = _own_weights(weights.astype(options.dtype), axis)
+    weights = _own_weights(weights, axis, options.dtype)
     if slots is not None:
         slots = lax.all_gather(slots.astype(smallest_dtype(num_slots)), axis, tiled=True)
         slots = slots.astype(jnp.int32)
@@ -178,15 +178,17 @@ def _columns(
     return lax.all_to_all(pooled, axis, 0, 2, tiled=True).reshape(num_tokens, -1)
 
 
-def _own_weights(weights: Float[Array, "t k c"], axis: str) -> Float[Array, "mt k own"]:
+def _own_weights(
+    weights: Float[Array, "t k c"], axis: str, dtype: DTypeLike
+) -> Float[Array, "mt k own"]:
     """Returns, for all tokens, the weights of the cores that this device's columns belong to."""
-    size, num_cores = lax.axis_size(axis), weights.shape[-1]
+    num_cores = weights.shape[-1]
     if num_cores == 1:
-        return lax.all_gather(weights, axis, tiled=True)
-    own = own_cores(num_cores, size)
-    # Core j of device m: devices that share a core get copies of its weights.
-    cores = (np.arange(size)[:, None] * num_cores // size + np.arange(own)[None, :]).reshape(-1)
-    return lax.all_to_all(weights[:, :, cores], axis, 2, 0, tiled=True)
+        return lax.all_gather(weights.astype(dtype), axis, tiled=True)
+    # Devices that share a core get copies of its weights; their gradients are summed unrounded.
+    copies = own_cores(num_cores, lax.axis_size(axis)) * lax.axis_size(axis) // num_cores
+    weights = jnp.repeat(weights, copies, axis=2).astype(dtype)
+    return lax.all_to_all(weights, axis, 2, 0, tiled=True)
 
 
 # --- rows ---
@@ -209,17 +211,22 @@ def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Grou
     """Returns the groups that suit an even load: each row as likely to be selected as any."""
     kinds = num_slots * num_owners
     size = 1 << (min(max(top_m // kinds, 1), _MAX_GROUP).bit_length() - 1)
-    # The groups of a line at an owner, expected where its selections are binomially distributed.
-    share = [float(n == top_m) for n in range(top_m + 1)]
-    if kinds > 1:
-        odds = 1 / (kinds - 1)
-        share[0] = (1 - 1 / kinds) ** top_m
-        for n in range(top_m):
-            share[n + 1] = share[n] * odds * (top_m - n) / (n + 1)
-    expected = sum(probability * -(-n // size) for n, probability in enumerate(share))
+    # The groups that a line is expected to have at an owner.
+    expected = sum(_binomial(n, top_m, kinds) * -(-n // size) for n in range(top_m + 1))
     even = num_tokens * num_slots * expected
     room = math.ceil(even + max(_SLACK * even, _DEVIATIONS * math.sqrt(even)))
     return Groups(size, min(-(-room // 8) * 8, num_tokens * _arranged_groups(top_m, kinds, size)))
+
+
+def _binomial(successes: int, trials: int, sides: int) -> float:
+    """The probability that of so many throws of fair dice so many show a certain side."""
+    if sides == 1:
+        return float(successes == trials)
+    ways = (
+        math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(trials - successes + 1)
+    )
+    misses = (trials - successes) * math.log1p(-1 / sides)
+    return math.exp(ways - successes * math.log(sides) + misses)
 
 
 def _arranged_groups(top_m: int, kinds: int, size: int) -> int:
