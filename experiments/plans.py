@@ -11,6 +11,7 @@ program that it compiled. Compiles run one after the other and take minutes each
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,16 @@ def _sharded(layout: str, size: int, machine: str) -> Case:
 SHOWN = (
     Case("paper_227m_1b2", "v5e:4x4"),
     Case("paper_1b_7b", "v6e:8x8"),
-    Case("paper_2b5_120b_top256", "v5p:4x4x8"),
+    Case(
+        "paper_2b5_120b_top256",
+        "v5p:4x4x8",
+        (
+            ("mesh.memory", 128),
+            ("mesh.parameters", "fsdp_and_memory"),
+            ("mesh.table_sharding", "rows"),
+            ("train.gradient_accumulation", 8),
+        ),
+    ),
 )
 LAYOUTS = tuple(
     _sharded(layout, size, "v5p:4x4x8") for size in (4, 16, 64) for layout in ("rows", "columns")
@@ -101,6 +111,9 @@ def run(case: Case) -> list[dict[str, Any]]:
             least = searched.least_bytes
     except UserError as error:
         return [{"case": case.name, "error": str(error)}]
+    except RuntimeError as error:  # of JAX or a compiler: a mistake of the program's
+        lines = [line for line in str(error).splitlines() if re.match(r"\w+(\.\w+)*Error: ", line)]
+        return [{"case": case.name, "error": (lines or ["RuntimeError"])[-1][:300]}]
     if not found:
         return [{"case": case.name, "candidates": waiting, "least_bytes": least}]
     return [each.as_dict() | {"case": case.name, "candidates": waiting} for each in found]
@@ -154,11 +167,11 @@ here was timed**: times are the least that each resource would need at its peak 
 does (compute: the FLOPs of its matrix products; HBM: what its instructions read and write; links:
 what a device receives, over all its links at once), and the longest of them is the bound. Sizes are
 GiB of one device; of a TPU7x, one of the two cores of a chip. `v5p:4x4x8` names chips: 128 of them,
-which Cloud calls v5p-256, after their cores. A mesh is replica x fsdp x memory x tensor; `+` divides
-dense parameters over memory too. FLOPs are those of the program over those of the model: what is
-computed again, and attention to what causality hides. Every model keeps the paper's batch (768 or
-1024 sequences of 4,096 tokens) whatever the size of the machine. 'Planned in' is wall time and
-memory of the planning, on two cores that others used too.
+which Cloud calls v5p-256, after their cores. A mesh is replica x fsdp x memory x tensor; `+`
+divides dense parameters over memory too. FLOPs are those of the program over those of the model:
+what is computed again, and attention to what causality hides. Every model keeps the paper's batch
+(768 or 1024 sequences of 4,096 tokens) whatever the size of the machine. 'Planned in' is wall time
+and memory of the planning, on two cores that others used too.
 
 Of each model the search compiles what its arithmetic finds most promising, at most three programs,
 and stops at the first that fits. So this says what fits, not what is best.

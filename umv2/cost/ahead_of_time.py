@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,11 +51,15 @@ class TooSlow(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """Bytes that one device receives in one step, through one kind of collective over some axes."""
+    """Bytes that one device receives in one step, through one kind of collective over some axes.
+
+    `source` is the operation of the JAX program behind most of them.
+    """
 
     kind: str
     axes: tuple[str, ...]
     bytes: int
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,8 +316,7 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
         text = compiled.as_text()
         assert text is not None  # every XLA backend of jax gives it
         program = workload.read(text)
-        totals = collectives.totals(collectives.read(text, mesh))
-        received = [Collectives(kind, axes, size) for (kind, axes), size in totals.items()]
+        received = _by_kind_and_axes(collectives.read(text, mesh))
     return Measurement(
         mesh=dict(mesh.shape),
         table_sharding=config.mesh.table_sharding,
@@ -324,13 +327,23 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
         available=available,
         refusal=refusal,
         program=program,
-        collectives=tuple(sorted(received, key=lambda part: -part.bytes)),
+        collectives=tuple(received),
         seconds=0.0,  # which the parent knows
         process_bytes=max(
             resource.getrusage(who).ru_maxrss * 1024
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         ),
     )
+
+
+def _by_kind_and_axes(found: Sequence[collectives.Collective]) -> list[Collectives]:
+    """Adds up collectives, the most bytes first."""
+    parts = []
+    for (kind, axes), size in collectives.totals(found).items():
+        alike = [one for one in found if (one.kind, one.axes) == (kind, axes)]
+        source = max(alike, key=lambda one: one.total_bytes).source
+        parts.append(Collectives(kind, axes, size, source))
+    return sorted(parts, key=lambda part: -part.bytes)
 
 
 def _batch_size(config: Config, step: Step) -> int:

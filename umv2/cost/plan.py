@@ -243,7 +243,8 @@ class Plan:
         if self.dominant == "interconnect":
             part = measured.collectives[0]
             axes = " and ".join(f"mesh.{axis}" for axis in part.axes)
-            yield f"smaller {axes}: {part.kind} over them receives {part.bytes / 1e9:,.2f} GB"
+            received = f"{part.kind} over them receives {part.bytes / 1e9:,.2f} GB"
+            yield f"smaller {axes}: {received}, most of it in {part.source or 'a fusion'}"
 
 
 def plan(
