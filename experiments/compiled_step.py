@@ -21,13 +21,12 @@ class Step:
         from umv2 import parallel
         from umv2.config import from_config_dict
         from umv2.cost import accounting
-        from umv2.data import pipeline, tokenizers
+        from umv2.data import pipeline
         from umv2.training import optim, train
         from umv2.training.state import create_state, model_structure
 
         config = from_config_dict(values)
-        tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
-        corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
+        corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
         batches = pipeline.train_batches(
             corpus, config.data, batch_size=config.train.batch_size, start_step=0
         )

@@ -94,23 +94,22 @@ class Launcher:
         devices_each: int = 1,
         options: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
-        other_workdir: Path | None = None,
+        others: tuple[str, ...] = (),
         changes: dict[str, Any] | None = None,
     ) -> Iterator[Job]:
-        """A job of `count` processes; those after the first may be given another workdir."""
+        """A job of `count` processes; those after the first take `others`, too."""
         config = {"mesh__replica": -1} | (changes or {})
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         commands = []
         for index in range(count):
-            here = other_workdir if other_workdir and index else workdir
-            command = [sys.executable, "main.py", f"--workdir={here}", *options]
+            command = [sys.executable, "main.py", f"--workdir={workdir}", *options]
             if "--mode=evaluate" not in options:
                 command += tiny_run.flags(self.paths, **config)
             if count > 1:
                 command += [f"--coordinator_address={address}", f"--num_processes={count}"]
-                command += [f"--process_id={index}"]
+                command += [f"--process_id={index}", *(others if index else ())]
             commands.append(command)
         env = tiny_run.environment(self.cache) | {
             "JAX_PLATFORMS": "cpu",
@@ -261,7 +260,7 @@ def test_two_processes_train_as_one_does(finished: tiny_run.Run, launcher: Launc
 
 def test_a_folder_that_is_not_shared_is_one_error(launcher: Launcher) -> None:
     here, there = launcher.folder / "here", launcher.folder / "there"
-    with launcher.job(2, here, other_workdir=there) as job:
+    with launcher.job(2, here, others=(f"--workdir={there}",)) as job:
         ended = job.wait()
     for process, workdir in zip(ended, (here, there), strict=True):
         assert process.code == 1
@@ -269,6 +268,16 @@ def test_a_folder_that_is_not_shared_is_one_error(launcher: Launcher) -> None:
         assert "is not seen by 1" in process.stderr
         assert "Traceback" not in process.stderr
     assert list((here / "checkpoints").iterdir()) == []
+
+
+def test_what_one_process_lacks_ends_both(launcher: Launcher) -> None:
+    lacking = ("--config.data.paths=('/nonexistent',)",)
+    with launcher.job(2, launcher.folder / "run", others=lacking) as job:
+        first, second = job.wait()
+    assert (first.code, second.code) == (1, 1)
+    assert "error: process 1 failed, and says why" in first.stderr
+    assert "error: data.paths: no file matches '/nonexistent'" in second.stderr
+    assert "Traceback" not in first.stderr + second.stderr
 
 
 # Long curves are compared in float64: those of float32 part after some ten steps by rounding alone.
@@ -341,6 +350,22 @@ def test_a_signal_to_one_process_stops_both_at_one_step(launcher: Launcher) -> N
     (saved,) = steps(workdir)
     assert f"stopped by SIGTERM after step {saved}; the state is saved" in first.stderr
     assert "Traceback" not in first.stderr + second.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_which_one_part_is_damaged_is_skipped_by_all(launcher: Launcher) -> None:
+    workdir = launcher.folder / "run"
+    tables = {"mesh__memory": 2, "mesh__table_sharding": "rows"}
+    launcher.run(2, workdir, changes=tables)
+    whole = curve(workdir, "loss")
+    assert steps(workdir)[-2:] == [9, 12]
+    state = workdir / "checkpoints" / "12" / "state"
+    largest = max(state.glob("ocdbt.process_1/d/*"), key=lambda file: file.stat().st_size)
+    os.truncate(largest, 100)
+    for process in launcher.run(2, workdir, changes=tables):
+        assert "skipping a damaged checkpoint" in process.stderr
+    assert (workdir / "checkpoints" / "damaged_12").exists()
+    assert curve(workdir, "loss") == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.slow

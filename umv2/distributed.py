@@ -7,6 +7,7 @@ several slices, too) or an indexed Kubernetes job, and tells all of a SIGTERM th
 import os
 import secrets
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -85,6 +86,30 @@ def require_alone(what: str, num_processes: int | None) -> None:
         )
 
 
+def everywhere[T](work: Callable[[], T]) -> T:
+    """Returns what work gives that each process does by itself, such as reading files.
+
+    Where it fails in one process it fails in all: the others would wait for that one in vain.
+
+    Raises:
+      UserError: it succeeded here, but not in another process.
+      Exception: what `work` raises here.
+    """
+    if jax.process_count() == 1:
+        return work()
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:  # whatever it is, the others must hear of it first
+        error = caught
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+    if error is not None:
+        raise error
+    if failed.size:
+        raise UserError(f"process {failed[0]} failed, and says why")
+    return result
+
+
 def require_shared(directory: Path) -> None:
     """Creates a directory, and checks that it is one and the same for all processes.
 
@@ -95,19 +120,19 @@ def require_shared(directory: Path) -> None:
         return
     token = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
     probe = directory / f".written_by_process_0_{token:08x}"
-    failure: OSError | None = None
-    if jax.process_index() == 0:
-        try:
+
+    def write() -> None:
+        if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             probe.touch()
-        except OSError as error:
-            failure = error
-    multihost_utils.sync_global_devices("umv2_probe_written")
+
+    try:
+        everywhere(write)
+    except OSError as error:
+        raise UserError(str(error)) from error
     seen = multihost_utils.process_allgather(np.asarray(probe.exists())).ravel()
     if jax.process_index() == 0:
         probe.unlink(missing_ok=True)
-    if failure is not None:
-        raise UserError(f"{directory}: {failure}") from failure
     if not seen.all():
         blind = ", ".join(str(process) for process in np.flatnonzero(~seen))
         raise UserError(

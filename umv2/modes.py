@@ -36,8 +36,7 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
       CheckpointError: there is no checkpoint that can be read.
     """
     config = _run_config(config, workdir)
-    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
-    corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
+    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
     mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
     num_tokens = config.evaluation.batch_size * config.data.sequence_length
     config = exchange.with_layout(config, mesh.shape, num_tokens)

@@ -24,6 +24,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int32
 from tqdm import tqdm
 
+from umv2 import distributed
 from umv2.config import DataConfig
 from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
 from umv2.data.shards import ArrayRecordDocuments
@@ -35,7 +36,7 @@ from umv2.data.sources import (
     matching_files,
     text_documents,
 )
-from umv2.data.tokenizers import ByteTokenizer, Tokenizer
+from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from umv2.types import Batch
 
 _ENDLESS = 1 << 62
@@ -166,6 +167,20 @@ def load_corpus(
         corpus.held_out.lengths.sum(),
     )
     return corpus
+
+
+def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+    """Loads the configured tokenizer and corpus; what one process cannot read ends all.
+
+    Raises:
+      DataError: for input that cannot be trained on.
+    """
+
+    def load() -> Corpus:
+        tokenizer = load_tokenizer(config.tokenizer, config.end_of_text_id)
+        return load_corpus(config, tokenizer, vocab_size=vocab_size)
+
+    return distributed.everywhere(load)
 
 
 def _default_cache_dir() -> Path:

@@ -140,12 +140,13 @@ class Checkpointer:
         wanted = _named(abstract)
 
         def read(step: int) -> tuple[int, dict[str, Array]]:
-            metadata = _read_metadata(self._manager, step)
+            metadata = _read_metadata(manager, step)
             check_config(metadata["config"], self._config)
             _check_arrays(metadata["arrays"], wanted)
-            return step, _read_arrays(self._manager, step, wanted, metadata["checksums"])
+            return step, _read_arrays(manager, step, wanted, metadata["checksums"])
 
-        step, arrays = _newest(self._manager, read)
+        with _open_to_read(self._directory) as manager:
+            step, arrays = _newest(manager, read)
         self._set_aside_after(step)
         return _unnamed(abstract, arrays)
 
@@ -228,9 +229,16 @@ def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _open_to_read(directory: Path) -> ocp.CheckpointManager:
-    if not directory.is_dir():
-        raise CheckpointError(f"there is no checkpoint: {directory} does not exist")
-    return _open(directory.absolute(), create=False, read_only=True)
+    def check() -> None:
+        if not directory.is_dir():
+            raise CheckpointError(f"there is no checkpoint: {directory} does not exist")
+
+    distributed.everywhere(check)
+    # Each process reads by itself: orbax's barriers would wait for one that cannot.
+    itself = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    return _open(directory.absolute(), create=False, read_only=True, multiprocessing_options=itself)
 
 
 def _is_no_chatter(record: std_logging.LogRecord) -> bool:
@@ -271,7 +279,8 @@ def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
 
 
 def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    return distributed.everywhere(lambda: manager.restore(step, args=args).metadata)
 
 
 def _read_arrays(
@@ -290,7 +299,8 @@ def _read_arrays(
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    arrays = manager.restore(step, args=ocp.args.Composite(state=state_args)).state
+    args = ocp.args.Composite(state=state_args)
+    arrays = distributed.everywhere(lambda: manager.restore(step, args=args).state)
     changed = [
         name
         for name, checksum in jax.device_get(_checksums(arrays)).items()

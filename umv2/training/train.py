@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from umv2 import distributed, parallel
 from umv2.config import Config, to_dict
 from umv2.cost import accounting, exchange
-from umv2.data import pipeline, tokenizers
+from umv2.data import pipeline
 from umv2.evaluation import perplexity
 from umv2.model.transformer import ModelStats
 from umv2.schema import UserError
@@ -122,8 +122,7 @@ def train(config: Config, workdir: Path) -> None:
       DataError: the data cannot be read.
       TrainingDiverged: a loss or gradient that is not finite; the last checkpoint is kept.
     """
-    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
-    corpus = pipeline.load_corpus(config.data, tokenizer, vocab_size=config.model.vocab_size)
+    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
     microbatch_size = config.train.batch_size // config.train.gradient_accumulation
     mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
     config = exchange.with_layout(config, mesh.shape, microbatch_size * config.data.sequence_length)
