@@ -215,6 +215,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     with _one_line_errors():
         try:
             return flags.FLAGS(arguments)
+        except OSError as error:  # the file of the configuration, where there are overrides
+            raise ConfigError(f"--config: {_last_line(error)}") from error
         except (AttributeError, KeyError) as error:
             # An override of a field that does not exist. ml_collections says which name it misses,
             # but not where, so the fields are looked up in the configuration without overrides.

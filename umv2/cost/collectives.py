@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from umv2.cost import hlo
-from umv2.cost.report import _lined_up
+from umv2.cost.report import lined_up
 
 Kind = Literal[
     "all-gather",
@@ -129,7 +129,7 @@ def as_text(collectives: Iterable[Collective]) -> str:
             rows.append((name, f"{count:,}", f"{total / count / 1e6:,.3f}", f"{total / 1e6:,.3f}"))
         if not dynamic:
             rows.append(("  total", "", "", f"{sum(sums.values()) / 1e6:,.3f}"))
-    return _lined_up(rows)
+    return lined_up(rows)
 
 
 class _Reader:

@@ -99,7 +99,7 @@ class CostReport:
         cache = [{f"a sequence of {context}": cost["cache_bytes_per_sequence"]} for cost in costs]
         section("key-value cache, MB", cache, _millions)
         section("training, MB", [cost["training_bytes"] for cost in costs], _millions)
-        return _lined_up(rows)
+        return lined_up(rows)
 
     def draw(self, path: Path) -> None:
         """Draws bytes read per decode step over the batch, and their ratios to the first, as PNG.
@@ -200,7 +200,7 @@ def _millions(value: int | float) -> str:
     return f"{value / 1e6:,.3f}"
 
 
-def _lined_up(rows: Sequence[tuple[str, ...]]) -> str:
+def lined_up(rows: Sequence[tuple[str, ...]]) -> str:
     """Lines up columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -10,7 +10,7 @@ from absl import logging
 
 from umv2.config import Config
 from umv2.cost import ahead_of_time, plan, search_space, topology
-from umv2.cost.report import _lined_up
+from umv2.cost.report import lined_up
 
 # Temporaries of programs, of the least possible: what is expected of the first program ...
 _FIRST_FACTOR = 2.0
@@ -64,7 +64,7 @@ class Search:
             )
         best = self.plans[0] if self.plans else None
         lines = [
-            _lined_up(rows),
+            lined_up(rows),
             "",
             f"Compiled {len(self.plans)} of {self.num_candidates} that may fit. Times are the least"
             " that each resource needs, and the compiler's estimate without collectives: nothing"
