@@ -19,6 +19,7 @@ from typing import Any
 from absl import app, flags, logging
 
 RESULTS = Path("experiments/results/plans/plans.jsonl")
+ARITHMETIC = Path("experiments/results/plans/arithmetic.jsonl")
 DOCUMENT = Path("docs/plans.md")
 MACHINES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4", "h200:8")
 MODELS = (
@@ -48,37 +49,25 @@ class Case:
         return f"{self.model}@{self.machine}{'' if self.step == 'train' else ' decode'}{changes}"
 
 
-def _sharded(layout: str, size: int, machine: str) -> Case:
-    return Case(
-        "paper_1b_7b",
-        machine,
-        (
-            ("mesh.memory", size),
-            ("mesh.parameters", "fsdp_and_memory"),
-            ("mesh.table_sharding", layout),
-            ("train.batch_size", 1024),
-            ("train.gradient_accumulation", 4),
-        ),
+def _divided(size: int, layout: str, accumulation: int) -> tuple[tuple[str, Any], ...]:
+    return (
+        ("mesh.memory", size),
+        ("mesh.parameters", "fsdp_and_memory"),
+        ("mesh.table_sharding", layout),
+        ("train.gradient_accumulation", accumulation),
     )
 
 
-# Of the issue, in the order of what they show.
+# Of the issue, in the order of what they show. A sequence at a time on each device.
 SHOWN = (
-    Case("paper_227m_1b2", "v5e:4x4"),
-    Case("paper_1b_7b", "v6e:8x8"),
-    Case(
-        "paper_2b5_120b_top256",
-        "v5p:4x4x8",
-        (
-            ("mesh.memory", 128),
-            ("mesh.parameters", "fsdp_and_memory"),
-            ("mesh.table_sharding", "rows"),
-            ("train.gradient_accumulation", 8),
-        ),
-    ),
+    Case("paper_227m_1b2", "v5e:4x4", _divided(16, "rows", 48)),
+    Case("paper_1b_7b", "v6e:8x8", _divided(64, "rows", 16)),
+    Case("paper_2b5_120b_top256", "v5p:4x4x8", _divided(128, "rows", 8)),
 )
 LAYOUTS = tuple(
-    _sharded(layout, size, "v5p:4x4x8") for size in (4, 16, 64) for layout in ("rows", "columns")
+    Case("paper_1b_7b", "h200:64", _divided(size, layout, 16))
+    for size in (4, 16, 64)
+    for layout in ("rows", "columns")
 )
 TABLE = tuple(Case(model, machine) for machine in MACHINES for model in MODELS)
 
@@ -106,7 +95,14 @@ def run(case: Case) -> list[dict[str, Any]]:
             found = [plan.plan(case.model, config, case.machine, case.step, timeout_seconds=900)]  # type: ignore[arg-type]  # a step by name
             waiting, least = 1, None
         else:
-            searched = search.search(case.model, config, case.machine, limit=_TRIES.value, enough=1)
+            searched = search.search(
+                case.model,
+                config,
+                case.machine,
+                limit=_TRIES.value,
+                enough=1,
+                remat=(config.model.remat,),
+            )
             found, waiting = list(searched.plans), searched.num_candidates
             least = searched.least_bytes
     except UserError as error:
@@ -119,17 +115,41 @@ def run(case: Case) -> list[dict[str, Any]]:
     return [each.as_dict() | {"case": case.name, "candidates": waiting} for each in found]
 
 
-def stored() -> dict[str, list[dict[str, Any]]]:
+def estimate(case: Case) -> dict[str, Any]:
+    """Returns what arithmetic says of a case, without a compiler."""
+    from umv2.config import from_config_dict
+    from umv2.cost import ahead_of_time, plan, search_space, topology
+
+    values = importlib.import_module(f"configs.{case.model}").get_config()
+    config, place = from_config_dict(values), topology.parse(case.machine)
+    record: dict[str, Any] = {"case": case.name, "capacity": place.chip.memory_bytes}
+    found = search_space.candidates(config, place, remat=(config.model.remat,))
+    record["candidates"] = len(found)
+    if not found:
+        return record | {"least_bytes": search_space.least_bytes(config, place)}
+    sizes = search_space.mesh_sizes(found[0], place.num_devices)
+    parts = ahead_of_time.argument_bytes(found[0], sizes, "train")
+    return record | {
+        "mesh": sizes,
+        "fields": plan.fields(found[0]),
+        "arguments": sum(parts.values()),
+        "temporaries": search_space.least_temporaries(found[0], sizes, parts, place),
+    }
+
+
+def stored(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns what is stored, by the names of cases."""
     found: dict[str, list[dict[str, Any]]] = {}
-    if RESULTS.exists():
-        for line in RESULTS.read_text().splitlines():
+    if path.exists():
+        for line in path.read_text().splitlines():
             record = json.loads(line)
             found.setdefault(record["case"], []).append(record)
     return found
 
 
-def document(found: dict[str, list[dict[str, Any]]]) -> str:
+def document(
+    found: dict[str, list[dict[str, Any]]], estimated: dict[str, list[dict[str, Any]]]
+) -> str:
     """Returns docs/plans.md."""
     parts = [_INTRODUCTION]
     for case in SHOWN:
@@ -143,9 +163,9 @@ def document(found: dict[str, list[dict[str, Any]]]) -> str:
     parts.append(_TABLES)
     for machine in MACHINES:
         rows = [
-            (case.model, found[case.name])
+            (case.model, found.get(case.name) or estimated[case.name])
             for case in TABLE
-            if case.name in found and case.machine == machine
+            if case.machine == machine and (case.name in found or case.name in estimated)
         ]
         if rows:
             parts.append(f"### {machine}\n\n{_table(rows)}")
@@ -173,14 +193,18 @@ what is computed again, and attention to what causality hides. Every model keeps
 (768 or 1024 sequences of 4,096 tokens) whatever the size of the machine. 'Planned in' is wall time
 and memory of the planning, on two cores that others used too.
 
-Of each model the search compiles what its arithmetic finds most promising, at most three programs,
-and stops at the first that fits. So this says what fits, not what is best.
+Rematerialisation is the configuration's, `full`. Of each model the search compiles what its
+arithmetic finds most promising, at most three programs, and stops at the first that fits. So this
+says what fits, not what is best. What was not compiled yet has what arithmetic says, with 'at
+least' for temporaries: what no compiler can avoid.
 
 ## Shown"""
 _LAYOUTS = """## Value tables by columns and by rows
 
-The 1B/7B model on v5p:4x4x8, in four microbatches, with its tables divided over M devices. Received
-bytes are those over `memory` in one step.
+The 1B/7B model on 64 H200s, a sequence of 4,096 tokens at a time on each, with its tables divided
+over M of them. Received bytes are those over `memory` in one step. On TPUs columns are no choice
+here: rows of a table are padded to 128 columns there, so that 768 / 64 columns take ten times the
+memory.
 
 """
 _TABLES = "## All sizes"
@@ -199,12 +223,7 @@ def _table(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
 
 def _row(name: str, record: dict[str, Any]) -> str:
     if "measured" not in record:
-        reason = record.get("error")
-        if reason is None and record["candidates"]:
-            reason = f"no program in time, of {record['candidates']} that may fit"
-        elif reason is None:
-            reason = f"cannot fit: at least {_gib(record['least_bytes'])} a device"
-        return f"| {name} |" + " |" * 12 + f" {reason} |"
+        return _estimate_row(name, record)
     measured, seconds = record["measured"], record["seconds"]
     fields = dict(field.split("=") for field in record["fields"])
     mesh = "x".join(map(str, measured["mesh"].values()))
@@ -226,6 +245,33 @@ def _row(name: str, record: dict[str, Any]) -> str:
         "fits" if record["fits"] else "does not fit",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _estimate_row(name: str, record: dict[str, Any]) -> str:
+    """The row of what was not compiled, or not with success."""
+    if "error" in record:
+        return f"| {name} |" + " |" * 12 + f" {record['error']} |"
+    if "least_bytes" in record and not record["candidates"]:
+        least = f"{_gib(record['least_bytes'])} of {_gib(record['capacity'])}"
+        return f"| {name} |" + " |" * 6 + f" at least {least} |" + " |" * 5 + " cannot fit |"
+    if "mesh" not in record:
+        reason = f"no program in time, of {record['candidates']} that may fit"
+        return f"| {name} |" + " |" * 12 + f" {reason} |"
+    fields = dict(field.split("=") for field in record["fields"])
+    plus = "+" if fields["mesh.parameters"] == "fsdp_and_memory" else ""
+    needed = record["arguments"] + record["temporaries"]
+    cells = [
+        name,
+        "x".join(map(str, record["mesh"].values())) + plus,
+        fields["mesh.table_sharding"] if record["mesh"]["memory"] > 1 else "",
+        fields["model.remat"],
+        fields["train.gradient_accumulation"],
+        _gib(record["arguments"]),
+        f"at least {_gib(record['temporaries'])}",
+        f"at least {_gib(needed)} of {_gib(record['capacity'])}",
+    ]
+    verdict = f"may fit, as {record['candidates']} may; not compiled"
+    return "| " + " | ".join(cells) + " |" + " |" * 5 + f" {verdict} |"
 
 
 def _layouts(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
@@ -271,8 +317,15 @@ def _time(seconds: float | None) -> str:
 def main(argv: list[str]) -> None:
     """Plans what is missing and writes the document."""
     del argv
-    known, planned = stored(), 0
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    estimated = stored(ARITHMETIC)
+    with ARITHMETIC.open("a") as file:
+        for case in TABLE:
+            if case.name not in estimated:
+                logging.info("%s: arithmetic", case.name)
+                estimated[case.name] = [estimate(case)]
+                file.write(json.dumps(estimated[case.name][0]) + "\n")
+    known, planned = stored(RESULTS), 0
     for case in cases():
         if case.name in known or planned >= _LIMIT.value:
             continue
@@ -283,7 +336,7 @@ def main(argv: list[str]) -> None:
             for record in run(case):
                 file.write(json.dumps(record) + "\n")
         planned += 1
-    DOCUMENT.write_text(document(stored()))
+    DOCUMENT.write_text(document(stored(RESULTS), estimated))
 
 
 if __name__ == "__main__":

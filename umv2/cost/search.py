@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import tqdm
@@ -84,7 +85,13 @@ _RESOURCES = ("compute", "HBM", "interconnect")
 
 
 def search(
-    name: str, config: Config, topology_name: str, *, limit: int, enough: int | None = None
+    name: str,
+    config: Config,
+    topology_name: str,
+    *,
+    limit: int,
+    enough: int | None = None,
+    remat: Sequence[str] = search_space.REMAT,
 ) -> Search:
     """Compiles the training step with what is most promising, one program after the other.
 
@@ -98,12 +105,13 @@ def search(
       topology_name: as `topology.parse` takes it.
       limit: programs to compile.
       enough: of those that fit; None: all.
+      remat: policies of rematerialisation to try.
 
     Raises:
       UserError: an unknown topology, or a compiler that is missing.
     """
     place = topology.parse(topology_name)
-    waiting = search_space.candidates(config, place)
+    waiting = search_space.candidates(config, place, remat=remat)
     num_candidates, plans, given_up = len(waiting), list[plan.Plan](), 0
     fitting = 0
     factors: dict[str, float] = {}  # by policy: temporaries of programs, of the least possible

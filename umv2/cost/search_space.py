@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ PATHS = (
     "train.gradient_accumulation",
 )
 _MOST_TENSOR = 8
-_REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "full")
 _DATA_AXES = ("replica", "fsdp", "memory")
 
 
@@ -97,11 +97,13 @@ def meshes(config: Config, num_devices: int) -> Iterator[Config]:
                 yield candidate
 
 
-def candidates(config: Config, place: topology.Topology) -> list[Config]:
+def candidates(
+    config: Config, place: topology.Topology, *, remat: Sequence[str] = REMAT
+) -> list[Config]:
     """Returns what may fit, the most promising first: meshes, rematerialisation, accumulation."""
     fitting = [
         (predicted_seconds(candidate, mesh_sizes(candidate, place.num_devices), place), candidate)
-        for candidate, least in _with_least_bytes(config, place)
+        for candidate, least in _with_least_bytes(config, place, remat)
         if least <= place.chip.memory_bytes
     ]
     return [candidate for _, candidate in sorted(fitting, key=lambda pair: pair[0])]
@@ -109,10 +111,12 @@ def candidates(config: Config, place: topology.Topology) -> list[Config]:
 
 def least_bytes(config: Config, place: topology.Topology) -> int:
     """Returns the least that a device needs on any mesh, whatever a compiler does."""
-    return min(least for _, least in _with_least_bytes(config, place))
+    return min(least for _, least in _with_least_bytes(config, place, REMAT))
 
 
-def _with_least_bytes(config: Config, place: topology.Topology) -> Iterator[tuple[Config, int]]:
+def _with_least_bytes(
+    config: Config, place: topology.Topology, policies: Sequence[str]
+) -> Iterator[tuple[Config, int]]:
     for mesh in meshes(changed(config, {"train.gradient_accumulation": 1}), place.num_devices):
         sizes = mesh_sizes(mesh, place.num_devices)
         try:
@@ -121,7 +125,7 @@ def _with_least_bytes(config: Config, place: topology.Topology) -> Iterator[tupl
             continue
         share = mesh.train.batch_size // _shares(sizes)
         accumulations = [size for size in range(1, share + 1) if share % size == 0]
-        for remat, accumulation in itertools.product(_REMAT, accumulations):
+        for remat, accumulation in itertools.product(policies, accumulations):
             changes = {"model.remat": remat, "train.gradient_accumulation": accumulation}
             candidate = changed(mesh, changes)
             least = least_temporaries(candidate, sizes, parts, place)
