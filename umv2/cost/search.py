@@ -113,11 +113,13 @@ def search(
     place = topology.parse(topology_name)
     waiting = search_space.candidates(config, place, remat=remat)
     num_candidates, plans, given_up = len(waiting), list[plan.Plan](), 0
-    fitting = 0
+    fitting, settled = 0, set[Any]()  # meshes and policies that fit: fewer microbatches came first
     factors: dict[str, float] = {}  # by policy: temporaries of programs, of the least possible
     with tqdm.tqdm(total=min(limit, num_candidates), disable=not sys.stderr.isatty()) as bar:
         while waiting and len(plans) + given_up < limit and fitting != enough:
             candidate = waiting.pop(0)
+            if (candidate.mesh, candidate.model.remat) in settled:
+                continue
             sizes = search_space.mesh_sizes(candidate, place.num_devices)
             parts = ahead_of_time.argument_bytes(candidate, sizes, "train")
             least = search_space.least_temporaries(candidate, sizes, parts, place)
@@ -133,7 +135,9 @@ def search(
                 given_up += 1
                 continue
             plans.append(found)
-            fitting += found.fits
+            if found.fits:
+                fitting += 1
+                settled.add((candidate.mesh, candidate.model.remat))
             if found.measured.temporaries is not None:
                 factors[candidate.model.remat] = found.measured.temporaries / least
             logging.info("%s: %s", " ".join(plan.fields(candidate)), found.verdict)
