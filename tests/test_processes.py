@@ -96,8 +96,12 @@ class Launcher:
         environment: dict[str, str] | None = None,
         others: tuple[str, ...] = (),
         changes: dict[str, Any] | None = None,
+        script: str | None = None,
     ) -> Iterator[Job]:
-        """A job of `count` processes; those after the first take `others`, too."""
+        """A job of `count` processes; those after the first take `others`, too.
+
+        In place of main.py they run a script, whose arguments are address and process.
+        """
         config = {"mesh__replica": -1} | (changes or {})
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -110,6 +114,8 @@ class Launcher:
             if count > 1:
                 command += [f"--coordinator_address={address}", f"--num_processes={count}"]
                 command += [f"--process_id={index}", *(others if index else ())]
+            if script is not None:
+                command = [sys.executable, "-c", script, address, str(index)]
             commands.append(command)
         env = tiny_run.environment(self.cache) | {
             "JAX_PLATFORMS": "cpu",
@@ -247,6 +253,39 @@ def test_a_batch_is_assembled_from_the_rows_of_a_process() -> None:
     np.testing.assert_array_equal(batch, rows)
 
 
+ROWS_OF_A_PROCESS = """
+import sys, jax, numpy as np
+from umv2 import parallel
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), cluster_detection_method="deactivate")
+grid = np.asarray(jax.devices()).reshape(2, 3)  # process, device
+rows = np.arange(24).reshape(12, 2)
+printed = []
+for order in (grid.T.reshape(6, 1, 1, 1), grid.reshape(3, 1, 1, 2)):
+    explicit = (jax.sharding.AxisType.Explicit,) * 4
+    mesh = jax.sharding.Mesh(order, parallel.AXES, axis_types=explicit)
+    local_rows = parallel.local_rows(mesh, 12)
+    batch = parallel.local_to_global(mesh, rows[list(local_rows)])
+    assert batch.shape == rows.shape
+    for shard in batch.addressable_shards:
+        np.testing.assert_array_equal(shard.data, rows[shard.index])
+    printed += local_rows
+print(*printed)
+"""
+
+
+def test_processes_load_the_rows_of_their_devices_in_any_order(launcher: Launcher) -> None:
+    # Alternating devices; and pairs of one tensor group, of which one pair is of both processes.
+    shares = [
+        [*(0, 1, 4, 5, 8, 9), *range(8)],
+        [*(2, 3, 6, 7, 10, 11), *range(4, 12)],
+    ]
+    with launcher.job(2, launcher.folder / "rows", devices_each=3, script=ROWS_OF_A_PROCESS) as job:
+        ended = job.wait()
+    for process, rows in zip(ended, shares, strict=True):
+        assert process.code == 0, process.stderr
+        assert process.stdout.splitlines()[-1].split() == [str(row) for row in rows]
+
+
 def test_two_processes_train_as_one_does(finished: tiny_run.Run, launcher: Launcher) -> None:
     workdir = launcher.folder / "run"
     first, second = launcher.run(2, workdir, devices_each=2)
@@ -366,6 +405,15 @@ def test_a_checkpoint_of_which_one_part_is_damaged_is_skipped_by_all(launcher: L
         assert "skipping a damaged checkpoint" in process.stderr
     assert (workdir / "checkpoints" / "damaged_12").exists()
     assert curve(workdir, "loss") == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_of_one_tensor_group_load_the_same_rows(
+    finished: tiny_run.Run, launcher: Launcher
+) -> None:
+    workdir = launcher.folder / "run"
+    launcher.run(2, workdir, changes={"mesh__tensor": 2})
+    assert curve(workdir, "loss") == pytest.approx(curve(finished.workdir, "loss"), rel=1e-5)
 
 
 @pytest.mark.slow
