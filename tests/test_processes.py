@@ -77,6 +77,12 @@ class Job:
             process.wait()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Launcher:
     """Starts main.py in processes of their own CPU devices."""
@@ -103,9 +109,7 @@ class Launcher:
         In place of main.py they run a script, whose arguments are address and process.
         """
         config = {"mesh__replica": -1} | (changes or {})
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+        address = f"localhost:{free_port()}"
         commands = []
         for index in range(count):
             command = [sys.executable, "main.py", f"--workdir={workdir}", *options]
@@ -223,6 +227,32 @@ def test_a_process_joins_where_a_launcher_started_several(
     else:
         with pytest.raises(UserError, match=started):
             distributed.require_alone("mode 'prepare'", None)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        "SLURM_JOB_ID=7 SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2"
+        " SLURM_PROCID={0} SLURM_LOCALID={0}",
+        "OMPI_MCA_orte_hnp_uri=7.0;tcp://127.0.0.1:1 OMPI_COMM_WORLD_SIZE=2 OMPI_VERSION=4.1"
+        " OMPI_COMM_WORLD_RANK={0} OMPI_COMM_WORLD_LOCAL_RANK={0}",
+    ],
+    ids=["SLURM", "Open MPI"],
+)
+def test_processes_of_a_launcher_find_each_other(tmp_path: Path, environment: str) -> None:
+    script = (
+        "from umv2 import distributed as d; import jax;"
+        "print(d.initialize(saves_on_termination=True), jax.process_count())"
+    )
+    python = [sys.executable, "-c", script]
+    commands = [["env", *environment.format(index).split(), *python] for index in range(2)]
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    job = Job(tmp_path / "job", commands, os.environ | port | {"JAX_PLATFORMS": "cpu"})
+    try:
+        ended = job.wait()
+    finally:
+        job.kill()
+    assert [process.stdout for process in ended] == ["0 2\n", "1 2\n"], ended
 
 
 def test_a_launcher_that_jax_cannot_ask_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

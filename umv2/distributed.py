@@ -58,7 +58,7 @@ def initialize(
             cluster_detection_method="deactivate" if num_processes else None,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_SECONDS,
         )
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, ImportError) as error:
         source = "the flags" if num_processes else launcher
         raise UserError(
             f"cannot join the processes of {source}: {error}; --coordinator_address,"
