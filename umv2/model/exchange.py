@@ -11,8 +11,7 @@ axis `memory` each have tokens of their own, t of them, and a part of every tabl
                buffers, whose sizes are fixed, go in a further round.
 
 Exchanged floating-point arrays have the compute dtype; sums within a device are accumulated in
-float32 (float64 for float64). Collectives are differentiated by JAX: the gradient of a gathered
-array is scattered, and so on.
+float32 (float64 for float64). JAX differentiates the collectives.
 """
 
 import functools
@@ -222,11 +221,9 @@ def _binomial(successes: int, trials: int, sides: int) -> float:
     """The probability that of so many throws of fair dice so many show a certain side."""
     if sides == 1:
         return float(successes == trials)
-    ways = (
-        math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(trials - successes + 1)
-    )
-    misses = (trials - successes) * math.log1p(-1 / sides)
-    return math.exp(ways - successes * math.log(sides) + misses)
+    misses = trials - successes
+    ways = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(misses + 1)
+    return math.exp(ways - successes * math.log(sides) + misses * math.log1p(-1 / sides))
 
 
 def _arranged_groups(top_m: int, kinds: int, size: int) -> int:
@@ -412,11 +409,7 @@ def _sum_of_rounds(
     derivatives. Only the first round keeps what it computed for the backward pass; there is
     seldom another.
     """
-
-    def add(number: Array, total: Array) -> Array:
-        return total + send(number, routing, arrays)
-
-    return _later_rounds(num_rounds, add, send(0, routing, arrays))
+    return _sum_of_rounds_fwd(send, num_rounds, routing, arrays)[0]
 
 
 def _sum_of_rounds_fwd(
