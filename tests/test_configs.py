@@ -108,11 +108,21 @@ def test_the_smallest_published_size_is_that_of_the_paper() -> None:
 def test_every_parameter_is_listed_with_its_group() -> None:
     listed = {p.path: p for p in inspected("tiny").parameters}
     values = listed["store/values"]
-    assert (values.shape, values.dtype, values.group) == ((4 * 64 * 64, 48), "float32", "values")
+    assert (values.shape, values.dtype, values.group) == ((4, 64 * 64, 48), "float32", "values")
     assert listed["model/sparse/keys"].group == "keys"
     assert listed["model/embedding"].group == "embeddings"
     buffers = {path for path, p in listed.items() if p.group == "(buffer)"}
     assert buffers == {path for path in listed if path.startswith("buffers/")} != set()
+
+
+def test_the_division_of_every_parameter_is_listed() -> None:
+    values = importlib.import_module("configs.paper_1b_7b").get_config()
+    values.mesh.update(fsdp=4, memory=16, tensor=2, table_sharding="rows")
+    listed = {p.path: p.sharding for p in inspection.inspect(from_config_dict(values)).parameters}
+    assert listed["store/values"] == "- x memory x -"
+    assert listed["model/blocks/ffn/down"] == "- x tensor x fsdp"
+    assert listed["model/embedding"] == "tensor x fsdp"
+    assert listed["model/final_norm/weight"] == "replicated"
 
 
 def test_every_field_of_the_base_configuration_is_explained() -> None:

@@ -92,7 +92,7 @@ def test_inspect_lists_every_parameter_as_json() -> None:
     by_path = {parameter["path"]: parameter for parameter in listed["parameters"]}
     assert by_path["store/values"] == {
         "path": "store/values",
-        "shape": [4 * 64 * 64, 48],
+        "shape": [4, 64 * 64, 48],
         "dtype": "float32",
         "sharding": "replicated",
         "group": "values",

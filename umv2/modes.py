@@ -39,7 +39,9 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
     corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
     mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
     num_tokens = config.evaluation.batch_size * config.data.sequence_length
-    config = exchange.with_layout(config, mesh.shape, num_tokens)
+    config = exchange.with_layout(
+        config, mesh.shape, num_tokens, capacity=parallel.tpu_memory(mesh)
+    )
     with jax.set_mesh(mesh):
         restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
         step = perplexity.make_evaluation_step(

@@ -34,7 +34,7 @@ DATA_AXES = (REPLICA, FSDP, MEMORY)
 # The logical axes of each parameter's last dimensions; those before them are stacks of layers.
 # Optimizer moments have the same names under other prefixes.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(params|mu|nu)/(embedding|head)", ("vocabulary", "hidden")),
+    (r"(params|model|mu|nu)/(embedding|head)", ("vocabulary", "hidden")),
     (r"attention/(query|key|value)", ("hidden", "heads")),
     (r"attention/output", ("heads", "hidden")),
     (r"ffn/(gate|up)", ("hidden", "ffn")),
@@ -204,6 +204,14 @@ def local_to_global(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(assemble, tree)
 
 
+def tpu_memory(mesh: Mesh) -> int | None:
+    """Returns the bytes of memory of an attached TPU; None for other devices."""
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return None
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def on_mesh() -> bool:
     """Whether code is traced for a mesh, and not for one device or one device's part."""
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
@@ -216,7 +224,7 @@ def spec(array: Array) -> PartitionSpec:
 
 def create[T](function: Callable[[], T], shardings: Any) -> T:
     """Computes new arrays divided as they are to be stored, with no device holding one whole."""
-    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))()
+    return jax.jit(jax.sharding.autoaxes_of(function, out_sharding=shardings))()
 
 
 def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
@@ -226,7 +234,7 @@ def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
     """
     if not on_mesh():
         return parameter
-    kept = [tuple(a for a in _axes(entry) if a not in over) for entry in spec(parameter)]
+    kept = [tuple(a for a in axes_of(entry) if a not in over) for entry in spec(parameter)]
     return jax.sharding.reshard(parameter, PartitionSpec(*map(_entry, kept)))
 
 
@@ -289,13 +297,13 @@ def table_layout(values: Float[Array, "*l n v"]) -> Literal["whole", "rows", "co
     """Returns what `memory` divides of a value table."""
     if not on_mesh():
         return "whole"
-    rows, columns = (MEMORY in _axes(entry) for entry in spec(values)[-2:])
+    rows, columns = (MEMORY in axes_of(entry) for entry in spec(values)[-2:])
     return "rows" if rows else "columns" if columns else "whole"
 
 
 def divided(array: Array, axis: int) -> tuple[str, ...]:
     """Returns the mesh axes that divide one dimension of an array."""
-    return _axes(spec(array)[axis]) if on_mesh() else ()
+    return axes_of(spec(array)[axis]) if on_mesh() else ()
 
 
 def gather_tokens[T](tree: T, over: tuple[str, ...]) -> T:
@@ -323,8 +331,8 @@ def vary_alike[T](arrays: T) -> T:
     return common.vary_alike(arrays)
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a PartitionSpec names."""
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that an entry of a PartitionSpec names."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
@@ -407,7 +415,7 @@ def map_over_batch(
     if not on_mesh():
         return function(batched, shared)
     tokens = PartitionSpec(*spec(jax.tree.leaves(batched)[0])[:2])
-    token_axes = tuple(axis for entry in tokens for axis in _axes(entry))
+    token_axes = tuple(axis for entry in tokens for axis in axes_of(entry))
 
     def per_device(batched: Any, shared: Any) -> tuple[Any, Any]:
         outputs, sums = function(batched, shared)

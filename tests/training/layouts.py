@@ -57,7 +57,7 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
     ],
     "moe": [
         {"memory": 8},
-        {"tensor": 8},
+        {"tensor": 4, "replica": 2},
         {"fsdp": 2, "memory": 2, "tensor": 2},
         {"memory": 4, "tensor": 2, "parameters": _BOTH},
     ],
@@ -82,10 +82,10 @@ class Difference:
     steps: int
 
     def __str__(self) -> str:
-        return f"{self.family:<12}{self.mesh:<62}{self.loss:>10.1e}{self.gradient_norm:>15.1e}"
+        return f"{self.family:<12}{self.mesh:<74}{self.loss:>10.1e}{self.gradient_norm:>15.1e}"
 
 
-HEADER = f"{'family':<12}{'mesh':<62}{'loss':>10}{'gradient norm':>15}"
+HEADER = f"{'family':<12}{'mesh':<74}{'loss':>10}{'gradient norm':>15}"
 
 
 def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
@@ -197,18 +197,19 @@ def cases(*names: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main() -> None:
-    """Prints and stores the table."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = [HEADER]
-    records = []
+    """Prints the table of the named families, and stores it beside those of the others."""
+    path = RESULTS / "equality.jsonl"
+    stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {(record["family"], record["mesh"]): record for record in stored}
+    sys.stdout.write(f"{HEADER}\n")
     for family, mesh in cases(*sys.argv[1:]):
-        found = compare(family, mesh)
-        lines.append(str(found))
-        records.append(json.dumps(dataclasses.asdict(found) | {"jax": jax.__version__}))
-        sys.stdout.write(f"{lines[-1]}\n")
+        difference = compare(family, mesh)
+        sys.stdout.write(f"{difference}\n")
         sys.stdout.flush()
-    (RESULTS / "equality.txt").write_text("\n".join(lines) + "\n")
-    (RESULTS / "equality.jsonl").write_text("\n".join(records) + "\n")
+        record = dataclasses.asdict(difference) | {"jax": jax.__version__}
+        found[difference.family, difference.mesh] = record
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in found.values()))
 
 
 if __name__ == "__main__":

@@ -60,12 +60,8 @@ def test_a_step_divides_moments_as_their_parameters_and_has_the_gradients_of_one
             owner = "params/" if name.startswith("optimizer/model") else "store/"
             parameter = parts[owner + name.partition(moment)[2]]
             assert leaf.sharding == parameter.sharding
-            kinds |= {axis for entry in leaf.sharding.spec for axis in _axes(entry)}
+            kinds |= {axis for entry in leaf.sharding.spec for axis in parallel.axes_of(entry)}
     assert kinds == {parallel.FSDP, parallel.MEMORY, parallel.TENSOR}
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 @pytest.mark.slow

@@ -182,13 +182,20 @@ def choose(
     )
 
 
-def with_layout(config: Config, mesh_sizes: Mapping[str, int], num_tokens: int) -> Config:
+def with_layout(
+    config: Config,
+    mesh_sizes: Mapping[str, int],
+    num_tokens: int,
+    *,
+    capacity: int | None = None,
+) -> Config:
     """Returns the configuration with a layout of tables that is possible on a mesh.
 
     Args:
       config: whose mesh.table_sharding may be "auto"; then the choice is logged.
       mesh_sizes: devices along each axis.
       num_tokens: tokens of a pass, on all devices.
+      capacity: bytes of memory of a TPU, for "auto"; None where rows are not padded, or any will do.
 
     Raises:
       ConfigError: the layout that is named, or each, is impossible; with sizes that are possible.
@@ -198,7 +205,7 @@ def with_layout(config: Config, mesh_sizes: Mapping[str, int], num_tokens: int) 
         return config
     if named == "auto":
         share = -(-num_tokens // math.prod(mesh_sizes.values()))
-        layout, explanation = choose(config.model, size, share)
+        layout, explanation = choose(config.model, size, share, capacity=capacity)
         logging.info("%s", explanation)
         return dataclasses.replace(
             config, mesh=dataclasses.replace(config.mesh, table_sharding=layout)

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
+from umv2 import parallel
 from umv2.config import Config, to_dict
-from umv2.cost import accounting
+from umv2.cost import accounting, exchange
 from umv2.training import optim
 from umv2.training.state import TrainState, abstract_state
 
@@ -65,12 +65,19 @@ class Inspection:
 
 
 def inspect(config: Config) -> Inspection:
-    """Lists what the configuration would build, without building it."""
+    """Lists what the configuration would build, without building it.
+
+    Raises:
+      ConfigError: a mesh that cannot divide the value tables.
+    """
+    sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in parallel.AXES}
+    num_tokens = config.train.batch_size * config.data.sequence_length
+    config = exchange.with_layout(config, sizes, num_tokens)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     state = abstract_state(config, optimizer)
     return Inspection(
         config=config,
-        parameters=tuple(_parameters(state)),
+        parameters=tuple(_parameters(state, parallel.rules(config.mesh), sizes)),
         counts=accounting.parameter_counts(config.model),
         flops_per_token=accounting.forward_flops_per_token(
             config.model, config.data.sequence_length
@@ -78,26 +85,27 @@ def inspect(config: Config) -> Inspection:
     )
 
 
-def _parameters(state: TrainState) -> list[Parameter]:
+def _parameters(
+    state: TrainState, rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]
+) -> list[Parameter]:
+    def parameter(path: str, leaf: Any, group: str) -> Parameter:
+        spec = parallel.partition(path, leaf.shape, rules, sizes)
+        divided = [" and ".join(parallel.axes_of(entry)) or "-" for entry in spec]
+        return Parameter(
+            path=path,
+            shape=tuple(leaf.shape),
+            dtype=str(leaf.dtype),
+            sharding=" x ".join(divided) if set(divided) - {"-"} else "replicated",
+            group=group,
+        )
+
     trained = optim.named_parameters(state.params, state.store)
     groups = optim.parameter_groups(list(trained))
-    listed = [_parameter(path, leaf, groups[path]) for path, leaf in trained.items()]
+    listed = [parameter(path, leaf, groups[path]) for path, leaf in trained.items()]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.buffers):
         name = "buffers/" + "/".join(str(entry.key) for entry in path)
-        listed.append(_parameter(name, leaf, "(buffer)"))
+        listed.append(parameter(name, leaf, "(buffer)"))
     return listed
-
-
-def _parameter(path: str, leaf: Any, group: str) -> Parameter:
-    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
-    axes = [str(axis) for axis in spec if axis is not None]
-    return Parameter(
-        path=path,
-        shape=tuple(leaf.shape),
-        dtype=str(leaf.dtype),
-        sharding=", ".join(axes) or "replicated",
-        group=group,
-    )
 
 
 def _lines(section: dict[str, Any], path: str = "") -> list[str]:

@@ -125,7 +125,12 @@ def train(config: Config, workdir: Path) -> None:
     corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
     microbatch_size = config.train.batch_size // config.train.gradient_accumulation
     mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
-    config = exchange.with_layout(config, mesh.shape, microbatch_size * config.data.sequence_length)
+    config = exchange.with_layout(
+        config,
+        mesh.shape,
+        microbatch_size * config.data.sequence_length,
+        capacity=parallel.tpu_memory(mesh),
+    )
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
