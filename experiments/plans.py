@@ -154,7 +154,7 @@ def document(
     parts = [_INTRODUCTION]
     for case in SHOWN:
         if records := found.get(case.name):
-            parts.append(f"### {case.name}\n\n{_table([(case.model, records)])}")
+            parts.append(f"### {case.model} on {case.machine}\n\n{_table([(case.model, records)])}")
     compared = [
         (case.name.partition(" ")[2], found[case.name]) for case in LAYOUTS if case.name in found
     ]

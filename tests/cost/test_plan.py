@@ -102,6 +102,7 @@ def test_products_in_batches_are_counted_without_the_gaps_between_them() -> None
 def test_a_fusion_that_takes_a_slice_reads_the_slice_alone() -> None:
     found = workload.read(SLICED)
     assert found.bytes == 4 * (4 * 8 + 4 * 8) + 4
+    assert found.heaviest == (("fusion", found.bytes),)
     assert found.flops == 0
     assert found.cycles is None
 

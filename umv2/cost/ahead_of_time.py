@@ -155,10 +155,15 @@ def from_dict(values: dict[str, Any]) -> Measurement:
     return Measurement(
         **values
         | {
-            "program": workload.Work(**program) if program else None,
+            "program": _work(program) if program else None,
             "collectives": tuple(Collectives(**part) for part in received),
         }
     )
+
+
+def _work(values: dict[str, Any]) -> workload.Work:
+    heaviest = tuple((source, size) for source, size in values["heaviest"])
+    return workload.Work(**values | {"heaviest": heaviest})
 
 
 def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> dict[str, int]:
@@ -294,7 +299,13 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
     devices = place.devices()
     batch_size = _batch_size(config, step)
     mesh = parallel.create_mesh(config.mesh, batch_size, devices=devices)
-    config = exchange.with_layout(config, mesh.shape, _num_tokens(config, step))
+    on_tpu = place.chip.platform == "tpu"
+    config = exchange.with_layout(
+        config,
+        mesh.shape,
+        _num_tokens(config, step),
+        capacity=place.chip.memory_bytes if on_tpu else None,
+    )
     parts, lowered = argument_bytes(config, dict(mesh.shape), step), _lower(config, mesh, step)
     available = refusal = program = None
     placed = sum(parts.values())

@@ -156,6 +156,9 @@ class Plan:
                 (f"  {part.kind} over {' x '.join(part.axes)}", f"{part.bytes / 1e9:,.4f} GB")
                 for part in measured.collectives
             ]
+            rows += [
+                (f"  HBM in {source}", f"{size / 1e9:,.2f} GB") for source, size in program.heaviest
+            ]
             rates = {
                 "compute": f"{chip.peak_flops / 1e12:,.0f} TFLOP/s",
                 "HBM": f"{chip.memory_bandwidth / 1e9:,.0f} GB/s",

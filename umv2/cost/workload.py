@@ -3,10 +3,12 @@
 XLA's own `cost_analysis` counts the body of a loop once, and a training step is loops over layers.
 """
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from umv2.cost import hlo
 
@@ -27,6 +29,9 @@ _FREE = {
     "opt-barrier",
     "optimization-barrier",
 }
+# Parts of an operation's path that say where it stands and not what it is.
+_AROUND = {"while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation"}
+_NUM_HEAVIEST = 5
 _MAIN = ("", "S(0)")  # what layouts say of the main memory of a device
 _FUSIONS = {"fusion", "fusion-start"}
 # They read as much of their first operand as they return.
@@ -46,11 +51,13 @@ class Work:
       bytes: read from and written to its memory by all instructions; custom kernels only write.
       cycles: that the compiler estimates for the instructions it schedules, one after the other
         and without collectives; None where it says nothing.
+      heaviest: operations of the JAX program by the bytes that they move, the most first.
     """
 
     flops: float
     bytes: float
     cycles: float | None
+    heaviest: tuple[tuple[str, int], ...]
 
 
 def read(text: str) -> Work:
@@ -62,42 +69,66 @@ def read(text: str) -> Work:
       ValueError: the text is not that of a compiled program.
     """
     program = hlo.parse(text)
-    flops, num_bytes, cycles = _work(program, program.entry, ())
-    return Work(flops=flops, bytes=num_bytes, cycles=cycles if _CYCLES.search(text) else None)
+    parts = list(_parts(program, program.entry, (), 1))
+    by_source: collections.Counter[str] = collections.Counter()
+    for part in parts:
+        by_source[part.source] += round(part.bytes)
+    return Work(
+        flops=sum(part.flops for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        cycles=sum(part.cycles for part in parts) if _CYCLES.search(text) else None,
+        heaviest=tuple(by_source.most_common(_NUM_HEAVIEST)),
+    )
 
 
-def _work(
-    program: hlo.Program, computation: hlo.Computation, arguments: Sequence[hlo.Value]
-) -> tuple[float, float, float]:
-    """FLOPs, bytes and cycles of one execution of a computation."""
-    flops = num_bytes = cycles = 0.0
+class _Part(NamedTuple):
+    """An instruction, as often as it is executed."""
+
+    source: str
+    flops: float
+    bytes: float
+    cycles: float
+
+
+def _parts(
+    program: hlo.Program,
+    computation: hlo.Computation,
+    arguments: Sequence[hlo.Value],
+    times: int,
+) -> Iterator[_Part]:
+    """Yields what so many executions of a computation do."""
     values = hlo.Evaluation(program, computation, arguments)
     for instruction in computation.instructions.values():
-        times, parts = 1, []
         match instruction.opcode:
             case "while":
                 (state,) = values.operands(instruction)
-                times = program.trip_count(instruction, state) or 1
+                rounds = program.trip_count(instruction, state) or 1
                 (body,) = program.called(instruction, "body")
-                parts = [_work(program, body, (program.unchanged(instruction, state),))]
+                kept = program.unchanged(instruction, state)
+                yield from _parts(program, body, (kept,), times * rounds)
             case "conditional":
-                parts = [max(_work(program, branch, ()) for branch in program.called(instruction))]
+                branches = program.called(instruction)
+                found = [list(_parts(program, branch, (), times)) for branch in branches]
+                yield from max(found, key=lambda parts: sum(part.bytes for part in parts))
             case "call" | "async-start":
-                parts = [_work(program, called, ()) for called in program.called(instruction)]
+                for called in program.called(instruction):
+                    yield from _parts(program, called, (), times)
             case opcode if opcode in _FREE or opcode.endswith(("-done", "-update")):
                 pass
             case _:
-                own = (
-                    _flops(program, computation, instruction),
-                    _bytes(program, computation, instruction),
-                    sum(map(float, _CYCLES.findall(instruction.attributes))),
+                yield _Part(
+                    _source(instruction),
+                    times * _flops(program, computation, instruction),
+                    times * _bytes(program, computation, instruction),
+                    times * sum(map(float, _CYCLES.findall(instruction.attributes))),
                 )
-                parts = [own]
-        for part in parts:
-            flops += times * part[0]
-            num_bytes += times * part[1]
-            cycles += times * part[2]
-    return flops, num_bytes, cycles
+
+
+def _source(instruction: hlo.Instruction) -> str:
+    """The operation of the JAX program, without the loops and calls around it."""
+    path = instruction.attribute("op_name", '"[^"]*"').strip('"').split("/")
+    named = [name for name in path if name not in _AROUND and not name.startswith("jit(")]
+    return "/".join(named[-4:]) or instruction.opcode
 
 
 def _flops(
