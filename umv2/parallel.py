@@ -224,7 +224,7 @@ def spec(array: Array) -> PartitionSpec:
 
 def create[T](function: Callable[[], T], shardings: Any) -> T:
     """Computes new arrays divided as they are to be stored, with no device holding one whole."""
-    return jax.jit(jax.sharding.autoaxes_of(function, out_sharding=shardings))()
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))()
 
 
 def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
@@ -236,6 +236,24 @@ def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
         return parameter
     kept = [tuple(a for a in axes_of(entry) if a not in over) for entry in spec(parameter)]
     return jax.sharding.reshard(parameter, PartitionSpec(*map(_entry, kept)))
+
+
+def summed_once(tree: Any) -> Any:
+    """Returns arrays whose gradients are added up over devices here, and not where they are used.
+
+    For what every layer of a scan reads: its gradient would be summed over the devices that hold it
+    in every layer.
+    """
+    if not on_mesh():
+        return tree
+
+    def reduced(array: Array) -> Array:
+        sizes = jax.sharding.get_abstract_mesh().shape
+        used = {axis for entry in spec(array) for axis in axes_of(entry)}
+        others = {axis for axis in AXES if sizes[axis] > 1} - used
+        return jax.sharding.reshard(array, PartitionSpec(*spec(array), reduced=others))
+
+    return jax.tree.map(reduced, tree)
 
 
 def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
