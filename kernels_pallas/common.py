@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -52,8 +52,8 @@ def add_up(terms: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-def vary_alike(arrays: Any, others: Any = ()) -> Any:
-    """Makes `arrays` vary over every manual axis of `shard_map` that any argument varies over.
+def vary_alike(arrays: Any, others: Any = (), axes: Collection[str] = ()) -> Any:
+    """Makes `arrays` vary over `axes` and every manual axis that any of the arguments varies over.
 
     JAX then sums the gradient of, say, a table that is the same on all devices over the devices
     that hold different tokens; a custom derivative must leave that to its caller.
@@ -62,11 +62,17 @@ def vary_alike(arrays: Any, others: Any = ()) -> Any:
     def varying(array: Array) -> frozenset[str]:
         return jax.typeof(array).manual_axis_type.varying
 
-    axes = frozenset().union(*map(varying, jax.tree.leaves((arrays, others))))
+    wanted = frozenset(axes).union(*map(varying, jax.tree.leaves((arrays, others))))
 
     def vary(array: Array) -> Array:
-        missing = tuple(sorted(axes - varying(array)))
-        return lax.pcast(array, missing, to="varying") if missing else array
+        state = jax.typeof(array).manual_axis_type
+        missing = wanted - state.varying
+        # `pcast` takes axes of one state at a time; over "reduced" ones the gradient is summed
+        # outside of `shard_map`.
+        for group in (missing & state.reduced, missing - state.reduced):
+            if group:
+                array = lax.pcast(array, tuple(sorted(group)), to="varying")
+        return array
 
     return jax.tree.map(vary, arrays)
 

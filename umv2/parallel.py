@@ -315,7 +315,7 @@ def table_layout(values: Float[Array, "*l n v"]) -> Literal["whole", "rows", "co
     """Returns what `memory` divides of a value table."""
     if not on_mesh():
         return "whole"
-    rows, columns = (MEMORY in axes_of(entry) for entry in spec(values)[-2:])
+    rows, columns = (MEMORY in axes_of(entry) for entry in spec(values).partitions[-2:])
     return "rows" if rows else "columns" if columns else "whole"
 
 
@@ -341,12 +341,12 @@ def scatter_tokens(x: Float[Array, "mt d"], over: tuple[str, ...]) -> Float[Arra
     return jax.lax.psum_scatter(x, MEMORY, tiled=True) if MEMORY in over else x
 
 
-def vary_alike[T](arrays: T) -> T:
-    """Makes arrays vary, in one device's code, over every axis that one of them varies over.
+def vary_alike[T](arrays: T, axes: tuple[str, ...] = ()) -> T:
+    """Makes arrays vary, in one device's code, over `axes` and every axis that one varies over.
 
     JAX then sums their gradients over the devices; a custom derivative must leave that to it.
     """
-    return common.vary_alike(arrays)
+    return common.vary_alike(arrays, axes=axes)
 
 
 def axes_of(entry: Any) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def aggregate(
         jnp.float32, *(x for x in (values, weights, pre_values, pre_inputs) if x is not None)
     )
     exchange: Callable[..., Array] = _columns if layout == "columns" else _rows
-    return exchange(*_varying(arrays, axis), options).astype(accumulation)
+    return exchange(*parallel.vary_alike(arrays, (axis,)), options).astype(accumulation)
 
 
 def column_sizes(value_dim: int, pre_value_dim: int, num_cores: int) -> list[int]:
@@ -480,21 +480,3 @@ def _flat(table: Float[Array, "l n d"]) -> Float[Array, "ln d"]:
 def smallest_dtype(num_values: int) -> np.dtype:
     """Returns the smallest integer type that holds 0, ..., num_values - 1."""
     return np.min_scalar_type(num_values - 1)
-
-
-def _varying(arrays: Any, axis: str) -> Any:
-    """Makes arrays vary over `axis` and every other mesh axis that one of them varies over.
-
-    The gradient of a table that others hold too is then summed where it leaves this device's code.
-    """
-
-    def varying(array: Array) -> frozenset[str]:
-        return jax.typeof(array).manual_axis_type.varying
-
-    axes = frozenset({axis}).union(*map(varying, jax.tree.leaves(arrays)))
-
-    def vary(array: Array) -> Array:
-        missing = tuple(sorted(axes - varying(array)))
-        return lax.pcast(array, missing, to="varying") if missing else array
-
-    return jax.tree.map(vary, arrays)

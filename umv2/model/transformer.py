@@ -182,6 +182,8 @@ class Transformer(nnx.Module):
         if segment_ids is not None:
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         x = parallel.lookup(self.embedding[...], tokens).astype(dtype)
+        if store is not None and config.memory.sharing != "none":
+            store = parallel.summed_once(store)
 
         ffn_variances, sparse_stats, caches = [], [], []
         for segment in plan_segments(config.num_layers, config.placements):
