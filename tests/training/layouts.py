@@ -89,7 +89,7 @@ HEADER = f"{'family':<12}{'mesh':<74}{'loss':>10}{'gradient norm':>15}"
 
 
 def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
-    """The tiny model of two layers, on text files."""
+    """The tiny model of two layers where the family can, on text files; sizes that meshes divide."""
     values = tiny.get_config(family)
     values.model.memory.initialization = "released"  # spares the calibration
     values.update_from_flattened_dict(
@@ -98,7 +98,6 @@ def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
             "data.paths": (paths,),
             "data.sequence_length": 32,
             "data.held_out_fraction": 0.1,
-            "model.num_layers": 2,
             "model.vocab_size": 264,
             "train.num_steps": STEPS,
             "train.batch_size": 8,
@@ -115,10 +114,11 @@ def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
         }
         | {f"mesh.{name}": value for name, value in mesh.items()}
     )
-    if family == "moe":
-        values.model.moe.expert_size = 48
-    elif family == "dense":
-        values.model.ffn_size = 408
+    memory = values.model.memory
+    if not memory.read_layers and memory.share_group == 1:  # the others need all four layers
+        values.model.num_layers = 2
+    values.model.ffn_size += -values.model.ffn_size % 8
+    values.model.moe.expert_size += -values.model.moe.expert_size % 8
     return from_config_dict(values)
 
 

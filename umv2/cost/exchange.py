@@ -195,7 +195,7 @@ def with_layout(
       config: whose mesh.table_sharding may be "auto"; then the choice is logged.
       mesh_sizes: devices along each axis.
       num_tokens: tokens of a pass, on all devices.
-      capacity: bytes of memory of a TPU, for "auto"; None where rows are not padded, or any will do.
+      capacity: bytes of memory of a TPU, for "auto"; None where no row is padded, or any will do.
 
     Raises:
       ConfigError: the layout that is named, or each, is impossible; with sizes that are possible.
