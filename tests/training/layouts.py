@@ -89,7 +89,7 @@ HEADER = f"{'family':<12}{'mesh':<74}{'loss':>10}{'gradient norm':>15}"
 
 
 def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
-    """The tiny model of two layers where the family can, on text files; sizes that meshes divide."""
+    """The tiny model, of two layers where the family can, with sizes that meshes divide."""
     values = tiny.get_config(family)
     values.model.memory.initialization = "released"  # spares the calibration
     values.update_from_flattened_dict(
