@@ -61,12 +61,17 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
         {"fsdp": 2, "memory": 2, "tensor": 2},
         {"memory": 4, "tensor": 2, "parameters": _BOTH},
     ],
+    # 91^2 rows, which no two devices divide.
+    "pkm": [
+        {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
+        {"replica": 2, "memory": 4, "table_sharding": "auto", "parameters": _BOTH},
+    ],
     **{
         family: [
             {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
             {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"},
         ]
-        for family in ("ultramem", "memory_plus", "peer", "pkm")
+        for family in ("ultramem", "memory_plus", "peer")
     },
 }
 
