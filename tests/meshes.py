@@ -9,13 +9,18 @@ from umv2 import parallel
 from umv2.config import MeshConfig
 
 
-def create(**fields: Any) -> Mesh:
-    """The mesh of the given sizes, with 1 for the others."""
+def config(**fields: Any) -> MeshConfig:
+    """A mesh section: the given fields, and size 1 for the other axes."""
     defaults = {axis: 1 for axis in parallel.AXES} | {
         "parameters": "fsdp",
         "table_sharding": "auto",
     }
-    return parallel.create_mesh(MeshConfig(**(defaults | fields)))
+    return MeshConfig(**(defaults | fields))
+
+
+def create(**fields: Any) -> Mesh:
+    """The mesh of `config`."""
+    return parallel.create_mesh(config(**fields))
 
 
 def replicate[T](tree: T, mesh: Mesh) -> T:

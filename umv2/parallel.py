@@ -204,6 +204,14 @@ def local_to_global(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(assemble, tree)
 
 
+def divide_batch(x: Array, parts: int) -> Array:
+    """[b, ...] -> [parts, b / parts, ...]; every device's rows stay on that device."""
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    # Told so, because where devices have a row each JAX would rather divide the parts.
+    sharding = PartitionSpec(DATA_AXES) if on_mesh() else None
+    return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=sharding), 1, 0)
+
+
 def tpu_memory(mesh: Mesh) -> int | None:
     """Returns the bytes of memory of an attached TPU; None for other devices."""
     device = mesh.devices.flat[0]
@@ -242,7 +250,7 @@ def summed_once(tree: Any) -> Any:
     """Returns arrays whose gradients are added up over devices here, and not where they are used.
 
     For what every layer of a scan reads: its gradient would be summed over the devices that hold it
-    in every layer.
+    in every layer. In one device's code, `vary_alike` comes before other uses.
     """
     if not on_mesh():
         return tree

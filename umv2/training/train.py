@@ -86,7 +86,7 @@ def make_train_step(
                 return jax.tree.map(jnp.add, total, (loss, gradients)), stats
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-            microbatches = jax.tree.map(lambda x: _divide(x, accumulation), batch)
+            microbatches = jax.tree.map(lambda x: parallel.divide_batch(x, accumulation), batch)
             (loss, gradients), stacked = jax.lax.scan(accumulate, zeros, microbatches)
             stats = _over_microbatches(stacked)
 
@@ -262,11 +262,6 @@ def _report(
         )
     progress.update(step, loss)
     return loss
-
-
-def _divide(x: Array, parts: int) -> Array:
-    """[b, ...] -> [parts, b / parts, ...]; every device's rows stay on that device."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 
 def _over_microbatches(stacked: ModelStats) -> ModelStats:
