@@ -30,8 +30,8 @@ from kernels_pallas.benchmark.workloads import OPERATORS, Workload, differentiat
 from kernels_pallas.dispatch import UnsupportedError
 from tests.kernels_pallas import aot
 from tests.kernels_pallas.conformance import DTYPES, PLATFORMS, RESULTS
-from tests.kernels_pallas.gpu_compile import H200
 from tests.kernels_pallas.sparsecore_compile import contiguous
+from umv2.cost.topology import H200
 
 TOPOLOGIES = {chip.partition(":")[0]: chip for chip in aot.CHIPS} | {"h200": "1x1x1"}
 PASSES = ("forward", "gradients")

@@ -1,6 +1,6 @@
 """Compiles umv2's training step with its kernels for chips that are not attached.
 
-python train_step_compile.py CASES: JSON, a list of {topology, replicas, fields}, the topology one
+python train_step_compile.py CASES: JSON, a list of {topology, devices, fields}, the topology one
 of TPUs or "h200"; prints, as JSON, the names of the kernels in each compiled program.
 """
 
@@ -10,14 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from configs import tiny
-from tests.kernels_pallas.gpu_compile import H200
 from umv2 import parallel
 from umv2.config import from_config_dict
+from umv2.cost.topology import H200
 from umv2.training import optim
 from umv2.training import train as training
 from umv2.training.state import abstract_state, model_structure
@@ -33,18 +31,16 @@ KERNELS = [
 def compiled(case: dict[str, Any]) -> Any:
     if case["topology"] == "h200":
         topology = topologies.get_topology_desc(
-            "h200", platform="cuda", topology=f"1x1x{case['replicas']}", target_config=H200
+            "h200", platform="cuda", topology=f"1x1x{case['devices']}", target_config=H200
         )
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"])
     values = tiny.get_config("ultramem_v2")
-    values.mesh.replica = case["replicas"]
     values.model.memory.initialization = "released"  # spares the calibration
     values.update_from_flattened_dict(case["fields"])
     config = from_config_dict(values)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    devices = np.asarray(topology.devices[: case["replicas"]])
-    mesh = Mesh(devices, (parallel.REPLICA,), axis_types=(AxisType.Explicit,))
+    mesh = parallel.create_mesh(config.mesh, devices=topology.devices[: case["devices"]])
     # What runs at once, and not in the step, has to stand outside of a mesh without devices.
     example = Batch(*(jnp.ones((1, 1), kind) for kind in (int, int, int, float)))
     with jax.set_mesh(mesh):

@@ -36,6 +36,20 @@ def test_the_step_compiles_with_the_kernels_that_are_named_on_four_devices(
         "model.memory.product_key_top_k": top_k,
         "model.memory.value_aggregation": aggregation,
     }
-    case = {"topology": topology, "replicas": 4, "fields": fields}
+    case = {"topology": topology, "devices": 4, "fields": fields}
     (found,) = run_cases("train_step_compile.py", case, compiler=compiler)
     assert set(found) == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+def test_the_step_compiles_with_kernels_on_divided_tables(layout: str) -> None:
+    fields = {
+        "mesh.memory": 4,
+        "mesh.table_sharding": layout,
+        "model.memory.product_key_top_k": "pallas_gpu",
+        "model.memory.value_aggregation": "pallas_gpu",
+    }
+    case = {"topology": "h200", "devices": 4, "fields": fields}
+    (found,) = run_cases("train_step_compile.py", case, compiler="h200")
+    assert {"product_key_top_k_forward", *AGGREGATION} <= set(found)
