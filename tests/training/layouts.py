@@ -61,17 +61,17 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
         {"fsdp": 2, "memory": 2, "tensor": 2},
         {"memory": 4, "tensor": 2, "parameters": _BOTH},
     ],
-    # 91^2 rows, which no two devices divide.
-    "pkm": [
+    "peer": [
         {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
-        {"replica": 2, "memory": 4, "table_sharding": "auto", "parameters": _BOTH},
+        {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"},
     ],
+    # Odd numbers of rows: "auto" is by columns.
     **{
         family: [
             {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
-            {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"},
+            {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "auto", "parameters": _BOTH},
         ]
-        for family in ("ultramem", "memory_plus", "peer")
+        for family in ("ultramem", "memory_plus", "pkm")
     },
 }
 
