@@ -66,22 +66,20 @@ def create_mesh(
       ConfigError: more devices than there are, or a batch that they do not divide.
     """
     devices = jax.devices() if devices is None else list(devices)
-    others = {FSDP: config.fsdp, MEMORY: config.memory, TENSOR: config.tensor}
-    group = math.prod(others.values())
-    replicas = max(1, len(devices) // group) if config.replica == -1 else config.replica
-    sizes = {REPLICA: replicas} | others
+    sizes = axis_sizes(config, len(devices))
+    num_used = math.prod(sizes.values())
     in_use = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
-    if replicas * group > len(devices):
+    if num_used > len(devices):
         raise ConfigError(
-            f"{in_use}: needs {replicas * group} devices, more than the {len(devices)} that are"
-            " there"
+            f"{in_use}: needs {num_used} devices, more than the {len(devices)} that are there"
         )
-    if replicas * group < len(devices) and jax.process_count() > 1:
+    if num_used < len(devices) and jax.process_count() > 1:
+        replicas = len(devices) * sizes[REPLICA] // num_used
         raise ConfigError(
-            f"{in_use or 'mesh.replica=1'}: uses {replicas * group} of {len(devices)} devices;"
-            f" several processes must use all: mesh.replica={len(devices) // group} does"
+            f"{in_use or 'mesh.replica=1'}: uses {num_used} of {len(devices)} devices; several"
+            f" processes must use all: mesh.replica={replicas} does"
         )
-    shares = math.prod(sizes[axis] for axis in DATA_AXES)
+    shares = num_shares(sizes)
     for batch_size in batch_sizes:
         if batch_size % shares:
             raise ConfigError(
@@ -90,8 +88,20 @@ def create_mesh(
                 f" evaluation.batch_size); {-(-batch_size // shares) * shares} would do"
             )
     shape = tuple(sizes.values())
-    grid = _arranged(devices[: replicas * group], shape)
+    grid = _arranged(devices[:num_used], shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Returns the devices along each axis; `replica` -1 takes as many as the others leave."""
+    others = {FSDP: config.fsdp, MEMORY: config.memory, TENSOR: config.tensor}
+    left = max(1, num_devices // math.prod(others.values()))
+    return {REPLICA: left if config.replica == -1 else config.replica} | others
+
+
+def num_shares(sizes: Mapping[str, int]) -> int:
+    """Returns into how many shares a mesh of these sizes divides the batch."""
+    return math.prod(sizes[axis] for axis in DATA_AXES)
 
 
 def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:

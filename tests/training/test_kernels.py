@@ -22,7 +22,7 @@ AGGREGATION = {"value_aggregation_forward", "value_aggregation_backward"}
         ("tpu", "v5e:2x2", "pallas_tpu", "pallas_tpu", BOTH),
         ("tpu", "v5p:2x2x1", "xla", "pallas_sparsecore", AGGREGATION),
         # The backward pass of product-key top-k is plain XLA there.
-        ("h200", "h200", "pallas_gpu", "pallas_gpu", BOTH - {"product_key_top_k_backward"}),
+        ("h200", "h200:4", "pallas_gpu", "pallas_gpu", BOTH - {"product_key_top_k_backward"}),
     ],
 )
 def test_the_step_compiles_with_the_kernels_that_are_named_on_four_devices(
@@ -36,7 +36,7 @@ def test_the_step_compiles_with_the_kernels_that_are_named_on_four_devices(
         "model.memory.product_key_top_k": top_k,
         "model.memory.value_aggregation": aggregation,
     }
-    case = {"topology": topology, "devices": 4, "fields": fields}
+    case = {"topology": topology, "fields": fields}
     (found,) = run_cases("train_step_compile.py", case, compiler=compiler)
     assert set(found) == kernels
 
@@ -50,6 +50,6 @@ def test_the_step_compiles_with_kernels_on_divided_tables(layout: str) -> None:
         "model.memory.product_key_top_k": "pallas_gpu",
         "model.memory.value_aggregation": "pallas_gpu",
     }
-    case = {"topology": "h200", "devices": 4, "fields": fields}
+    case = {"topology": "h200:4", "fields": fields}
     (found,) = run_cases("train_step_compile.py", case, compiler="h200")
     assert {"product_key_top_k_forward", *AGGREGATION} <= set(found)

@@ -74,9 +74,8 @@ def test_a_run_goes_on_on_other_meshes_with_the_curve_of_one_device(tmp_path: Pa
         {"fsdp": 2, "memory": 4, "table_sharding": "rows", "parameters": "fsdp_and_memory"},
     ]
     for start, mesh in zip((0, 5, 10, 15), meshes, strict=True):
-        for later in range(
-            start + 5, layouts.STEPS + 1, 5
-        ):  # what the run before did after `start`
+        # What the run before did after `start`.
+        for later in range(start + 5, layouts.STEPS + 1, 5):
             shutil.rmtree(tmp_path / "checkpoints" / str(later), ignore_errors=True)
         config = layouts.config_of("ultramem_v2", mesh, layouts.paths())
         often = dataclasses.replace(

@@ -201,7 +201,7 @@ def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) ->
 
 def _data_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> int:
     """Bytes of a batch, or of a key-value cache, on one device."""
-    shares = math.prod(mesh_sizes[axis] for axis in parallel.DATA_AXES)
+    shares = parallel.num_shares(mesh_sizes)
     length = config.data.sequence_length
     if step == "train":
         return len(dataclasses.fields(Batch)) * 4 * config.train.batch_size * length // shares
@@ -215,7 +215,8 @@ def _undivided_state(config: Config) -> Any:
     return abstract_state(config, optimizer)
 
 
-def _lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
+def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
+    """Traces a step for a mesh, whose devices need not be attached; call it outside of the mesh."""
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     graphdef = model_structure(config.model)
     batch = _batch(config, mesh)
@@ -306,7 +307,7 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
         _num_tokens(config, step),
         capacity=place.chip.memory_bytes if on_tpu else None,
     )
-    parts, lowered = argument_bytes(config, dict(mesh.shape), step), _lower(config, mesh, step)
+    parts, lowered = argument_bytes(config, dict(mesh.shape), step), lower(config, mesh, step)
     available = refusal = program = None
     placed = sum(parts.values())
     received: list[Collectives] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from umv2 import parallel
 from umv2.config import Config, ConfigError
 from umv2.cost import accounting, ahead_of_time, exchange, topology
 from umv2.cost.ahead_of_time import Step
@@ -30,7 +31,6 @@ PATHS = (
 )
 _MOST_TENSOR = 8
 REMAT = ("none", "dots", "full")
-_DATA_AXES = ("replica", "fsdp", "memory")
 
 
 def values(config: Config) -> dict[str, Any]:
@@ -60,11 +60,8 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
-    """Returns the devices along each axis; `replica` -1 takes as many as the others leave."""
-    mesh = config.mesh
-    rest = mesh.fsdp * mesh.memory * mesh.tensor
-    replica = max(1, num_devices // rest) if mesh.replica == -1 else mesh.replica
-    return {"replica": replica, "fsdp": mesh.fsdp, "memory": mesh.memory, "tensor": mesh.tensor}
+    """Returns the devices along each axis of the mesh of a configuration."""
+    return parallel.axis_sizes(config.mesh, num_devices)
 
 
 def meshes(config: Config, num_devices: int) -> Iterator[Config]:
@@ -93,7 +90,7 @@ def meshes(config: Config, num_devices: int) -> Iterator[Config]:
                 candidate = changed(config, changes)
             except ConfigError:
                 continue
-            if _batch(candidate) % _shares(mesh_sizes(candidate, num_devices)) == 0:
+            if _batch(candidate) % parallel.num_shares(mesh_sizes(candidate, num_devices)) == 0:
                 yield candidate
 
 
@@ -123,7 +120,7 @@ def _with_least_bytes(
             parts = ahead_of_time.argument_bytes(mesh, sizes, "train")
         except ValueError:
             continue
-        share = mesh.train.batch_size // _shares(sizes)
+        share = mesh.train.batch_size // parallel.num_shares(sizes)
         accumulations = [size for size in range(1, share + 1) if share % size == 0]
         for remat, accumulation in itertools.product(policies, accumulations):
             changes = {"model.remat": remat, "train.gradient_accumulation": accumulation}
@@ -146,7 +143,7 @@ def least_temporaries(
       place: where it runs.
     """
     model = config.model
-    tokens = _batch(config) // _shares(sizes) * config.data.sequence_length
+    tokens = _batch(config) // parallel.num_shares(sizes) * config.data.sequence_length
     width = jnp.dtype(model.compute_dtype).itemsize
     # Queries, keys, values and their products; gate, up and their product.
     matrices = 4 * model.hidden_size + 3 * model.ffn_size
@@ -186,7 +183,7 @@ def predicted_seconds(config: Config, sizes: Mapping[str, int], place: topology.
         received += 2 * float32 * dense / divided * (accumulation if divided > 1 else 1)
     received += _sparse_bytes(config, sizes, counts.sparse_values)
     if sizes["tensor"] > 1:  # four exchanges of activations in each block and pass
-        share = tokens / _shares(sizes)
+        share = tokens / parallel.num_shares(sizes)
         received += 4 * passes * model.num_layers * share * model.hidden_size * width
     compute, exchanging = flops / chip.peak_flops, received / chip.link_bandwidth
     return max(compute, exchanging) + 0.1 * exchanging  # no overlap is perfect
@@ -202,13 +199,19 @@ def other_layout(config: Config, size: int) -> str | None:
 
 def next_accumulation(config: Config, sizes: Mapping[str, int]) -> int | None:
     """Returns the next larger number of microbatches that the mesh allows; None: there is none."""
-    share, now = config.train.batch_size // _shares(sizes), config.train.gradient_accumulation
+    share, now = (
+        config.train.batch_size // parallel.num_shares(sizes),
+        config.train.gradient_accumulation,
+    )
     return next((size for size in range(now + 1, share + 1) if share % size == 0), None)
 
 
 def previous_accumulation(config: Config, sizes: Mapping[str, int]) -> int | None:
     """Returns the next smaller number of microbatches that the mesh allows; None: there is none."""
-    share, now = config.train.batch_size // _shares(sizes), config.train.gradient_accumulation
+    share, now = (
+        config.train.batch_size // parallel.num_shares(sizes),
+        config.train.gradient_accumulation,
+    )
     return next((size for size in range(now - 1, 0, -1) if share % size == 0), None)
 
 
@@ -246,7 +249,12 @@ def _sparse_bytes(config: Config, sizes: Mapping[str, int], count: int) -> float
         gradient = 2.0 * accounting.FLOAT32_BYTES * count / size
     if model.family != "memory" or size == 1:
         return gradient
-    tokens = _batch(config) // _shares(sizes) * config.data.sequence_length // sizes["tensor"]
+    tokens = (
+        _batch(config)
+        // parallel.num_shares(sizes)
+        * config.data.sequence_length
+        // sizes["tensor"]
+    )
     layout = config.mesh.table_sharding
     exchanged = _exchanged(model, "rows" if layout == "rows" else "columns", size, tokens)
     layers = len(model.placements) * config.train.gradient_accumulation
@@ -275,7 +283,3 @@ def _divides(config: Config, layout: str, size: int) -> bool:
 
 def _batch(config: Config) -> int:
     return config.train.batch_size // config.train.gradient_accumulation
-
-
-def _shares(sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[axis] for axis in _DATA_AXES)

@@ -70,7 +70,7 @@ def inspect(config: Config) -> Inspection:
     Raises:
       ConfigError: a mesh that cannot divide the value tables.
     """
-    sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in parallel.AXES}
+    sizes = parallel.axis_sizes(config.mesh, num_devices=1)
     num_tokens = config.train.batch_size * config.data.sequence_length
     config = exchange.with_layout(config, sizes, num_tokens)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
