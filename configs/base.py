@@ -87,7 +87,9 @@ def get_config() -> ConfigDict:
     moe.renormalize = False  # True: the weights of the chosen experts are divided by their sum
 
     data = config.data = ConfigDict()
-    data.source = "standard_library"  # | text | array_record | memmap | hugging_face
+    # standard_library and site_packages (what is installed beside it): Python sources | text |
+    # array_record | memmap | hugging_face
+    data.source = "standard_library"
     data.paths = ()  # globs, for text (text, JSONL, Parquet), array_record and memmap
     data.text_field = "text"  # key of the text in JSONL, Parquet and Hugging Face records
     data.memmap_dtype = "uint16"  # of token files: uint16 | uint32

@@ -44,7 +44,9 @@ __all__ = [
 class DataConfig:
     """Where text comes from and how it becomes sequences (`data`)."""
 
-    source: Literal["standard_library", "text", "array_record", "memmap", "hugging_face"]
+    source: Literal[
+        "standard_library", "site_packages", "text", "array_record", "memmap", "hugging_face"
+    ]
     paths: tuple[str, ...]
     text_field: str
     memmap_dtype: Literal["uint16", "uint32"]

@@ -240,9 +240,9 @@ def spec(array: Array) -> PartitionSpec:
     return jax.typeof(array).sharding.spec
 
 
-def create[T](function: Callable[[], T], shardings: Any) -> T:
+def create[T](function: Callable[..., T], shardings: Any, *arguments: Any) -> T:
     """Computes new arrays divided as they are to be stored, with no device holding one whole."""
-    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))()
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))(*arguments)
 
 
 def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:

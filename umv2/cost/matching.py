@@ -15,6 +15,8 @@ _MAX_MULTIPLE = 64
 # ... whose steps change the active parameters by less than this share.
 _MAX_STEP = 0.0025
 _EXPERT = "moe.expert_size"
+# What is sized, by path below `model`; a family has only some of them.
+SIZES = ("ffn_size", "memory.num_keys", "memory.top_m", "moe.num_experts", _EXPERT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,12 @@ def quantities(config: Config) -> Quantities:
     )
 
 
-def match(reference: Config, candidate: Config, rules: tuple[str, ...] = RULES) -> Match:
+def match(
+    reference: Config,
+    candidate: Config,
+    rules: tuple[str, ...] = RULES,
+    free: tuple[str, ...] = SIZES,
+) -> Match:
     """Sizes a candidate so that it equals the reference in what `rules` name.
 
     Found are the width of the FFN or of an expert (active parameters, FLOPs), the number of keys or
@@ -75,14 +82,15 @@ def match(reference: Config, candidate: Config, rules: tuple[str, ...] = RULES) 
     Tucker scores, as in the paper.
 
     Raises:
-      ConfigError: a rule that there is not, or a reference too small for the candidate.
+      ConfigError: a rule or a size that there is not, or a reference too small for the candidate.
     """
-    for rule in rules:
-        if rule not in RULES:
-            raise ConfigError(f"rule {rule!r}: must be one of {', '.join(RULES)}")
+    for kind, names, known in (("rule", rules, RULES), ("size", free, SIZES)):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{kind} {name!r}: must be one of {', '.join(known)}")
     target = quantities(reference)
     best: tuple[list[float], Match] | None = None
-    for sizes in _candidates(target, candidate):
+    for sizes in _candidates(target, candidate, rules, free):
         config = _with_sizes(candidate, sizes)
         try:
             config.validate()
@@ -114,32 +122,42 @@ def _deviation(found: Quantities, target: Quantities, rule: str) -> float:
     return ours / wanted - 1
 
 
-def _candidates(target: Quantities, candidate: Config) -> Iterator[dict[str, int]]:
+def _candidates(
+    target: Quantities, candidate: Config, rules: tuple[str, ...], free: tuple[str, ...]
+) -> Iterator[dict[str, int]]:
     """Yields sizes to try: for each number of keys or experts, the widths around the solution."""
     model = candidate.model
     match model.family:
         case "dense":
-            yield from _with_widths(target, candidate, {}, "ffn_size")
+            yield from _with_widths(target, candidate, {}, "ffn_size", free)
         case "moe":
-            for num_experts in _numbers_of_experts(target, candidate):
+            numbers: range | tuple[int, ...] = (model.moe.num_experts,)
+            if "moe.num_experts" in free:
+                numbers = _numbers_of_experts(target, candidate)
+            for num_experts in numbers:
                 fixed = {"moe.num_experts": num_experts}
-                yield from _with_widths(target, candidate, fixed, _EXPERT)
+                yield from _with_widths(target, candidate, fixed, _EXPERT, free)
         case "memory":
             fixed = {}
             memory, tables = model.memory, len(model.placements)
             row = memory.value_dim + memory.pre_value_dim
             selected = memory.num_selected * tables * row
-            if target.values_read:
+            if target.values_read and "memory.top_m" in free:
                 per_choice = tables * memory.num_heads * row
                 top_m = max(1, round(target.values_read / per_choice))
                 shortlist = top_m if memory.scoring == "sum" else min(top_m, 128)
                 fixed = {"memory.top_m": top_m, "memory.shortlist": shortlist}
                 selected = top_m * per_choice
-            rows = (target.total - target.active + selected) / (tables * row)
-            nearest = round(math.sqrt(max(rows, 1)))
-            for num_keys in range(max(1, nearest - 2), nearest + 3):
+            numbers = (memory.num_keys,)
+            if "memory.num_keys" in free:
+                rows = (target.total - target.active + selected) / (tables * row)
+                nearest = round(math.sqrt(max(rows, 1)))
+                # Where the active parameters may differ, rows are known to some per cent only.
+                reach = 2 if "active" in rules else 2 + nearest // 32
+                numbers = range(max(1, nearest - reach), nearest + reach + 1)
+            for num_keys in numbers:
                 sizes = fixed | {"memory.num_keys": num_keys}
-                yield from _with_widths(target, candidate, sizes, "ffn_size")
+                yield from _with_widths(target, candidate, sizes, "ffn_size", free)
 
 
 def _numbers_of_experts(target: Quantities, candidate: Config) -> range:
@@ -147,7 +165,8 @@ def _numbers_of_experts(target: Quantities, candidate: Config) -> range:
     model, num_experts = candidate.model, candidate.model.moe.top_k
     for _ in range(4):  # the router takes its share of the active parameters, and so of the width
         fixed = {"moe.num_experts": num_experts}
-        widths = [s[_EXPERT] for s in _with_widths(target, candidate, fixed, _EXPERT)]
+        sized = _with_widths(target, candidate, fixed, _EXPERT, (_EXPERT,))
+        widths = [sizes[_EXPERT] for sizes in sized]
         if not widths:
             break
         expert = 3 * model.hidden_size * min(widths) * model.num_layers
@@ -156,9 +175,16 @@ def _numbers_of_experts(target: Quantities, candidate: Config) -> range:
 
 
 def _with_widths(
-    target: Quantities, candidate: Config, fixed: dict[str, int], name: str
+    target: Quantities,
+    candidate: Config,
+    fixed: dict[str, int],
+    name: str,
+    free: tuple[str, ...],
 ) -> Iterator[dict[str, int]]:
     """Yields `fixed` with the widths at which active parameters or FLOPs cross the target."""
+    if name not in free:
+        yield fixed
+        return
 
     def counted(width: int) -> Quantities:
         return quantities(_with_sizes(candidate, fixed | {name: width}))

@@ -117,7 +117,7 @@ def load_corpus(
     documents: Documents
     texts: list[bytes] | None = None
     match config.source:
-        case "standard_library" | "text":
+        case "standard_library" | "site_packages" | "text":
             if tokenizer is None:
                 raise DataError(
                     f"data.tokenizer='none': source {config.source!r} needs a tokenizer"

@@ -1,4 +1,4 @@
-"""Text documents, one after another: the standard library, local files, Hugging Face data sets."""
+"""Text documents, one after another: Python sources, local files, Hugging Face data sets."""
 
 import gzip
 import hashlib
@@ -71,7 +71,8 @@ def text_documents(config: DataConfig) -> Iterator[str]:
     """Yields the non-empty documents of a text source in a fixed order.
 
     `standard_library` is one document a file of the running Python, by relative path, without
-    tests, demos and installed packages. `text` is one document a line of .jsonl and .json (also
+    tests, demos and installed packages; `site_packages` the same of all that is installed beside
+    it, tests included, each text once. `text` is one document a line of .jsonl and .json (also
     .gz), one a row of .parquet, and one a file for anything else.
 
     Raises:
@@ -80,6 +81,8 @@ def text_documents(config: DataConfig) -> Iterator[str]:
     match config.source:
         case "standard_library":
             yield from _standard_library()
+        case "site_packages":
+            yield from _site_packages()
         case "text":
             for path in matching_files(config.paths):
                 yield from _file_documents(path, config.text_field)
@@ -99,6 +102,25 @@ def _standard_library() -> Iterator[str]:
     ]
     if not relative:
         raise DataError(f"{root}: holds no source files of the standard library")
+    yield from _python_sources(root, relative)
+
+
+def _site_packages() -> Iterator[str]:
+    """Packages carry copies of each other's files, so a text counts once."""
+    roots = sorted({Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")})
+    seen: set[int] = set()
+    for root in roots:
+        for text in _python_sources(root, [path.relative_to(root) for path in root.rglob("*.py")]):
+            if (text_hash := content_hash(text.encode())) not in seen:
+                seen.add(text_hash)
+                yield text
+    if not seen:
+        raise DataError(
+            f"data.source='site_packages': no Python sources in {', '.join(map(str, roots))}"
+        )
+
+
+def _python_sources(root: Path, relative: Iterable[Path]) -> Iterator[str]:
     for path in sorted(relative, key=Path.as_posix):
         text = (root / path).read_text(encoding="utf-8", errors="replace")
         if text:

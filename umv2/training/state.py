@@ -60,9 +60,18 @@ def model_structure(config: ModelConfig) -> Any:
     return nnx.graphdef(model)
 
 
-def create_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
-    """Draws the state at step 0 from `config.seed`. Trace it (jit, eval_shape); it is not light."""
-    model, store = create_model(config.model, jax.random.key(config.seed))
+def create_state(
+    config: Config, optimizer: optim.Optimizer, seed: int | Int[Array, ""] | None = None
+) -> TrainState:
+    """Draws the state at step 0. Trace it (jit, eval_shape); it is not light.
+
+    Args:
+      config: of the experiment.
+      optimizer: of the parameters.
+      seed: `config.seed` as an argument of a program that serves all seeds; None: `config.seed`.
+    """
+    key = jax.random.key(config.seed if seed is None else seed)
+    model, store = create_model(config.model, key)
     _, params, buffers = split_model(model)
     usage = None
     if config.model.placements:

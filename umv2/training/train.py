@@ -243,7 +243,9 @@ def _restore_or_create(
         return state
     start = time.monotonic()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer))
-    state = parallel.create(lambda: create_state(config, optimizer), shardings)
+    # The seed is an argument, so that runs that differ in it share a compiled program.
+    create = functools.partial(create_state, config, optimizer)
+    state = parallel.create(create, shardings, config.seed)
     jax.block_until_ready(state)
     logging.info("created the state in %.1f s", time.monotonic() - start)
     return state

@@ -1,0 +1,144 @@
+"""The texts that ablations need beside the standard library: made where they are missing.
+
+Multi-hop documents state facts, `ab` for 'a is in b', in shuffled order, then ask: `a2c` says that
+two steps up from a lies c. All facts of a document form two chains, so that a question needs as
+many of them as it has hops, and the order of the facts says nothing.
+"""
+
+import json
+import random
+import re
+import string
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import scales
+
+_NUM_DOCUMENTS = 200_000
+_NUM_CHAINS, _MAX_HOPS, _NUM_QUESTIONS = 2, 4, 8
+_QUESTION = re.compile(r"([a-z])([1-9])([a-z])")
+
+
+def prepare(values: ConfigDict) -> None:
+    """Makes the tokenizer and the text that a configuration names, if they are ours and missing."""
+    from absl import logging
+
+    from umv2.config import from_config_dict
+    from umv2.data import prepare as data_preparation
+
+    if scales.MULTI_HOP_TEXT in values.data.paths and not Path(scales.MULTI_HOP_TEXT).exists():
+        logging.info("writing %s", scales.MULTI_HOP_TEXT)
+        path = _folder_made(scales.MULTI_HOP_TEXT)
+        lines = (json.dumps({"text": text}) for text in multi_hop_documents(_NUM_DOCUMENTS))
+        _write_whole(path, "\n".join(lines) + "\n")
+    if values.data.tokenizer == scales.GPU_TOKENIZER and not Path(scales.GPU_TOKENIZER).exists():
+        logging.info("training %s", scales.GPU_TOKENIZER)
+        path = _folder_made(scales.GPU_TOKENIZER)
+        config = from_config_dict(values)
+        data_preparation.train_tokenizer(config.data, path, config.model.vocab_size)
+
+
+def _folder_made(path: str) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def multi_hop_documents(count: int, seed: int = 0) -> Iterator[str]:
+    """Yields documents such as 'ab qr bc rs ...; q1r a2c ...', the same for equal seeds."""
+    generator = random.Random(seed)
+    length = _MAX_HOPS + 1
+    for _ in range(count):
+        things = generator.sample(string.ascii_lowercase, _NUM_CHAINS * length)
+        chains = [things[i * length : (i + 1) * length] for i in range(_NUM_CHAINS)]
+        facts = [low + high for chain in chains for low, high in zip(chain, chain[1:])]  # noqa: B905
+        generator.shuffle(facts)
+        questions = []
+        for _ in range(_NUM_QUESTIONS):
+            chain, hops = generator.choice(chains), generator.randint(1, _MAX_HOPS)
+            start = generator.randrange(length - hops)
+            questions.append(f"{chain[start]}{hops}{chain[start + hops]}")
+        yield f"{' '.join(facts)}; {' '.join(questions)}"
+
+
+def questions(text: str) -> Iterator[tuple[int, int]]:
+    """Yields the position of each answer's byte in a document, and how many hops it needs."""
+    for match in _QUESTION.finditer(text, text.index(";")):
+        yield match.start(3), int(match[2])
+
+
+def answers(workdir: Path) -> dict[str, Any]:
+    """Asks the newest model of a run every held-out question.
+
+    An answer counts where it is the likeliest byte after the facts, the questions before it and
+    their answers.
+
+    Returns:
+      accuracy over all questions; by_hops, the same for each number of hops; num_questions.
+    """
+    import jax
+    import numpy as np
+
+    from umv2.config import from_config_dict
+    from umv2.data import pipeline
+    from umv2.training import checkpoint
+    from umv2.training.state import merge_model, model_structure
+
+    folder = workdir / "checkpoints"
+    config = from_config_dict(checkpoint.saved_config(folder))
+    restored = checkpoint.restore_for_inference(folder, config)
+    model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
+    texts = [text.decode() for text in corpus.held_out_texts or ()]
+
+    @jax.jit
+    def likeliest(tokens: Any) -> Any:
+        return model(tokens, store=restored.store, segment_ids=None).logits.argmax(axis=-1)
+
+    right: dict[int, int] = defaultdict(int)
+    asked: dict[int, int] = defaultdict(int)
+    batch, length = config.evaluation.batch_size, config.data.sequence_length
+    for first in range(0, len(texts), batch):
+        group = texts[first : first + batch]
+        tokens = np.full((batch, length), corpus.end_of_text_id, np.int32)
+        for row, text in enumerate(group):
+            tokens[row, 1 : 1 + len(text)] = np.frombuffer(text.encode(), np.uint8)
+        # The prediction at a position is of the token after it, and end-of-text comes first.
+        predicted = np.asarray(likeliest(tokens))
+        for row, text in enumerate(group):
+            for position, hops in questions(text):
+                asked[hops] += 1
+                right[hops] += int(predicted[row, position] == ord(text[position]))
+    return {
+        "accuracy": sum(right.values()) / sum(asked.values()),
+        "by_hops": {str(hops): right[hops] / asked[hops] for hops in sorted(asked)},
+        "num_questions": sum(asked.values()),
+    }
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """Returns what tells two corpora apart: installed sources differ between machines."""
+    import numpy as np
+
+    from umv2.data import pipeline
+    from umv2.data.sources import content_hash
+
+    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
+    sides = (corpus.train, corpus.held_out)
+    hashes = np.concatenate([side.content_hashes for side in sides])
+    return {
+        "source": config.data.source,
+        "train_tokens": int(corpus.train.lengths.sum()),
+        "held_out_tokens": int(corpus.held_out.lengths.sum()),
+        "held_out_bytes": corpus.held_out_bytes,
+        "hash": f"{content_hash(hashes.tobytes()):016x}",
+    }
