@@ -21,6 +21,7 @@ from experiments import scales
 from experiments.arms import (
     Ablation,
     Arm,
+    Expected,
     apply,
     fraction_of_steps,
     layers,
@@ -44,9 +45,18 @@ SIZES_FILE = Path(__file__).parent / "arm_sizes.json"
 
 def _compute_share(key_dim: int) -> Arm:
     """An arm of Table 4; its D_k over that of the best arm, 524."""
-    return Arm(
-        {"model.memory.key_dim": times(key_dim / 524)}, "17 % is best", expected="higher"
-    )
+    return Arm({"model.memory.key_dim": times(key_dim / 524)}, "17 % is best", expected="higher")
+
+
+def _rows(factor: float, expected: Expected) -> Arm:
+    """A table of another number of keys a side, so of the square of it in rows."""
+    return Arm({"model.memory.num_keys": times(factor)}, "not stated", expected)
+
+
+def _window(kind: str, group: int, paper: str) -> Arm:
+    """Tables that a layer sees, paper section 4.2.8."""
+    diff = {"model.memory.sharing": kind, "model.memory.share_group": group}
+    return Arm(diff, paper, expected="lower")
 
 
 _CONTINUED = {
@@ -258,20 +268,11 @@ ABLATIONS: dict[str, Ablation] = {
         " loss, but -1 point",
         arms={
             "none": Arm(),
-            **{
-                name: Arm(
-                    {"model.memory.sharing": kind, "model.memory.share_group": group},
-                    paper,
-                    expected="lower",
-                )
-                for name, kind, group, paper in (
-                    ("s4_ring", "ring", 4, "between none and S9"),
-                    ("s9_ring", "ring", 9, "+1 point"),
-                    ("s16_ring", "ring", 16, "as S9"),
-                    ("s9_no_ring", "no_ring", 9, "lower training loss; 1 point below S9-ring"),
-                    ("s6_block", "block", 6, "slightly below S9-ring"),
-                )
-            },
+            "s4_ring": _window("ring", 4, "between none and S9"),
+            "s9_ring": _window("ring", 9, "+1 point"),
+            "s16_ring": _window("ring", 16, "as S9"),
+            "s9_no_ring": _window("no_ring", 9, "lower training loss; 1 point below S9-ring"),
+            "s6_block": _window("block", 6, "slightly below S9-ring"),
         },
         fixed=("active", "flops"),
         scaled={
@@ -317,8 +318,8 @@ ABLATIONS: dict[str, Ablation] = {
     "activation_density": Ablation(
         question="Many values read of fewer, or fewer read of twice as many?",
         source="Table 1",
-        finding="top-256 of 120B against top-768 of 60B: held-out loss -0.020 at 1.6T tokens, +0.033"
-        " and -0.8 points after continued training, where density wins",
+        finding="top-256 of 120B against top-768 of 60B: held-out loss -0.020 at 1.6T tokens;"
+        " +0.033 and -0.8 points after continued training, where density wins",
         arms={
             "many_read": Arm(top_m(3), published_file="paper_2b5_60b_top768"),
             "many_stored": Arm(
@@ -339,9 +340,7 @@ ABLATIONS: dict[str, Ablation] = {
         arms={
             "principled": Arm(),
             "released": Arm({"model.memory.initialization": "released"}, "not stated"),
-            "naive": Arm(
-                {"model.memory.initialization": "unit"}, "diverges", expected="higher"
-            ),
+            "naive": Arm({"model.memory.initialization": "unit"}, "diverges", expected="higher"),
         },
         explanation="naive: values of standard deviation 1; released: the constants of the"
         " published code.",
@@ -404,9 +403,7 @@ ABLATIONS: dict[str, Ablation] = {
                 "leads 1x early",
                 "lower",
             ),
-            "moe": Arm(
-                {"train.num_steps": times(4)}, "leads early", "lower", make=families.moe
-            ),
+            "moe": Arm({"train.num_steps": times(4)}, "leads early", "lower", make=families.moe),
         },
         fixed=ALL,
         free=("moe.num_experts", "moe.expert_size"),
@@ -436,15 +433,10 @@ ABLATIONS: dict[str, Ablation] = {
         finding="not in the paper; V1 sees the loss fall with the logarithm of the rows",
         arms={
             "1": Arm(),
-            **{
-                name: Arm({"model.memory.num_keys": times(factor)}, "not stated", expected)
-                for name, factor, expected in (
-                    ("1_64", 1 / 8, "higher"),
-                    ("1_16", 1 / 4, "higher"),
-                    ("1_4", 1 / 2, "higher"),
-                    ("4", 2, "lower"),
-                )
-            },
+            "1_64": _rows(1 / 8, "higher"),
+            "1_16": _rows(1 / 4, "higher"),
+            "1_4": _rows(1 / 2, "higher"),
+            "4": _rows(2, "lower"),
         },
         fixed=COMPUTE,
         explanation="Arms are named by their rows relative to the base.",
@@ -455,15 +447,10 @@ ABLATIONS: dict[str, Ablation] = {
         finding="not in the paper at fixed tables; Table 1 favours density",
         arms={
             "1": Arm(),
-            **{
-                name: Arm(top_m(factor), "not stated", expected)
-                for name, factor, expected in (
-                    ("1_4", 1 / 4, "higher"),
-                    ("1_2", 1 / 2, "higher"),
-                    ("2", 2, "lower"),
-                    ("4", 4, "lower"),
-                )
-            },
+            "1_4": Arm(top_m(1 / 4), "not stated", "higher"),
+            "1_2": Arm(top_m(1 / 2), "not stated", "higher"),
+            "2": Arm(top_m(2), "not stated", "lower"),
+            "4": Arm(top_m(4), "not stated", "lower"),
         },
         fixed=COMPUTE,
         explanation="Arms are named by top-m relative to the base; the FFN pays for what is read.",

@@ -146,7 +146,7 @@ def times(factor: float) -> Callable[[ConfigDict, str], Any]:
 
 
 def top_m(factor: float) -> Diff:
-    """Multiplies the values that a head selects; the shortlist follows, up to 128 as in the paper."""
+    """Multiplies the values that a head selects; the shortlist follows up to 128 (paper)."""
 
     def shortlist(config: ConfigDict, path: str) -> int:
         del path
@@ -156,7 +156,7 @@ def top_m(factor: float) -> Diff:
 
 
 def row_split(pre: int, value: int) -> Diff:
-    """Divides the width of a row between Pre-value and Value; Value rows stay even, for two cores."""
+    """Divides a row's width between Pre-value and Value, whose width stays even, for two cores."""
 
     def value_dim(config: ConfigDict, path: str) -> int:
         del path

@@ -5,6 +5,7 @@ two steps up from a lies c. All facts of a document form two chains, so that a q
 many of them as it has hops, and the order of the facts says nothing.
 """
 
+import itertools
 import json
 import random
 import re
@@ -60,7 +61,7 @@ def multi_hop_documents(count: int, seed: int = 0) -> Iterator[str]:
     for _ in range(count):
         things = generator.sample(string.ascii_lowercase, _NUM_CHAINS * length)
         chains = [things[i * length : (i + 1) * length] for i in range(_NUM_CHAINS)]
-        facts = [low + high for chain in chains for low, high in zip(chain, chain[1:])]  # noqa: B905
+        facts = [low + high for chain in chains for low, high in itertools.pairwise(chain)]
         generator.shuffle(facts)
         questions = []
         for _ in range(_NUM_QUESTIONS):

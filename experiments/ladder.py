@@ -1,14 +1,12 @@
 """UltraMem's ladder from product-key memory to itself, step by step (V1, arXiv 2411.12364)."""
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import families
-from experiments.arms import Ablation, Arm, apply, placed, skips
+from experiments.arms import Ablation, Arm, Diff, Expected, apply, placed, skips
 
 # Each step adds to those before: name, diff, training and validation loss that V1 reports.
-_STEPS: tuple[tuple[str, dict[str, Any], float, float], ...] = (
+_STEPS: tuple[tuple[str, Diff, float, float], ...] = (
     ("pkm", {}, 2.604, 2.828),
     ("no_softmax", {"model.memory.score_activation": "none"}, 2.570, 2.822),
     (
@@ -66,19 +64,20 @@ def _product_key_memory(config: ConfigDict) -> None:
 
 def _arms() -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
-    diff: dict[str, Any] = {}
+    diff: Diff = {}
     previous = ("", 0.0, 0.0)
     for name, step, training, validation in _STEPS:
-        diff = diff | step
+        diff = {**diff, **step}
         last, last_training, last_validation = previous
+        expected: Expected = "lower" if validation < last_validation else "higher"
         paper = (
             f"{validation - last_validation:+.3f} held-out loss,"
             f" {training - last_training:+.3f} training loss"
         )
         arms[name] = Arm(
-            dict(diff),
+            diff,
             paper if last else "",
-            expected="not stated" if not last else "lower" if validation < last_validation else "higher",
+            expected=expected if last else "not stated",
             versus=last,
             make=_product_key_memory,
         )

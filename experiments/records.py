@@ -1,5 +1,6 @@
 """Records of finished runs: where they lie, how they are written and read."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -11,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 RESULTS = "experiments/results/ablations"
+_KINDS = ("run", "step", "held_out", "end")
 # What changes how a run is stored or shown, not what it computes.
 _NOT_HASHED = ("log_interval_steps", "checkpoint_interval_steps", "num_checkpoints_kept")
 
@@ -39,3 +41,69 @@ def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Returns the installed versions of packages."""
     return {name: importlib.metadata.version(name) for name in packages}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The records of one finished run: about it, its logged steps, its evaluations, its end."""
+
+    head: dict[str, Any]
+    steps: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    end: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """Of the parameters and of the order of the data."""
+        return int(self.head["seed"])
+
+    @property
+    def diverged(self) -> str | None:
+        """What was said when the loss stopped being finite; None for a run that ended well."""
+        message: str | None = self.end["diverged"]
+        return message
+
+    @property
+    def losses(self) -> list[float]:
+        """Training losses of the logged steps, nats a token."""
+        return [step["loss"] for step in self.steps]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens seen after each logged step."""
+        return [step["tokens"] for step in self.steps]
+
+    @property
+    def held_out_losses(self) -> list[float]:
+        """Losses of the held-out text, nats a token, in the order of evaluation."""
+        return [entry["held_out_loss"] for entry in self.held_out]
+
+
+def read(path: Path) -> Run:
+    """Reads the records of one run.
+
+    Raises:
+      ValueError: a file that is not one; the message names it.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kinds = {kind: [line for line in lines if line["kind"] == kind] for kind in _KINDS}
+        (head,), (end,) = kinds["run"], kinds["end"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the records of a finished run: {error}") from error
+    return Run(head, kinds["step"], kinds["held_out"], end)
+
+
+def read_all(results: Path) -> dict[str, dict[int, Run]]:
+    """Returns the finished runs of a scale by configuration and seed.
+
+    Raises:
+      ValueError: a file that is not the records of a run, or not where it belongs.
+    """
+    found: dict[str, dict[int, Run]] = {}
+    for path in sorted(results.glob("runs/*/seed_*.jsonl")):
+        run = read(path)
+        if run_file(results, run.head["config_hash"], run.seed) != path:
+            raise ValueError(f"{path}: holds {run.head['config_hash']}, seed {run.seed}")
+        found.setdefault(run.head["config_hash"], {})[run.seed] = run
+    return found

@@ -138,7 +138,7 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
         for line in lines
         if "held_out_loss" in line
     ]
-    health = next((line for line in reversed(lines) if "loss" in line), {})
+    health: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
     end = {
         "kind": "end",
         "diverged": diverged,
@@ -235,7 +235,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]}: unexpected argument; options are written --name=value")
     import jax
 
-    jobs = arms_to_run(_ABLATIONS.value, _ARMS.value, _SCALE.value)
+    jobs = arms_to_run(_ABLATIONS.value or [], _ARMS.value, _SCALE.value)
     workdir = Path(_WORKDIR.value) / _SCALE.value
     # The seeds of an arm share their programs.
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))

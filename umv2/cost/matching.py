@@ -84,10 +84,10 @@ def match(
     Raises:
       ConfigError: a rule or a size that there is not, or a reference too small for the candidate.
     """
-    for kind, names, known in (("rule", rules, RULES), ("size", free, SIZES)):
+    for kind, names, choices in (("rule", rules, RULES), ("size", free, SIZES)):
         for name in names:
-            if name not in known:
-                raise ConfigError(f"{kind} {name!r}: must be one of {', '.join(known)}")
+            if name not in choices:
+                raise ConfigError(f"{kind} {name!r}: must be one of {', '.join(choices)}")
     target = quantities(reference)
     best: tuple[list[float], Match] | None = None
     for sizes in _candidates(target, candidate, rules, free):
