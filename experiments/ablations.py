@@ -64,6 +64,8 @@ _CONTINUED = {
     "optimizer.decay_start_step": fraction_of_steps(2 / 3),
     "train.evaluation_interval_steps": fraction_of_steps(2 / 3),
 }
+_CONSTANT_1 = {"optimizer.values_multiplier": 1.0, "optimizer.values_final_multiplier": 1.0}
+_FALLING_4_TO_1 = {"optimizer.values_multiplier": 4.0, "optimizer.values_final_multiplier": 1.0}
 # Multi-hop questions among their facts, from experiments/corpora.py, byte by byte.
 _MULTI_HOP = {
     "model.vocab_size": 264,
@@ -302,9 +304,9 @@ ABLATIONS: dict[str, Ablation] = {
         source="section 4.2.9, Figure 13",
         finding="4x falling to 1x leads early; constant 1x wins by 0.4 points at 1.4T tokens",
         arms={
-            "constant_1": Arm({"optimizer.values_multiplier": 1.0}),
+            "constant_1": Arm(_CONSTANT_1),
             "falling_4_to_1": Arm(
-                {"optimizer.values_multiplier": 4.0, "optimizer.values_final_multiplier": 1.0},
+                _FALLING_4_TO_1,
                 "leads early, loses 0.4 points late",
                 expected="lower",
             ),
@@ -393,13 +395,9 @@ ABLATIONS: dict[str, Ablation] = {
         source="our own; section 5 says that UltraMemV2 trails early",
         finding="UltraMemV2 trails early and catches up with continued training",
         arms={
-            "ultramem_v2": Arm({"train.num_steps": times(4)}),
+            "ultramem_v2": Arm({"train.num_steps": times(4), **_CONSTANT_1}),
             "ultramem_v2_4x": Arm(
-                {
-                    "train.num_steps": times(4),
-                    "optimizer.values_multiplier": 4.0,
-                    "optimizer.values_final_multiplier": 1.0,
-                },
+                {"train.num_steps": times(4), **_FALLING_4_TO_1},
                 "leads 1x early",
                 "lower",
             ),

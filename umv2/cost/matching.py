@@ -139,25 +139,48 @@ def _candidates(
                 yield from _with_widths(target, candidate, fixed, _EXPERT, free)
         case "memory":
             fixed = {}
-            memory, tables = model.memory, len(model.placements)
-            row = memory.value_dim + memory.pre_value_dim
-            selected = memory.num_selected * tables * row
+            memory = model.memory
             if target.values_read and "memory.top_m" in free:
-                per_choice = tables * memory.num_heads * row
+                row = memory.value_dim + memory.pre_value_dim
+                per_choice = len(model.placements) * memory.num_heads * row
                 top_m = max(1, round(target.values_read / per_choice))
                 shortlist = top_m if memory.scoring == "sum" else min(top_m, 128)
                 fixed = {"memory.top_m": top_m, "memory.shortlist": shortlist}
-                selected = top_m * per_choice
             numbers = (memory.num_keys,)
             if "memory.num_keys" in free:
-                rows = (target.total - target.active + selected) / (tables * row)
-                nearest = round(math.sqrt(max(rows, 1)))
-                # Where the active parameters may differ, rows are known to some per cent only.
-                reach = 2 if "active" in rules else 2 + nearest // 32
-                numbers = range(max(1, nearest - reach), nearest + reach + 1)
+                numbers = _numbers_of_keys(target, candidate, fixed, rules, free)
             for num_keys in numbers:
                 sizes = fixed | {"memory.num_keys": num_keys}
                 yield from _with_widths(target, candidate, sizes, "ffn_size", free)
+
+
+def _numbers_of_keys(
+    target: Quantities,
+    candidate: Config,
+    fixed: dict[str, int],
+    rules: tuple[str, ...],
+    free: tuple[str, ...],
+) -> range:
+    """Returns the numbers around that at which the total parameters are met."""
+    memory, tables = candidate.model.memory, len(candidate.model.placements)
+    row = memory.value_dim + memory.pre_value_dim
+    selected = tables * memory.num_heads * fixed.get("memory.top_m", memory.top_m) * row
+
+    def nearest(active: float) -> int:
+        return round(math.sqrt(max((target.total - active + selected) / (tables * row), 1)))
+
+    num_keys = nearest(target.active)
+    if "active" not in rules:  # then they are those at which the FLOPs are met
+        for _ in range(4):
+            sizes = fixed | {"memory.num_keys": num_keys}
+            tried = [
+                quantities(_with_sizes(candidate, found))
+                for found in _with_widths(target, candidate, sizes, "ffn_size", free)
+            ]
+            if not tried:
+                break
+            num_keys = nearest(min(tried, key=lambda q: abs(q.flops - target.flops)).active)
+    return range(max(1, num_keys - 2), num_keys + 3)
 
 
 def _numbers_of_experts(target: Quantities, candidate: Config) -> range:
