@@ -1,6 +1,7 @@
 """What the finished runs of an ablation say: paired differences with intervals, and verdicts."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -78,12 +79,13 @@ def measured(run: Run, measure: str) -> float | None:
             raise ValueError(f"measure {measure!r}: not one of ablations")
 
 
-def last_quarter(run: Run) -> float | None:
-    """Returns the mean training loss logged in the last quarter; None for a run that diverged."""
+def quarter_means(run: Run) -> list[float] | None:
+    """Returns the mean logged training loss of each quarter of a run; None if it diverged."""
     if run.diverged:
         return None
-    losses = run.losses[-max(1, len(run.losses) // 4) :]
-    return math.fsum(losses) / len(losses)
+    size, losses = max(1, len(run.losses) // 4), run.losses
+    starts = [quarter * len(losses) // 4 for quarter in range(4)]
+    return [math.fsum(losses[start : start + size]) / size for start in starts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class ArmResult:
     """One arm beside the arm that it is compared with.
 
     `values` are the ablation's measure by seed, `difference` to the other arm's of the same seeds,
-    `training_difference` the same of the training loss in the last quarter.
+    `quarters` the same of the training loss in each quarter of training.
     """
 
     name: str
@@ -101,7 +103,7 @@ class ArmResult:
     runs: dict[int, Run]
     values: dict[int, float]
     difference: Interval
-    training_difference: Interval
+    quarters: tuple[Interval, ...]
     is_reference: bool
 
     @property
@@ -142,6 +144,11 @@ def _verdict(expected: Expected, seen: str) -> str:
             return "same sign" if seen == expected else "opposite sign"
 
 
+def _quarter(run: Run, index: int) -> float | None:
+    means = quarter_means(run)
+    return None if means is None else means[index]
+
+
 def compare(ablation: Ablation, runs: dict[str, dict[int, Run]]) -> list[ArmResult]:
     """Returns the arms of an ablation with what their runs, by arm and seed, say."""
 
@@ -168,7 +175,10 @@ def compare(ablation: Ablation, runs: dict[str, dict[int, Run]]) -> list[ArmResu
                 runs=dict(sorted(runs.get(name, {}).items())),
                 values=by_seed(name, take_measure),
                 difference=paired(name, versus, take_measure),
-                training_difference=paired(name, versus, last_quarter),
+                quarters=tuple(
+                    paired(name, versus, functools.partial(_quarter, index=index))
+                    for index in range(4)
+                ),
                 is_reference=name == versus or not arm.paper,
             )
         )

@@ -5,6 +5,7 @@ two steps up from a lies c. All facts of a document form two chains, so that a q
 many of them as it has hops, and the order of the facts says nothing.
 """
 
+import hashlib
 import itertools
 import json
 import random
@@ -21,26 +22,47 @@ from experiments import scales
 
 _NUM_DOCUMENTS = 200_000
 _NUM_CHAINS, _MAX_HOPS, _NUM_QUESTIONS = 2, 4, 8
+# Of a guess among the places that facts name.
+CHANCE = 1 / (_NUM_CHAINS * _MAX_HOPS)
 _QUESTION = re.compile(r"([a-z])([1-9])([a-z])")
+
+
+def take(values: ConfigDict, corpus: str, vocab_size: int) -> str:
+    """Makes a configuration train on another corpus, and returns that corpus' name.
+
+    Multi-hop questions stay what they are.
+
+    Args:
+      values: changed in place.
+      corpus: standard_library, site_packages, or globs of text files, divided by commas.
+      vocab_size: of a byte-pair encoding trained on it.
+    """
+    is_source = corpus in ("standard_library", "site_packages")
+    label = corpus if is_source else f"text_{hashlib.sha256(corpus.encode()).hexdigest()[:8]}"
+    name = f"{label}_bpe_{vocab_size}"
+    if scales.MULTI_HOP_TEXT not in values.data.paths:
+        values.data.source = corpus if is_source else "text"
+        values.data.paths = () if is_source else tuple(corpus.split(","))
+        values.data.tokenizer = f"{scales.CORPORA}/{name}.json"
+        values.model.vocab_size = 8 * -(-vocab_size // 8)
+    return name
 
 
 def prepare(values: ConfigDict) -> None:
     """Makes the tokenizer and the text that a configuration names, if they are ours and missing."""
-    from absl import logging
-
     from umv2.config import from_config_dict
     from umv2.data import prepare as data_preparation
 
     if scales.MULTI_HOP_TEXT in values.data.paths and not Path(scales.MULTI_HOP_TEXT).exists():
-        logging.info("writing %s", scales.MULTI_HOP_TEXT)
+        print(f"writing {scales.MULTI_HOP_TEXT}", flush=True)
         path = _folder_made(scales.MULTI_HOP_TEXT)
         lines = (json.dumps({"text": text}) for text in multi_hop_documents(_NUM_DOCUMENTS))
         _write_whole(path, "\n".join(lines) + "\n")
-    if values.data.tokenizer == scales.GPU_TOKENIZER and not Path(scales.GPU_TOKENIZER).exists():
-        logging.info("training %s", scales.GPU_TOKENIZER)
-        path = _folder_made(scales.GPU_TOKENIZER)
-        config = from_config_dict(values)
-        data_preparation.train_tokenizer(config.data, path, config.model.vocab_size)
+    ours = re.fullmatch(rf"{scales.CORPORA}/\w+_bpe_(\d+)\.json", values.data.tokenizer)
+    if ours and not Path(values.data.tokenizer).exists():
+        print(f"training {values.data.tokenizer}", flush=True)
+        path = _folder_made(values.data.tokenizer)
+        data_preparation.train_tokenizer(from_config_dict(values).data, path, int(ours[1]))
 
 
 def _folder_made(path: str) -> Path:

@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 RESULTS = "experiments/results/ablations"
+# In the folder of runs on another corpus than the scale's: the arguments of `corpora.take`.
+CORPUS = "corpus.json"
 _KINDS = ("run", "step", "held_out", "end")
 # What changes how a run is stored or shown, not what it computes.
 _NOT_HASHED = ("log_interval_steps", "checkpoint_interval_steps", "num_checkpoints_kept")

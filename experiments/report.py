@@ -8,13 +8,14 @@ found stands in experiments/ablations.py. A file notes/ABLATION.md in the folder
 into its page.
 """
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from experiments import figures, records, scales
+from experiments import corpora, figures, records, scales
 from experiments.ablations import ABLATIONS, configuration
 from experiments.arms import Ablation
 from experiments.comparison import ArmResult, compare, mean_and_deviation
@@ -58,9 +59,10 @@ def page(name: str, scale: str, results: list[ArmResult], notes: str) -> str:
         f" --seeds={max(len(arm.runs) for arm in results)}",
         _results_table(entry, results),
         "Differences are to the arm named two columns before, run by run of equal seed, with a"
-        " 95 % interval (Student's, over seeds); those of the training loss are of its last"
-        " quarter.",
+        " 95 % interval (Student's, over seeds).",
         f"![differences and final losses]({name}.png)",
+        "## Training loss, difference by quarter of training\n\n" + _quarters_table(results),
+        _answers_section(results),
         "## What an arm costs\n\n" + _cost_table(results),
         _budget(results),
         "## In what the arms differ\n\n" + _differences(results),
@@ -93,7 +95,6 @@ def _results_table(entry: Ablation, results: list[ArmResult]) -> str:
             "compared with",
             "paper",
             "difference",
-            "training loss",
             "verdict",
         ]
     ]
@@ -108,11 +109,42 @@ def _results_table(entry: Ablation, results: list[ArmResult]) -> str:
                 arm.versus if compared else "",
                 arm.paper,
                 str(arm.difference) if compared else "",
-                str(arm.training_difference) if compared else "",
                 arm.verdict,
             ]
         )
     return markdown_table(rows)
+
+
+def _quarters_table(results: list[ArmResult]) -> str:
+    rows = [["arm", "compared with", "first", "second", "third", "last"]]
+    for arm in results:
+        if arm.name != arm.versus and arm.runs:
+            rows.append([arm.name, arm.versus, *map(str, arm.quarters)])
+    return markdown_table(rows)
+
+
+def _answers_section(results: list[ArmResult]) -> str:
+    """Shows the share of multi-hop questions answered by the number of hops, where any were."""
+    answers = {
+        arm.name: [run.end["answers"] for run in arm.runs.values() if run.end["answers"]]
+        for arm in results
+    }
+    if not any(answers.values()):
+        return ""
+    hops = sorted(
+        {hop for found in answers.values() for entry in found for hop in entry["by_hops"]}
+    )
+    rows = [["arm", *(f"{hop} hops" for hop in hops)]]
+    for name, found in answers.items():
+        if found:
+            means = [statistics.fmean(entry["by_hops"][hop] for entry in found) for hop in hops]
+            rows.append([name, *(f"{mean:.3f}" for mean in means)])
+    return (
+        "## Questions answered, by hops\n\n"
+        + markdown_table(rows)
+        + "\n\nMeans over seeds. A guess"
+        f" among the places that the facts name is right in {corpora.CHANCE:.3f} of cases."
+    )
 
 
 def _cost_table(results: list[ArmResult]) -> str:
@@ -251,9 +283,9 @@ def _scale_line(ablations: dict[str, list[ArmResult]]) -> str:
     ]
     hours = sum(run.end["seconds_shared_machine"] for run in runs.values()) / 3600
     flops = sum(run.head["training_flops"] for run in runs.values())
-    noise = f"; median half width of an interval {statistics.median(deviations):.4f}" * bool(
-        deviations
-    )
+    noise = ""
+    if deviations:
+        noise = f"; median half width of an interval {statistics.median(deviations):.4f}"
     return (
         f"{len(runs)} runs, {flops / 1e15:.2f} PFLOP, {hours:.1f} hours of processes that shared"
         f" the machine{noise}."
@@ -279,23 +311,35 @@ def _index_table(scale: str, ablations: dict[str, list[ArmResult]]) -> str:
     return markdown_table(rows)
 
 
-def main(argv: list[str]) -> None:
-    """Writes all pages."""
-    del argv
-    results = Path(_RESULTS.value)
+def _order(folder: Path) -> tuple[int, str]:
+    """Puts scales in their own order, and other corpora after a scale's own."""
+    scale = folder.name.partition("_")[0]
+    return list(scales.SCALES).index(scale) if scale in scales.SCALES else 99, folder.name
+
+
+def _hash(ablation: str, arm: str, folder: Path) -> str:
+    """Returns the hash of an arm's configuration on the corpus that a folder is of."""
+    values = configuration(ablation, arm, folder.name.partition("_")[0])
+    if (corpus := folder / records.CORPUS).exists():
+        corpora.take(values, **json.loads(corpus.read_text()))
+    return records.config_hash(values)
+
+
+def write_all(results: Path) -> str:
+    """Writes the pages and pictures of all scales, and returns the index.
+
+    Raises:
+      ValueError: a file among the runs that is not the records of one.
+    """
     by_scale: dict[str, dict[str, list[ArmResult]]] = {}
     unknown: dict[str, int] = {}
-    for scale in scales.SCALES:
-        folder = results / scale
+    for folder in sorted({path.parent for path in results.glob("*/runs")}, key=_order):
         stored = records.read_all(folder)
-        if not stored:
-            continue
+        scale = folder.name
         known: set[str] = set()
         by_scale[scale] = {}
         for name, entry in ABLATIONS.items():
-            hashes = {
-                arm: records.config_hash(configuration(name, arm, scale)) for arm in entry.arms
-            }
+            hashes = {arm: _hash(name, arm, folder) for arm in entry.arms}
             runs = {arm: stored[key] for arm, key in hashes.items() if key in stored}
             known |= set(hashes.values())
             if len(runs) < 2:  # a baseline that other ablations share says nothing
@@ -308,8 +352,16 @@ def main(argv: list[str]) -> None:
             by_scale[scale][name] = arms
         unknown[scale] = sum(len(seeds) for key, seeds in stored.items() if key not in known)
         figures.draw_overview(by_scale[scale], folder / "overview.png")
-    (results / "README.md").write_text(index(by_scale, unknown))
-    print(index(by_scale, unknown))
+    text = index(by_scale, unknown)
+    (results / "README.md").write_text(text)
+    return text
+
+
+def main(argv: list[str]) -> None:
+    """Writes all pages and shows the index."""
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]}: unexpected argument; options are written --name=value")
+    print(write_all(Path(_RESULTS.value)))
 
 
 if __name__ == "__main__":

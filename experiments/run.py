@@ -6,9 +6,12 @@
 A finished run is not repeated, an interrupted one continues from its checkpoint, and arms of equal
 configuration are run once for all ablations that have them. Start the command as often as there are
 cores or GPUs to share the work (`taskset -c 0 python -m ...` keeps each on its own core): whoever
-finds an arm locked takes the next. RESULTS/SCALE/runs/HASH/seed_N.jsonl gets a line about the run
-(configuration, versions, budget), one for every logged step, and one about its end, all at once
-when it ends. A run that diverges has a result too: where.
+finds an arm locked takes the next. `--corpus=site_packages --vocab_size=16384` trains all arms on
+another text than the scale's, and keeps them apart.
+
+RESULTS/SCALE/runs/HASH/seed_N.jsonl gets a line about the run (configuration, versions, budget),
+one for every logged step, and one about its end, all at once when it ends. A run that diverges has
+a result too: where.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import fcntl
 import json
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,13 +36,27 @@ _ABLATIONS = flags.DEFINE_list("ablation", None, "Ablations to run, or all.")
 _ARMS = flags.DEFINE_list("arms", [], "Arms of it to run; default: all.")
 _SCALE = flags.DEFINE_enum("scale", "cpu", list(scales.SCALES), "Sizes and length.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0 to SEEDS - 1 of each arm.", 1)
+_CORPUS = flags.DEFINE_string(
+    "corpus", None, "standard_library, site_packages or globs of text; default: the scale's."
+)
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 8192, "Of the byte-pair encoding that is trained on --corpus.", 258
+)
 _RESULTS = flags.DEFINE_string("results", records.RESULTS, "Folder of the results.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Folder of checkpoints and corpora.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep the checkpoints of finished runs.")
 
 
-def arms_to_run(ablations: list[str], arms: list[str], scale: str) -> dict[str, "Job"]:
+def arms_to_run(
+    ablations: list[str], arms: list[str], scale: str, corpus: dict[str, Any] | None = None
+) -> dict[str, "Job"]:
     """Returns the distinct configurations of arms, by hash, in the order of the ablations.
+
+    Args:
+      ablations: names, or "all".
+      arms: some of their arms; none: all.
+      scale: of experiments/scales.py.
+      corpus: arguments of `corpora.take`; None: the scale's own corpus.
 
     Raises:
       app.UsageError: an ablation or an arm that there is not.
@@ -56,6 +74,8 @@ def arms_to_run(ablations: list[str], arms: list[str], scale: str) -> dict[str, 
             if arms and arm not in arms:
                 continue
             values = configuration(name, arm, scale)
+            if corpus is not None:
+                corpora.take(values, **corpus)
             job = jobs.setdefault(records.config_hash(values), Job(values))
             job.names.append(f"{name}/{arm}")
             job.answers |= ABLATIONS[name].measure == "answer_accuracy"
@@ -170,8 +190,17 @@ def locked(path: Path) -> Iterator[bool]:
 class Sweep:
     """All runs that are asked for, and how far they are."""
 
-    def __init__(self, jobs: dict[str, Job], seeds: int, results: Path, workdir: Path):
+    def __init__(
+        self,
+        jobs: dict[str, Job],
+        seeds: int,
+        results: Path,
+        workdir: Path,
+        *,
+        keep_checkpoints: bool = False,
+    ):
         self.jobs, self.results, self.workdir = jobs, results, workdir
+        self._keep_checkpoints = keep_checkpoints
         self.seeds = range(seeds)
         self._speed: list[tuple[float, float]] = []  # FLOPs and seconds of runs of this process
 
@@ -188,7 +217,7 @@ class Sweep:
         for config_hash, job in self.jobs.items():
             with locked(self.workdir / config_hash / "lock") as mine:
                 if not mine:
-                    logging.info("%s: another process runs it", job.names[0])
+                    print(f"{job.names[0]}: another process runs it", flush=True)
                     continue
                 for seed in self.seeds:
                     if not self.file(config_hash, seed).exists():
@@ -197,13 +226,13 @@ class Sweep:
     def _run(self, config_hash: str, job: Job, seed: int) -> None:
         import jax
 
-        logging.info("%s: %s, seed %d", self.progress(), ", ".join(job.names), seed)
+        print(f"{self.progress()}: {', '.join(job.names)}, seed {seed}", flush=True)
         workdir = self.workdir / config_hash / f"seed_{seed}"
         start = time.monotonic()
         found = run(job, seed, workdir)
         records.write(self.file(config_hash, seed), found)
         self._speed.append((found[0]["training_flops"], time.monotonic() - start))
-        if not _KEEP.value:
+        if not self._keep_checkpoints:
             shutil.rmtree(workdir)
         jax.clear_caches()  # hundreds of programs would fill the memory
 
@@ -235,15 +264,25 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]}: unexpected argument; options are written --name=value")
     import jax
 
-    jobs = arms_to_run(_ABLATIONS.value or [], _ARMS.value, _SCALE.value)
-    workdir = Path(_WORKDIR.value) / _SCALE.value
+    corpus: dict[str, Any] | None = None
+    if _CORPUS.value:
+        corpus = {"corpus": _CORPUS.value, "vocab_size": _VOCAB_SIZE.value}
+    jobs = arms_to_run(_ABLATIONS.value or [], _ARMS.value, _SCALE.value, corpus)
+    folder = _SCALE.value
+    if corpus is not None:
+        folder += "_" + corpora.take(scales.smoke(), **corpus)
+        records.write(Path(_RESULTS.value) / folder / records.CORPUS, [corpus])
+    workdir = Path(_WORKDIR.value) / folder
     # The seeds of an arm share their programs.
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
     for job in jobs.values():
         corpora.prepare(job.values)
-    sweep = Sweep(jobs, _SEEDS.value, Path(_RESULTS.value) / _SCALE.value, workdir)
+    results = Path(_RESULTS.value) / folder
+    sweep = Sweep(jobs, _SEEDS.value, results, workdir, keep_checkpoints=_KEEP.value)
+    if not sys.stderr.isatty():  # without a terminal there is no bar, but a line a logged step
+        logging.set_verbosity(logging.WARNING)
     sweep.run()
-    logging.info("%s", sweep.progress())
+    print(sweep.progress())
 
 
 if __name__ == "__main__":

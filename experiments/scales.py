@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-# What `python -m experiments.run` makes where it is missing (experiments/corpora.py); the tokenizer
+# What `python -m experiments.run` makes where it is missing (experiments/corpora.py). The tokenizer
 # of `cpu` is committed, so that its tokens are the same everywhere.
+CORPORA = "runs/ablations/corpora"
 CPU_TOKENIZER = "experiments/bpe_2048.json"
-GPU_TOKENIZER = "runs/ablations/corpora/site_packages_bpe_16384.json"
-MULTI_HOP_TEXT = "runs/ablations/corpora/multi_hop.jsonl"
+MULTI_HOP_TEXT = f"{CORPORA}/multi_hop.jsonl"
 
 
 def smoke() -> ConfigDict:
@@ -88,7 +88,7 @@ def gpu() -> ConfigDict:
     memory.value_dim = 96
     memory.pre_value_dim = 32
     config.data.source = "site_packages"
-    config.data.tokenizer = GPU_TOKENIZER
+    config.data.tokenizer = f"{CORPORA}/site_packages_bpe_16384.json"
     config.data.sequence_length = 1024
     config.data.held_out_fraction = 0.02
     config.optimizer.learning_rate = 1e-3

@@ -63,6 +63,36 @@ def test_a_python_without_sources_is_reported(
         list(text_documents(dataclasses.replace(config, source="standard_library")))
 
 
+def test_installed_sources_count_once(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packages carry copies of each other's files, and one folder may be both kinds of home."""
+    for name, text in (
+        *(("b/x.py", "x"), ("a/tests/y.py", "y"), ("a/copy_of_x.py", "x")),
+        *(("a/empty.py", ""), ("a/data.txt", "not Python")),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    homes = {"purelib": str(tmp_path), "platlib": str(tmp_path)}
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: homes[name])
+    installed = dataclasses.replace(config, source="site_packages")
+    assert list(text_documents(installed)) == ["x", "y"]
+
+    homes |= {"purelib": str(tmp_path / "a"), "platlib": str(tmp_path / "b")}
+    (tmp_path / "b" / "z.py").write_text("z")
+    assert list(text_documents(installed)) == ["x", "y", "z"]
+
+    homes |= {"purelib": str(tmp_path / "none"), "platlib": str(tmp_path / "none")}
+    with pytest.raises(DataError, match=r"no Python sources in .*none"):
+        list(text_documents(installed))
+
+
+def test_the_environment_has_installed_sources(config: DataConfig) -> None:
+    documents = list(text_documents(dataclasses.replace(config, source="site_packages")))
+    assert sum(map(len, documents)) > 20e6  # JAX and its friends
+    assert Path(pytest.__file__).read_text(encoding="utf-8") in documents
+
+
 def test_each_format_yields_its_documents(config: DataConfig, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text, "id": 1}) + "\n" for text in ("eins", "", "zwei ü")]
     (tmp_path / "a.txt").write_text("one\ntwo", encoding="utf-8")

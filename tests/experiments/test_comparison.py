@@ -5,7 +5,7 @@ import math
 import pytest
 
 from experiments.arms import Ablation, Arm, Expected
-from experiments.comparison import ArmResult, compare, interval, last_quarter, mean_and_deviation
+from experiments.comparison import ArmResult, compare, interval, mean_and_deviation, quarter_means
 from experiments.records import Run
 
 
@@ -97,8 +97,12 @@ def test_a_run_that_diverges_has_no_loss_and_a_verdict(expected: Expected, verdi
     assert (found.verdict, found.values, found.difference.pairs) == (verdict, {0: 4.5}, 1)
 
 
-def test_the_training_loss_is_that_of_the_last_quarter() -> None:
-    assert last_quarter(run(0, 4.0, training=2.0)) == pytest.approx(2.0)
+def test_the_training_loss_is_compared_by_quarters() -> None:
+    assert quarter_means(run(0, 4.0, training=2.0)) == pytest.approx([9.0, 9.0, 9.0, 2.0])
+    assert quarter_means(run(0, 4.0, diverged="step 3")) is None
+    runs = {"base": {0: run(0, 4.0)}, "other": {0: run(0, 4.0, training=3.5)}}
+    _, found = compare(ablation(), runs)
+    assert [quarter.mean for quarter in found.quarters] == pytest.approx([0.0, 0.0, 0.0, 2.5])
 
 
 @pytest.mark.parametrize(("measure", "value"), [("decay_gain", 3.0), ("answer_accuracy", 0.4)])
