@@ -8,11 +8,12 @@ many of them as it has hops, and the order of the facts says nothing.
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import string
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +54,34 @@ def prepare(values: ConfigDict) -> None:
     from umv2.config import from_config_dict
     from umv2.data import prepare as data_preparation
 
-    if scales.MULTI_HOP_TEXT in values.data.paths and not Path(scales.MULTI_HOP_TEXT).exists():
-        print(f"writing {scales.MULTI_HOP_TEXT}", flush=True)
-        path = _folder_made(scales.MULTI_HOP_TEXT)
-        lines = (json.dumps({"text": text}) for text in multi_hop_documents(_NUM_DOCUMENTS))
-        _write_whole(path, "\n".join(lines) + "\n")
+    if scales.MULTI_HOP_TEXT in values.data.paths:
+        _make(scales.MULTI_HOP_TEXT, _write_multi_hop)
     ours = re.fullmatch(rf"{scales.CORPORA}/\w+_bpe_(\d+)\.json", values.data.tokenizer)
-    if ours and not Path(values.data.tokenizer).exists():
-        print(f"training {values.data.tokenizer}", flush=True)
-        path = _folder_made(values.data.tokenizer)
-        data_preparation.train_tokenizer(from_config_dict(values).data, path, int(ours[1]))
+    if ours:
+        config = from_config_dict(values).data
+        vocab_size = int(ours[1])
+        _make(
+            values.data.tokenizer,
+            lambda path: data_preparation.train_tokenizer(config, path, vocab_size),
+        )
 
 
-def _folder_made(path: str) -> Path:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
+def _make(name: str, write: Callable[[Path], None]) -> None:
+    """Makes a file that is missing; processes that share a sweep may do so at the same time."""
+    path = Path(name)
+    if path.exists():
+        return
+    print(f"making {path}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    write(unfinished)
     unfinished.replace(path)
+
+
+def _write_multi_hop(path: Path) -> None:
+    with path.open("w") as file:
+        for text in multi_hop_documents(_NUM_DOCUMENTS):
+            file.write(json.dumps({"text": text}) + "\n")
 
 
 def multi_hop_documents(count: int, seed: int = 0) -> Iterator[str]:

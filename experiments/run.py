@@ -95,6 +95,9 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
     """Trains one arm with one seed, or continues; returns the records of the finished run.
 
     The seed is that of the parameters and of the order of the data.
+
+    Raises:
+      SystemExit: SIGTERM has stopped the training; its state is saved.
     """
     import jax
 
@@ -115,6 +118,9 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
         diverged = str(error)
         logging.warning("%s, seed %d: %s", job.names[0], seed, diverged)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]["step"] if lines else 0
+    if diverged is None and last < config.train.num_steps:
+        sys.exit(f"{job.names[0]}, seed {seed}: stopped after step {last}; start again to go on")
     counts = accounting.parameter_counts(config.model)
     length = config.data.sequence_length
     forward = accounting.forward_flops_per_token(config.model, length)
@@ -264,6 +270,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]}: unexpected argument; options are written --name=value")
     import jax
 
+    from umv2.schema import UserError
+
     corpus: dict[str, Any] | None = None
     if _CORPUS.value:
         corpus = {"corpus": _CORPUS.value, "vocab_size": _VOCAB_SIZE.value}
@@ -275,13 +283,16 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value) / folder
     # The seeds of an arm share their programs.
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
-    for job in jobs.values():
-        corpora.prepare(job.values)
     results = Path(_RESULTS.value) / folder
     sweep = Sweep(jobs, _SEEDS.value, results, workdir, keep_checkpoints=_KEEP.value)
     if not sys.stderr.isatty():  # without a terminal there is no bar, but a line a logged step
         logging.set_verbosity(logging.WARNING)
-    sweep.run()
+    try:
+        for job in jobs.values():
+            corpora.prepare(job.values)
+        sweep.run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
     print(sweep.progress())
 
 

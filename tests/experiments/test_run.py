@@ -108,6 +108,20 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(
     assert not swept.unfinished()
 
 
+def test_a_run_that_was_told_to_stop_is_not_taken_for_finished(
+    paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: object, workdir: Path) -> None:
+        workdir.mkdir(parents=True)
+        (workdir / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+
+    monkeypatch.setattr(modes, "train", stopped)
+    swept = sweep(tmp_path, [values(paths)])
+    with pytest.raises(SystemExit, match=r"arm_0, seed 0: stopped after step 4; start again"):
+        swept.run()
+    assert len(swept.unfinished()) == 1
+
+
 def test_an_arm_that_another_process_runs_is_left_to_it(paths: str, tmp_path: Path) -> None:
     taken, free = values(paths), values(paths, model__ffn_size=17)
     swept = sweep(tmp_path, [taken, free])
