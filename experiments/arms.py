@@ -26,7 +26,8 @@ class Arm:
     """One configuration of an ablation.
 
     `paper` is what the paper reports of it, and `expected` the sign of that in the ablation's
-    measure, both against the arm `versus` (empty: the baseline). `make` changes many fields at
+    measure, both against the arm `versus` (empty: the baseline); `paper_difference` is its number,
+    where the paper gives the loss (held out, where it gives both). `make` changes many fields at
     once, such as a family, before `diff` does. At scale `paper` the sizes of `published` come on
     top, and a `published_file` ('paper_1b_7b:moe') replaces all of it; arms without either are
     sized by the solver there too.
@@ -35,6 +36,7 @@ class Arm:
     diff: Diff = dataclasses.field(default_factory=dict)
     paper: str = ""
     expected: Expected = "not stated"
+    paper_difference: float | None = None
     versus: str = ""
     make: Callable[[ConfigDict], None] | None = None
     published: Diff = dataclasses.field(default_factory=dict)

@@ -100,6 +100,7 @@ class ArmResult:
     versus: str
     paper: str
     expected: Expected
+    paper_difference: float | None
     runs: dict[int, Run]
     values: dict[int, float]
     difference: Interval
@@ -172,6 +173,7 @@ def compare(ablation: Ablation, runs: dict[str, dict[int, Run]]) -> list[ArmResu
                 versus=versus,
                 paper=arm.paper,
                 expected=arm.expected,
+                paper_difference=arm.paper_difference,
                 runs=dict(sorted(runs.get(name, {}).items())),
                 values=by_seed(name, take_measure),
                 difference=paired(name, versus, take_measure),

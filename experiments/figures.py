@@ -93,6 +93,8 @@ def draw_overview(ablations: dict[str, list[ArmResult]], path: Path) -> None:
         axes.errorbar(
             arm.difference.mean, place, xerr=arm.difference.half_width, fmt="o", color=color
         )
+        if arm.paper_difference is not None:
+            axes.plot(arm.paper_difference, place, "x", color="black")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=0.05)
@@ -101,7 +103,7 @@ def draw_overview(ablations: dict[str, list[ArmResult]], path: Path) -> None:
     axes.set(
         xlabel="difference in the ablation's measure, 95 % interval over seeds",
         title="green: sign of the paper; red: opposite; blue: above noise, not in the paper;"
-        " grey: below noise",
+        " grey: below noise; x: the paper's",
     )
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3)

@@ -78,6 +78,7 @@ def _arms() -> dict[str, Arm]:
             diff,
             paper if last else "",
             expected=expected if last else "not stated",
+            paper_difference=round(validation - last_validation, 3) if last else None,
             versus=last,
             make=_product_key_memory,
         )
