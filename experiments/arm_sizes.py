@@ -27,10 +27,13 @@ def solve(ablation: str, scale: str) -> dict[str, dict[str, Any]]:
 
     A baseline that differs from the base of its scale is sized by that, the others by the baseline.
     Arms whose sizes the paper gives stay as they are.
+
+    Raises:
+      ConfigError: an arm that no sizes make as cheap as its baseline.
     """
     from umv2.config import Config, from_config_dict
     from umv2.cost import matching
-    from umv2.schema import build
+    from umv2.schema import ConfigError, build
 
     entry = ABLATIONS[ablation]
     if not entry.fixed:
@@ -43,7 +46,10 @@ def solve(ablation: str, scale: str) -> dict[str, dict[str, Any]]:
         if entry.is_published(arm, scale) or candidate == reference:
             matched = candidate
         else:
-            match = matching.match(reference, candidate, entry.fixed, entry.free)
+            try:
+                match = matching.match(reference, candidate, entry.fixed, entry.free)
+            except ConfigError as error:
+                raise ConfigError(f"{ablation}/{arm}/{scale}: {error}") from error
             matched = match.config
             sizes = {f"model.{path}": value for path, value in match.sizes.items()}
             changed = {path: v for path, v in sizes.items() if field(values, path) != v}
