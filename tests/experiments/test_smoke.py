@@ -34,8 +34,8 @@ def command(module: str, *flags: str) -> str:
 @pytest.mark.slow(minutes=3)
 def test_an_ablation_runs_from_the_command_line(tmp_path: Path) -> None:
     results = f"--results={tmp_path / 'results'}"
-    flags = ("--ablation=heads", "--scale=smoke", "--seeds=2", results)
-    flags = (*flags, f"--workdir={tmp_path / 'work'}")
+    work = f"--workdir={tmp_path / 'work'}"
+    flags = ("--ablation=heads", "--scale=smoke", "--seeds=2", results, work)
     assert "4/4 runs" in command("experiments.run", *flags)
     page = tmp_path / "results" / "smoke" / "heads.md"
     assert "[heads](smoke/heads.md)" in command("experiments.report", results)
