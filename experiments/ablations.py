@@ -456,7 +456,10 @@ ABLATIONS: dict[str, Ablation] = {
             "16": _rows(4, "lower"),
         },
         fixed=COMPUTE,
-        scaled={"smoke": {"model.ffn_size": 128, "model.memory.num_keys": 32}},
+        scaled={
+            "smoke": {"model.ffn_size": 128, "model.memory.num_keys": 32},
+            "gpu": {"model.memory.num_keys": 192},  # 16 times as many still fit one H200
+        },
         explanation="Arms are named by their rows relative to the base.",
     ),
     "selection": Ablation(
