@@ -1,4 +1,4 @@
-"""Every ablation of the paper, Table 3, UltraMem's ladder, and four of our own: what each compares.
+"""Every ablation of the paper, and Table 3: what each compares. More: ladder.py, beyond_paper.py.
 
     python main.py --config=experiments/ablations.py:heads/two --workdir=runs/two_heads
     python -m experiments.run --ablation=heads --scale=cpu --seeds=3
@@ -19,9 +19,13 @@ from ml_collections import ConfigDict
 from configs import families
 from experiments import scales
 from experiments.arms import (
+    ALL,
+    BUDGET,
+    COMPUTE,
+    CONSTANT_1,
+    FALLING_4_TO_1,
     Ablation,
     Arm,
-    Expected,
     apply,
     fraction_of_steps,
     layers,
@@ -32,25 +36,16 @@ from experiments.arms import (
     times,
     top_m,
 )
+from experiments.beyond_paper import BEYOND
 from experiments.ladder import LADDER
 
-ALL = ("active", "total", "flops", "values_read")
-# Where arms differ in retrieval, whose comparisons are FLOPs of no parameter, the FFN can give back
-# the FLOPs or the active parameters, not both; compute is what the paper holds.
-COMPUTE = ("flops",)
-BUDGET = ("total", "flops", "values_read")
-# Found by python -m experiments.arm_sizes: {scale: {"ablation/arm": {path: value}}}.
+# Found by `python -m experiments.arm_sizes`: {scale: {"ablation/arm": {path: value}}}.
 SIZES_FILE = Path(__file__).parent / "arm_sizes.json"
 
 
 def _compute_share(key_dim: int) -> Arm:
     """An arm of Table 4; its D_k over that of the best arm, 524."""
     return Arm({"model.memory.key_dim": times(key_dim / 524)}, "17 % is best", expected="higher")
-
-
-def _rows(factor: float, expected: Expected) -> Arm:
-    """A table of another number of keys a side, so of the square of it in rows."""
-    return Arm({"model.memory.num_keys": times(factor)}, "not stated", expected)
 
 
 def _window(kind: str, group: int, paper: str) -> Arm:
@@ -63,17 +58,6 @@ _CONTINUED = {
     "optimizer.schedule": "constant_then_cosine",
     "optimizer.decay_start_step": fraction_of_steps(2 / 3),
     "train.evaluation_interval_steps": fraction_of_steps(2 / 3),
-}
-_CONSTANT_1 = {"optimizer.values_multiplier": 1.0, "optimizer.values_final_multiplier": 1.0}
-_FALLING_4_TO_1 = {"optimizer.values_multiplier": 4.0, "optimizer.values_final_multiplier": 1.0}
-# Multi-hop questions among their facts, from experiments/corpora.py, byte by byte.
-_MULTI_HOP = {
-    "model.vocab_size": 264,
-    "data.source": "text",
-    "data.paths": (scales.MULTI_HOP_TEXT,),
-    "data.tokenizer": "bytes",
-    "data.sequence_length": 128,
-    "train.batch_size": 32,
 }
 
 ABLATIONS: dict[str, Ablation] = {
@@ -319,9 +303,9 @@ ABLATIONS: dict[str, Ablation] = {
         source="section 4.2.9, Figure 13",
         finding="4x falling to 1x leads early; constant 1x wins by 0.4 points at 1.4T tokens",
         arms={
-            "constant_1": Arm(_CONSTANT_1),
+            "constant_1": Arm(CONSTANT_1),
             "falling_4_to_1": Arm(
-                _FALLING_4_TO_1,
+                FALLING_4_TO_1,
                 "leads early, loses 0.4 points late",
                 expected="lower",
             ),
@@ -409,79 +393,8 @@ ABLATIONS: dict[str, Ablation] = {
         paper_file="paper_227m_1b2",
     ),
     "v1_ladder": LADDER,
-    "early_training": Ablation(
-        question="How does the gap to a mixture of experts change over training?",
-        source="our own; section 5 says that UltraMemV2 trails early",
-        finding="UltraMemV2 trails early and catches up with continued training",
-        arms={
-            "ultramem_v2": Arm({"train.num_steps": times(4), **_CONSTANT_1}),
-            "ultramem_v2_4x": Arm(
-                {"train.num_steps": times(4), **_FALLING_4_TO_1},
-                "leads 1x early",
-                "lower",
-            ),
-            "moe": Arm({"train.num_steps": times(4)}, "leads early", "lower", make=families.moe),
-        },
-        fixed=ALL,
-        free=("moe.num_experts", "moe.expert_size"),
-        paper_file="paper_227m_1b2",
-        explanation="Runs of four times the usual length; the curve of differences is the result.",
-    ),
-    "multi_hop": Ablation(
-        question="Do memory layers help or harm multi-hop reasoning?",
-        source="our own; Table 2 has 17.7 for UltraMemV2 against 34.8 for MoE, unexplained",
-        finding="UltraMemV2 answers half as many multi-hop questions as MoE",
-        arms={
-            "moe": Arm(_MULTI_HOP, make=families.moe),
-            "ultramem_v2": Arm(_MULTI_HOP, "-17.1 points", "lower"),
-            "dense": Arm(_MULTI_HOP, "not stated", make=families.dense),
-        },
-        fixed=ALL,
-        free=("ffn_size", "memory.num_keys", "moe.num_experts", "moe.expert_size"),
-        paper_file="paper_227m_1b2",
-        scaled={scale: {"train.num_steps": times(2)} for scale in ("cpu",)},
-        measure="answer_accuracy",
-        explanation="Facts 'a is in b' in shuffled order, then the place of one thing, 1 to 4 hops"
-        " away; accuracy over all held-out questions, teacher-forced.",
-    ),
-    "table_rows": Ablation(
-        question="What do more rows bring at fixed active compute?",
-        source="our own",
-        finding="not in the paper; V1 sees the loss fall with the logarithm of the rows",
-        arms={
-            "1": Arm(),
-            "1_16": _rows(1 / 4, "higher"),
-            "1_4": _rows(1 / 2, "higher"),
-            "4": _rows(2, "lower"),
-            "16": _rows(4, "lower"),
-        },
-        fixed=COMPUTE,
-        scaled={
-            "smoke": {"model.ffn_size": 128, "model.memory.num_keys": 32},
-            "gpu": {"model.memory.num_keys": 192},  # 16 times as many still fit one H200
-        },
-        explanation="Arms are named by their rows relative to the base.",
-    ),
-    "selection": Ablation(
-        question="What does a larger top-m bring at fixed active compute?",
-        source="our own",
-        finding="not in the paper at fixed tables; Table 1 favours density",
-        arms={
-            "1": Arm(),
-            "1_4": Arm(top_m(1 / 4), "not stated", "higher"),
-            "1_2": Arm(top_m(1 / 2), "not stated", "higher"),
-            "2": Arm(top_m(2), "not stated", "lower"),
-            "4": Arm(top_m(4), "not stated", "lower"),
-        },
-        fixed=COMPUTE,
-        explanation="Arms are named by top-m relative to the base; the FFN pays for what is read.",
-    ),
+    **BEYOND,
 }
-
-
-def names(ablation: str) -> list[str]:
-    """Returns the arms of an ablation as 'ablation/arm'."""
-    return [f"{ablation}/{arm}" for arm in ABLATIONS[ablation].arms]
 
 
 def configuration(ablation: str, arm: str, scale: str) -> ConfigDict:

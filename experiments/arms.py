@@ -13,12 +13,29 @@ from ml_collections import ConfigDict
 
 from experiments import scales
 
+ALL = ("active", "total", "flops", "values_read")
+# Where arms differ in retrieval, whose comparisons are FLOPs of no parameter, the FFN can give back
+# the FLOPs or the active parameters, not both; compute is what the paper holds.
+COMPUTE = ("flops",)
+BUDGET = ("total", "flops", "values_read")
+
 type Diff = Mapping[str, Any]
 # What the paper finds of an arm, relative to the arm that it is compared with.
 type Expected = Literal["higher", "lower", "equal", "not stated"]
 # held_out_loss: nats a token after the last step | decay_gain: how far the held-out loss falls
 # while the learning rate decays | answer_accuracy: share of multi-hop questions answered.
 type Measure = Literal["held_out_loss", "decay_gain", "answer_accuracy"]
+
+
+# Learning rate of the value tables relative to the rest; paper, section 4.2.9.
+CONSTANT_1: Diff = {
+    "optimizer.values_multiplier": 1.0,
+    "optimizer.values_final_multiplier": 1.0,
+}
+FALLING_4_TO_1: Diff = {
+    "optimizer.values_multiplier": 4.0,
+    "optimizer.values_final_multiplier": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,18 @@
 from ml_collections import ConfigDict
 
 from configs import families
-from experiments.arms import Ablation, Arm, Diff, Expected, apply, placed, skips
+from experiments.arms import (
+    BUDGET,
+    CONSTANT_1,
+    FALLING_4_TO_1,
+    Ablation,
+    Arm,
+    Diff,
+    Expected,
+    apply,
+    placed,
+    skips,
+)
 
 # Each step adds to those before: name, diff, training and validation loss that V1 reports.
 _STEPS: tuple[tuple[str, Diff, float, float], ...] = (
@@ -43,12 +54,7 @@ _STEPS: tuple[tuple[str, Diff, float, float], ...] = (
     ),
     ("two_cores", {"model.memory.num_cores": 2}, 2.521, 2.761),
     ("initialization", {"model.memory.initialization": "principled"}, 2.518, 2.758),
-    (
-        "value_learning_rate",
-        {"optimizer.values_multiplier": 4.0, "optimizer.values_final_multiplier": 1.0},
-        2.494,
-        2.736,
-    ),
+    ("value_learning_rate", FALLING_4_TO_1, 2.494, 2.736),
 )
 
 
@@ -59,7 +65,7 @@ def _product_key_memory(config: ConfigDict) -> None:
     config.model.memory.num_heads = 2  # as UltraMem's
     config.model.memory.query_norm = "none"
     config.model.memory.initialization = "released"
-    config.optimizer.values_multiplier = config.optimizer.values_final_multiplier = 1.0
+    apply(config, CONSTANT_1)
 
 
 def _arms() -> dict[str, Arm]:
@@ -92,7 +98,7 @@ LADDER = Ablation(
     finding="loss falls from 2.604 (held-out 2.828) to 2.494 (2.736); most by leaving out the"
     " softmax, by the decay of the value learning rate and by several cores",
     arms=_arms(),
-    fixed=("total", "flops", "values_read"),
+    fixed=BUDGET,
     free=("ffn_size", "memory.num_keys", "memory.top_m"),
     paper_file="paper_227m_1b2",
     explanation="Each arm is compared with the step before it.",

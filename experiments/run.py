@@ -99,12 +99,8 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
     Raises:
       SystemExit: SIGTERM has stopped the training; its state is saved.
     """
-    import jax
-
     from umv2 import modes
     from umv2.config import from_config_dict
-    from umv2.cost import accounting, traffic
-    from umv2.training.checkpoint import PACKAGES
     from umv2.training.train import TrainingDiverged
 
     values = job.values.copy_and_resolve_references()
@@ -121,11 +117,29 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
     last = lines[-1]["step"] if lines else 0
     if diverged is None and last < config.train.num_steps:
         sys.exit(f"{job.names[0]}, seed {seed}: stopped after step {last}; start again to go on")
+    logged = [line for line in lines if "loss" in line]
+    health = logged[-1] if logged else {}
+    end = {
+        "kind": "end",
+        "diverged": diverged,
+        "health": {key: _rounded(value) for key, value in health.items() if "/layer_" in key},
+        "answers": corpora.answers(workdir) if job.answers and not diverged else None,
+        "seconds_shared_machine": round(time.monotonic() - start, 1),
+    }
+    return [_head(job, seed, config), *map(_step, logged), *_held_out(lines), end]
+
+
+def _head(job: Job, seed: int, config: Any) -> dict[str, Any]:
+    """Says what a run was: configuration, versions, data, and what it cost."""
+    import jax
+
+    from umv2.cost import accounting, traffic
+    from umv2.training.checkpoint import PACKAGES
+
     counts = accounting.parameter_counts(config.model)
     length = config.data.sequence_length
-    forward = accounting.forward_flops_per_token(config.model, length)
-    tokens = config.train.num_steps * config.train.batch_size * length
-    head = {
+    tokens = _tokens(config)
+    return {
         "kind": "run",
         "arms": job.names,
         "seed": seed,
@@ -140,39 +154,37 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
         "training_flops": accounting.training_flops_per_token(config) * tokens,
         "active_parameters": counts.active_without_embeddings,
         "total_parameters": counts.total_without_embeddings,
-        "forward_flops_per_token": sum(forward.values()),
+        "forward_flops_per_token": sum(
+            accounting.forward_flops_per_token(config.model, length).values()
+        ),
         "values_read": counts.selected if config.model.family == "memory" else None,
         "decode_bytes": {
             str(batch): traffic.decode_bytes(config.model, batch, length).without_cache
             for batch in (1, 64)
         },
     }
-    curve = [
-        {
-            "kind": "step",
-            "step": line["step"],
-            "tokens": line["tokens"],
-            "loss": _rounded(line["loss"]),
-            "gradient_norm": _rounded(line["gradient_norm"]),
-        }
-        for line in lines
-        if "loss" in line
-    ]
-    held_out = [
-        {"kind": "held_out", "step": line["step"], "tokens": line["tokens"]}
-        | {key: value for key, value in line.items() if key.startswith("held_out_")}
-        for line in lines
-        if "held_out_loss" in line
-    ]
-    health: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
-    end = {
-        "kind": "end",
-        "diverged": diverged,
-        "health": {key: _rounded(value) for key, value in health.items() if "/layer_" in key},
-        "answers": corpora.answers(workdir) if job.answers and not diverged else None,
-        "seconds_shared_machine": round(time.monotonic() - start, 1),
+
+
+def _step(line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "step",
+        "step": line["step"],
+        "tokens": line["tokens"],
+        "loss": _rounded(line["loss"]),
+        "gradient_norm": _rounded(line["gradient_norm"]),
     }
-    return [head, *curve, *held_out, end]
+
+
+def _held_out(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if "held_out_loss" in line:
+            measures = {key: value for key, value in line.items() if key.startswith("held_out_")}
+            yield {"kind": "held_out", "step": line["step"], "tokens": line["tokens"]} | measures
+
+
+def _tokens(config: Any) -> int:
+    """Returns the tokens of a whole run."""
+    return int(config.train.num_steps * config.train.batch_size * config.data.sequence_length)
 
 
 def _rounded(value: float | None) -> float | None:
@@ -260,8 +272,7 @@ def _flops(values: ConfigDict) -> float:
     from umv2.cost import accounting
 
     config = from_config_dict(values)
-    tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
-    return accounting.training_flops_per_token(config) * tokens
+    return accounting.training_flops_per_token(config) * _tokens(config)
 
 
 def main(argv: list[str]) -> None:
