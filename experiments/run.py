@@ -231,20 +231,33 @@ class Sweep:
         return [(h, s) for h in self.jobs for s in self.seeds if not self.file(h, s).exists()]
 
     def run(self) -> None:
-        """Runs what nobody else has run or is running, until nothing is left for this process."""
-        for config_hash, job in self.jobs.items():
-            with locked(self.workdir / config_hash / "lock") as mine:
-                if not mine:
-                    print(f"{job.names[0]}: another process runs it", flush=True)
-                    continue
-                for seed in self.seeds:
-                    if not self.file(config_hash, seed).exists():
+        """Runs what nobody else has run or is running, until nothing is left for this process.
+
+        Says before each run how far the sweep is; on a terminal a bar over all runs stands above
+        that of the run.
+        """
+        from tqdm import tqdm
+
+        total = len(self.jobs) * len(self.seeds)
+        finished = total - len(self.unfinished())
+        with tqdm(desc="sweep", total=total, initial=finished, unit="run", disable=None) as bar:
+            for config_hash, job in self.jobs.items():
+                with locked(self.workdir / config_hash / "lock") as mine:
+                    if not mine:
+                        tqdm.write(f"{job.names[0]}: another process runs it")
+                        continue
+                    for seed in self.seeds:
+                        if self.file(config_hash, seed).exists():
+                            continue
+                        tqdm.write(f"{self.progress()}: {', '.join(job.names)}, seed {seed}")
+                        sys.stdout.flush()
+                        bar.n = total - len(self.unfinished())
+                        bar.refresh()
                         self._run(config_hash, job, seed)
 
     def _run(self, config_hash: str, job: Job, seed: int) -> None:
         import jax
 
-        print(f"{self.progress()}: {', '.join(job.names)}, seed {seed}", flush=True)
         workdir = self.workdir / config_hash / f"seed_{seed}"
         start = time.monotonic()
         found = run(job, seed, workdir)
