@@ -121,6 +121,47 @@ def test_rules_choose_what_is_matched() -> None:
     assert set(matching.match(reference, dense).unmatched) == {"total", "values_read"}
 
 
+def test_only_free_sizes_change() -> None:
+    values = tiny.get_config()
+    values.model.ffn_size = 8
+    values.model.memory.update(num_keys=32, top_m=16, shortlist=16)
+    candidate = from_config_dict(values)
+    found = matching.match(config_of("tiny"), candidate, ("flops",), ("ffn_size",))
+    assert found.unmatched == {}
+    assert found.config.model.ffn_size != candidate.model.ffn_size
+    assert found.config.model.memory == candidate.model.memory
+    untouched = matching.match(config_of("tiny"), candidate, matching.RULES, ())
+    assert untouched.config == candidate
+    assert set(untouched.unmatched) == {"active", "total", "flops", "values_read"}
+
+
+@pytest.mark.parametrize("free", [(), ("moe.num_experts",), ("moe.expert_size",)])
+def test_experts_change_as_far_as_they_are_free(free: tuple[str, ...]) -> None:
+    values = tiny.get_config("moe")
+    values.model.moe.update(num_experts=9, expert_size=100)
+    candidate = from_config_dict(values)
+    changed = matching.match(config_of("tiny"), candidate, ("total",), free).config.model.moe
+    assert (changed.num_experts != 9) == ("moe.num_experts" in free)
+    assert (changed.expert_size != 100) == ("moe.expert_size" in free)
+
+
+def test_total_parameters_are_met_where_the_active_ones_may_differ() -> None:
+    """A long shortlist costs FLOPs that the FFN gives back; more rows replace its parameters."""
+    values = tiny.get_config()
+    values.model.memory.update(shortlist=48, num_keys=60)
+    candidate = from_config_dict(values)
+    rules, free = ("total", "flops"), ("ffn_size", "memory.num_keys")
+    found = matching.match(config_of("tiny"), candidate, rules, free)
+    assert found.unmatched == {}
+    active = matching.quantities(config_of("tiny")).active
+    assert found.quantities.active / active - 1 < -0.005
+
+
+def test_an_unknown_size_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"size 'depth': must be one of ffn_size, memory"):
+        matching.match(config_of("tiny"), config_of("tiny", "dense"), ("flops",), ("depth",))
+
+
 def test_an_unknown_rule_is_named() -> None:
     with pytest.raises(ConfigError, match=r"rule 'speed': must be one of active, total, flops"):
         matching.match(config_of("tiny"), config_of("tiny", "dense"), ("speed",))
