@@ -28,6 +28,7 @@ from experiments.arms import (
     Arm,
     apply,
     fraction_of_steps,
+    half_of_row,
     layers,
     placed,
     row_split,
@@ -77,7 +78,7 @@ ABLATIONS: dict[str, Ablation] = {
                 },
             ),
             "plain": Arm(
-                row_split(0, 1),
+                half_of_row(),
                 "+0.02 to +0.03 loss",
                 expected="higher",
                 paper_difference=0.025,
@@ -88,10 +89,13 @@ ABLATIONS: dict[str, Ablation] = {
                     "model.memory.shortlist": 48,
                 },
             ),
+            "plain_wide": Arm(row_split(0, 1), "not stated"),
         },
-        fixed=ALL,
+        fixed=BUDGET,
         free=("ffn_size", "memory.num_keys", "memory.top_m"),
         paper_file="paper_430m_5b",
+        explanation="plain has twice the rows and reads twice as many, each as wide as a PEER row's"
+        " Value; plain_wide has as many rows and reads as many, each twice as wide.",
     ),
     "projector_and_queries": Ablation(
         question="One output projection and a query per Tucker rank, or one a virtual block and a"

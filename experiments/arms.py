@@ -189,6 +189,16 @@ def row_split(pre: int, value: int) -> Diff:
     return {"model.memory.value_dim": value_dim, "model.memory.pre_value_dim": pre_value_dim}
 
 
+def half_of_row() -> Diff:
+    """Plain rows as wide as the Value of a row that is halved between Pre-value and Value."""
+
+    def half(config: ConfigDict, path: str) -> int:
+        del path
+        return 2 * round((config.model.memory.value_dim + config.model.memory.pre_value_dim) / 4)
+
+    return {"model.memory.value_dim": half, "model.memory.pre_value_dim": 0}
+
+
 def share_of_hidden(share: float) -> Callable[[ConfigDict, str], int]:
     """Returns a width as a share of the residual stream's."""
     return lambda config, path: round(config.model.hidden_size * share)

@@ -1,15 +1,18 @@
-"""Four questions that the paper leaves open, or does not ask."""
+"""Questions that the paper leaves open, or does not ask."""
 
 from configs import families
 from experiments import scales
 from experiments.arms import (
     ALL,
+    BUDGET,
     COMPUTE,
     CONSTANT_1,
     FALLING_4_TO_1,
     Ablation,
     Arm,
     Expected,
+    half_of_row,
+    row_split,
     times,
     top_m,
 )
@@ -48,6 +51,24 @@ BEYOND: dict[str, Ablation] = {
         free=("moe.num_experts", "moe.expert_size"),
         paper_file="paper_227m_1b2",
         explanation="Runs of four times the usual length; the curve of differences is the result.",
+    ),
+    "longer_value_processing": Ablation(
+        question="Does the gap between PEER values and plain ones change with more training?",
+        source="our own, on section 4.2.1",
+        finding="PEER values win after hundreds of billions of tokens",
+        arms={
+            "peer": Arm({"train.num_steps": times(4), **row_split(1, 1)}),
+            "plain": Arm(
+                {"train.num_steps": times(4), **half_of_row()},
+                "+0.02 to +0.03 loss",
+                expected="higher",
+                paper_difference=0.025,
+            ),
+        },
+        fixed=BUDGET,
+        free=("ffn_size", "memory.num_keys", "memory.top_m"),
+        paper_file="paper_430m_5b",
+        explanation="The arms of value_processing, trained four times as long.",
     ),
     "multi_hop": Ablation(
         question="Do memory layers help or harm multi-hop reasoning?",
