@@ -34,7 +34,11 @@ def test_every_arm_is_a_configuration_that_differs_from_what_it_is_compared_with
         assert (config != built[versus]) == (arm != versus)
 
 
-@pytest.mark.parametrize(("name", "scale"), EVERYTHING)
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize(
+    "scale",
+    ["smoke", "cpu", *(pytest.param(scale, marks=pytest.mark.slow) for scale in ("gpu", "paper"))],
+)
 def test_stored_sizes_are_those_that_the_solver_finds(name: str, scale: str) -> None:
     stored = json.loads(ablations.SIZES_FILE.read_text())[scale]
     arms = [f"{name}/{arm}" for arm in ABLATIONS[name].arms]
