@@ -9,9 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
-RESULTS = "experiments/results/ablations"
+FOLDER = flags.DEFINE_string(
+    "results", "experiments/results/ablations", "Folder of the runs and pages of all ablations."
+)
 # In the folder of runs on another corpus than the scale's: the arguments of `corpora.take`.
 CORPUS = "corpus.json"
 _KINDS = ("run", "step", "held_out", "end")

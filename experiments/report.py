@@ -13,15 +13,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app
 
 from experiments import corpora, figures, records, scales
 from experiments.ablations import ABLATIONS, configuration
 from experiments.arms import Ablation
 from experiments.comparison import ArmResult, compare, mean_and_deviation
 from experiments.records import Run
-
-_RESULTS = flags.DEFINE_string("results", records.RESULTS, "Folder of the results.")
 
 _MEASURES = {
     "held_out_loss": "held-out loss, nats/token",
@@ -361,7 +359,7 @@ def main(argv: list[str]) -> None:
     """Writes all pages and shows the index."""
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]}: unexpected argument; options are written --name=value")
-    print(write_all(Path(_RESULTS.value)))
+    print(write_all(Path(records.FOLDER.value)))
 
 
 if __name__ == "__main__":

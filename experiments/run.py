@@ -42,7 +42,6 @@ _CORPUS = flags.DEFINE_string(
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", 8192, "Of the byte-pair encoding that is trained on --corpus.", 258
 )
-_RESULTS = flags.DEFINE_string("results", records.RESULTS, "Folder of the results.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Folder of checkpoints and corpora.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep the checkpoints of finished runs.")
 
@@ -303,11 +302,11 @@ def main(argv: list[str]) -> None:
     folder = _SCALE.value
     if corpus is not None:
         folder += "_" + corpora.take(scales.smoke(), **corpus)
-        records.write(Path(_RESULTS.value) / folder / records.CORPUS, [corpus])
+        records.write(Path(records.FOLDER.value) / folder / records.CORPUS, [corpus])
     workdir = Path(_WORKDIR.value) / folder
     # The seeds of an arm share their programs.
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
-    results = Path(_RESULTS.value) / folder
+    results = Path(records.FOLDER.value) / folder
     sweep = Sweep(jobs, _SEEDS.value, results, workdir, keep_checkpoints=_KEEP.value)
     if not sys.stderr.isatty():  # without a terminal there is no bar, but a line a logged step
         logging.set_verbosity(logging.WARNING)
