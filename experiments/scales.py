@@ -37,7 +37,7 @@ def smoke() -> ConfigDict:
     config.data.held_out_fraction = 0.012
     config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_steps = 2
-    _lengths(config, num_steps=6, batch_size=4)
+    _lengths(config, num_steps=6, batch_size=8)
     config.evaluation.batch_size = 64
     config.train.log_interval_steps = 2
     return config
@@ -66,7 +66,7 @@ def cpu() -> ConfigDict:
     memory.pre_value_dim = 8
     config.data.tokenizer = CPU_TOKENIZER
     config.data.sequence_length = 128
-    config.optimizer.learning_rate = 1e-2  # best of 2e-3, 5e-3, 1e-2, 2e-2 (one seed)
+    config.optimizer.learning_rate = 1e-2  # best of 2e-3, 5e-3, 1e-2, 2e-2 (n 128, one seed)
     config.optimizer.warmup_steps = 40
     config.optimizer.values_multiplier = 4.0
     config.optimizer.values_final_multiplier = 1.0
