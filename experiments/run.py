@@ -250,9 +250,9 @@ class Sweep:
                             continue
                         tqdm.write(f"{self.progress()}: {', '.join(job.names)}, seed {seed}")
                         sys.stdout.flush()
+                        self._run(config_hash, job, seed)
                         bar.n = total - len(self.unfinished())
                         bar.refresh()
-                        self._run(config_hash, job, seed)
 
     def _run(self, config_hash: str, job: Job, seed: int) -> None:
         import jax
