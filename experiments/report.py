@@ -200,30 +200,19 @@ def _budget(results: list[ArmResult]) -> str:
 
 def _differences(results: list[ArmResult]) -> str:
     """Lists the fields in which each arm differs from the one it is compared with, as stored."""
-    configs = {arm.name: _config(arm) for arm in results if arm.runs}
+    from umv2.schema import differing_fields
+
+    configs = {arm.name: _runs(arm)[0].head["config"] for arm in results if arm.runs}
     lines = []
     for arm in results:
         if arm.name == arm.versus or arm.name not in configs or arm.versus not in configs:
             continue
-        theirs, ours = configs[arm.versus], configs[arm.name]
         changed = [
-            f"`{path}` {theirs[path]!r} -> {ours[path]!r}"
-            for path in ours
-            if ours[path] != theirs[path]
+            "`{}` {}".format(*difference.split(": ", 1))
+            for difference in differing_fields(configs[arm.versus], configs[arm.name])
         ]
         lines.append(f"- **{arm.name}** from {arm.versus}: {', '.join(changed) or 'nothing'}")
     return "\n".join(lines)
-
-
-def _config(arm: ArmResult) -> dict[str, Any]:
-    def flatten(section: dict[str, Any], path: str) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in section.items():
-            here = f"{path}{key}"
-            flat |= flatten(value, here + ".") if isinstance(value, dict) else {here: value}
-        return flat
-
-    return flatten(next(iter(arm.runs.values())).head["config"], "")
 
 
 def _health_section(results: list[ArmResult]) -> str:
