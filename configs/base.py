@@ -26,6 +26,11 @@ def get_config() -> ConfigDict:
     model.ffn_size = 512
     model.tie_embeddings = True  # one matrix for input embedding and output head
     model.rope_theta = 10000.0  # OLMoE
+    # To read rope_scale times as far as trained: none | linear: positions divided by it (arXiv
+    # 2306.15595) | ntk: only slow turns become slower (arXiv 2309.00071, section 3.1)
+    model.rope_scaling = "none"
+    model.rope_scale = 1.0
+    model.attention_window = 0  # positions that attention reaches back, its own included; 0: all
     model.norm_epsilon = 1e-5  # of every RMSNorm, OLMoE
     model.query_key_norm = True  # RMSNorm on whole query and key projections, OLMoE
     # Of matrix products; parameters and scores stay float32. float64 (with JAX_ENABLE_X64=1) is
@@ -162,6 +167,7 @@ def get_config() -> ConfigDict:
     generate.temperature = 0.8  # 0: greedy
     generate.top_k = 0  # sample from the k likeliest tokens; 0: all
     generate.top_p = 0.95  # sample from the likeliest tokens that hold this probability; 1: all
+    generate.stop = ()  # strings that end a text and are left out
     generate.seed = 0  # of the samples
 
     config.mesh = ConfigDict()

@@ -190,7 +190,12 @@ class GenerateConfig:
     temperature: NaturalFloat
     top_k: Natural
     top_p: Annotated[float, Interval(0, 1, includes_low=False)]
+    stop: tuple[str, ...]
     seed: Natural
+
+    def validate(self) -> None:
+        """Raises ConfigError for impossible values."""
+        require(all(self.stop), "generate.stop", self.stop, "no string may be empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +239,7 @@ class Config:
         self.data.validate()
         self.train.validate()
         self.optimizer.validate(self.train.num_steps)
+        self.generate.validate()
         self.mesh.validate()
         self._validate_divisions()
         memory = self.model.memory

@@ -196,6 +196,9 @@ class ModelConfig:
     ffn_size: Natural
     tie_embeddings: bool
     rope_theta: Annotated[float, Interval(1, includes_low=False)]
+    rope_scaling: Literal["none", "linear", "ntk"]
+    rope_scale: Annotated[float, Interval(1)]
+    attention_window: Natural
     norm_epsilon: PositiveFloat
     query_key_norm: bool
     compute_dtype: Literal["bfloat16", "float32", "float64"]
@@ -245,6 +248,12 @@ class ModelConfig:
             "model.num_key_value_heads",
             self.num_key_value_heads,
             f"must divide num_heads = {self.num_heads}",
+        )
+        require(
+            self.rope_scaling != "none" or self.rope_scale == 1,
+            "model.rope_scale",
+            self.rope_scale,
+            "must be 1 where rope_scaling is 'none'",
         )
         require(
             self.ffn_size > 0 or self.family == "moe",

@@ -1,5 +1,7 @@
 """What each `--mode` of main.py does."""
 
+import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,14 +66,29 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
       CheckpointError: there is no checkpoint that can be read.
     """
     config = _run_config(config, workdir)
+    config = exchange.with_layout(
+        config, parallel.axis_sizes(dataclasses.replace(config.mesh, replica=1), 1), num_tokens=1
+    )
     tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
     if tokenizer is None:
         raise ConfigError("data.tokenizer='none': generating text needs a tokenizer")
-    restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
-    model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    mesh = _generation_mesh(config)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
+        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
     yield prompt
-    generator = Generator(model, restored.store, tokenizer=tokenizer, config=config.generate)
+    generator = Generator(
+        model, restored.store, tokenizer=tokenizer, config=config.generate, mesh=mesh
+    )
     yield from generator.generate(prompt)
+
+
+def _generation_mesh(config: Config) -> jax.sharding.Mesh | None:
+    """Returns the devices that hold one model; None for one device, whatever the copies were."""
+    mesh = dataclasses.replace(config.mesh, replica=1)
+    if mesh.fsdp * mesh.memory * mesh.tensor == 1:
+        return None
+    return parallel.create_mesh(mesh)
 
 
 def cost(

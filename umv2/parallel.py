@@ -305,6 +305,38 @@ def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "
     return map_per_device(per_device, table, ids, out_specs=out)
 
 
+def columns(x: Float[Array, "b t d"], places: Int[Array, "b a"]) -> Float[Array, "b a d"]:
+    """Returns the columns of every row that `places` names."""
+
+    def per_device(x: Array, places: Array) -> Array:
+        return jnp.take_along_axis(x, places[:, :, None], axis=1)
+
+    return map_per_device(per_device, x, places, out_specs=spec(x) if on_mesh() else None)
+
+
+def divided_like(array: Array, x: Array) -> Array:
+    """Returns an array whose first axis, a batch, is divided as that of x is."""
+    if not on_mesh():
+        return array
+    return jax.sharding.reshard(array, PartitionSpec(spec(x)[0]))
+
+
+def rows_whole(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Returns a matrix of which every device has whole rows, those of its share of the batch."""
+    return jax.sharding.reshard(x, PartitionSpec(DATA_AXES)) if on_mesh() else x
+
+
+def zeros(
+    shape: tuple[int, ...], dtype: str, *names: Literal["batch", "heads"] | None
+) -> Float[Array, "..."]:
+    """Returns zeros whose first axes are divided as batches and heads are."""
+    if not on_mesh():
+        return jnp.zeros(shape, dtype)
+    heads = TENSOR if jax.sharding.get_abstract_mesh().shape[TENSOR] > 1 else None
+    over = {"batch": DATA_AXES, "heads": heads, None: None}
+    return jnp.zeros(shape, dtype, out_sharding=PartitionSpec(*(over[name] for name in names)))
+
+
 def map_per_device(function: Callable[..., Any], *arguments: Any, out_specs: Any) -> Any:
     """Runs a function of one device's arrays on every device's parts, divided as they are."""
     if not on_mesh():

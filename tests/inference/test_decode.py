@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,18 +13,17 @@ import pytest
 
 from configs import base
 from tests import meshes
-from umv2.config import ConfigError, GenerateConfig, from_config_dict
-from umv2.data.tokenizers import ByteTokenizer, Ids
-from umv2.inference import decode
+from umv2 import parallel
+from umv2.config import ConfigError, GenerateConfig, MeshConfig, from_config_dict
+from umv2.data.tokenizers import ByteTokenizer
+from umv2.inference import decode, serving
 from umv2.model.memory import ValueStore
 from umv2.model.transformer import Transformer
-from umv2.training.state import create_model
+from umv2.training.state import create_model, merge_model, split_model
 
 TOKENIZER = ByteTokenizer()
-GREEDY = GenerateConfig(max_new_tokens=24, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+GREEDY = GenerateConfig(max_new_tokens=24, temperature=0.0, top_k=0, top_p=1.0, stop=(), seed=0)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
-# Probabilities 1/10, 4/10, 2/10, 1/10, 2/10: ties on purpose, both of 0.2 and of 0.1.
-LOGITS = np.log(np.array([[1.0, 4.0, 2.0, 1.0, 2.0]], np.float32))
 
 
 @functools.cache
@@ -64,66 +62,6 @@ def greedy_by_full_forward(
     return ids[len(prompt) :]
 
 
-def draws(count: int, **arguments: float) -> np.ndarray:
-    """Frequencies of the five ids in `count` draws."""
-    settings: Any = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "vocab_size": 5} | arguments
-    ids = decode.sample(jnp.tile(LOGITS, (count, 1)), jax.random.key(0), **settings)
-    assert ids.dtype == jnp.int32
-    return np.bincount(ids, minlength=5) / count
-
-
-def test_temperature_zero_takes_the_lower_of_equal_ids() -> None:
-    assert draws(4, temperature=0.0).tolist() == [0, 1, 0, 0, 0]
-    tied = jnp.array([[1.0, 3.0, 2.0, 3.0, 3.0]])
-    settings: Any = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "vocab_size": 5}
-    assert decode.sample(tied, jax.random.key(0), **settings).tolist() == [1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, [0.1, 0.4, 0.2, 0.1, 0.2]),
-        # Squares: 1, 16, 4, 1, 4 of 26.
-        ({"temperature": 0.5}, [1 / 26, 16 / 26, 4 / 26, 1 / 26, 4 / 26]),
-        ({"top_k": 1}, [0, 1, 0, 0, 0]),
-        ({"top_k": 2}, [0, 2 / 3, 1 / 3, 0, 0]),  # of the two 0.2 the lower id
-        ({"top_k": 3}, [0, 0.5, 0.25, 0, 0.25]),
-        ({"top_k": 4}, [1 / 9, 4 / 9, 2 / 9, 0, 2 / 9]),
-        ({"top_k": 9}, [0.1, 0.4, 0.2, 0.1, 0.2]),
-        ({"top_p": 0.01}, [0, 1, 0, 0, 0]),
-        ({"top_p": 0.39}, [0, 1, 0, 0, 0]),
-        ({"top_p": 0.41}, [0, 2 / 3, 1 / 3, 0, 0]),
-        ({"top_p": 0.79}, [0, 0.5, 0.25, 0, 0.25]),
-        ({"top_p": 0.81}, [1 / 9, 4 / 9, 2 / 9, 0, 2 / 9]),
-        # After top_k = 3 the probabilities are 1/2, 1/4, 1/4: two of them reach 0.7.
-        ({"top_k": 3, "top_p": 0.7}, [0, 2 / 3, 1 / 3, 0, 0]),
-        ({"vocab_size": 3}, [1 / 7, 4 / 7, 2 / 7, 0, 0]),
-        ({"vocab_size": 3, "top_k": 5}, [1 / 7, 4 / 7, 2 / 7, 0, 0]),
-        ({"vocab_size": 1, "temperature": 0.0}, [1, 0, 0, 0, 0]),
-    ],
-)
-def test_samples_follow_the_distribution_computed_by_hand(
-    arguments: dict[str, float], expected: list[float]
-) -> None:
-    frequencies = draws(20_000, **arguments)
-    np.testing.assert_array_equal(frequencies == 0, np.array(expected) == 0)
-    # Four standard deviations of a frequency are at most 4 sqrt(0.25 / 20000).
-    np.testing.assert_allclose(frequencies, expected, atol=0.0142)
-
-
-def test_a_nucleus_reached_exactly_holds_no_further_id() -> None:
-    halves = jnp.log(jnp.array([[0.25, 0.5, 0.125, 0.125]]))
-    ids = decode.sample(
-        jnp.tile(halves, (2000, 1)),
-        jax.random.key(0),
-        temperature=1.0,
-        top_k=0,
-        top_p=0.75,
-        vocab_size=4,
-    )
-    assert set(ids.tolist()) == {0, 1}
-
-
 @pytest.mark.parametrize("family", ["memory", "dense", "moe"])
 def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(family: str) -> None:
     model, store = small_model(family)
@@ -139,16 +77,71 @@ def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(family
     assert len(ids) == GREEDY.max_new_tokens or expected[len(ids)] == TOKENIZER.end_of_text_id
 
 
-def test_padding_of_the_prompt_leaves_no_trace_in_the_logits() -> None:
+@pytest.mark.parametrize("family", ["memory", "dense", "moe"])
+def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(family: str) -> None:
+    model, store = small_model(family)
+    served = jax.jit(serving.serve)(model, store)
+    tokens = jax.random.randint(jax.random.key(1), (3, 12), 0, 256)
+    expected = jax.jit(lambda tokens: model(tokens, store=store).logits)(tokens)
+    # Rows of different lengths, padded with what must leave no trace.
+    lengths = jnp.array([9, 2, 5])
+    padded = jnp.where(jnp.arange(9)[None] < lengths[:, None], tokens[:, :9], 200)
+    cache = decode.prefill(served, padded, length=16)
+
+    @jax.jit
+    def step(cache: Any, positions: jax.Array) -> tuple[jax.Array, Any]:
+        model, store = served.parts()
+        read = jnp.take_along_axis(tokens, positions[:, None], axis=1)
+        output = model(read, store=store, cache=cache, position=positions)
+        return output.logits[:, 0], output.cache
+
+    for offset in range(3):
+        positions = lengths + offset
+        logits, cache = step(cache, positions)
+        wanted = jnp.take_along_axis(expected, positions[:, None, None], axis=1)[:, 0]
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+        assert not np.allclose(logits, jnp.roll(wanted, 1, axis=0), atol=1e-2)
+
+
+def test_rows_of_a_batch_do_not_see_each_other() -> None:
     model, store = small_model("memory")
-    forward = jax.jit(lambda tokens, **past: model(tokens, store=store, **past).logits[:, -1])
-    tokens = jnp.array([[256, 65, 66, 67, 68]])
-    expected = forward(tokens)
-    for padding in (0, 200):
-        padded = jnp.full((1, 32), padding, jnp.int32).at[:, :4].set(tokens[:, :4])
-        cache = decode.prefill(model, store, padded, length=44)
-        logits = forward(tokens[:, 4:], cache=cache, position=4)
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    prompts = ["def f(x): return x", "", "import numpy as np\n" * 4]
+    alone = ["".join(generator.generate(prompt)) for prompt in prompts]
+    assert len(set(alone)) == 3
+    assert generator.generate_batch(prompts) == alone
+    assert generator.generate_batch([]) == []
+
+
+def test_a_batch_ends_each_text_at_its_own_stop_string() -> None:
+    model, store = small_model("memory")
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    prompts = ["def f(x): return x", "a"]
+    whole = generator.generate_batch(prompts)
+    stop = whole[0][8:10]
+    expected = [text.split(stop)[0] for text in whole]
+    assert expected[0] != whole[0]
+    assert generator.generate_batch(prompts, stop=[stop]) == expected
+    # The same in the configuration, and for a text that streams.
+    config = dataclasses.replace(GREEDY, stop=(stop,))
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=config)
+    assert "".join(generator.generate(prompts[0])) == expected[0]
+    assert generator.generate_batch(prompts[:1], max_new_tokens=5) == [whole[0][:5]]
+
+
+def test_a_half_precision_model_is_served_in_half_precision() -> None:
+    config = dataclasses.replace(small_model("memory")[0].config, compute_dtype="bfloat16")
+    model, store = jax.jit(lambda: create_model(config, jax.random.key(0)))()
+    served, store = jax.jit(serving.serve)(model, store).parts()
+    assert isinstance(store, list)
+    narrow = (served.embedding, served.blocks[0].ffn.gate, served.sparse[0].keys, store[0].values)
+    assert {str(array.dtype) for array in narrow} == {"bfloat16"}
+    wide = (served.final_norm.weight, served.sparse[0].cores, served.sparse[0].query_norm)
+    assert {str(array.dtype) for array in wide} == {"float32"}
+    assert served.empty_cache(1, 8)[0].keys.dtype == jnp.bfloat16
+    # The model that was given is as it was.
+    assert model.sparse.keys.dtype == jnp.float32
+    assert model.sparse.config.key_norm == "rms"
 
 
 def test_prompts_of_one_bucket_share_one_prefill_and_one_decode(
@@ -183,6 +176,35 @@ def test_a_model_that_lies_on_a_mesh_generates_on_one_device() -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", ["memory", "moe"])
+def test_a_divided_model_generates_what_a_whole_one_does(
+    family: str, settings: GenerateConfig
+) -> None:
+    model, store = small_model(family)
+    settings = dataclasses.replace(settings, max_new_tokens=8)
+    prompts = ["def f(x): return x", "", "import", "a", "b"]
+    whole = decode.Generator(model, store, tokenizer=TOKENIZER, config=settings)
+    expected = whole.generate_batch(prompts)
+    assert len(set(expected)) > 1
+
+    mesh_config = MeshConfig(
+        replica=1, fsdp=2, memory=4, tensor=1, parameters="fsdp", table_sharding="columns"
+    )
+    mesh = parallel.create_mesh(mesh_config)
+    graphdef, params, buffers = split_model(model)
+    state = {"params": params, "buffers": buffers, "store": store}
+    state = jax.device_put(state, parallel.state_shardings(mesh, mesh_config, state))
+    divided = decode.Generator(
+        merge_model(graphdef, state["params"], state["buffers"]),
+        state["store"],
+        tokenizer=TOKENIZER,
+        config=settings,
+        mesh=mesh,
+    )
+    assert divided.generate_batch(prompts) == expected
+
+
 def test_a_seed_names_a_text() -> None:
     model, store = small_model("memory")
 
@@ -197,38 +219,16 @@ def test_a_seed_names_a_text() -> None:
 
 def test_generation_stops_before_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     model, store = small_model("memory")
-    script = iter([72, 105, TOKENIZER.end_of_text_id, 33])
+    script = iter([72, 105, TOKENIZER.end_of_text_id, 33, 34])
 
-    def scripted(*arguments: Any, **_: Any) -> tuple[np.ndarray, Any]:
-        return np.array([next(script)], np.int32), arguments[2]
+    def scripted(_: Any, cache: Any, tokens: Any, positions: Any, *__: Any, **___: Any) -> Any:
+        return np.array([next(script)], np.int32), positions + 1, cache
 
     monkeypatch.setattr(decode, "decode", scripted)
     generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
     assert list(generator.generate("")) == ["H", "i"]
-    assert list(script) == [33]
-
-
-def test_text_arrives_in_whole_characters() -> None:
-    script = "aé€".encode() + b"\xff" + "😀b".encode() + b"\xe2\x82"
-    seen: list[int] = []
-
-    def ids() -> Iterator[int]:
-        for byte in script:
-            seen.append(byte)
-            yield byte
-
-    arrived = [(len(seen), piece) for piece in decode.stream_text(TOKENIZER, [], ids())]
-    # One bad byte waits for the next whole character; what never becomes one ends the text.
-    assert arrived == [(1, "a"), (3, "é"), (6, "€"), (11, "\ufffd😀"), (12, "b"), (14, "\ufffd")]
-    assert "".join(piece for _, piece in arrived) == TOKENIZER.decode(list(script))
-
-
-def test_a_piece_keeps_the_space_that_a_decoder_drops_at_the_start_of_a_text() -> None:
-    class Words(ByteTokenizer):
-        def decode(self, ids: Ids) -> str:
-            return " ".join(f"w{i}" for i in ids)
-
-    assert list(decode.stream_text(Words(), [7], [8, 9])) == [" w8", " w9"]
+    # The device was one step ahead of the reader.
+    assert list(script) == [34]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:

@@ -203,11 +203,11 @@ def test_prefill_and_decode_equal_the_full_forward_pass() -> None:
             tokens, store=store, cache=cache, position=position
         )
     )
-    output = step(model, tokens[:, :5], model.empty_cache(2, 10), jnp.asarray(0))
+    output = step(model, tokens[:, :5], model.empty_cache(2, 10), jnp.zeros(1, jnp.int32))
     logits = [output.logits]
     for position in range(5, 8):
         token = tokens[:, position : position + 1]
-        output = step(model, token, output.cache, jnp.asarray(position))
+        output = step(model, token, output.cache, jnp.full(1, position))
         logits.append(output.logits)
     _assert_close(jnp.concatenate(logits, axis=1), full.logits)
 
@@ -218,7 +218,7 @@ def test_a_compiled_decode_step_counts_no_rows_unless_asked(wanted: str) -> None
     model, store = _model(config), _store(config)
 
     def step(model: transformer.Transformer, cache: Any, token: jax.Array) -> Any:
-        output = model(token, store=store, cache=cache, position=3)
+        output = model(token, store=store, cache=cache, position=jnp.full(1, 3))
         return (output.logits, output.cache, output.stats if wanted == "statistics" else None)
 
     traced, _ = _trace(step, model, model.empty_cache(2, 8), _tokens(1))
@@ -246,7 +246,7 @@ def test_grouped_queries_equal_repeated_key_value_heads() -> None:
 def test_attention_depends_on_relative_positions_alone() -> None:
     layer = drawn(lambda: attention.Attention(_config(), key=jax.random.key(0)))
     x = jax.random.normal(jax.random.key(3), (2, _LENGTH, 16))
-    _assert_close(layer(x, position=7)[0], layer(x)[0])
+    _assert_close(layer(x, position=jnp.full(1, 7))[0], layer(x)[0])
     turned, _ = layer(x[:, ::-1])
     assert not np.allclose(turned[:, ::-1], layer(x)[0], atol=1e-3)
 

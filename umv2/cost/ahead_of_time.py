@@ -30,8 +30,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from umv2 import parallel
 from umv2.config import Config, MeshConfig, from_config_dict, to_dict
 from umv2.cost import collectives, exchange, memory, topology, traffic, workload
-from umv2.inference import decode
-from umv2.model.attention import KeyValueCache
+from umv2.inference import decode, serving
+from umv2.inference.sampling import Sampling
 from umv2.schema import UserError
 from umv2.training import optim
 from umv2.training.state import abstract_state, merge_model, model_structure
@@ -183,7 +183,10 @@ def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) ->
         if step == "decode" and name.startswith(("optimizer", "usage", "step")):
             continue
         spec = parallel.partition(name, leaf.shape, rules, mesh_sizes)
-        size = leaf.dtype.itemsize
+        dtype = leaf.dtype
+        if step == "decode":
+            dtype = serving.served_dtype(name, leaf, config.model.compute_dtype)
+        size = dtype.itemsize
         for length, entry in itertools.zip_longest(leaf.shape, spec):
             axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
             over = math.prod(mesh_sizes[axis] for axis in axes)
@@ -228,7 +231,8 @@ def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
             donated = 0
         else:
             arguments = tuple(_served(config, mesh, state).values())
-            function, donated = _decode_step(config, graphdef), 3
+            sampling = Sampling.of(config.generate, config.model.vocab_size)
+            function, donated = functools.partial(decode.decode, sampling=sampling), 1
         return jax.jit(function, donate_argnums=donated).lower(*arguments)
 
 
@@ -241,55 +245,25 @@ def _batch(config: Config, mesh: Any) -> Batch:
 
 
 def _served(config: Config, mesh: Any, state: Any) -> dict[str, Any]:
-    """Arguments of `_decode_step`: as many sequences as evaluation takes, with a full cache."""
+    """Arguments of a decode step: as many sequences as evaluation takes, with a full cache."""
     model, size = config.model, config.evaluation.batch_size
-    shape = (
-        model.num_layers,
-        size,
-        config.data.sequence_length,
-        model.num_key_value_heads,
-        model.head_dim,
+    graphdef = model_structure(model)
+    served, cache = jax.eval_shape(
+        lambda params, buffers, store: (
+            serving.serve(merge_model(graphdef, params, buffers), store),
+            merge_model(graphdef, params, buffers).empty_cache(size, config.data.sequence_length),
+        ),
+        state.params,
+        state.buffers,
+        state.store,
     )
-    heads = parallel.TENSOR if mesh.shape[parallel.TENSOR] > 1 else None
-    spec = PartitionSpec(None, parallel.DATA_AXES, None, heads)
-    entries: Any = jax.ShapeDtypeStruct(
-        shape, jnp.dtype(model.compute_dtype), sharding=NamedSharding(mesh, spec)
+    served, cache = jax.tree.map(
+        lambda leaf: _with_sharding(leaf, NamedSharding(mesh, leaf.sharding.spec)), (served, cache)
     )
-    tokens = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=parallel.batch_sharded(mesh))
+    rows = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=parallel.batch_sharded(mesh))
     whole = NamedSharding(mesh, PartitionSpec())
-    position = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     key = _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    return {
-        "params": state.params,
-        "buffers": state.buffers,
-        "store": state.store,
-        "cache": KeyValueCache(keys=entries, values=entries),
-        "tokens": tokens,
-        "position": position,
-        "key": key,
-    }
-
-
-def _decode_step(config: Config, graphdef: Any) -> Any:
-    settings = config.generate
-
-    def step(
-        params: Any, buffers: Any, store: Any, cache: Any, tokens: Any, position: Any, key: Any
-    ) -> Any:
-        return decode.decode(
-            merge_model(graphdef, params, buffers),
-            store,
-            cache,
-            tokens,
-            position,
-            key,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            vocab_size=config.model.vocab_size,
-        )
-
-    return step
+    return {"served": served, "cache": cache, "tokens": rows, "positions": rows, "key": key}
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

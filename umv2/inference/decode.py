@@ -1,115 +1,96 @@
-"""Generation: prefill of a key-value cache, one token a step, sampling, text as it arrives."""
+"""Generation: prefill of a key-value cache, one token a step for a whole batch, text as it comes.
 
+Two programs do all the work. `prefill` reads the prompts, padded on the right to one length, into a
+cache; `decode` takes one step of every row, each at its own position. Neither recompiles while
+shapes stay the same: lengths of prompts are padded to powers of two, numbers of rows too.
+"""
+
+import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
 
+from umv2 import parallel
 from umv2.config import ConfigError, GenerateConfig
 from umv2.data.tokenizers import Tokenizer
+from umv2.inference.sampling import Sampling
+from umv2.inference.serving import ServedModel, serve
+from umv2.inference.streaming import TextStream
 from umv2.model.attention import KeyValueCache
 from umv2.model.memory import ValueStore
 from umv2.model.transformer import Transformer
 
 # Prompts are padded to powers of two from here on: one compilation serves all lengths in between.
 _SMALLEST_BUCKET = 32
-# What decoders write for bytes that are not, or not yet, a character.
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-
-def sample(
-    logits: Float[Array, "b vocab"],
-    key: Key[Array, ""],
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    vocab_size: int,
-) -> Int[Array, " b"]:
-    """Draws an id for each row from softmax(logits / temperature), cut to its likeliest ids.
-
-    First `top_k` ids remain, then the fewest of these whose probabilities, which sum to 1 again,
-    reach `top_p` (nucleus sampling, arXiv 1904.09751); ties at a cut go to the lower id.
-
-    Args:
-      logits: ids from `vocab_size` on are padding and never drawn.
-      key: of the draw; unused where `temperature` is 0.
-      temperature: 0 takes the likeliest id, the lower one of equals.
-      top_k: 0 for no limit.
-      top_p: in (0, 1]; 1 for no limit.
-      vocab_size: ids that the tokenizer knows.
-    """
-    logits = logits[:, :vocab_size]
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    count = min(top_k, vocab_size) if top_k else vocab_size
-    ordered, ids = jax.lax.top_k(logits / temperature, count)
-    if top_p < 1:
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
-        ordered = jnp.where(likelier < top_p, ordered, -jnp.inf)
-    chosen = jax.random.categorical(key, ordered, axis=-1)
-    return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
+Cache = tuple[KeyValueCache, ...]
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def prefill(
-    model: Transformer, store: ValueStore | None, tokens: Int[Array, "b t"], *, length: int
-) -> KeyValueCache:
+def prefill(served: ServedModel, tokens: Int[Array, "b t"], *, length: int) -> Cache:
     """Returns a cache for `length` positions, the first of them filled by `tokens`.
 
-    `tokens` may end in padding: no position sees a later one, and decoding overwrites the padding
+    Rows may end in padding: no position sees a later one, and decoding overwrites the padding
     before it is seen.
     """
+    model, store = served.parts()
     empty = model.empty_cache(tokens.shape[0], length)
     cache = model(tokens, store=store, cache=empty).cache
     assert cache is not None  # because one was given
     return cache
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("temperature", "top_k", "top_p", "vocab_size"),
-    donate_argnames="cache",
-)
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
 def decode(
-    model: Transformer,
-    store: ValueStore | None,
-    cache: KeyValueCache,
+    served: ServedModel,
+    cache: Cache,
     tokens: Int[Array, " b"],
-    position: Int[Array, ""] | int,
+    positions: Int[Array, " b"],
     key: Key[Array, ""],
     *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    vocab_size: int,
-) -> tuple[Int[Array, " b"], KeyValueCache]:
-    """Returns the ids that follow `tokens` at `position`, and the continued cache.
+    sampling: Sampling,
+) -> tuple[Int[Array, " b"], Int[Array, " b"], Cache]:
+    """Takes one step: reads a token of each row and draws the one that follows it.
 
-    The draw is a function of (key, position); `sample` documents the rest.
+    A draw is a function of the key, the number of the row and the position.
+
+    Args:
+      served: the model.
+      cache: of the positions before `positions`; its memory is used for the result.
+      tokens: at `positions`, the last that is known of each row.
+      positions: of the tokens.
+      key: of the whole generation.
+      sampling: how ids are drawn.
+
+    Returns:
+      The ids that follow, their positions, and the continued cache.
     """
-    output = model(tokens[:, None], store=store, cache=cache, position=position)
-    following = sample(
-        output.logits[:, 0],
-        jax.random.fold_in(key, position),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        vocab_size=vocab_size,
-    )
+    model, store = served.parts()
+    output = model(tokens[:, None], store=store, cache=cache, position=positions)
     assert output.cache is not None  # because one was given
-    return following, output.cache
+    logits = parallel.rows_whole(output.logits[:, 0])
+    rows = parallel.divided_like(jnp.arange(len(tokens), dtype=jnp.int32), logits)
+
+    def draw(logits: Array, rows: Array, positions: Array, key: Array) -> Array:
+        key_of = jax.vmap(lambda *numbers: functools.reduce(jax.random.fold_in, numbers, key))
+        return sampling.draw(logits, key_of(rows, positions))
+
+    following = parallel.map_per_device(
+        draw, logits, rows, positions, key, out_specs=parallel.spec(rows)
+    )
+    return following, positions + 1, output.cache
 
 
 class Generator:
-    """Continues prompts, one at a time, on one device.
+    """Continues prompts, one at a time or many together.
 
     A prompt is read as the beginning of a document, so end-of-text stands before it as it does in
-    training. The text is a function of model, prompt and configuration. Call it outside a mesh.
+    training. The text is a function of model, prompt, its place in the batch and configuration.
     """
 
     def __init__(
@@ -119,8 +100,16 @@ class Generator:
         *,
         tokenizer: Tokenizer,
         config: GenerateConfig,
+        mesh: Mesh | None = None,
     ):
-        """Takes a model whose arrays every device holds whole.
+        """Lays the model out for inference.
+
+        Args:
+          model: trained, divided over `mesh` as in training, or whole.
+          store: its value tables.
+          tokenizer: of the text.
+          config: how ids are drawn, how many, and what ends a text.
+          mesh: the devices that share the work; None: one device does all.
 
         Raises:
           ConfigError: when the tokenizer has ids that the model lacks.
@@ -130,59 +119,112 @@ class Generator:
                 f"model.vocab_size={model.config.vocab_size}: must be at least the"
                 f" {tokenizer.vocab_size} ids of the tokenizer"
             )
-        # Arrays that were placed on a mesh keep to it; the copy of one device does not.
-        self._model, self._store = jax.tree.map(lambda x: x.addressable_data(0), (model, store))
-        self._tokenizer = tokenizer
-        self._config = config
+        if mesh is None:
+            # Arrays that were placed on a mesh keep to it; the copy of one device does not.
+            model, store = jax.tree.map(lambda x: x.addressable_data(0), (model, store))
+        self._mesh, self._tokenizer, self._config = mesh, tokenizer, config
+        self._sampling = Sampling.of(config, tokenizer.vocab_size)
+        with self._on_mesh():
+            self._served = jax.jit(serve)(model, store)
 
     def generate(self, prompt: str) -> Iterator[str]:
         """Yields the continuation of a prompt piece by piece, each one whole characters."""
         ids = self._tokenizer.encode(prompt)
-        return stream_text(self._tokenizer, ids.tolist(), self.generate_ids(ids))
+        stream = TextStream(self._tokenizer, ids.tolist(), self._config.stop)
+        for token in self.generate_ids(ids):
+            if piece := stream.push(token):
+                yield piece
+            if stream.stopped:
+                return
+        if rest := stream.finish():
+            yield rest
 
     def generate_ids(self, prompt: Int[np.ndarray, " t"]) -> Iterator[int]:
         """Yields the ids that continue a prompt: `max_new_tokens`, or those before end-of-text."""
-        config, end_of_text_id = self._config, self._tokenizer.end_of_text_id
-        # The last token of the prompt is the first to decode: prefill needs no logits.
-        ids: list[int] = [end_of_text_id, *prompt.tolist()]
-        read, last = ids[:-1], ids[-1]
-        bucket = max(_SMALLEST_BUCKET, 1 << (len(read) - 1).bit_length())
-        padded = np.full((1, bucket), end_of_text_id, np.int32)
-        padded[0, : len(read)] = read
-        cache = prefill(self._model, self._store, padded, length=bucket + config.max_new_tokens)
-
-        key = jax.random.key(config.seed)
-        following = np.full(1, last, np.int32)
-        for position in range(len(read), len(read) + config.max_new_tokens):
-            following, cache = decode(
-                self._model,
-                self._store,
-                cache,
-                following,
-                position,
-                key,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                vocab_size=self._tokenizer.vocab_size,
-            )
-            if (token := int(following[0])) == end_of_text_id:
+        for tokens in self._steps([prompt], self._config.max_new_tokens):
+            if (token := int(tokens[0])) == self._tokenizer.end_of_text_id:
                 return
             yield token
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Returns the continuation of every prompt, up to end-of-text or a stop string.
 
-def stream_text(tokenizer: Tokenizer, context: list[int], ids: Iterable[int]) -> Iterator[str]:
-    """Yields the text of ids that continue `context`, as soon as its characters are complete.
+        Args:
+          prompts: of any lengths; they are padded to the longest.
+          max_new_tokens: at most so many each; None: as configured.
+          stop: strings that end a text and are left out; None: as configured.
+        """
+        if not prompts:
+            return []
+        encoded = [self._tokenizer.encode(prompt) for prompt in prompts]
+        limit = self._config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        ends = self._config.stop if stop is None else tuple(stop)
+        streams = [TextStream(self._tokenizer, ids.tolist(), ends) for ids in encoded]
+        texts = [""] * len(prompts)
+        running = set(range(len(prompts)))
+        for tokens in self._steps(encoded, limit):
+            for row in tuple(running):
+                if (token := int(tokens[row])) == self._tokenizer.end_of_text_id:
+                    running.discard(row)
+                    continue
+                texts[row] += streams[row].push(token)
+                if streams[row].stopped:
+                    running.discard(row)
+            if not running:
+                break
+        return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
-    A token may end within a character, and a tokenizer may write a token differently at the start
-    of a text, so each piece is the difference that its tokens make to those before them.
-    """
-    settled, pending, text = context, list[int](), ""
-    for token in ids:
-        pending.append(token)
-        text = tokenizer.decode(settled + pending)[len(tokenizer.decode(settled)) :]
-        if text and not text.endswith(_REPLACEMENT):
-            yield text
-            settled, pending, text = pending, [], ""
-    if text:
-        yield text
+    def _steps(
+        self, prompts: Sequence[Int[np.ndarray, "_"]], count: int
+    ) -> Iterator[Int[np.ndarray, "_"]]:
+        """Yields `count` times the ids that follow; the device is a step ahead of who reads them.
+
+        Rows beyond the prompts are padding.
+        """
+        # The last token of a prompt is the first to decode: prefill needs no logits.
+        end_of_text_id = self._tokenizer.end_of_text_id
+        known = [[end_of_text_id, *prompt.tolist()] for prompt in prompts]
+        lengths = [len(ids) - 1 for ids in known]
+        shares = 1 if self._mesh is None else parallel.num_shares(self._mesh.shape)
+        num_rows = -(-_power_of_two(len(known)) // shares) * shares
+        bucket = max(_SMALLEST_BUCKET, _power_of_two(max(lengths)))
+        padded = np.full((num_rows, bucket), end_of_text_id, np.int32)
+        last = np.full(num_rows, end_of_text_id, np.int32)
+        starts = np.zeros(num_rows, np.int32)
+        for row, (ids, length) in enumerate(zip(known, lengths, strict=True)):
+            padded[row, :length], last[row], starts[row] = ids[:-1], ids[-1], length
+
+        key = jax.random.key(self._config.seed)
+        with self._on_mesh():
+            padded, tokens, positions = self._placed((padded, last, starts))
+            cache = prefill(self._served, padded, length=bucket + count)
+        waiting = None
+        for _ in range(count):
+            with self._on_mesh():
+                tokens, positions, cache = decode(
+                    self._served, cache, tokens, positions, key, sampling=self._sampling
+                )
+            if waiting is not None:
+                yield np.asarray(waiting)
+            waiting = tokens
+        if waiting is not None:
+            yield np.asarray(waiting)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _placed[T](self, batch: T) -> T:
+        """Divides rows over the devices of the mesh."""
+        if self._mesh is None:
+            return batch
+        return jax.device_put(batch, parallel.batch_sharded(self._mesh))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

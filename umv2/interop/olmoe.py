@@ -103,6 +103,9 @@ def read_config(folder: Path, base: ModelConfig) -> ModelConfig:
         ffn_size=0,
         tie_embeddings=given.boolean("tie_word_embeddings", False),
         rope_theta=_read_rope_theta(given),
+        rope_scaling="none",
+        rope_scale=1.0,
+        attention_window=0,
         norm_epsilon=given.number("rms_norm_eps", 1e-5),
         query_key_norm=True,
         moe=dataclasses.replace(
@@ -187,6 +190,8 @@ def describe(config: Config, dtype: Dtype) -> dict[str, Any]:
         ("family", model.family, "moe", "OLMoE has experts in every block"),
         ("ffn_size", model.ffn_size, 0, "OLMoE has no FFN beside its experts"),
         ("query_key_norm", model.query_key_norm, True, "OLMoE normalises queries and keys"),
+        ("rope_scaling", model.rope_scaling, "none", "OLMoE's positions are not scaled"),
+        ("attention_window", model.attention_window, 0, "OLMoE attends to all that precedes"),
     ):
         if value != needed:
             raise InteropError(f"model.{name}={value!r}: must be {needed!r} to export: {rule}")

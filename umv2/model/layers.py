@@ -4,10 +4,13 @@ Parameters are float32; `dtype` is that of matrix products. Norms and rotations 
 float32 (or float64 where the input is), whatever the dtype of their input.
 """
 
+import dataclasses
 import zlib
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -63,18 +66,42 @@ def layer_norm(
     return normalised.astype(x.dtype)
 
 
-def rotate(
-    x: Float[Array, "b t h q"], positions: Int[Array, " t"], theta: float
-) -> Float[Array, "b t h q"]:
-    """Applies rotary position embedding (arXiv 2104.09864), the two halves of a head as pairs."""
-    wide = x.astype(accumulation_dtype(x.dtype))
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=wide.dtype) / half)
-    angles = positions[:, None].astype(wide.dtype) * frequencies[None, :]
-    cosine, sine = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
-    first, second = wide[..., :half], wide[..., half:]
-    rotated = (first * cosine - second * sine, second * cosine + first * sine)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864), the two halves of a head as pairs.
+
+    Attributes:
+      theta: the slowest pair turns once in about 2 pi theta positions.
+      scaling: how a model reads `scale` times as far as it was trained to. linear: positions are
+        divided by `scale` (arXiv 2306.15595); ntk: theta grows so that the slowest pair turns
+        `scale` times slower and the fastest as before (arXiv 2309.00071, section 3.1).
+      scale: factor; 1 with scaling "none".
+    """
+
+    theta: float
+    scaling: Literal["none", "linear", "ntk"] = "none"
+    scale: float = 1.0
+
+    def frequencies(self, half: int) -> np.ndarray:
+        """Returns how far each of `half` pairs turns a position, in radians."""
+        theta = self.theta
+        if self.scaling == "ntk" and half > 1:
+            theta *= self.scale ** (half / (half - 1))
+        frequencies = theta ** (-np.arange(half) / half)
+        return frequencies / self.scale if self.scaling == "linear" else frequencies
+
+    def rotate(
+        self, x: Float[Array, "b t h q"], positions: Int[Array, "#b t"]
+    ) -> Float[Array, "b t h q"]:
+        """Turns the pairs of every head by the angles of its position."""
+        wide = x.astype(accumulation_dtype(x.dtype))
+        half = x.shape[-1] // 2
+        frequencies = jnp.asarray(self.frequencies(half), wide.dtype)
+        angles = positions[:, :, None].astype(wide.dtype) * frequencies[None, None, :]
+        cosine, sine = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+        first, second = wide[..., :half], wide[..., half:]
+        rotated = (first * cosine - second * sine, second * cosine + first * sine)
+        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -5,6 +5,7 @@ UltraMemV2 (arXiv 2508.18756, section 3) and its predecessors are one layer: Ult
 differ from it in the fields of `MemoryConfig` that configs/families.py sets.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -123,6 +124,13 @@ class MemoryLayer(nnx.Module):
         if self.config.scoring == "tucker":
             u, v = retrieval.core_vectors(self.cores[...], self.core_u[...], self.core_v[...])
             self.core_u[...], self.core_v[...] = u, v
+
+    def normalise_keys(self) -> None:
+        """Puts normalised keys in place of the trained ones, once for all tokens (inference)."""
+        if self.config.key_norm == "rms":
+            keys = layers.rms_norm(self.keys[...], self.key_norm[...], self.norm_epsilon)
+            self.keys[...] = keys
+            self.config = dataclasses.replace(self.config, key_norm="none")
 
     def __call__(
         self, x: Float[Array, "b t d"], *, store: StoreWindow

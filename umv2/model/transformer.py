@@ -9,7 +9,7 @@ in every block, the scan is over the repeating group of blocks.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ from umv2.model.memory import MemoryLayer, StoreWindow, ValueStore
 from umv2.model.moe import MixtureOfExperts
 from umv2.types import LayerStats, struct
 
+# Where nothing is shared, memory layers may have a store each (inference).
+Stores = ValueStore | Sequence[ValueStore] | None
 # Each is a module `(x, *, store) -> (y, LayerStats)`; y is added beside the FFN's output.
 SPARSE_LAYERS: dict[str, type[nnx.Module]] = {"memory": MemoryLayer, "moe": MixtureOfExperts}
 
@@ -43,7 +45,7 @@ class ModelOutput:
 
     logits: Float[Array, "b t vocab"]
     stats: ModelStats
-    cache: KeyValueCache | None
+    cache: tuple[KeyValueCache, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Block(nnx.Module):
         *,
         mask: Bool[Array, "b 1 t t"] | None,
         cache: KeyValueCache | None,
-        position: Int[Array, ""] | int,
+        position: Int[Array, "#b"] | int,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], KeyValueCache | None]:
         """Returns the residual stream after attention, the FFN's input, and the cache."""
         attended, cache = self.attention(
@@ -158,19 +160,24 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "b t"],
         *,
-        store: ValueStore | None,
+        store: Stores,
         segment_ids: Int[Array, "b t"] | None = None,
-        cache: KeyValueCache | None = None,
-        position: Int[Array, ""] | int = 0,
+        cache: Sequence[KeyValueCache] | None = None,
+        position: Int[Array, "#b"] | int = 0,
+        logits_at: Int[Array, "b a"] | None = None,
     ) -> ModelOutput:
-        """Predicts the next token at every position.
+        """Predicts the next token.
 
         Args:
           tokens: ids in [0, vocab_size).
-          store: the value tables; None where there are no memory layers.
+          store: the value tables, one store or one of each memory layer; None where there are no
+            memory layers.
           segment_ids: positions attend only within equal ids; None: to everything before them.
-          cache: of the positions before `position`, stacked over blocks; None: there are none.
-          position: position of tokens[:, 0].
+          cache: of the positions before `position`, one of each block; None: there are none.
+            Blocks are then not scanned, which would copy it.
+          position: position of tokens[:, 0], the same in all rows or one of each; the number 0 says
+            that the cache is empty.
+          logits_at: columns of `tokens` whose predictions are wanted; None: all.
 
         Returns:
           Logits in float32, statistics, and the continued cache.
@@ -185,16 +192,19 @@ class Transformer(nnx.Module):
         if store is not None and config.memory.sharing != "none":
             store = parallel.summed_once(store)
 
-        ffn_variances, sparse_stats, caches = [], [], []
+        ffn_variances, sparse_stats = [], []
+        caches: list[KeyValueCache] = []
         for segment in plan_segments(config.num_layers, config.placements):
-            x, (ffn_variance, stats, new_cache) = self._run_segment(
+            x, (ffn_variance, stats, new_caches) = self._run_segment(
                 segment, x, store=store, mask=mask, cache=cache, position=position
             )
             ffn_variances.append(ffn_variance)
-            caches.append(new_cache)
+            caches.extend(new_caches)
             if segment.placements:
                 sparse_stats.append(stats)
         x = self.final_norm(x)
+        if logits_at is not None:
+            x = parallel.columns(x, logits_at)
         head = self.embedding if config.tie_embeddings else self.head
         logits = jnp.einsum(
             "btd,vd->btv",
@@ -208,113 +218,167 @@ class Transformer(nnx.Module):
                 ffn_variance=jnp.concatenate(ffn_variances),
                 sparse=_concatenate(sparse_stats) if sparse_stats else None,
             ),
-            cache=None if cache is None else _concatenate(caches),
+            cache=None if cache is None else tuple(caches),
         )
 
-    def empty_cache(self, batch_size: int, length: int) -> KeyValueCache:
+    def empty_cache(self, batch_size: int, length: int) -> tuple[KeyValueCache, ...]:
         """Returns a cache for `length` positions of every block, in the compute dtype."""
         config = self.config
-        shape = (config.num_layers, batch_size, length, config.num_key_value_heads, config.head_dim)
-        zeros = jnp.zeros(shape, config.compute_dtype)
-        return KeyValueCache(keys=zeros, values=zeros)
+        shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
+
+        def entries() -> Float[Array, "b g s q"]:
+            return parallel.zeros(shape, config.compute_dtype, "batch", "heads")
+
+        return tuple(
+            KeyValueCache(keys=entries(), values=entries()) for _ in range(config.num_layers)
+        )
 
     def refresh(self) -> None:
         """Recomputes what sparse layers derive from their parameters once an optimizer step."""
         if hasattr(getattr(self, "sparse", None), "refresh"):
             self.sparse = jax.vmap(_refreshed)(self.sparse)
 
+    def unstack(self) -> None:
+        """Gives every block and sparse layer arrays of its own, so that using one copies none.
+
+        For inference: what is not stacked is not scanned.
+        """
+        config = self.config
+        self.blocks = nnx.List(layer_of(self.blocks, i) for i in range(config.num_layers))
+        if config.placements:
+            self.sparse = nnx.List(layer_of(self.sparse, i) for i in range(len(config.placements)))
+
     def _run_segment(
         self,
         segment: Segment,
         x: Float[Array, "b t d"],
         *,
-        store: ValueStore | None,
+        store: Stores,
         mask: Bool[Array, "b 1 t t"] | None,
-        cache: KeyValueCache | None,
-        position: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "b t d"], tuple[Any, Any, Any]]:
+        cache: Sequence[KeyValueCache] | None,
+        position: Int[Array, "#b"] | int,
+    ) -> tuple[Float[Array, "b t d"], tuple[Any, Any, list[KeyValueCache]]]:
         """Runs the copies of one group of blocks, scanned or unrolled."""
         config = self.config
-        blocks = slice(segment.start, segment.start + segment.period * segment.repeats)
-        per_copy: dict[str, Any] = {"blocks": _group(self.blocks, blocks, segment.repeats)}
+        period, count = segment.period, len(segment.placements)
+        # What each block and each sparse layer has of its own, by name.
+        of_blocks: dict[str, Any] = {"block": self.blocks}
         if cache is not None:
-            per_copy["cache"] = _group(cache, blocks, segment.repeats)
+            of_blocks["cache"] = cache
+        of_sparse: dict[str, Any] = {}
+        shared = None
         if segment.placements:
-            count = len(segment.placements)
-            members = slice(segment.sparse_start, segment.sparse_start + count * segment.repeats)
-            per_copy["sparse"] = _group(self.sparse, members, segment.repeats)
+            of_sparse["layer"] = self.sparse
             if store is not None:
-                store, windows = self._windows(store)
-                per_copy |= _group(windows, members, segment.repeats)
+                shared, windows = self._windows(store)
+                of_sparse |= windows
 
-        def body(x: Float[Array, "b t d"], copy: dict[str, Any]) -> tuple[Any, Any]:
-            return self._run_group(segment, x, copy, store=store, mask=mask, position=position)
+        def run(x: Float[Array, "b t d"], group: tuple[Any, Any]) -> tuple[Any, Any]:
+            blocks, sparse = group
+            return self._run_group(
+                segment, x, blocks, sparse, shared=shared, mask=mask, position=position
+            )
 
-        body = _rematerialised(body, config.remat)
-        if config.scan_layers:
-            x, outputs = jax.lax.scan(body, x, per_copy)
-        else:
-            collected = []
-            for index in range(segment.repeats):
-                x, output = body(x, jax.tree.map(lambda leaf, i=index: leaf[i], per_copy))
-                collected.append(output)
-            outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
-        # [repeats, members of the group, ...] -> [members of the segment, ...]
-        return x, jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), outputs)
+        if config.scan_layers and cache is None and not isinstance(self.blocks, nnx.List):
+
+            def body(x: Float[Array, "b t d"], copy: tuple[Any, Any]) -> tuple[Any, Any]:
+                blocks, sparse = copy
+                members = [layer_of(blocks, i) for i in range(period)]
+                return run(x, (members, [layer_of(sparse, i) for i in range(count)]))
+
+            stacked = (
+                _group(of_blocks, segment.start, period, segment.repeats),
+                _group(of_sparse, segment.sparse_start, count, segment.repeats),
+            )
+            x, outputs = jax.lax.scan(_rematerialised(body, config.remat), x, stacked)
+            # [repeats, members of the group, ...] -> [members of the segment, ...]
+            ffn_variance, stats, _ = jax.tree.map(lambda a: jax.lax.collapse(a, 0, 2), outputs)
+            return x, (ffn_variance, stats, [])
+
+        run = _rematerialised(run, config.remat)
+        collected: list[Any] = []
+        for copy in range(segment.repeats):
+            first, first_sparse = segment.start + copy * period, segment.sparse_start + copy * count
+            blocks = [
+                {name: layer_of(part, first + i) for name, part in of_blocks.items()}
+                for i in range(period)
+            ]
+            sparse = [
+                {name: layer_of(part, first_sparse + i) for name, part in of_sparse.items()}
+                for i in range(count)
+            ]
+            x, output = run(x, (blocks, sparse))
+            collected.append(output)
+        ffn_variances, stats, caches = zip(*collected, strict=True)
+        return x, (
+            jnp.concatenate(ffn_variances),
+            _concatenate(list(stats)) if count else None,
+            [one for group in caches for one in group],
+        )
 
     def _run_group(
         self,
         segment: Segment,
         x: Float[Array, "b t d"],
-        copy: dict[str, Any],
+        blocks: list[dict[str, Any]],
+        sparse: list[dict[str, Any]],
         *,
-        store: ValueStore | None,
+        shared: ValueStore | None,
         mask: Bool[Array, "b 1 t t"] | None,
-        position: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "b t d"], tuple[Any, Any, Any]]:
+        position: Int[Array, "#b"] | int,
+    ) -> tuple[Float[Array, "b t d"], tuple[Any, Any, list[KeyValueCache]]]:
         """Runs one group; a sparse layer's output waits from its read to its write block."""
         member = 0
         waiting: dict[int, list[Float[Array, "b t d"]]] = {}
         ffn_variances, sparse_stats, caches = [], [], []
-        for index in range(segment.period):
-            block = _member(copy["blocks"], index)
-            old_cache = _member(copy["cache"], index) if "cache" in copy else None
-            residual, y, new_cache = block.attend(x, mask=mask, cache=old_cache, position=position)
+        for index, parts in enumerate(blocks):
+            block = parts["block"]
+            residual, y, new_cache = block.attend(
+                x, mask=mask, cache=parts.get("cache"), position=position
+            )
             fed_forward = block.feed_forward(y)
             x = residual + fed_forward
-            if member < len(segment.placements) and segment.placements[member][0] == index:
-                window = _window(copy, member, store)
-                sparse_output, stats = _member(copy["sparse"], member)(y, store=window)
+            if member < len(sparse) and segment.placements[member][0] == index:
+                window = _window(sparse[member], shared)
+                sparse_output, stats = sparse[member]["layer"](y, store=window)
                 waiting.setdefault(segment.placements[member][1], []).append(sparse_output)
                 sparse_stats.append(stats)
                 member += 1
             for sparse_output in waiting.pop(index, ()):
                 x = x + sparse_output
             ffn_variances.append(jnp.var(fed_forward.astype(jnp.float32)))
-            caches.append(new_cache)
+            if new_cache is not None:
+                caches.append(new_cache)
         stats = _stack_trees(sparse_stats) if sparse_stats else None
-        cache = _stack_trees(caches) if "cache" in copy else None
-        return x, (jnp.stack(ffn_variances), stats, cache)
+        return x, (jnp.stack(ffn_variances), stats, caches)
 
-    def _windows(self, store: ValueStore) -> tuple[ValueStore | None, dict[str, Any]]:
-        """Returns the store that memory layers share, and what each has of its own, stacked.
+    def _windows(
+        self, store: ValueStore | Sequence[ValueStore]
+    ) -> tuple[ValueStore | None, dict[str, Any]]:
+        """Returns the store that memory layers share, and what each has of its own.
 
         That is the first row of its window and, where nothing is shared, its table: a slice of the
         scanned input, so that its gradient is a slice too, and not a sum of whole stores.
         """
         memory, count = self.config.memory, len(self.config.placements)
-        if memory.sharing == "none":
+        if not isinstance(store, ValueStore) or memory.sharing == "none":
             return None, {"table": store, "start": jnp.zeros(count, jnp.int32)}
         starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
         return store, {"start": jnp.asarray(starts * memory.num_values, jnp.int32)}
 
 
-def _window(copy: dict[str, Any], member: int, shared: ValueStore | None) -> StoreWindow | None:
-    """Returns what one sparse layer of a group sees of the value store, if there is one."""
-    if "start" not in copy:
+def layer_of(stack: Any, index: int) -> Any:
+    """Returns one member of a sequence of layers, or of what is stacked along its first axis."""
+    if isinstance(stack, list | tuple | nnx.List):
+        return stack[index]
+    return jax.tree.map(lambda leaf: leaf[index], stack)
+
+
+def _window(parts: dict[str, Any], shared: ValueStore | None) -> StoreWindow | None:
+    """Returns what one sparse layer sees of the value store, if there is one."""
+    if "start" not in parts:
         return None
-    store = _member(copy["table"], member) if shared is None else shared
-    return StoreWindow(store=store, start=copy["start"][member])
+    return StoreWindow(store=shared or parts["table"], start=parts["start"])
 
 
 def _stack(create: Callable[[Any], Any], key: Key[Array, ""], name: str, count: int) -> Any:
@@ -327,18 +391,14 @@ def _refreshed(layer: Any) -> Any:
     return layer
 
 
-def _group(tree: Any, members: slice, repeats: int) -> Any:
-    """Takes a range of stacked members as [repeats, members of one group, ...]."""
+def _group(tree: Any, start: int, size: int, repeats: int) -> Any:
+    """Takes stacked members from `start` on as [repeats, size, ...]."""
 
     def take(leaf: Array) -> Array:
-        leaf = leaf[members]
-        return leaf.reshape(repeats, -1, *leaf.shape[1:])
+        leaf = leaf[start : start + size * repeats]
+        return leaf.reshape(repeats, size, *leaf.shape[1:])
 
     return jax.tree.map(take, tree)
-
-
-def _member(tree: Any, index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _stack_trees(trees: list[Any]) -> Any:

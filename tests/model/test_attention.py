@@ -1,0 +1,119 @@
+"""Attention: rotary scaling, windows, long sequences, and the cache read by blocks."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from umv2.config import ModelConfig, from_config_dict
+from umv2.model import attention, layers
+
+_LENGTH = 24
+
+
+def _config(**changes: Any) -> ModelConfig:
+    config = base.get_config()
+    config.model.update(hidden_size=16, num_heads=4, num_key_value_heads=2, num_layers=1)
+    config.model.update(compute_dtype="float32", **changes)
+    return from_config_dict(config).model
+
+
+def _layer(**changes: Any) -> attention.Attention:
+    layer = attention.Attention(_config(**changes), key=jax.random.key(0))
+    layer.query_norm.weight[...] *= 4  # attention that is sharp enough to tell positions apart
+    return layer
+
+
+def _inputs(length: int = _LENGTH) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (3, length, 16))
+
+
+def test_linear_scaling_divides_positions_and_ntk_keeps_the_fastest_turn() -> None:
+    plain = layers.Rope(1e4).frequencies(8)
+    np.testing.assert_allclose(layers.Rope(1e4, "linear", 4.0).frequencies(8), plain / 4)
+    ntk = layers.Rope(1e4, "ntk", 4.0).frequencies(8)
+    np.testing.assert_allclose(ntk[0], plain[0])
+    np.testing.assert_allclose(ntk[-1], plain[-1] / 4)
+    assert np.all(np.diff(np.log(plain / ntk)) > 0)
+
+
+def test_scaled_positions_read_a_stretched_sequence_as_the_short_one() -> None:
+    x = _inputs(4)
+    rope, stretched = layers.Rope(1e4), layers.Rope(1e4, "linear", 2.0)
+    heads = x.reshape(3, 4, 4, 4)
+    positions = jnp.arange(4)[None]
+    np.testing.assert_allclose(
+        stretched.rotate(heads, 2 * positions), rope.rotate(heads, positions), rtol=1e-5, atol=1e-6
+    )
+    assert not np.allclose(stretched.rotate(heads, positions), rope.rotate(heads, positions))
+
+
+def test_a_window_hides_what_lies_further_back() -> None:
+    layer, windowed = _layer(), _layer(attention_window=5)
+    x = _inputs()
+    moved = x.at[:, 3].add(1.0)
+    changed = np.abs(layer(moved)[0] - layer(x)[0]).max(axis=(0, 2)) > 1e-6
+    assert changed[3:].all()
+    changed = np.abs(windowed(moved)[0] - windowed(x)[0]).max(axis=(0, 2)) > 1e-6
+    assert np.flatnonzero(changed).tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_queries_in_chunks_equal_queries_at_once(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = _layer(attention_window=window), _inputs()
+    segments = jnp.arange(_LENGTH)[None, :] // 10
+    mask = jnp.broadcast_to(
+        segments[:, None, :, None] == segments[:, None, None, :], (3, 1, 24, 24)
+    )
+
+    def output(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(layer(x)[0])) + jnp.sum(jnp.sin(layer(x, mask=mask)[0]))
+
+    whole = jax.value_and_grad(output)(x)
+    monkeypatch.setattr(attention, "_LONG", 8)
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 8)
+    assert "scan" in str(jax.make_jaxpr(output)(x))
+    for got, want in zip(jax.value_and_grad(output)(x), whole, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_of_the_cache_give_what_all_of_it_gives(
+    window: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Four rows of which two queries each are at different places; the last block is cut short.
+    monkeypatch.setattr(attention, "_CACHE_BLOCK", 8)
+    draws = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(draws[0], (4, 2, 6, 8))
+    keys, values = (jax.random.normal(k, (4, 2, 21, 8)).astype(dtype) for k in draws[1:])
+    places = jnp.array([[0, 1], [7, 8], [15, 16], [19, 20]]).repeat(3, axis=1)
+    wide = (keys.astype("float32"), values.astype("float32"))
+    at_once = attention._attend_at_once(query, *wide, places, window=window)
+    by_blocks = functools.partial(attention._attend_by_blocks, window=window)
+    got = by_blocks(query, keys, values, places)
+    np.testing.assert_allclose(got, at_once, rtol=1e-4, atol=1e-5)
+    # Blocks that lie beyond all queries of a row are not read.
+    keys, values = keys.at[:, :, 16:].set(jnp.nan), values.at[:, :, 16:].set(jnp.nan)
+    got = by_blocks(query, keys, values, places)
+    np.testing.assert_allclose(got[:2], at_once[:2], rtol=1e-4, atol=1e-5)
+    assert np.isnan(got[2:]).any()
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_sequence_read_in_parts_equals_one_read_whole(window: int) -> None:
+    layer, x = _layer(attention_window=window), _inputs(10)
+    whole, _ = layer(x)
+    empty = jnp.zeros((3, 2, 12, 4))
+    first, cache = layer(x[:, :4], cache=attention.KeyValueCache(keys=empty, values=empty))
+    # Several positions at once behind a cache, then one alone.
+    second, cache = layer(x[:, 4:9], cache=cache, position=jnp.full(1, 4))
+    third, _ = layer(x[:, 9:], cache=cache, position=jnp.full(3, 9))
+    got = jnp.concatenate([first, second, third], axis=1)
+    np.testing.assert_allclose(got, whole, rtol=1e-4, atol=1e-5)
