@@ -41,6 +41,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's checkpoints
 _MODE = flags.DEFINE_enum(
     "mode", "train", list(_MODES), "; ".join(f"{name}: {what}" for name, what in _MODES.items())
 )
+_SUITE = flags.DEFINE_list(
+    "suite",
+    [],
+    "Questions to ask in place of the held-out text (evaluate): long_context, or tasks of"
+    " lm-evaluation-harness, such as arc_easy,hellaswag.",
+)
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue (generate).")
 _JSON = flags.DEFINE_bool(
     "json", False, "Print JSON instead of text (inspect, evaluate, cost, plan)."
@@ -83,7 +89,7 @@ def main(argv: list[str]) -> None:
         case "train":
             modes.train(_needed(config), _workdir())
         case "evaluate":
-            report = modes.evaluate(config, _workdir())
+            report = _evaluate(config)
             if first:
                 print(json.dumps(report.metrics()) if _JSON.value else report.table())
         case "generate":
@@ -114,6 +120,19 @@ def main(argv: list[str]) -> None:
             modes.export_run(_workdir(), _folder(), cast(Any, _FORMAT.value))
         case "import":
             modes.import_model(_folder(), _workdir(), config)
+
+
+def _evaluate(config: Config | None) -> Any:
+    """Returns the report that --suite asks for."""
+    from umv2 import modes
+
+    if not _SUITE.value:
+        return modes.evaluate(config, _workdir())
+    if _SUITE.value == ["long_context"]:
+        return modes.evaluate_long_context(config, _workdir())
+    if "long_context" in _SUITE.value:
+        raise ConfigError(f"--suite={','.join(_SUITE.value)}: long_context stands alone")
+    raise ConfigError("not yet")
 
 
 def _check_no_arguments(argv: list[str]) -> None:

@@ -106,6 +106,14 @@ def get_config() -> ConfigDict:
     data.end_of_text_id = -1  # -1: the tokenizer's own
     data.sequence_length = 256  # tokens a sequence
     data.held_out_fraction = 0.05  # share of documents kept for evaluation
+    long_context = data.long_context = ConfigDict()
+    # Tasks of umv2/evaluation/long_context whose documents train beside those of a text source.
+    long_context.tasks = ()
+    # Of each task; as long as an eighth of a sequence to a whole one. 0: none.
+    long_context.num_documents = 0
+    # Share of text in the tokens that train: where there is more, whole documents are left out.
+    long_context.text_fraction = 0.25
+    long_context.seed = 0  # of these documents
     data.mask_across_documents = True  # False: attention may cross documents of one sequence
     data.num_workers = 0  # processes that build batches; 0: threads of this one
     data.prefetch_batches = 4  # batches built ahead of the training step
@@ -159,8 +167,25 @@ def get_config() -> ConfigDict:
     train.tensorboard = True  # event files in the work directory
     train.wandb_project = ""  # project for Weights & Biases; empty: off
 
-    config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 16  # sequences
+    evaluation = config.evaluation = ConfigDict()
+    evaluation.batch_size = 16  # sequences
+    suite = evaluation.long_context = ConfigDict()  # --suite=long_context
+    suite.tasks = (
+        "memorize",
+        "multi_round",
+        "in_context",
+        "needle",
+        "key_value",
+        "multi_hop",
+        "reasoning",
+    )
+    suite.lengths = (256, 512, 1024)  # tokens; 32768 and more where memory allows
+    suite.num_examples = 64  # of each task and length
+    suite.batch_tokens = 16384  # of a pass; at least one example
+    # How lengths beyond data.sequence_length are read: none: as trained | linear | ntk: rotary
+    # positions scaled by length / sequence_length | window: attention to the last sequence_length
+    suite.extrapolation = "none"
+    suite.seed = 0  # of the examples
 
     generate = config.generate = ConfigDict()
     generate.max_new_tokens = 400  # beside the prompt

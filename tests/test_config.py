@@ -87,6 +87,7 @@ OUT_OF_RANGE = {
         " optimizer.values_final_multiplier",
     ),
     "must be > 1": (1.0, "model.rope_theta"),
+    "must be >= 1 ": (0.5, "model.rope_scale"),
     "must be >= 2": (1, "data.sequence_length"),
     "must be > 0 and < 1": (1.0, "data.held_out_fraction"),
     "must be >= 0 and <= 1": (1.01, "optimizer.final_fraction"),

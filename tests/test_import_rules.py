@@ -24,6 +24,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("umv2.modes",),
     JOBS,
     ("umv2.model", "umv2.data"),
+    # Writers of text: training reads them as a source, evaluation asks their questions.
+    ("umv2.evaluation.long_context",),
     ("umv2.parallel", "umv2.distributed"),
     ("kernels_pallas",),
     KNOWN_TO_ALL,
@@ -98,12 +100,9 @@ def attributes(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def place(name: str) -> tuple[int, str] | None:
-    """The tier and the package that a dotted name lies in."""
-    for tier, packages in enumerate(TIERS):
-        for package in packages:
-            if is_within(name, package):
-                return tier, package
-    return None
+    """The tier and the package that a dotted name lies in: the longest of those that hold it."""
+    found = [(t, p) for t, packages in enumerate(TIERS) for p in packages if is_within(name, p)]
+    return max(found, key=lambda place: len(place[1]), default=None)
 
 
 def import_fault(module: str, name: str) -> str | None:

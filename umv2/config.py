@@ -40,6 +40,28 @@ __all__ = [
 ]
 
 
+# The modules of umv2/evaluation/long_context.
+LongContextTask = Literal[
+    "memorize",
+    "multi_round",
+    "in_context",
+    "needle",
+    "key_value",
+    "multi_hop",
+    "reasoning",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class LongContextDataConfig:
+    """Documents of the long-context suite among those of the source (`data.long_context`)."""
+
+    tasks: tuple[LongContextTask, ...]
+    num_documents: Natural
+    text_fraction: Annotated[float, Interval(0, 1, includes_high=False)]
+    seed: Natural
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes sequences (`data`)."""
@@ -57,6 +79,7 @@ class DataConfig:
     end_of_text_id: int
     sequence_length: Annotated[int, Interval(2)]
     held_out_fraction: Annotated[float, Interval(0, 1, False, False)]
+    long_context: LongContextDataConfig
     mask_across_documents: bool
     num_workers: Natural
     prefetch_batches: Positive
@@ -74,6 +97,20 @@ class DataConfig:
                 "data.hugging_face_name",
                 self.hugging_face_name,
                 "source 'hugging_face' needs the name of a data set",
+            )
+        tasks = self.long_context
+        if tasks.num_documents:
+            require(
+                self.source in ("standard_library", "site_packages", "text"),
+                "data.long_context.num_documents",
+                tasks.num_documents,
+                f"mixes documents with text, and source {self.source!r} holds none",
+            )
+            require(
+                bool(tasks.tasks),
+                "data.long_context.tasks",
+                tasks.tasks,
+                f"must name tasks, as num_documents = {tasks.num_documents}",
             )
         if self.tokenizer == "none":
             require(
@@ -176,10 +213,33 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongContextConfig:
+    """The long-context suite (`evaluation.long_context`)."""
+
+    tasks: tuple[LongContextTask, ...]
+    lengths: tuple[int, ...]
+    num_examples: Positive
+    batch_tokens: Positive
+    extrapolation: Literal["none", "linear", "ntk", "window"]
+    seed: Natural
+
+    def validate(self) -> None:
+        """Raises ConfigError for impossible values."""
+        require(bool(self.tasks), "evaluation.long_context.tasks", self.tasks, "must name tasks")
+        require(
+            bool(self.lengths) and min(self.lengths, default=0) >= 64,
+            "evaluation.long_context.lengths",
+            self.lengths,
+            "must be lengths in tokens, each >= 64",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out evaluation (`evaluation`)."""
 
     batch_size: Positive
+    long_context: LongContextConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +299,7 @@ class Config:
         self.data.validate()
         self.train.validate()
         self.optimizer.validate(self.train.num_steps)
+        self.evaluation.long_context.validate()
         self.generate.validate()
         self.mesh.validate()
         self._validate_divisions()

@@ -17,7 +17,7 @@ from umv2.cost import report as cost_report
 from umv2.cost import search as plan_search
 from umv2.data import pipeline, tokenizers
 from umv2.data import prepare as data_preparation
-from umv2.evaluation import perplexity, report
+from umv2.evaluation import long_context_scores, perplexity, report
 from umv2.inference.decode import Generator
 from umv2.interop import runs
 from umv2.training import checkpoint, inspection
@@ -37,15 +37,9 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
       ConfigError: a configuration that is not the run's.
       CheckpointError: there is no checkpoint that can be read.
     """
-    config = _run_config(config, workdir)
+    config, mesh, restored = _restored(config, workdir)
     corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
-    mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
-    num_tokens = config.evaluation.batch_size * config.data.sequence_length
-    config = exchange.with_layout(
-        config, mesh.shape, num_tokens, capacity=parallel.tpu_memory(mesh)
-    )
     with jax.set_mesh(mesh):
-        restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
         step = perplexity.make_evaluation_step(
             model_structure(config.model), mask_across_documents=config.data.mask_across_documents
         )
@@ -56,6 +50,62 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
             mesh=mesh,
         )
     return report.write(workdir, restored.step, held_out, corpus)
+
+
+def evaluate_long_context(
+    config: Config | None, workdir: Path
+) -> long_context_scores.LongContextReport:
+    """Asks the newest good checkpoint the questions of the long-context suite.
+
+    Process 0 writes `long_context.jsonl` and `long_context.png`. Filler is cut from held-out text.
+
+    Raises:
+      ConfigError: a configuration that is not the run's, or a run without a tokenizer.
+      CheckpointError: there is no checkpoint that can be read.
+    """
+    run = _run_config(config, workdir)
+    _tokenizer(run, "the long-context suite")
+    config, mesh, restored = _restored(run, workdir)
+    # Without the tasks' own documents, which are for training.
+    data = dataclasses.replace(
+        config.data, long_context=dataclasses.replace(config.data.long_context, num_documents=0)
+    )
+    corpus = pipeline.open_corpus(data, config.model.vocab_size)
+    assert corpus.tokenizer is not None
+    found = long_context_scores.evaluate(
+        config,
+        restored.params,
+        restored.buffers,
+        restored.store,
+        tokenizer=corpus.tokenizer,
+        texts=[text.decode() for text in corpus.held_out_documents()],
+        mesh=mesh,
+        step=restored.step,
+    )
+    if jax.process_index() == 0:
+        found.write(workdir, config)
+    return found
+
+
+def _restored(
+    config: Config | None, workdir: Path
+) -> tuple[Config, jax.sharding.Mesh, checkpoint.Restored]:
+    """Returns the run's configuration, its mesh, and the newest good checkpoint on it."""
+    config = _run_config(config, workdir)
+    mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
+    num_tokens = config.evaluation.batch_size * config.data.sequence_length
+    config = exchange.with_layout(
+        config, mesh.shape, num_tokens, capacity=parallel.tpu_memory(mesh)
+    )
+    with jax.set_mesh(mesh):
+        return config, mesh, checkpoint.restore_for_inference(workdir / "checkpoints", config)
+
+
+def _tokenizer(config: Config, purpose: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
+    if tokenizer is None:
+        raise ConfigError(f"data.tokenizer='none': {purpose} needs a tokenizer")
+    return tokenizer
 
 
 def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]:
@@ -69,9 +119,7 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
     config = exchange.with_layout(
         config, parallel.axis_sizes(dataclasses.replace(config.mesh, replica=1), 1), num_tokens=1
     )
-    tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
-    if tokenizer is None:
-        raise ConfigError("data.tokenizer='none': generating text needs a tokenizer")
+    tokenizer = _tokenizer(config, "generating text")
     mesh = _generation_mesh(config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)

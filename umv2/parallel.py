@@ -214,6 +214,12 @@ def local_to_global(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(assemble, tree)
 
 
+def on_every_process(mesh: Mesh, array: Array) -> np.ndarray:
+    """Returns a batch array whole, on every process."""
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+    return np.asarray(whole.addressable_data(0))
+
+
 def divide_batch(x: Array, parts: int) -> Array:
     """[b, ...] -> [parts, b / parts, ...]; every device's rows stay on that device."""
     shape = (x.shape[0] // parts, parts, *x.shape[1:])
@@ -321,8 +327,8 @@ def divided_like(array: Array, x: Array) -> Array:
     return jax.sharding.reshard(array, PartitionSpec(spec(x)[0]))
 
 
-def rows_whole(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Returns a matrix of which every device has whole rows, those of its share of the batch."""
+def rows_whole(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
+    """Returns an array of which every device has whole rows, those of its share of the batch."""
     return jax.sharding.reshard(x, PartitionSpec(DATA_AXES)) if on_mesh() else x
 
 

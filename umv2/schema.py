@@ -115,7 +115,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         (element, _) = typing.get_args(hint)
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            reject(path, value, f"must be a tuple of {element.__name__}")
+            reject(path, value, f"must be a tuple of {getattr(element, '__name__', 'names')}")
         return tuple(_convert(element, item, path) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

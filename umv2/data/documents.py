@@ -66,6 +66,22 @@ class DocumentSubset:
         return self._documents.read(int(self._indices[index]), start, stop)
 
 
+class JoinedDocuments:
+    """Documents of several kinds, those of one after those of another."""
+
+    def __init__(self, parts: Sequence[Documents]) -> None:
+        """Joins them without reading them."""
+        self.lengths = np.concatenate([part.lengths for part in parts])
+        self.content_hashes = np.concatenate([part.content_hashes for part in parts])
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part.lengths) for part in parts)])
+
+    def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
+        """Returns tokens [start, stop) of one document."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part].read(index - int(self._starts[part]), start, stop)
+
+
 def little_endian(dtype: str) -> np.dtype:
     """Returns the type of tokens in files."""
     return np.dtype(dtype).newbyteorder("<")

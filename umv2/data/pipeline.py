@@ -36,6 +36,7 @@ from umv2.data.sources import (
     matching_files,
     text_documents,
 )
+from umv2.data.tasks import with_tasks
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from umv2.types import Batch
 
@@ -64,18 +65,26 @@ class Corpus:
         sizes = self.tokenizer.token_bytes()
         return sum(int(sizes[tokens].sum()) for tokens in _whole_documents(self.held_out))
 
+    def held_out_documents(self) -> tuple[bytes, ...]:
+        """Returns the text of the held-out documents, in UTF-8.
+
+        Raises:
+          DataError: for a source of tokens without a tokenizer.
+        """
+        if self.held_out_texts is not None:
+            return self.held_out_texts
+        if self.tokenizer is None:
+            raise DataError("data.tokenizer='none': tokens without a tokenizer have no text")
+        decode = self.tokenizer.decode
+        return tuple(decode(tokens).encode() for tokens in _whole_documents(self.held_out))
+
     def held_out_text(self) -> bytes:
         """Returns the held-out documents joined, in UTF-8, to compare with compressors.
 
         Raises:
           DataError: for a source of tokens without a tokenizer.
         """
-        if self.held_out_texts is not None:
-            return b"".join(self.held_out_texts)
-        if self.tokenizer is None:
-            raise DataError("data.tokenizer='none': tokens without a tokenizer have no text")
-        decode = self.tokenizer.decode
-        return "".join(decode(tokens) for tokens in _whole_documents(self.held_out)).encode()
+        return b"".join(self.held_out_documents())
 
 
 def _whole_documents(documents: Documents) -> Iterator[np.ndarray]:
@@ -146,8 +155,14 @@ def load_corpus(
             f" {'no' if held_out.all() else 'all'} documents of {held_out.size} for training;"
             " each side needs at least one"
         )
+    train: Documents = DocumentSubset(documents, np.flatnonzero(~held_out))
+    if config.long_context.num_documents:
+        assert texts is not None  # the configuration is checked
+        assert tokenizer is not None
+        told = [texts[i].decode() for i in np.flatnonzero(~held_out)]
+        train = with_tasks(config, train, tokenizer, told)
     corpus = Corpus(
-        train=DocumentSubset(documents, np.flatnonzero(~held_out)),
+        train=train,
         held_out=DocumentSubset(documents, np.flatnonzero(held_out)),
         end_of_text_id=end_of_text_id,
         tokenizer=tokenizer,

@@ -1,0 +1,31 @@
+"""In-context learning: demonstrations of a fresh random mapping from symbols to labels."""
+
+import string
+
+from umv2.evaluation.long_context.examples import Brief, Document, Question
+
+_SYMBOLS = string.ascii_lowercase
+_LABELS = string.digits[:4]
+_SHOTS = 3  # demonstrations of a symbol before it is asked, on average
+_QUESTIONS = 0.25
+
+
+def write(brief: Brief) -> Document:
+    """Writes (symbol, label) lines, then asks symbols that were shown; every mapping is new.
+
+    Chance: a guess among the labels.
+    """
+    document = Document()
+    line = brief.size("a=") + brief.size("0") + brief.size("\n")
+    num_lines = max(4, brief.length // line)
+    num_questions = min(max(1, int(num_lines * _QUESTIONS)), len(_SYMBOLS))
+    shown = num_lines - num_questions
+    symbols = brief.sample(_SYMBOLS, max(2, min(len(_SYMBOLS), shown // _SHOTS)))
+    labels = {symbol: brief.pick(_LABELS) for symbol in symbols}
+    evidence = {}
+    for _ in range(shown):
+        symbol = brief.pick(symbols)
+        evidence[symbol] = document.add(f"{symbol}={labels[symbol]}\n")
+    for symbol in brief.sample(list(evidence), num_questions):
+        document.add(Question(f"{symbol}=", labels[symbol], evidence[symbol], 1 / len(_LABELS)))
+    return document

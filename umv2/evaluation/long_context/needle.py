@@ -1,0 +1,24 @@
+"""Needle in a haystack: one sentence that is out of place in long real text."""
+
+from umv2.evaluation.long_context.examples import Brief, Document, Question
+
+_CODES = tuple(f"{number:02d}" for number in range(100))
+
+
+def write(brief: Brief) -> Document:
+    """Hides a sentence with a two-digit code at any depth, and asks for the code.
+
+    Chance: a guess among the codes.
+    """
+    document = Document()
+    code = brief.pick(_CODES)
+    sentence, prompt = f"The magic number is {code}.\n", "Recall: the magic number is "
+    rest = brief.length - sum(brief.size(text) for text in (sentence, prompt, code, "\n"))
+    before = int(max(0, rest) * brief.rng.random())
+    if before:
+        document.add(brief.filler(before))
+    place = document.add(sentence)
+    if rest > before:
+        document.add(brief.filler(rest - before))
+    document.add(Question(prompt, code, place, 1 / len(_CODES)))
+    return document

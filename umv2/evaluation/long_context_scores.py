@@ -1,0 +1,333 @@
+"""Answers of a model to the long-context suite: exact match and log-likelihood, with a picture.
+
+An answer is exact where each of its tokens is the likeliest after the true ones before it, which is
+what greedy decoding would write.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
+
+from umv2 import parallel
+from umv2.config import Config, LongContextConfig, ModelConfig
+from umv2.data.tokenizers import Tokenizer
+from umv2.evaluation.long_context import TASKS, Example, make_example
+from umv2.model.memory import ValueStore
+from umv2.training.state import merge_model, model_structure
+from umv2.types import struct
+
+_DEPTH_BINS = 5
+_NORMAL_95 = 1.959964
+
+
+@struct
+class _Questions:
+    """Examples of one length: scored tokens are [b, a] places of inputs and the targets there."""
+
+    inputs: Int[Any, "b t"]
+    places: Int[Any, "b a"]
+    targets: Int[Any, "b a"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One answer: `log_likelihood` in nats over all its `num_tokens`."""
+
+    task: str
+    length: int
+    example: int
+    depth: float
+    chance: float
+    exact: bool
+    log_likelihood: float
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Answers of one task at one length; the interval is Wilson's, over examples of unit weight."""
+
+    num_answers: int
+    accuracy: float
+    low: float
+    high: float
+    chance: float
+    nats_per_token: float
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> "Cell":
+        """Summarises answers; those of one example are not taken for independent."""
+        accuracy = float(np.mean([score.exact for score in scores]))
+        num_examples = len({score.example for score in scores})
+        low, high = wilson_interval(accuracy, num_examples)
+        tokens = sum(score.num_tokens for score in scores)
+        return cls(
+            num_answers=len(scores),
+            accuracy=accuracy,
+            low=low,
+            high=high,
+            chance=float(np.mean([score.chance for score in scores])),
+            nats_per_token=-sum(score.log_likelihood for score in scores) / tokens,
+        )
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share that was seen in `count` trials (Wilson 1927)."""
+    z = _NORMAL_95
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongContextReport:
+    """All answers of one checkpoint."""
+
+    step: int
+    trained_length: int
+    extrapolation: str
+    scores: tuple[Score, ...]
+
+    def cells(self) -> dict[tuple[str, int], Cell]:
+        """Returns the summary of each (task, length)."""
+        keys = sorted({(s.task, s.length) for s in self.scores}, key=_order)
+        return {key: Cell.of([s for s in self.scores if (s.task, s.length) == key]) for key in keys}
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        return {
+            "step": self.step,
+            "trained_length": self.trained_length,
+            "extrapolation": self.extrapolation,
+            "cells": [
+                {"task": task, "length": length} | dataclasses.asdict(cell)
+                for (task, length), cell in self.cells().items()
+            ],
+        }
+
+    def table(self) -> str:
+        """Returns accuracies in percent, with 95 % intervals, as lines of text."""
+        lines = [
+            f"long-context suite after step {self.step:,}: exact answers in %, 95 % interval;"
+            f" trained at {self.trained_length:,} tokens, beyond: {self.extrapolation}",
+            f"  {'task':<12} {'tokens':>7} {'exact':>6}  {'interval':>13} {'chance':>7}"
+            f" {'nats/token':>11} {'answers':>8}",
+        ]
+        for (task, length), cell in self.cells().items():
+            interval = f"{100 * cell.low:.1f} - {100 * cell.high:.1f}"
+            lines.append(
+                f"  {task:<12} {length:>7,} {100 * cell.accuracy:>6.1f}  {interval:>13}"
+                f" {100 * cell.chance:>7.1f} {cell.nats_per_token:>11.3f} {cell.num_answers:>8,}"
+            )
+        return "\n".join(lines)
+
+    def write(self, folder: Path, config: Config) -> None:
+        """Writes `long_context.jsonl`, an answer a line below a heading, and `long_context.png`."""
+        heading = {
+            "step": self.step,
+            "trained_length": self.trained_length,
+            "extrapolation": self.extrapolation,
+            "settings": dataclasses.asdict(config.evaluation.long_context),
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        }
+        records = [heading, *(dataclasses.asdict(score) for score in self.scores)]
+        lines = (json.dumps(record) for record in records)
+        (folder / "long_context.jsonl").write_text("\n".join(lines) + "\n")
+        draw_heat_maps(self.scores, folder / "long_context.png")
+
+
+def evaluate(
+    config: Config,
+    params: dict[str, Any],
+    buffers: dict[str, Any],
+    store: ValueStore | None,
+    *,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    mesh: Mesh,
+    step: int,
+) -> LongContextReport:
+    """Asks a model the questions of `config.evaluation.long_context`.
+
+    Args:
+      config: of the run.
+      params: of the model, on `mesh`, as is all of it.
+      buffers: of the model.
+      store: its value tables.
+      tokenizer: of the text.
+      texts: documents to cut filler from, which did not train.
+      mesh: the devices that divide the examples.
+      step: of the checkpoint, for the report.
+    """
+    settings = config.evaluation.long_context
+    scores: list[Score] = []
+    jobs = [(task, length) for length in settings.lengths for task in settings.tasks]
+    disable = None if logging.level_info() else True
+    with jax.set_mesh(mesh), tqdm(jobs, "long context", unit=" cells", disable=disable) as bar:
+        for task, length in bar:
+            bar.set_postfix_str(f"{task} {length}")
+            answer = _answerer(extrapolated(config, length))
+            examples = [
+                make_example(
+                    TASKS[task],
+                    "evaluation",
+                    settings.seed,
+                    index,
+                    length=length - 1,  # an end-of-text stands before it
+                    tokenizer=tokenizer,
+                    texts=texts,
+                )
+                for index in range(settings.num_examples)
+            ]
+            asked = functools.partial(answer, params, buffers, store)
+            scores += _scores(asked, examples, task, length, settings, tokenizer, mesh)
+    return LongContextReport(
+        step=step,
+        trained_length=config.data.sequence_length,
+        extrapolation=settings.extrapolation,
+        scores=tuple(scores),
+    )
+
+
+def extrapolated(config: Config, length: int) -> ModelConfig:
+    """Returns the model as it reads sequences of a length, which may be beyond the trained one."""
+    model, trained = config.model, config.data.sequence_length
+    how = config.evaluation.long_context.extrapolation
+    if length <= trained or how == "none":
+        return model
+    if how == "window":
+        return dataclasses.replace(model, attention_window=trained)
+    return dataclasses.replace(model, rope_scaling=how, rope_scale=length / trained)
+
+
+@functools.lru_cache(maxsize=16)  # one for each length, whatever the task
+def _answerer(
+    model_config: ModelConfig,
+) -> Callable[..., tuple[Bool[Array, "b a"], Float[Array, "b a"]]]:
+    """Returns the compiled (params, buffers, store, questions) -> (exact, log-likelihood)."""
+    graphdef = model_structure(model_config)
+
+    @jax.jit
+    def answer(
+        params: dict[str, Any],
+        buffers: dict[str, Any],
+        store: ValueStore | None,
+        questions: _Questions,
+    ) -> tuple[Bool[Array, "b a"], Float[Array, "b a"]]:
+        model = merge_model(graphdef, params, buffers)
+        output = model(questions.inputs, store=store, logits_at=questions.places)
+
+        def compare(logits: Array, targets: Array) -> tuple[Array, Array]:
+            right = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+            likelihood = right - jax.nn.logsumexp(logits, axis=-1)
+            return jnp.argmax(logits, axis=-1) == targets, likelihood
+
+        logits = parallel.rows_whole(output.logits)
+        like = parallel.spec(questions.targets)
+        return parallel.map_per_device(compare, logits, questions.targets, out_specs=(like, like))
+
+    return answer
+
+
+def _scores(
+    answer: Callable[[_Questions], tuple[Array, Array]],
+    examples: Sequence[Example],
+    task: str,
+    length: int,
+    settings: LongContextConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+) -> Iterator[Score]:
+    shares = parallel.num_shares(mesh.shape)
+    batch_size = -(-max(1, settings.batch_tokens // length) // shares) * shares
+    most = max(sum(a.stop - a.start for a in example.answers) for example in examples)
+    for first in range(0, len(examples), batch_size):
+        group = examples[first : first + batch_size]
+        questions = _questions(group, batch_size, length, most, tokenizer.end_of_text_id)
+        rows = list(parallel.local_rows(mesh, batch_size))
+        local = jax.tree.map(lambda array, rows=rows: array[rows], questions)
+        answers = answer(parallel.local_to_global(mesh, local))
+        exact, likelihood = (parallel.on_every_process(mesh, x) for x in answers)
+        for row, example in enumerate(group):
+            column = 0
+            for one in example.answers:
+                tokens = slice(column, column := column + one.stop - one.start)
+                yield Score(
+                    task=task,
+                    length=length,
+                    example=first + row,
+                    depth=one.depth,
+                    chance=one.chance,
+                    exact=bool(exact[row, tokens].all()),
+                    log_likelihood=float(likelihood[row, tokens].sum()),
+                    num_tokens=one.stop - one.start,
+                )
+
+
+def _questions(
+    examples: Sequence[Example], num_rows: int, length: int, most: int, end_of_text_id: int
+) -> _Questions:
+    """Lines examples up, an end-of-text before each as in training; what is padding is not read."""
+    inputs = np.full((num_rows, length), end_of_text_id, np.int32)
+    places, targets = (np.zeros((num_rows, most), np.int32) for _ in range(2))
+    for row, example in enumerate(examples):
+        inputs[row, 1 : 1 + len(example.tokens)] = example.tokens
+        at = np.concatenate([np.arange(a.start, a.stop) for a in example.answers])
+        # The token at `at` of the document is predicted where the one before it is read.
+        places[row, : len(at)], targets[row, : len(at)] = at, example.tokens[at]
+    return _Questions(inputs=inputs, places=places, targets=targets)
+
+
+def draw_heat_maps(scores: Sequence[Score], image: Path) -> None:
+    """Draws for each task how many answers are exact, by length and by depth of the evidence."""
+    from matplotlib.figure import Figure
+
+    tasks = sorted({s.task for s in scores}, key=list(TASKS).index)
+    lengths = sorted({s.length for s in scores})
+    figure = Figure(figsize=(2.3 * len(tasks) + 1, 3.2), layout="constrained")
+    every = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    picture = None
+    for axes, task in zip(every, tasks, strict=True):
+        shares = np.full((_DEPTH_BINS, len(lengths)), np.nan)
+        for column, length in enumerate(lengths):
+            for depth in range(_DEPTH_BINS):
+                inside = [
+                    s.exact
+                    for s in scores
+                    if (s.task, s.length) == (task, length)
+                    and min(int(s.depth * _DEPTH_BINS), _DEPTH_BINS - 1) == depth
+                ]
+                if inside:
+                    shares[depth, column] = 100 * np.mean(inside)
+                    axes.text(column, depth, f"{shares[depth, column]:.0f}", ha="center", size=8)
+        picture = axes.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        chance = 100 * np.mean([s.chance for s in scores if s.task == task])
+        axes.set_title(f"{task}\nchance {chance:.0f} %", fontsize=10)
+        axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
+    edges = [
+        f"{100 * i // _DEPTH_BINS}-{100 * (i + 1) // _DEPTH_BINS} %" for i in range(_DEPTH_BINS)
+    ]
+    every[0].set_yticks(range(_DEPTH_BINS), edges)
+    every[0].set_ylabel("depth of the evidence")
+    figure.supxlabel("length, tokens", fontsize=10)
+    if picture is not None:
+        figure.colorbar(picture, ax=list(every), label="exact answers, %", shrink=0.9)
+    figure.savefig(image, dpi=120)
+
+
+def _order(key: tuple[str, int]) -> tuple[int, int]:
+    return list(TASKS).index(key[0]), key[1]
