@@ -47,6 +47,15 @@ _SUITE = flags.DEFINE_list(
     "Questions to ask in place of the held-out text (evaluate): long_context, or tasks of"
     " lm-evaluation-harness, such as arc_easy,hellaswag.",
 )
+_NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "Examples before each question (--suite of the harness).", 0
+)
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "Questions of each task (--suite of the harness); default: all.", 1
+)
+_INCLUDE_PATH = flags.DEFINE_string(
+    "include_path", None, "Folder of local task files (--suite of the harness)."
+)
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue (generate).")
 _JSON = flags.DEFINE_bool(
     "json", False, "Print JSON instead of text (inspect, evaluate, cost, plan)."
@@ -132,7 +141,14 @@ def _evaluate(config: Config | None) -> Any:
         return modes.evaluate_long_context(config, _workdir())
     if "long_context" in _SUITE.value:
         raise ConfigError(f"--suite={','.join(_SUITE.value)}: long_context stands alone")
-    raise ConfigError("not yet")
+    return modes.evaluate_downstream(
+        config,
+        _workdir(),
+        _SUITE.value,
+        num_fewshot=_NUM_FEWSHOT.value,
+        limit=_LIMIT.value,
+        include_path=Path(_INCLUDE_PATH.value) if _INCLUDE_PATH.value else None,
+    )
 
 
 def _check_no_arguments(argv: list[str]) -> None:

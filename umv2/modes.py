@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +17,8 @@ from umv2.cost import report as cost_report
 from umv2.cost import search as plan_search
 from umv2.data import pipeline, tokenizers
 from umv2.data import prepare as data_preparation
-from umv2.evaluation import long_context_scores, perplexity, report
+from umv2.evaluation import downstream, long_context_scores, perplexity, report
+from umv2.evaluation.answers import Respondent
 from umv2.inference.decode import Generator
 from umv2.interop import runs
 from umv2.training import checkpoint, inspection
@@ -74,16 +75,62 @@ def evaluate_long_context(
     assert corpus.tokenizer is not None
     found = long_context_scores.evaluate(
         config,
-        restored.params,
-        restored.buffers,
-        restored.store,
+        Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
         tokenizer=corpus.tokenizer,
         texts=[text.decode() for text in corpus.held_out_documents()],
-        mesh=mesh,
         step=restored.step,
     )
     if jax.process_index() == 0:
         found.write(workdir, config)
+    return found
+
+
+def evaluate_downstream(
+    config: Config | None,
+    workdir: Path,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: Path | None,
+) -> downstream.DownstreamReport:
+    """Runs tasks of lm-evaluation-harness; process 0 writes `downstream.json`.
+
+    Raises:
+      ConfigError: a configuration that is not the run's, or a run without a tokenizer.
+      UserError: the harness is not installed, a task is unknown, or its data cannot be had.
+      CheckpointError: there is no checkpoint that can be read.
+    """
+    downstream.require_harness()
+    from umv2.evaluation import harness
+
+    run = _run_config(config, workdir)
+    tokenizer = _tokenizer(run, "lm-evaluation-harness")
+    config, mesh, restored = _restored(run, workdir)
+    with jax.set_mesh(mesh):
+        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    found = harness.run(
+        harness.HarnessModel(
+            Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
+            Generator(
+                model,
+                restored.store,
+                tokenizer=tokenizer,
+                config=config.generate,
+                mesh=mesh if mesh.size > 1 else None,
+            ),
+            tokenizer,
+            max_length=config.data.sequence_length,
+            batch_size=config.evaluation.batch_size,
+        ),
+        tasks,
+        step=restored.step,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        include_path=include_path,
+    )
+    if jax.process_index() == 0:
+        found.write(workdir)
     return found
 
 

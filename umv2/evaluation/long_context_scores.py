@@ -5,41 +5,24 @@ what greedy decoding would write.
 """
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from umv2 import parallel
 from umv2.config import Config, LongContextConfig, ModelConfig
 from umv2.data.tokenizers import Tokenizer
+from umv2.evaluation.answers import Questions, Respondent
 from umv2.evaluation.long_context import TASKS, Example, make_example
-from umv2.model.memory import ValueStore
-from umv2.training.state import merge_model, model_structure
-from umv2.types import struct
 
 _DEPTH_BINS = 5
 _NORMAL_95 = 1.959964
-
-
-@struct
-class _Questions:
-    """Examples of one length: scored tokens are [b, a] places of inputs and the targets there."""
-
-    inputs: Int[Any, "b t"]
-    places: Int[Any, "b a"]
-    targets: Int[Any, "b a"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,35 +135,28 @@ class LongContextReport:
 
 def evaluate(
     config: Config,
-    params: dict[str, Any],
-    buffers: dict[str, Any],
-    store: ValueStore | None,
+    respondent: Respondent,
     *,
     tokenizer: Tokenizer,
     texts: Sequence[str],
-    mesh: Mesh,
     step: int,
 ) -> LongContextReport:
     """Asks a model the questions of `config.evaluation.long_context`.
 
     Args:
       config: of the run.
-      params: of the model, on `mesh`, as is all of it.
-      buffers: of the model.
-      store: its value tables.
+      respondent: the model.
       tokenizer: of the text.
       texts: documents to cut filler from, which did not train.
-      mesh: the devices that divide the examples.
       step: of the checkpoint, for the report.
     """
     settings = config.evaluation.long_context
     scores: list[Score] = []
     jobs = [(task, length) for length in settings.lengths for task in settings.tasks]
     disable = None if logging.level_info() else True
-    with jax.set_mesh(mesh), tqdm(jobs, "long context", unit=" cells", disable=disable) as bar:
+    with tqdm(jobs, "long context", unit=" cells", disable=disable) as bar:
         for task, length in bar:
             bar.set_postfix_str(f"{task} {length}")
-            answer = _answerer(extrapolated(config, length))
             examples = [
                 make_example(
                     TASKS[task],
@@ -193,8 +169,15 @@ def evaluate(
                 )
                 for index in range(settings.num_examples)
             ]
-            asked = functools.partial(answer, params, buffers, store)
-            scores += _scores(asked, examples, task, length, settings, tokenizer, mesh)
+            scores += _scores(
+                respondent,
+                extrapolated(config, length),
+                examples,
+                task,
+                length,
+                settings,
+                tokenizer.end_of_text_id,
+            )
     return LongContextReport(
         step=step,
         trained_length=config.data.sequence_length,
@@ -214,54 +197,34 @@ def extrapolated(config: Config, length: int) -> ModelConfig:
     return dataclasses.replace(model, rope_scaling=how, rope_scale=length / trained)
 
 
-@functools.lru_cache(maxsize=16)  # one for each length, whatever the task
-def _answerer(
-    model_config: ModelConfig,
-) -> Callable[..., tuple[Bool[Array, "b a"], Float[Array, "b a"]]]:
-    """Returns the compiled (params, buffers, store, questions) -> (exact, log-likelihood)."""
-    graphdef = model_structure(model_config)
-
-    @jax.jit
-    def answer(
-        params: dict[str, Any],
-        buffers: dict[str, Any],
-        store: ValueStore | None,
-        questions: _Questions,
-    ) -> tuple[Bool[Array, "b a"], Float[Array, "b a"]]:
-        model = merge_model(graphdef, params, buffers)
-        output = model(questions.inputs, store=store, logits_at=questions.places)
-
-        def compare(logits: Array, targets: Array) -> tuple[Array, Array]:
-            right = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
-            likelihood = right - jax.nn.logsumexp(logits, axis=-1)
-            return jnp.argmax(logits, axis=-1) == targets, likelihood
-
-        logits = parallel.rows_whole(output.logits)
-        like = parallel.spec(questions.targets)
-        return parallel.map_per_device(compare, logits, questions.targets, out_specs=(like, like))
-
-    return answer
-
-
 def _scores(
-    answer: Callable[[_Questions], tuple[Array, Array]],
+    respondent: Respondent,
+    model_config: ModelConfig,
     examples: Sequence[Example],
     task: str,
     length: int,
     settings: LongContextConfig,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
+    end_of_text_id: int,
 ) -> Iterator[Score]:
-    shares = parallel.num_shares(mesh.shape)
-    batch_size = -(-max(1, settings.batch_tokens // length) // shares) * shares
-    most = max(sum(a.stop - a.start for a in example.answers) for example in examples)
+    """Answers the questions of one task and length, so many examples at a time as are allowed."""
+    batch_size = respondent.rows_that_divide(max(1, settings.batch_tokens // length))
+    asked = [[place for a in e.answers for place in range(a.start, a.stop)] for e in examples]
     for first in range(0, len(examples), batch_size):
         group = examples[first : first + batch_size]
-        questions = _questions(group, batch_size, length, most, tokenizer.end_of_text_id)
-        rows = list(parallel.local_rows(mesh, batch_size))
-        local = jax.tree.map(lambda array, rows=rows: array[rows], questions)
-        answers = answer(parallel.local_to_global(mesh, local))
-        exact, likelihood = (parallel.on_every_process(mesh, x) for x in answers)
+        # An end-of-text stands before a document as in training, so the token at a place of the
+        # document is predicted at the same place of the input.
+        rows = [
+            ([end_of_text_id, *example.tokens], places, example.tokens[places].tolist())
+            for example, places in zip(group, asked[first : first + batch_size], strict=True)
+        ]
+        questions = Questions.lined_up(
+            rows,
+            num_rows=batch_size,
+            length=length,
+            num_targets=max(map(len, asked)),
+            fill=end_of_text_id,
+        )
+        exact, likelihood = respondent.answer(questions, model_config)
         for row, example in enumerate(group):
             column = 0
             for one in example.answers:
@@ -276,20 +239,6 @@ def _scores(
                     log_likelihood=float(likelihood[row, tokens].sum()),
                     num_tokens=one.stop - one.start,
                 )
-
-
-def _questions(
-    examples: Sequence[Example], num_rows: int, length: int, most: int, end_of_text_id: int
-) -> _Questions:
-    """Lines examples up, an end-of-text before each as in training; what is padding is not read."""
-    inputs = np.full((num_rows, length), end_of_text_id, np.int32)
-    places, targets = (np.zeros((num_rows, most), np.int32) for _ in range(2))
-    for row, example in enumerate(examples):
-        inputs[row, 1 : 1 + len(example.tokens)] = example.tokens
-        at = np.concatenate([np.arange(a.start, a.stop) for a in example.answers])
-        # The token at `at` of the document is predicted where the one before it is read.
-        places[row, : len(at)], targets[row, : len(at)] = at, example.tokens[at]
-    return _Questions(inputs=inputs, places=places, targets=targets)
 
 
 def draw_heat_maps(scores: Sequence[Score], image: Path) -> None:

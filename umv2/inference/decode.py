@@ -141,8 +141,10 @@ class Generator:
 
     def generate_ids(self, prompt: Int[np.ndarray, " t"]) -> Iterator[int]:
         """Yields the ids that continue a prompt: `max_new_tokens`, or those before end-of-text."""
-        for tokens in self._steps([prompt], self._config.max_new_tokens):
-            if (token := int(tokens[0])) == self._tokenizer.end_of_text_id:
+        end_of_text_id = self._tokenizer.end_of_text_id
+        known = [end_of_text_id, *prompt.tolist()]
+        for tokens in self._steps([known], self._config.max_new_tokens, self._sampling):
+            if (token := int(tokens[0])) == end_of_text_id:
                 return
             yield token
 
@@ -160,15 +162,38 @@ class Generator:
           max_new_tokens: at most so many each; None: as configured.
           stop: strings that end a text and are left out; None: as configured.
         """
-        if not prompts:
+        end_of_text_id = self._tokenizer.end_of_text_id
+        encoded = [self._tokenizer.encode(prompt).tolist() for prompt in prompts]
+        return self.complete(
+            [[end_of_text_id, *ids] for ids in encoded],
+            max_new_tokens=self._config.max_new_tokens
+            if max_new_tokens is None
+            else max_new_tokens,
+            stop=self._config.stop if stop is None else stop,
+        )
+
+    def complete(
+        self,
+        contexts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """Does the same for contexts in ids, taken as they are: of one id or more each.
+
+        Args:
+          contexts: what is continued.
+          max_new_tokens: at most so many each.
+          stop: strings that end a text and are left out.
+          sampling: how ids are drawn; None: as configured.
+        """
+        if not contexts:
             return []
-        encoded = [self._tokenizer.encode(prompt) for prompt in prompts]
-        limit = self._config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        ends = self._config.stop if stop is None else tuple(stop)
-        streams = [TextStream(self._tokenizer, ids.tolist(), ends) for ids in encoded]
-        texts = [""] * len(prompts)
-        running = set(range(len(prompts)))
-        for tokens in self._steps(encoded, limit):
+        streams = [TextStream(self._tokenizer, ids, stop) for ids in contexts]
+        texts = [""] * len(contexts)
+        running = set(range(len(contexts)))
+        for tokens in self._steps(contexts, max_new_tokens, sampling or self._sampling):
             for row in tuple(running):
                 if (token := int(tokens[row])) == self._tokenizer.end_of_text_id:
                     running.discard(row)
@@ -181,15 +206,14 @@ class Generator:
         return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
     def _steps(
-        self, prompts: Sequence[Int[np.ndarray, "_"]], count: int
+        self, known: Sequence[Sequence[int]], count: int, sampling: Sampling
     ) -> Iterator[Int[np.ndarray, "_"]]:
         """Yields `count` times the ids that follow; the device is a step ahead of who reads them.
 
-        Rows beyond the prompts are padding.
+        Rows beyond those that are known are padding.
         """
-        # The last token of a prompt is the first to decode: prefill needs no logits.
+        # The last token that is known is the first to decode: prefill needs no logits.
         end_of_text_id = self._tokenizer.end_of_text_id
-        known = [[end_of_text_id, *prompt.tolist()] for prompt in prompts]
         lengths = [len(ids) - 1 for ids in known]
         shares = 1 if self._mesh is None else parallel.num_shares(self._mesh.shape)
         num_rows = -(-_power_of_two(len(known)) // shares) * shares
@@ -208,7 +232,7 @@ class Generator:
         for _ in range(count):
             with self._on_mesh():
                 tokens, positions, cache = decode(
-                    self._served, cache, tokens, positions, key, sampling=self._sampling
+                    self._served, cache, tokens, positions, key, sampling=sampling
                 )
             if waiting is not None:
                 yield np.asarray(waiting)

@@ -1,0 +1,193 @@
+"""Our adapter to lm-evaluation-harness against its own Hugging Face backend, on one tiny OLMoE.
+
+    python -m experiments.harness_equality
+
+Makes a random OLMoE with transformers, imports it, and lets both answer the same requests: choices,
+whole texts and greedy generation. Needs the extra `eval`, torch, transformers and accelerate.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from configs import tiny
+
+TASKS = ("umv2_choices", "umv2_texts", "umv2_prompts")
+TASK_FILES = "tests/evaluation/tasks"
+_TOKENIZER = "experiments/bpe_2048.json"
+_MAX_LENGTH = 128
+
+_OUTPUT = flags.DEFINE_string(
+    "equality_output", "experiments/results/harness/equality.jsonl", "File of the result."
+)
+
+
+def write_olmoe(folder: Path) -> None:
+    """Writes a random OLMoE whose predictions vary, with a tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=_TOKENIZER, eos_token="<|endoftext|>"
+    )
+    config = transformers.OlmoeConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=_MAX_LENGTH,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = transformers.OlmoeForCausalLM(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(25 if "embed" in name else 6)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def ours(folder: Path, workdir: Path) -> Any:
+    """Imports the model into a run, and returns it as the harness wants it."""
+    import jax
+
+    from umv2 import modes, parallel
+    from umv2.config import from_config_dict
+    from umv2.data import tokenizers
+    from umv2.evaluation import harness
+    from umv2.evaluation.answers import Respondent
+    from umv2.inference.decode import Generator
+    from umv2.training import checkpoint
+    from umv2.training.state import merge_model, model_structure
+
+    values = tiny.get_config("moe")
+    values.data.tokenizer = _TOKENIZER
+    values.data.sequence_length = _MAX_LENGTH
+    values.mesh.replica = 1
+    modes.import_model(folder, workdir, from_config_dict(values))
+    config = from_config_dict(checkpoint.saved_config(workdir / "checkpoints"))
+    mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
+    with jax.set_mesh(mesh):
+        restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
+        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    tokenizer = tokenizers.load_tokenizer(_TOKENIZER)
+    assert tokenizer is not None
+    generator = Generator(model, restored.store, tokenizer=tokenizer, config=config.generate)
+    return harness.HarnessModel(
+        Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
+        generator,
+        tokenizer,
+        max_length=_MAX_LENGTH,
+        batch_size=8,
+    )
+
+
+def hugging_face(folder: Path) -> Any:
+    """Returns the same model in the harness's own backend."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=str(folder),
+        tokenizer=str(folder),
+        device="cpu",
+        dtype="float32",
+        max_length=_MAX_LENGTH,
+        batch_size=4,
+    )
+
+
+def answers(model: Any) -> dict[str, dict[str, Any]]:
+    """Returns each task's figures, and the answer to each of its requests."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=TASK_FILES),
+        bootstrap_iters=0,
+    )
+    assert found is not None
+    return {
+        task: {
+            "figures": {
+                name: value
+                for name, value in found["results"][task].items()
+                if "," in name and "stderr" not in name
+            },
+            "answers": [sample["resps"] for sample in found["samples"][task]],
+        }
+        for task in TASKS
+    }
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns, for each task, both sides' figures and the greatest difference of an answer."""
+    records = []
+    for task in TASKS:
+        pairs = list(zip(_flat(ours[task]["answers"]), _flat(theirs[task]["answers"]), strict=True))
+        numbers = [(a, b) for a, b in pairs if isinstance(b, float)]
+        others = [(a, b) for a, b in pairs if not isinstance(b, float)]
+        records.append(
+            {
+                "task": task,
+                "ours": ours[task]["figures"],
+                "hugging_face": theirs[task]["figures"],
+                "requests": sum(map(len, ours[task]["answers"])),
+                "greatest_difference_nats": max((abs(a - b) for a, b in numbers), default=0.0),
+                "least_log_likelihood": min((b for _, b in numbers), default=0.0),
+                "texts_and_flags": len(others),
+                "unequal_texts_and_flags": sum(a != b for a, b in others),
+                "different_texts": len({b for _, b in others}),
+            }
+        )
+    return records
+
+
+def _flat(nested: Any) -> list[Any]:
+    if isinstance(nested, list | tuple):
+        return [leaf for part in nested for leaf in _flat(part)]
+    return [nested]
+
+
+def run(folder: Path) -> list[dict[str, Any]]:
+    """Makes the model below a folder and compares the two."""
+    write_olmoe(folder / "olmoe")
+    mine = answers(ours(folder / "olmoe", folder / "run"))
+    return compare(mine, answers(hugging_face(folder / "olmoe")))
+
+
+def main(_: list[str]) -> None:
+    """Compares, prints, and writes a line a task."""
+    import importlib.metadata
+
+    with tempfile.TemporaryDirectory() as folder:
+        records = run(Path(folder))
+    packages = ("jax", "lm_eval", "torch", "transformers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    for record in records:
+        print(f"{record['task']}: {record['requests']} requests")
+        for side in ("ours", "hugging_face"):
+            figures = ", ".join(f"{name} {value:.6g}" for name, value in record[side].items())
+            print(f"  {side:<13} {figures}")
+        print(
+            f"  log-likelihoods differ by at most {record['greatest_difference_nats']:.2e} nats,"
+            f" {record['unequal_texts_and_flags']} of {record['texts_and_flags']} texts and flags"
+        )
+    path = Path(_OUTPUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r | {"versions": versions}) + "\n" for r in records))
+
+
+if __name__ == "__main__":
+    app.run(main)
