@@ -206,12 +206,12 @@ class Transformer(nnx.Module):
         if logits_at is not None:
             x = parallel.columns(x, logits_at)
         head = self.embedding if config.tie_embeddings else self.head
-        logits = jnp.einsum(
-            "btd,vd->btv",
-            x,
-            parallel.gathered(head[...].astype(dtype)),
-            preferred_element_type=layers.accumulation_dtype(dtype),
-        )
+
+        def predict(x: Array, head: Array) -> Array:
+            accumulated = layers.accumulation_dtype(dtype)
+            return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=accumulated)
+
+        logits = layers.with_enough_rows(predict, x, parallel.gathered(head[...].astype(dtype)))
         return ModelOutput(
             logits=logits,
             stats=ModelStats(

@@ -16,7 +16,7 @@ def write(brief: Brief) -> Document:
     Chance: a guess among the labels.
     """
     document = Document()
-    line = brief.size("a=") + brief.size("0") + brief.size("\n")
+    line = brief.size("a ") + brief.size("0") + brief.size("\n")
     num_lines = max(4, brief.length // line)
     num_questions = min(max(1, int(num_lines * _QUESTIONS)), len(_SYMBOLS))
     shown = num_lines - num_questions
@@ -25,7 +25,7 @@ def write(brief: Brief) -> Document:
     evidence = {}
     for _ in range(shown):
         symbol = brief.pick(symbols)
-        evidence[symbol] = document.add(f"{symbol}={labels[symbol]}\n")
+        evidence[symbol] = document.add(f"{symbol} {labels[symbol]}\n")
     for symbol in brief.sample(list(evidence), num_questions):
-        document.add(Question(f"{symbol}=", labels[symbol], evidence[symbol], 1 / len(_LABELS)))
+        document.add(Question(f"{symbol} ", labels[symbol], evidence[symbol], 1 / len(_LABELS)))
     return document

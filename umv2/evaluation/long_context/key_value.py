@@ -3,7 +3,7 @@
 from umv2.evaluation.long_context.examples import SYMBOLS, Brief, Document, Question, names
 
 # Of the length, what questions take at most.
-_QUESTIONS = 0.4
+_QUESTIONS = 0.5
 
 
 def write(brief: Brief) -> Document:
@@ -12,7 +12,7 @@ def write(brief: Brief) -> Document:
     Chance: a guess among the values of all pairs.
     """
     document = Document()
-    line, question = brief.size('{"a":"b"}\n'), brief.size("a:") + brief.size("b") + 1
+    line, question = brief.size('{"a":"b"}\n'), brief.size('{"a":"') + brief.size("b") + 1
     count = max(2, int(brief.length * (1 - _QUESTIONS)) // line)
     keys = names(count)
     line += brief.size(keys[0]) - brief.size("a")
@@ -26,5 +26,5 @@ def write(brief: Brief) -> Document:
     asked = max(1, min(count, (brief.length - count * line) // question))
     for number in brief.sample(range(count), asked):
         chance = values.count(values[number]) / count
-        document.add(Question(f"{chosen[number]}:", values[number], places[number], chance))
+        document.add(Question(f'{{"{chosen[number]}":"', values[number], places[number], chance))
     return document
