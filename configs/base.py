@@ -113,6 +113,9 @@ def get_config() -> ConfigDict:
     long_context.num_documents = 0
     # Share of text in the tokens that train: where there is more, whole documents are left out.
     long_context.text_fraction = 0.25
+    # Of all their tokens but answers in the loss, where answers and text have 1: what is random in
+    # a context cannot be learned, and drowns what can.
+    long_context.context_weight = 1.0
     long_context.seed = 0  # of these documents
     data.mask_across_documents = True  # False: attention may cross documents of one sequence
     data.num_workers = 0  # processes that build batches; 0: threads of this one

@@ -58,7 +58,9 @@ def test_the_base_configuration_is_valid() -> None:
 OUT_OF_RANGE = {
     "must be >= 1": (
         0,
-        "model.memory.num_keys model.memory.key_dim model.memory.tucker_rank"
+        "model.rope_scale evaluation.long_context.num_examples"
+        " evaluation.long_context.batch_tokens"
+        " model.memory.num_keys model.memory.key_dim model.memory.tucker_rank"
         " model.memory.num_cores model.memory.num_heads model.memory.top_m model.memory.shortlist"
         " model.memory.key_expansion model.memory.value_dim model.memory.share_group"
         " model.vocab_size model.hidden_size model.num_layers model.num_heads"
@@ -71,7 +73,9 @@ OUT_OF_RANGE = {
     ),
     "must be >= 0": (
         -1,
-        "seed model.ffn_size model.memory.pre_value_dim model.memory.chunk_tokens"
+        "seed model.attention_window data.long_context.num_documents data.long_context.seed"
+        " evaluation.long_context.seed model.ffn_size"
+        " model.memory.pre_value_dim model.memory.chunk_tokens"
         " data.num_workers data.seed"
         " optimizer.warmup_steps optimizer.decay_start_step optimizer.weight_decay.embeddings"
         " optimizer.weight_decay.norms optimizer.weight_decay.matrices"
@@ -87,11 +91,16 @@ OUT_OF_RANGE = {
         " optimizer.values_final_multiplier",
     ),
     "must be > 1": (1.0, "model.rope_theta"),
-    "must be >= 1 ": (0.5, "model.rope_scale"),
     "must be >= 2": (1, "data.sequence_length"),
     "must be > 0 and < 1": (1.0, "data.held_out_fraction"),
-    "must be >= 0 and <= 1": (1.01, "optimizer.final_fraction"),
-    "must be >= 0 and < 1": (1.0, "optimizer.beta1 optimizer.beta2"),
+    "must be >= 0 and <= 1": (
+        1.01,
+        "optimizer.final_fraction data.long_context.context_weight",
+    ),
+    "must be >= 0 and < 1": (
+        1.0,
+        "optimizer.beta1 optimizer.beta2 data.long_context.text_fraction",
+    ),
     "must be > 0 and <= 1": (0.0, "optimizer.values_decay_fraction generate.top_p"),
 }
 
@@ -147,6 +156,29 @@ CONTRADICTIONS = [
     (
         {MEMORY + "projection": "none"},
         "projection='none': .* value_dim = 48 must be model.hidden_size = 256",
+    ),
+    (
+        {"model.rope_scale": 2.0},
+        r"model\.rope_scale=2\.0: must be 1 where rope_scaling is 'none'",
+    ),
+    ({"generate.stop": ("",)}, "generate.stop=.*no string may be empty"),
+    (
+        {"evaluation.long_context.lengths": (32,)},
+        "evaluation.long_context.lengths=.*each >= 64",
+    ),
+    ({"evaluation.long_context.tasks": ()}, "evaluation.long_context.tasks=.*must name tasks"),
+    (
+        {"data.long_context.num_documents": 1},
+        r"data.long_context.tasks=\(\): must name tasks, as num_documents = 1",
+    ),
+    (
+        {
+            "data.long_context.num_documents": 1,
+            "data.long_context.tasks": ("needle",),
+            "data.source": "hugging_face",
+            "data.hugging_face_name": "x",
+        },
+        "data.long_context.num_documents=1: mixes documents with text",
     ),
     ({"model.ffn_size": 0}, "model.ffn_size=0: must be >= 1 in family 'memory'"),
     ({"model.family": "dense", "model.ffn_size": 0}, "model.ffn_size=0: must be >= 1"),

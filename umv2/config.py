@@ -59,6 +59,7 @@ class LongContextDataConfig:
     tasks: tuple[LongContextTask, ...]
     num_documents: Natural
     text_fraction: Annotated[float, Interval(0, 1, includes_high=False)]
+    context_weight: Annotated[float, Interval(0, 1)]
     seed: Natural
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umv2.config import DataConfig
+from umv2.config import DataConfig, LongContextDataConfig
 from umv2.data.documents import InMemoryDocuments
 from umv2.data.pipeline import Corpus
 
@@ -27,6 +27,7 @@ def config() -> DataConfig:
         end_of_text_id=-1,
         sequence_length=4,
         held_out_fraction=0.5,
+        long_context=LongContextDataConfig((), 0, 0.25, 1.0, 0),
         mask_across_documents=True,
         num_workers=0,
         prefetch_batches=2,

@@ -11,7 +11,7 @@ from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umv2.config import DataConfig
+from umv2.config import DataConfig, LongContextDataConfig
 from umv2.data.documents import Documents, InMemoryDocuments
 from umv2.data.pipeline import Corpus, held_out_batches, load_corpus, train_batches
 from umv2.data.sources import DataError
@@ -122,6 +122,7 @@ def test_held_out_covers_each_token_once(
         *("text", (), "text", "uint16", "", "", "", "none", END),
         sequence_length=sequence_length,
         held_out_fraction=0.5,
+        long_context=LongContextDataConfig((), 0, 0.25, 1.0, 0),
         mask_across_documents=True,
         num_workers=0,
         prefetch_batches=1,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer, UInt64
+from jaxtyping import Float32, Int32, Int64, Integer, UInt64
 from tqdm import tqdm
 
 from umv2.data.sources import DataError, content_hashes
@@ -29,8 +29,20 @@ class Documents(Protocol):
     def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
         """Returns tokens [start, stop) of one document."""
 
+    def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
+        """Returns how much each of them counts in the loss."""
 
-class InMemoryDocuments:
+
+class EvenlyWeighted:
+    """Documents of which every token counts alike."""
+
+    def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
+        """Returns how much each token counts in the loss: 1."""
+        del index
+        return np.ones(stop - start, np.float32)
+
+
+class InMemoryDocuments(EvenlyWeighted):
     """Documents that lie one after another in one array."""
 
     def __init__(
@@ -38,17 +50,25 @@ class InMemoryDocuments:
         tokens: np.ndarray,
         lengths: Int64[np.ndarray, "n"],
         content_hashes: UInt64[np.ndarray, "n"],
+        weights: Float32[np.ndarray, "tokens"] | None = None,
     ) -> None:
-        """Takes the joined tokens (any integer type) and the length and hash of each document."""
+        """Takes joined tokens (any integer type), each document's length and hash, and weights."""
         self.lengths = lengths
         self.content_hashes = content_hashes
-        self._tokens = tokens
+        self._tokens, self._weights = tokens, weights
         self._starts = np.cumsum(lengths) - lengths
 
     def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
         """Returns tokens [start, stop) of one document."""
         first = self._starts[index]
         return self._tokens[first + start : first + stop].astype(np.int32)
+
+    def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
+        """Returns how much each of them counts in the loss: 1 unless weights were given."""
+        if self._weights is None:
+            return super().read_weights(index, start, stop)
+        first = self._starts[index]
+        return self._weights[first + start : first + stop]
 
 
 class DocumentSubset:
@@ -65,6 +85,10 @@ class DocumentSubset:
         """Returns tokens [start, stop) of one document."""
         return self._documents.read(int(self._indices[index]), start, stop)
 
+    def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
+        """Returns how much each of them counts in the loss."""
+        return self._documents.read_weights(int(self._indices[index]), start, stop)
+
 
 class JoinedDocuments:
     """Documents of several kinds, those of one after those of another."""
@@ -78,8 +102,17 @@ class JoinedDocuments:
 
     def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
         """Returns tokens [start, stop) of one document."""
+        part, place = self._find(index)
+        return part.read(place, start, stop)
+
+    def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
+        """Returns how much each of them counts in the loss."""
+        part, place = self._find(index)
+        return part.read_weights(place, start, stop)
+
+    def _find(self, index: int) -> tuple[Documents, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[part].read(index - int(self._starts[part]), start, stop)
+        return self._parts[part], index - int(self._starts[part])
 
 
 def little_endian(dtype: str) -> np.dtype:
@@ -100,7 +133,7 @@ def map_files[T](scan: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
         return list(tqdm(pool.map(scan, paths), "checking token files", len(paths), disable=None))
 
 
-class MemmapDocuments:
+class MemmapDocuments(EvenlyWeighted):
     """Documents of raw token files (OLMo, dolma), each ended by `end_of_text_id`.
 
     The files are memory-mapped little-endian integers, with or without the header of a real .npy.

@@ -14,14 +14,14 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 from absl import logging
 from grain.experimental import index_shuffle
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
 from umv2 import distributed
@@ -242,19 +242,35 @@ class PackedStream:
 
     def read(self, epoch: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
         """Returns the tokens at positions [start, stop) of an epoch."""
-        order, ends = self._layout(epoch)
         tokens = np.full(stop - start, self._end_of_text_id, np.int32)
+        self._fill(tokens, self._documents.read, epoch, start)
+        return tokens
+
+    def read_weights(self, epoch: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
+        """Returns how much each of these tokens counts in the loss; 1 for end-of-text."""
+        weights = np.ones(stop - start, np.float32)
+        self._fill(weights, self._documents.read_weights, epoch, start)
+        return weights
+
+    def _fill(
+        self,
+        array: np.ndarray,
+        read: Callable[[int, int, int], np.ndarray],
+        epoch: int,
+        start: int,
+    ) -> None:
+        """Reads what documents say of the positions from `start` on; the others stay."""
+        order, ends = self._layout(epoch)
+        stop = start + len(array)
         place = int(np.searchsorted(ends, start, side="right"))
         while place < len(order) and (begin := int(ends[place - 1]) if place else 0) < stop:
             first = begin + 1  # after the end-of-text
             left, right = max(start, first), min(stop, int(ends[place]))
             if left < right:
-                index = int(order[place])
-                tokens[left - start : right - start] = self._documents.read(
-                    index, left - first, right - first
+                array[left - start : right - start] = read(
+                    int(order[place]), left - first, right - first
                 )
             place += 1
-        return tokens
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents and the position after each; kept for the current epoch."""
@@ -318,7 +334,8 @@ class PackedBatches:
                 row = _shuffled(row, num_windows, self._config.seed, epoch)
             start = row * length
             windows.append(self._stream.read(epoch, start, start + length + 1))
-            weights.append(start + np.arange(length) < num_targets)
+            counted = self._stream.read_weights(epoch, start + 1, start + length + 1)
+            weights.append(np.where(start + np.arange(length) < num_targets, counted, 0))
         tokens = np.stack(windows)
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         segment_ids = np.zeros_like(inputs)

@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int32, Integer
 
-from umv2.data.documents import little_endian, map_files, unknown_id
+from umv2.data.documents import EvenlyWeighted, little_endian, map_files, unknown_id
 from umv2.data.sources import HASH_BYTES, DataError
 
 MANIFEST_NAME = "tokens.json"
@@ -64,7 +64,7 @@ def encode_record(tokens: Integer[np.ndarray, "tokens"], text_hash: int, dtype: 
     return text_hash.to_bytes(HASH_BYTES, "little") + tokens.astype(little_endian(dtype)).tobytes()
 
 
-class ArrayRecordDocuments:
+class ArrayRecordDocuments(EvenlyWeighted):
     """Documents of ArrayRecord token shards, as `prepare` writes them.
 
     Opening reads each shard once to check it; in memory stay 16 bytes a document.

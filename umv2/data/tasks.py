@@ -52,7 +52,7 @@ def task_documents(
     wanted, longest = config.long_context, config.sequence_length - 1  # beside the end-of-text
     jobs = [(name, index) for name in wanted.tasks for index in range(wanted.num_documents)]
     disable = None if logging.level_info() else True
-    written = []
+    written, weights = [], []
     for name, index in tqdm(jobs, "writing tasks", unit=" documents", disable=disable):
         share = np.random.default_rng([wanted.seed, index]).random()
         length = int(longest * _SHORTEST ** (1 - share))
@@ -66,6 +66,10 @@ def task_documents(
             texts=texts,
         )
         written.append(example.tokens)
+        counted = np.full(len(example.tokens), wanted.context_weight, np.float32)
+        for answer in example.answers:
+            counted[answer.start : answer.stop] = 1
+        weights.append(counted)
     lengths = np.array([len(tokens) for tokens in written], np.int64)
     hashes = content_hashes(tokens.tobytes() for tokens in written)
-    return InMemoryDocuments(np.concatenate(written), lengths, hashes)
+    return InMemoryDocuments(np.concatenate(written), lengths, hashes, np.concatenate(weights))

@@ -1,5 +1,6 @@
 """Causal self-attention with rotary positions and a key-value cache."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -262,14 +263,19 @@ def _attend_by_blocks(
 ) -> Float[Array, "b g m q"]:
     """Visits the blocks of positions that a row sees, row by row, with a running softmax.
 
+    Where a cache is short, as many rows go together as make a block.
+
     A block of keys and values is widened to the query's dtype while it lies in the cache of the
     processor: XLA's products of narrower types are slow there for so few queries.
     """
-    length = keys.shape[2]
-    size = min(_CACHE_BLOCK, length)
+    num_rows, _, length, _ = keys.shape
+    # As equal as can be: the last block is read whole.
+    size = -(-length // -(-length // _CACHE_BLOCK))
+    together = math.gcd(num_rows, 1 << (_CACHE_BLOCK // size).bit_length())
 
-    def attend(row: Int[Array, ""]) -> Float[Array, "g m q"]:
-        queries, at = query[row], places[row]
+    def attend(row: Int[Array, ""]) -> Float[Array, "rows g m q"]:
+        queries = lax.dynamic_slice_in_dim(query, row, together)
+        at = lax.dynamic_slice_in_dim(places, row, together)
 
         def visit(block: Int[Array, ""], carry: tuple[Array, Array, Array]) -> Any:
             greatest, total, summed = carry
@@ -277,21 +283,20 @@ def _attend_by_blocks(
             start = jnp.minimum(first, length - size)  # the last block may begin earlier
 
             def read(cached: Array) -> Array:
-                shape = (1, cached.shape[1], size, cached.shape[3])
-                part = lax.dynamic_slice(cached, (row, 0, start, 0), shape)[0]
-                return part.astype(query.dtype)
+                shape = (together, cached.shape[1], size, cached.shape[3])
+                return lax.dynamic_slice(cached, (row, 0, start, 0), shape).astype(query.dtype)
 
             keys_at = start + jnp.arange(size, dtype=jnp.int32)
-            seen = _seen(at[None, :], keys_at[None, :], window)[0] & (keys_at >= first)[None, :]
-            scores = jnp.einsum("gmq,gsq->gms", queries, read(keys))
-            scores = jnp.where(seen[None], scores, -jnp.inf)
+            seen = _seen(at, keys_at[None, :], window) & (keys_at >= first)[None, None, :]
+            scores = jnp.einsum("rgmq,rgsq->rgms", queries, read(keys))
+            scores = jnp.where(seen[:, None], scores, -jnp.inf)
             greatest_now = jnp.maximum(greatest, scores.max(axis=-1, keepdims=True))
             # A query may see nothing of a block that another sees: its maximum is still -inf.
             reference = jnp.where(jnp.isfinite(greatest_now), greatest_now, 0)
             weights = jnp.exp(scores - reference)
             kept = jnp.exp(greatest - reference)
             total = total * kept + weights.sum(axis=-1, keepdims=True)
-            summed = summed * kept + jnp.einsum("gms,gsq->gmq", weights, read(values))
+            summed = summed * kept + jnp.einsum("rgms,rgsq->rgmq", weights, read(values))
             return greatest_now, total, summed
 
         empty = jnp.zeros_like(queries[..., :1])
@@ -300,4 +305,5 @@ def _attend_by_blocks(
         _, total, summed = lax.fori_loop(first, at.max() // size + 1, visit, start)
         return summed / total
 
-    return lax.map(attend, jnp.arange(len(query), dtype=jnp.int32))
+    attended = lax.map(attend, jnp.arange(0, num_rows, together, dtype=jnp.int32))
+    return attended.reshape(query.shape)

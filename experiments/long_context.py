@@ -1,0 +1,183 @@
+"""The long-context suite over families of equal budget: trains, asks, and writes the report.
+
+    python -m experiments.long_context --long_context_seeds=3
+    python -m experiments.long_context --long_context_report
+
+A run that is finished is not repeated; one that was stopped goes on.
+"""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from configs import families, long_context_tiny
+
+CONFIG = "configs/long_context_tiny.py"
+RESULTS = Path("experiments/results/long_context")
+
+_NAMES = flags.DEFINE_list(
+    "long_context_families", [families.REFERENCE, "moe", "dense"], "Families to train."
+)
+_SEEDS = flags.DEFINE_integer("long_context_seeds", 3, "Seeds of each, from 0.", 1)
+_PROCESSES = flags.DEFINE_integer("long_context_processes", 2, "Runs at a time, a core each.", 1)
+_RUNS = flags.DEFINE_string("long_context_runs", "runs/long_context", "Folder of the runs.")
+_REPORT = flags.DEFINE_bool(
+    "long_context_report", False, "Write the report of what there is, and no more."
+)
+
+
+def run(family: str, seed: int, folder: Path) -> None:
+    """Trains and asks one model; keeps its answers and its picture among the results."""
+    kept = RESULTS / f"{family}_{seed}.jsonl"
+    if kept.exists():
+        return
+    command = [sys.executable, "main.py", f"--workdir={folder}"]
+    # One core each: several runs side by side take less time than one after the other.
+    flags_of_xla = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    environment = os.environ | {"XLA_FLAGS": flags_of_xla}
+    for arguments in (
+        [f"--config={CONFIG}:{family}", f"--config.seed={seed}", f"--config.data.seed={seed}"],
+        ["--mode=evaluate", "--suite=long_context"],
+    ):
+        done = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{family}, seed {seed}:\n{done.stderr[-2000:]}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if seed == 0:
+        shutil.copy(folder / "long_context.png", RESULTS / f"{family}.png")
+    shutil.copy(folder / "long_context.jsonl", kept)
+
+
+def budget(family: str) -> dict[str, Any]:
+    """Returns what a run costs."""
+    from umv2.config import from_config_dict
+    from umv2.cost import accounting
+
+    config = from_config_dict(long_context_tiny.get_config(family))
+    counts = accounting.parameter_counts(config.model)
+    tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
+    return {
+        "active": counts.active,
+        "total": counts.total,
+        "tokens": tokens,
+        "flops": tokens * accounting.training_flops_per_token(config),
+    }
+
+
+def accuracies(path: Path) -> dict[tuple[str, int], tuple[float, float]]:
+    """Returns (accuracy, chance) of each task and length of one run."""
+    cells: dict[tuple[str, int], list[tuple[bool, float]]] = defaultdict(list)
+    for line in path.read_text().splitlines()[1:]:
+        answer = json.loads(line)
+        cells[answer["task"], answer["length"]].append((answer["exact"], answer["chance"]))
+    return {
+        key: (statistics.mean(e for e, _ in found), statistics.mean(c for _, c in found))
+        for key, found in cells.items()
+    }
+
+
+def report() -> None:
+    """Writes `README.md` and `accuracy.png` from the answers of all runs."""
+    runs: dict[str, list[dict[tuple[str, int], tuple[float, float]]]] = {
+        family: [accuracies(path) for path in sorted(RESULTS.glob(f"{family}_[0-9]*.jsonl"))]
+        for family in _NAMES.value
+    }
+    runs = {family: found for family, found in runs.items() if found}
+    keys = list(next(iter(runs.values()))[0])
+    tasks = list(dict.fromkeys(task for task, _ in keys))
+    keys.sort(key=lambda key: (tasks.index(key[0]), key[1]))
+    lines = [
+        "# Long-context suite: families at equal budget",
+        "",
+        "    python -m experiments.long_context",
+        "",
+        f"Each family trained by `{CONFIG}:FAMILY`, then asked at one, two and four times the"
+        " trained length. Exact answers in %, mean over seeds and the lowest and highest of them;"
+        " chance as the tasks define it. Every answer stands in the files beside this one.",
+        "",
+        "| family | seeds | active | total | tokens | FLOPs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for family, found in runs.items():
+        cost = budget(family)
+        lines.append(
+            f"| {family} | {len(found)} | {cost['active']:,} | {cost['total']:,} |"
+            f" {cost['tokens']:,} | {cost['flops']:.2g} |"
+        )
+    heading = " | ".join(runs)
+    lines += ["", f"| task | tokens | chance | {heading} |"]
+    lines.append("| --- | ---: | ---: |" + " ---: |" * len(runs))
+    for key in keys:
+        chance = 100 * next(iter(runs.values()))[0][key][1]
+        cells = []
+        for found in runs.values():
+            values = [100 * run[key][0] for run in found]
+            middle = statistics.mean(values)
+            cells.append(f"{middle:.1f} ({min(values):.1f} to {max(values):.1f})")
+        lines.append(f"| {key[0]} | {key[1]:,} | {chance:.1f} | {' | '.join(cells)} |")
+    lines += ["", "![accuracy](accuracy.png)", ""]
+    for family in runs:
+        lines += [f"## Depth and length: {family}, seed 0", "", f"![{family}]({family}.png)", ""]
+    notes = RESULTS / "notes.md"
+    if notes.exists():
+        lines += [notes.read_text().rstrip(), ""]
+    (RESULTS / "README.md").write_text("\n".join(lines))
+    _draw(runs, tasks, RESULTS / "accuracy.png")
+
+
+def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4 * len(tasks), 3), layout="constrained")
+    for axes, task in zip(
+        figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True
+    ):
+        for index, (family, found) in enumerate(runs.items()):
+            lengths = sorted(length for name, length in found[0] if name == task)
+            every = [[100 * run[task, length][0] for run in found] for length in lengths]
+            middle = [statistics.mean(values) for values in every]
+            axes.plot(lengths, middle, marker="o", color=f"C{index}", label=family)
+            axes.fill_between(lengths, [min(v) for v in every], [max(v) for v in every], alpha=0.2)
+        chance = [100 * found[0][task, length][1] for length in lengths]
+        axes.plot(lengths, chance, color="gray", linestyle="--", label="chance")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set(title=task, ylim=(0, 100))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("exact answers, %")
+    figure.axes[0].legend(fontsize=7)
+    figure.supxlabel("length, tokens", fontsize=10)
+    figure.savefig(image, dpi=120)
+
+
+def main(_: list[str]) -> None:
+    """Runs what is missing, then writes the report."""
+    if not _REPORT.value:
+        # Seed by seed, so that all families have something to show early.
+        jobs = [(family, seed) for seed in range(_SEEDS.value) for family in _NAMES.value]
+        with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
+            running = {
+                pool.submit(run, family, seed, Path(_RUNS.value) / f"{family}_{seed}"): (
+                    f"{family}, seed {seed}"
+                )
+                for family, seed in jobs
+            }
+            for number, done in enumerate(concurrent.futures.as_completed(running), start=1):
+                done.result()
+                print(f"{number} of {len(jobs)}: {running[done]}", flush=True)
+    report()
+
+
+if __name__ == "__main__":
+    app.run(main)

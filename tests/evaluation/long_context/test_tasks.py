@@ -1,0 +1,226 @@
+"""Documents of the suite: answers stand in the context, and nowhere else."""
+
+import re
+from collections.abc import Callable
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from umv2.config import LongContextTask
+from umv2.data.tokenizers import ByteTokenizer
+from umv2.evaluation.long_context import TASKS, Example, make_example
+from umv2.evaluation.long_context.examples import Split, names
+
+TOKENIZER = ByteTokenizer()
+TEXTS = [f"line {i} of a text\n" * 40 for i in range(10)]
+
+
+class Words:
+    """A tokenizer of whole words, so that pieces and tokens differ."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {}
+
+    def encode(self, text: str) -> np.ndarray:
+        parts = re.findall(r"\w+|\W", text)
+        return np.array([self.ids.setdefault(part, len(self.ids)) for part in parts], np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        known = list(self.ids)
+        return "".join(known[i] for i in ids)
+
+
+def example(name: str, index: int = 0, length: int = 512, split: Split = "train") -> Example:
+    return make_example(
+        TASKS[name], split, 7, index, length=length, tokenizer=TOKENIZER, texts=TEXTS
+    )
+
+
+def asked(example: Example) -> list[tuple[str, str, str]]:
+    """(all text before the question's line, the question, its answer) of every answer."""
+    found = []
+    for answer in example.answers:
+        before = TOKENIZER.decode(example.tokens[: answer.start])
+        context, _, prompt = before.rpartition("\n")
+        found.append(
+            (context + "\n", prompt, TOKENIZER.decode(example.tokens[answer.start : answer.stop]))
+        )
+    return found
+
+
+# --- solvers that read text, each of which knows its task alone ---
+
+
+def solve_key_value(context: str, prompt: str) -> str:
+    key = re.fullmatch(r'\{"(.+)":"', prompt)
+    assert key
+    pairs = dict(re.findall(r'^\{"(\w+)":"(\w)"\}$', context, re.M))
+    return pairs[key[1]]
+
+
+def solve_in_context(context: str, prompt: str) -> str:
+    shown = re.findall(rf"^{prompt}(\d)$", context, re.M)
+    assert len(set(shown)) == 1
+    return shown[0]
+
+
+def solve_multi_round(context: str, prompt: str) -> str:
+    assert prompt == "< "
+    person = re.findall(r"^> where is (\w)\?$", context, re.M)[-1]
+    place = "unknown"
+    for line in context.splitlines():
+        if moved := re.fullmatch(rf"> {person} is at (\w+)\.", line):
+            place = moved[1]
+        elif line == f"> {person} left.":
+            place = "unknown"
+    return place
+
+
+def solve_memorize(context: str, prompt: str) -> str:
+    subject = re.fullmatch(r"The (\w+) of (\w+)\? ", prompt)
+    assert subject
+    (value,) = re.findall(rf"^The {subject[1]} of {subject[2]} is (\w+)\.$", context, re.M)
+    return value
+
+
+def solve_needle(context: str, prompt: str) -> str:
+    assert prompt == "Recall: the magic number is "
+    (code,) = re.findall(r"^The magic number is (\d\d)\.$", context, re.M)
+    return code
+
+
+def solve_multi_hop(context: str, prompt: str) -> str:
+    question = re.fullmatch(r"(\w+)\+([234])\? ", prompt)
+    assert question
+    outer = dict(re.findall(r"^(\w+) in (\w+)$", context, re.M))
+    thing = question[1]
+    for _ in range(int(question[2])):
+        thing = outer[thing]
+    return thing
+
+
+def solve_reasoning(context: str, prompt: str) -> str:
+    values: dict[str, int] = {}
+    for variable, change, what in re.findall(r"^(\w)(\+?=)(\w)$", context, re.M):
+        amount = int(what) if what.isdigit() else values[what]
+        values[variable] = amount if change == "=" else (values[variable] + amount) % 10
+    return str(values[prompt[0]])
+
+
+SOLVERS: dict[str, Callable[[str, str], str]] = {
+    "memorize": solve_memorize,
+    "multi_round": solve_multi_round,
+    "in_context": solve_in_context,
+    "needle": solve_needle,
+    "key_value": solve_key_value,
+    "multi_hop": solve_multi_hop,
+    "reasoning": solve_reasoning,
+}
+
+
+def test_the_configuration_knows_every_task() -> None:
+    assert list(TASKS) == list(get_args(LongContextTask)) == list(SOLVERS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_answers_follow_from_the_context(name: str) -> None:
+    for index in range(20):
+        for length in (64, 300, 1000):
+            for context, prompt, answer in asked(example(name, index, length)):
+                assert SOLVERS[name](context, prompt) == answer
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_answers_do_not_follow_from_the_question(name: str) -> None:
+    answers: dict[str, set[str]] = {}
+    for index in range(60):
+        for context, prompt, answer in asked(example(name, index)):
+            question = context.splitlines()[-1] if name == "multi_round" else prompt
+            answers.setdefault(question, set()).add(answer)
+    repeated = [found for question, found in answers.items()]
+    # The same question has another answer elsewhere: of as many as chance says, nearly.
+    assert np.mean([len(found) > 1 for found in repeated]) > 0.5
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_question_is_asked_once_between_changes(name: str) -> None:
+    for index in range(5):
+        found = [
+            (context.splitlines()[-1] if name == "multi_round" else "", prompt, answer)
+            for context, prompt, answer in asked(example(name, index))
+        ]
+        if name != "multi_round":  # where news come between
+            assert len(set(found)) == len(found)
+        assert found
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_document_is_a_function_of_its_arguments(name: str) -> None:
+    same = [example(name).tokens.tolist() for _ in range(2)]
+    assert same[0] == same[1]
+    others = [
+        example(name, index=1),
+        example(name, split="evaluation"),
+        make_example(TASKS[name], "train", 8, 0, length=512, tokenizer=TOKENIZER, texts=TEXTS),
+    ]
+    assert all(other.tokens.tolist() != same[0] for other in others)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_document_of_one_split_is_in_the_other(name: str) -> None:
+    documents = {
+        split: {example(name, index, 256, split).tokens.tobytes() for index in range(200)}
+        for split in ("train", "evaluation")
+    }
+    assert len(documents["train"]) > 150
+    assert not documents["train"] & documents["evaluation"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("length", [64, 256, 2048, 32768])
+def test_a_document_is_nearly_as_long_as_allowed(name: str, length: int) -> None:
+    found = example(name, length=length)
+    assert len(found.tokens) <= length
+    assert len(found.tokens) > (0.7 if length > 64 else 0.5) * length
+    for answer in found.answers:
+        assert 0 < answer.start < answer.stop <= len(found.tokens)
+        assert 0 <= answer.depth < 1
+        assert 0 < answer.chance < 1
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_answers_begin_and_end_with_a_token_of_any_tokenizer(name: str) -> None:
+    words = Words()
+    found = make_example(TASKS[name], "train", 0, 3, length=400, tokenizer=words, texts=TEXTS)
+    text = words.decode(found.tokens)
+    assert len(found.tokens) < len(text)
+    for answer in found.answers:
+        before = words.decode(found.tokens[: answer.start])
+        context, _, prompt = before.rpartition("\n")
+        answered = words.decode(found.tokens[answer.start : answer.stop])
+        assert SOLVERS[name](context + "\n", prompt) == answered
+
+
+def test_needles_lie_at_all_depths() -> None:
+    depths = [example("needle", index, 1024).answers[0].depth for index in range(200)]
+    counts, _ = np.histogram(depths, bins=5, range=(0, 1))
+    assert counts.min() > 15
+
+
+def test_chance_is_that_of_a_guess_among_the_candidates() -> None:
+    pairs = example("key_value")
+    text = TOKENIZER.decode(pairs.tokens)
+    values = re.findall(r'^\{"\w":"(\w)"\}$', text, re.M)
+    for answer, (_, _, value) in zip(pairs.answers, asked(pairs), strict=True):
+        assert answer.chance == pytest.approx(values.count(value) / len(values))
+    facts = example("multi_hop")
+    num_facts = len(re.findall(r"^\w in \w$", TOKENIZER.decode(facts.tokens), re.M))
+    assert facts.answers[0].chance == pytest.approx(1 / num_facts)
+
+
+def test_names_are_different_and_as_short_as_can_be() -> None:
+    for count, length in [(62, 1), (63, 2), (3844, 2), (3845, 3)]:
+        found = names(count)
+        assert len(set(found)) == len(found) >= count
+        assert {len(name) for name in found} == {length}

@@ -1,0 +1,68 @@
+"""The reports of the long-context campaign and of decode latency, from made-up measurements."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from absl import flags
+
+from experiments import latency_report, long_context
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags() -> None:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+
+
+def write_answers(path: Path, accuracy: float) -> None:
+    answers = [
+        {"task": task, "length": length, "exact": i < accuracy * 10, "chance": 0.25}
+        for task in ("needle", "key_value")
+        for length in (512, 256)
+        for i in range(10)
+    ]
+    records: list[dict[str, Any]] = [{"step": 1}, *answers]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_campaign_is_reported_as_mean_and_range_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_context, "RESULTS", tmp_path)
+    for seed, accuracy in enumerate((0.2, 0.4)):
+        write_answers(tmp_path / f"moe_{seed}.jsonl", accuracy)
+    long_context.report()
+    text = (tmp_path / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| needle", "| key_value"))]
+    assert rows[0] == "| needle | 256 | 25.0 | 30.0 (20.0 to 40.0) |"
+    assert [row.split("|")[2].strip() for row in rows] == ["256", "512"] * 2
+    assert "| moe | 2 |" in text
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def record(family: str, seconds: list[float], **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "decode",
+        "size": "227m_1b2",
+        "family": family,
+        "batch": 8,
+        "context": 256,
+        "seconds": seconds,
+        "traffic_bytes": 4e9,
+        "read_bytes_per_second": [8e9],
+        "memory": {"needed": 1e9},
+    } | changes
+
+
+def test_ratios_of_a_step_are_taken_round_by_round() -> None:
+    # A machine that became slower in the last rounds, for both.
+    reference = record("ultramem_v2", [1.0, 1.0, 4.0, 4.0])
+    other = record("moe", [2.0, 2.0, 8.0, 8.0], traffic_bytes=6e9)
+    assert latency_report.ratio(other, reference) == (2.0, 2.0, 2.0)
+    cells = latency_report.decode_cells([reference, other, record("moe", [9.0])])
+    rows = latency_report.table(cells["227m_1b2", 256])[2:]
+    assert rows[1].split(" | ")[2:4] == ["2.00 (2.00 to 2.00)", "1.50"]
+    # 4 GB in 2.5 s where a pass over memory brings 8 GB a second.
+    assert rows[0].split(" | ")[4:] == ["2500.0", "3", "1.6", "20 % |"]
