@@ -10,8 +10,8 @@ from configs import families, tiny
 
 # Equal in active and total parameters, FLOPs and values read: python -m experiments.match.
 SIZES: families.Sizes = {
-    "moe": {"moe.num_experts": 32, "moe.expert_size": 24},
-    "dense": {"ffn_size": 256},
+    "moe": {"moe.num_experts": 15, "moe.expert_size": 25},
+    "dense": {"ffn_size": 205},
 }
 
 
@@ -22,8 +22,11 @@ def get_config(family: str = families.REFERENCE) -> ConfigDict:
     model = config.model
     model.hidden_size = 64
     model.num_layers = 3
-    model.num_heads = model.num_key_value_heads = 4
+    model.num_heads = model.num_key_value_heads = 2
     model.ffn_size = 128
+    # Normalised queries and keys of this width cannot tell one of 256 positions from the rest
+    # until the norms' weights have grown.
+    model.query_key_norm = False
 
     memory = model.memory
     memory.num_keys = 32
@@ -37,6 +40,7 @@ def get_config(family: str = families.REFERENCE) -> ConfigDict:
     tasks = config.data.long_context
     tasks.tasks = config.evaluation.long_context.tasks
     tasks.num_documents = 4000
+    tasks.context_weight = 0.1
 
     optimizer = config.optimizer
     optimizer.learning_rate = 3e-3

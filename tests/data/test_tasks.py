@@ -53,7 +53,8 @@ def test_held_out_text_and_the_seed_of_documents(config: DataConfig, text_folder
     hashes = mixture.train.content_hashes
     again = load_corpus(mixed(config, text_folder), tokenizer, vocab_size=264)
     np.testing.assert_array_equal(hashes, again.train.content_hashes)
-    assert len(set(hashes[-60:]) & set(other.train.content_hashes[-60:])) == 0
+    # The shortest needles have nothing but one of a hundred codes.
+    assert len(set(hashes[-60:]) & set(other.train.content_hashes[-60:])) < 6
 
 
 def test_answers_alone_count_where_the_context_has_no_weight(

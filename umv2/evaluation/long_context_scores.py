@@ -214,7 +214,7 @@ def _scores(
         # An end-of-text stands before a document as in training, so the token at a place of the
         # document is predicted at the same place of the input.
         rows = [
-            ([end_of_text_id, *example.tokens], places, example.tokens[places].tolist())
+            ([end_of_text_id, *example.tokens.tolist()], places, example.tokens[places].tolist())
             for example, places in zip(group, asked[first : first + batch_size], strict=True)
         ]
         questions = Questions.lined_up(

@@ -23,7 +23,7 @@ class Words:
         self.ids: dict[str, int] = {}
 
     def encode(self, text: str) -> np.ndarray:
-        parts = re.findall(r"\w+|\W", text)
+        parts = re.findall(r'\{"|"\}|":"|\+=|\w+ ?|\W', text)
         return np.array([self.ids.setdefault(part, len(self.ids)) for part in parts], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:

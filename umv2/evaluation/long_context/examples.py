@@ -4,7 +4,7 @@ import dataclasses
 import string
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,6 +16,7 @@ _SHORTEST_FILLER = 16  # tokens; a gap that is smaller stays
 SYMBOLS = string.ascii_letters + string.digits
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """The part of a tokenizer that examples need."""
 
@@ -83,6 +84,7 @@ class Brief:
         return [choices[int(i)] for i in self.rng.permutation(len(choices))[:count]]
 
 
+@runtime_checkable
 class Task(Protocol):
     """Writes a document of at most `brief.length` tokens."""
 
