@@ -104,34 +104,46 @@ def evaluate_downstream(
     downstream.require_harness()
     from umv2.evaluation import harness
 
-    run = _run_config(config, workdir)
-    tokenizer = _tokenizer(run, "lm-evaluation-harness")
-    config, mesh, restored = _restored(run, workdir)
-    with jax.set_mesh(mesh):
-        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
-    found = harness.run(
+    configured = _run_config(config, workdir)
+    tokenizer = _tokenizer(configured, "lm-evaluation-harness")
+    max_length = configured.data.sequence_length
+    found = harness.load_tasks(
+        tasks, include_path=include_path, tokenizer=tokenizer, max_length=max_length
+    )
+    run, mesh, restored = _restored(configured, workdir)
+
+    def create_generator() -> Generator:
+        with jax.set_mesh(mesh):
+            model = merge_model(model_structure(run.model), restored.params, restored.buffers)
+        return Generator(
+            model,
+            restored.store,
+            tokenizer=tokenizer,
+            config=run.generate,
+            mesh=mesh if mesh.size > 1 else None,
+        )
+
+    results = harness.run(
         harness.HarnessModel(
-            Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
-            Generator(
-                model,
-                restored.store,
-                tokenizer=tokenizer,
-                config=config.generate,
-                mesh=mesh if mesh.size > 1 else None,
-            ),
+            Respondent(run.model, restored.params, restored.buffers, restored.store, mesh),
+            create_generator,
             tokenizer,
-            max_length=config.data.sequence_length,
-            batch_size=config.evaluation.batch_size,
+            max_length=max_length,
+            batch_size=run.evaluation.batch_size,
         ),
-        tasks,
-        step=restored.step,
+        found,
         num_fewshot=num_fewshot,
         limit=limit,
-        include_path=include_path,
+    )
+    done = downstream.DownstreamReport(
+        step=restored.step,
+        config_hash=downstream.config_hash(configured),
+        results=results,
+        versions=downstream.versions(),
     )
     if jax.process_index() == 0:
-        found.write(workdir)
-    return found
+        done.write(workdir)
+    return done
 
 
 def _restored(
