@@ -176,7 +176,13 @@ def test_a_model_that_lies_on_a_mesh_generates_on_one_device() -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(GREEDY, id="greedy"),
+        pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow(minutes=1)),
+    ],
+)
 @pytest.mark.parametrize("family", ["memory", "moe"])
 def test_a_divided_model_generates_what_a_whole_one_does(
     family: str, settings: GenerateConfig

@@ -244,20 +244,25 @@ class DownstreamReport:
         """Returns the figures as lines of text."""
         rows = [("task", "metric", "value", "std. error", "examples")]
         for task, metric, value, error, count in self.rows():
-            figure = f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
-            spread = "" if error is None else f"{error:.4f}"
-            rows.append((task, metric, figure, spread, "" if count is None else f"{count:,}"))
+            number = "" if count is None else f"{count:,}"
+            rows.append((task, metric, _figure(value), _figure(error), number))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"lm-evaluation-harness {self.versions['lm_eval']} after step {self.step:,}"]
         for row in rows:
             names = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
             figures = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
-            lines.append("  " + "  ".join(names + figures))
+            lines.append(("  " + "  ".join(names + figures)).rstrip())
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
         """Writes `downstream.json`."""
         (folder / "downstream.json").write_text(json.dumps(self.metrics(), indent=2) + "\n")
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
 def _plain(value: Any) -> Any:

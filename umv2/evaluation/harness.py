@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,8 +45,12 @@ class HarnessModel(TemplateLM):
         """Takes a model that answers questions, and what lays it out for writing if it must."""
         super().__init__()
         self._respondent, self._tokenizer = respondent, tokenizer
-        self._create_generator, self._generator = create_generator, None
+        self._create_generator = create_generator
         self.max_length, self.batch_size = max_length, batch_size
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return self._create_generator()
 
     @property
     def eot_token_id(self) -> int:
@@ -97,8 +102,6 @@ class HarnessModel(TemplateLM):
           UserError: a request for a way to generate that is not here, or for more tokens than fit.
         """
         del disable_tqdm
-        if self._generator is None:
-            self._generator = self._create_generator()
         return downstream.completions(
             self._generator,
             [
