@@ -104,46 +104,34 @@ def evaluate_downstream(
     downstream.require_harness()
     from umv2.evaluation import harness
 
-    configured = _run_config(config, workdir)
-    tokenizer = _tokenizer(configured, "lm-evaluation-harness")
-    max_length = configured.data.sequence_length
-    found = harness.load_tasks(
-        tasks, include_path=include_path, tokenizer=tokenizer, max_length=max_length
-    )
-    run, mesh, restored = _restored(configured, workdir)
-
-    def create_generator() -> Generator:
-        with jax.set_mesh(mesh):
-            model = merge_model(model_structure(run.model), restored.params, restored.buffers)
-        return Generator(
-            model,
-            restored.store,
-            tokenizer=tokenizer,
-            config=run.generate,
-            mesh=mesh if mesh.size > 1 else None,
-        )
-
-    results = harness.run(
+    run = _run_config(config, workdir)
+    tokenizer = _tokenizer(run, "lm-evaluation-harness")
+    config, mesh, restored = _restored(run, workdir)
+    with jax.set_mesh(mesh):
+        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    found = harness.run(
         harness.HarnessModel(
-            Respondent(run.model, restored.params, restored.buffers, restored.store, mesh),
-            create_generator,
+            Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
+            Generator(
+                model,
+                restored.store,
+                tokenizer=tokenizer,
+                config=config.generate,
+                mesh=mesh if mesh.size > 1 else None,
+            ),
             tokenizer,
-            max_length=max_length,
-            batch_size=run.evaluation.batch_size,
+            max_length=config.data.sequence_length,
+            batch_size=config.evaluation.batch_size,
         ),
-        found,
+        tasks,
+        step=restored.step,
         num_fewshot=num_fewshot,
         limit=limit,
-    )
-    done = downstream.DownstreamReport(
-        step=restored.step,
-        config_hash=downstream.config_hash(configured),
-        results=results,
-        versions=downstream.versions(),
+        include_path=include_path,
     )
     if jax.process_index() == 0:
-        done.write(workdir)
-    return done
+        found.write(workdir)
+    return found
 
 
 def _restored(

@@ -1,29 +1,23 @@
 """Our models as lm-evaluation-harness wants them; the only importer of `lm_eval`."""
 
-import contextlib
-import dataclasses
-import functools
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import lm_eval
-from datasets.exceptions import DatasetsError
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences
 from lm_eval.tasks import TaskManager
 
 from umv2.data.tokenizers import Tokenizer
 from umv2.evaluation import downstream
 from umv2.evaluation.answers import Respondent
-from umv2.evaluation.downstream import GenerationSettings
+from umv2.evaluation.downstream import DownstreamReport
 from umv2.inference.decode import Generator
+from umv2.inference.sampling import Sampling
 from umv2.schema import UserError, nearest_name
 
-# Resamples behind a standard error that has no formula: two digits of it.
-_BOOTSTRAP_SAMPLES = 1000
+_MAX_NEW_TOKENS = 256  # of the harness's Hugging Face backend
 
 
 class HarnessModel(TemplateLM):
@@ -36,21 +30,16 @@ class HarnessModel(TemplateLM):
     def __init__(
         self,
         respondent: Respondent,
-        create_generator: Callable[[], Generator],
+        generator: Generator,
         tokenizer: Tokenizer,
         *,
         max_length: int,
         batch_size: int,
     ):
-        """Takes a model that answers questions, and what lays it out for writing if it must."""
+        """Takes a model in both its forms: that answers questions, and that writes."""
         super().__init__()
-        self._respondent, self._tokenizer = respondent, tokenizer
-        self._create_generator = create_generator
+        self._respondent, self._generator, self._tokenizer = respondent, generator, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
-
-    @functools.cached_property
-    def _generator(self) -> Generator:
-        return self._create_generator()
 
     @property
     def eot_token_id(self) -> int:
@@ -67,8 +56,8 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        del kwargs
-        return self._log_likelihoods([(before, after) for _, before, after in requests])
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return self._log_likelihoods(pairs)
 
     def _log_likelihoods(self, pairs: Sequence[downstream.TokenPair]) -> list[tuple[float, bool]]:
         return downstream.log_likelihoods(
@@ -102,105 +91,92 @@ class HarnessModel(TemplateLM):
           UserError: a request for a way to generate that is not here, or for more tokens than fit.
         """
         del disable_tqdm
-        return downstream.completions(
-            self._generator,
-            [
-                (request.args[0], _settings(request.args[1], self._tokenizer, self.max_length))
-                for request in requests
-            ],
-            tokenizer=self._tokenizer,
-            max_length=self.max_length,
-            batch_size=self.batch_size,
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        for numbers in groups.values():
+            settings = dict(requests[numbers[0]].args[1])
+            stop = handle_stop_sequences(settings.pop("until", None), eos=None)
+            count = int(settings.pop("max_gen_toks", _MAX_NEW_TOKENS))
+            if count >= self.max_length:
+                raise UserError(
+                    f"max_gen_toks={count}: must be less than the {self.max_length} tokens that"
+                    " the model reads (data.sequence_length)"
+                )
+            sampling = self._sampling(settings)
+            contexts = {
+                number: (self.tok_encode(requests[number].args[0]) or [self.eot_token_id])[
+                    -(self.max_length - count) :
+                ]
+                for number in numbers
+            }
+            order = sorted(numbers, key=lambda number: -len(contexts[number]))
+            for first in range(0, len(order), self.batch_size):
+                group = order[first : first + self.batch_size]
+                written = self._generator.complete(
+                    [contexts[number] for number in group],
+                    max_new_tokens=count,
+                    stop=[text for text in stop if text],
+                    sampling=sampling,
+                )
+                for number, text in zip(group, written, strict=True):
+                    texts[number] = text
+        return texts
+
+    def _sampling(self, settings: dict[str, Any]) -> Sampling:
+        """Reads what a request says about sampling, in the words of transformers."""
+        temperature = float(settings.pop("temperature", None) or 0.0)
+        do_sample = settings.pop("do_sample", temperature > 0)
+        sampling = Sampling(
+            temperature=(temperature or 1.0) if do_sample else 0.0,
+            top_k=int(settings.pop("top_k", None) or 0),
+            top_p=float(settings.pop("top_p", None) or 1.0),
+            vocab_size=self._tokenizer.vocab_size,
         )
-
-
-def _settings(given: Any, tokenizer: Tokenizer, max_length: int) -> GenerationSettings:
-    return GenerationSettings.of(
-        given or {}, max_length=max_length, vocab_size=tokenizer.vocab_size
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tasks:
-    """Tasks and groups of tasks of the harness, with their data, and who found them."""
-
-    manager: TaskManager
-    members: Sequence[Any]
-
-
-def load_tasks(
-    names: Sequence[str], *, include_path: Path | None, tokenizer: Tokenizer, max_length: int
-) -> Tasks:
-    """Loads tasks, and checks that we can do what they want.
-
-    Args:
-      names: of tasks, of groups, or of tags, which stand for several tasks.
-      include_path: folder of local task files.
-      tokenizer: of the text.
-      max_length: tokens that the model reads.
-
-    Raises:
-      UserError: a task that there is not, whose data cannot be had, or that wants text written in
-        a way that is not here.
-    """
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include_path={include_path}: no such folder")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for name in names:
-        if name not in manager.all_tasks:
-            raise UserError(f"--suite: no task {name!r}{nearest_name(name, manager.all_tasks)}")
-    members: list[Any] = []
-    for name in names:
-        try:
-            loaded = manager.load([name])
-        except (OSError, ValueError, ImportError, DatasetsError) as error:
-            reason = str(error).strip().splitlines() or [repr(error)]
-            raise UserError(f"--suite: {name} cannot be loaded: {reason[0]}") from error
-        for task in loaded["tasks"].values():
-            _check_generation(task.config, tokenizer, max_length)
-        group = loaded["groups"].get(name)
-        members += loaded["tasks"].values() if group is None else [group]
-    return Tasks(manager, members)
-
-
-def _check_generation(config: Any, tokenizer: Tokenizer, max_length: int) -> None:
-    """Raises UserError before any work where a task wants text that we would not write."""
-    if config.output_type != "generate_until":
-        return
-    try:
-        settings = _settings(config.generation_kwargs, tokenizer, max_length)
-    except UserError as error:
-        raise UserError(f"--suite: {config.task}: {error}") from error
-    if jax.process_count() > 1:
-        raise UserError(f"--suite: {config.task}: text is written by one process alone")
-    if config.repeats > 1 and settings.sampling.temperature > 0:
-        # A draw depends on a row's number in its batch, so that batches would repeat each other.
-        raise UserError(f"--suite: {config.task}: repeats={config.repeats}: only 1 when sampling")
+        if settings.pop("num_beams", 1) != 1 or settings:
+            raise UserError(f"generation settings {settings or 'num_beams'}: there is none such")
+        return sampling
 
 
 def run(
-    model: HarnessModel, tasks: Tasks, *, num_fewshot: int | None, limit: int | None
-) -> dict[str, Any]:
-    """Lets a model do tasks of `load_tasks`; returns the harness's figures and settings.
+    model: HarnessModel,
+    tasks: Sequence[str],
+    *,
+    step: int,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    include_path: Path | None = None,
+) -> DownstreamReport:
+    """Runs tasks of the harness, or local ones.
 
     Args:
       model: who answers.
-      tasks: what is asked.
+      tasks: names.
+      step: of the checkpoint, for the report.
       num_fewshot: examples before each question; None: as the task says.
       limit: questions of each task; None: all.
+      include_path: folder of local task files.
+
+    Raises:
+      UserError: a task that there is not, or whose data cannot be had.
     """
-    # Where it resamples in several processes, the harness forks this one, with JAX's threads.
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    # It prints what it does; our standard output is for the result.
-    with contextlib.redirect_stdout(sys.stderr):
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in tasks:
+        if name not in manager.all_tasks:
+            raise UserError(f"--suite: no task {name!r}{nearest_name(name, manager.all_tasks)}")
+    try:
         found = lm_eval.simple_evaluate(
             model=model,
-            tasks=list(tasks.members),
-            task_manager=tasks.manager,
+            tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,
-            bootstrap_iters=_BOOTSTRAP_SAMPLES,
+            task_manager=manager,
             log_samples=False,
         )
-    assert found is not None  # every process is the harness's first
-    return {key: found[key] for key in ("results", "configs", "n-shot", "n-samples")}
+    except (OSError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"--suite={','.join(tasks)}: the data cannot be had: {reason}") from error
+    assert found is not None  # on the first process
+    kept = {key: found[key] for key in ("results", "configs", "n-shot", "n-samples")}
+    return DownstreamReport(step=step, results=kept | {"versions": downstream.versions()})
