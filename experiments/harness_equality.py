@@ -14,6 +14,7 @@ from typing import Any
 from absl import app, flags
 
 from configs import tiny
+from experiments import records
 
 TASKS = ("umv2_choices", "umv2_texts", "umv2_prompts")
 TASK_FILES = "tests/evaluation/tasks"
@@ -59,37 +60,19 @@ def write_olmoe(folder: Path) -> None:
 
 def ours(folder: Path, workdir: Path) -> Any:
     """Imports the model into a run, and returns it as the harness wants it."""
-    import jax
-
-    from umv2 import modes, parallel
+    from umv2 import modes
     from umv2.config import from_config_dict
-    from umv2.data import tokenizers
-    from umv2.evaluation import harness
-    from umv2.evaluation.answers import Respondent
-    from umv2.inference.decode import Generator
     from umv2.training import checkpoint
-    from umv2.training.state import merge_model, model_structure
 
     values = tiny.get_config("moe")
     values.data.tokenizer = _TOKENIZER
     values.data.sequence_length = _MAX_LENGTH
+    values.evaluation.batch_size = 8
     values.mesh.replica = 1
     modes.import_model(folder, workdir, from_config_dict(values))
     config = from_config_dict(checkpoint.saved_config(workdir / "checkpoints"))
-    mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
-    with jax.set_mesh(mesh):
-        restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
-        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
-    tokenizer = tokenizers.load_tokenizer(_TOKENIZER)
-    assert tokenizer is not None
-    generator = Generator(model, restored.store, tokenizer=tokenizer, config=config.generate)
-    return harness.HarnessModel(
-        Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
-        generator,
-        tokenizer,
-        max_length=_MAX_LENGTH,
-        batch_size=8,
-    )
+    model, _ = modes.harness_model(config, workdir)
+    return model
 
 
 def hugging_face(folder: Path) -> Any:
@@ -133,12 +116,12 @@ def answers(model: Any) -> dict[str, dict[str, Any]]:
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns, for each task, both sides' figures and the greatest difference of an answer."""
-    records = []
+    found = []
     for task in TASKS:
         pairs = list(zip(_flat(ours[task]["answers"]), _flat(theirs[task]["answers"]), strict=True))
         numbers = [(a, b) for a, b in pairs if isinstance(b, float)]
         others = [(a, b) for a, b in pairs if not isinstance(b, float)]
-        records.append(
+        found.append(
             {
                 "task": task,
                 "ours": ours[task]["figures"],
@@ -151,7 +134,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]
                 "different_texts": len({b for _, b in others}),
             }
         )
-    return records
+    return found
 
 
 def _flat(nested: Any) -> list[Any]:
@@ -169,13 +152,10 @@ def run(folder: Path) -> list[dict[str, Any]]:
 
 def main(_: list[str]) -> None:
     """Compares, prints, and writes a line a task."""
-    import importlib.metadata
-
     with tempfile.TemporaryDirectory() as folder:
-        records = run(Path(folder))
-    packages = ("jax", "lm_eval", "torch", "transformers")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    for record in records:
+        compared = run(Path(folder))
+    versions = records.versions(("jax", "lm_eval", "torch", "transformers"))
+    for record in compared:
         print(f"{record['task']}: {record['requests']} requests")
         for side in ("ours", "hugging_face"):
             figures = ", ".join(f"{name} {value:.6g}" for name, value in record[side].items())
@@ -186,7 +166,7 @@ def main(_: list[str]) -> None:
         )
     path = Path(_OUTPUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r | {"versions": versions}) + "\n" for r in records))
+    path.write_text("".join(json.dumps(r | {"versions": versions}) + "\n" for r in compared))
 
 
 if __name__ == "__main__":

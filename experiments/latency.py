@@ -15,11 +15,14 @@ import importlib
 import json
 import platform
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+
+from experiments import records
 
 _SIZE = flags.DEFINE_enum("size", "227m_1b2", ["227m_1b2", "1b_7b"], "Of configs/paper_*.py.")
 _FAMILIES = flags.DEFINE_list(
@@ -107,7 +110,7 @@ def random_array(path: Any, leaf: Any) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    rng = np.random.default_rng(abs(hash(jax.tree_util.keystr(path))) % 2**32)
+    rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
     if jnp.issubdtype(leaf.dtype, jnp.integer):
         return jnp.asarray(rng.permutation(leaf.size).astype(leaf.dtype).reshape(leaf.shape))
     if leaf.ndim == 1:
@@ -243,12 +246,12 @@ def measure_decode(
             rates.append(rate)
             for label, duration in durations.items():
                 seconds[label].append(duration)
-    records = []
+    found = []
     everyone: list[Any] = [*families, *([reference] if reference else [])]
     for family in everyone:
         precision = traffic.Precision(*3 * (family.config.compute_dtype,))
         needed = traffic.decode_bytes(family.config, batch, context + 1, precision=precision)
-        records.append(
+        found.append(
             {
                 "kind": "decode",
                 "family": family.label,
@@ -261,7 +264,7 @@ def measure_decode(
                 "memory": memory.get(family.label),
             }
         )
-    return records
+    return found
 
 
 def measure_prefill(families: list[Family], length: int) -> list[dict[str, Any]]:
@@ -288,7 +291,7 @@ def main(_: list[str]) -> None:
         "size": _SIZE.value,
         "device": device.device_kind if device.platform != "cpu" else platform.processor() or "CPU",
         "platform": device.platform,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        "versions": records.versions(("jax", "jaxlib")),
         "date": datetime.date.today().isoformat(),
         "steps": _STEPS.value,
     }
@@ -302,8 +305,8 @@ def main(_: list[str]) -> None:
     reference = HuggingFaceOlmoe(_SIZE.value) if "hugging_face" in _FAMILIES.value else None
     with path.open("a") as file:
 
-        def keep(records: list[dict[str, Any]]) -> None:
-            for record in records:
+        def keep(found: list[dict[str, Any]]) -> None:
+            for record in found:
                 file.write(json.dumps(about | record) + "\n")
                 middle = sorted(record["seconds"])[len(record["seconds"]) // 2]
                 print(

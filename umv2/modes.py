@@ -5,6 +5,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -38,7 +39,7 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
       ConfigError: a configuration that is not the run's.
       CheckpointError: there is no checkpoint that can be read.
     """
-    config, mesh, restored = _restored(config, workdir)
+    config, mesh, restored = _restored(_run_config(config, workdir), workdir)
     corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
     with jax.set_mesh(mesh):
         step = perplexity.make_evaluation_step(
@@ -64,19 +65,18 @@ def evaluate_long_context(
       ConfigError: a configuration that is not the run's, or a run without a tokenizer.
       CheckpointError: there is no checkpoint that can be read.
     """
-    run = _run_config(config, workdir)
-    _tokenizer(run, "the long-context suite")
-    config, mesh, restored = _restored(run, workdir)
+    config = _run_config(config, workdir)
+    tokenizer = _tokenizer(config, "the long-context suite")
+    config, mesh, restored = _restored(config, workdir)
     # Without the tasks' own documents, which are for training.
     data = dataclasses.replace(
         config.data, long_context=dataclasses.replace(config.data.long_context, num_documents=0)
     )
     corpus = pipeline.open_corpus(data, config.model.vocab_size)
-    assert corpus.tokenizer is not None
     found = long_context_scores.evaluate(
         config,
         Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
-        tokenizer=corpus.tokenizer,
+        tokenizer=tokenizer,
         texts=[text.decode() for text in corpus.held_out_documents()],
         step=restored.step,
     )
@@ -104,27 +104,11 @@ def evaluate_downstream(
     downstream.require_harness()
     from umv2.evaluation import harness
 
-    run = _run_config(config, workdir)
-    tokenizer = _tokenizer(run, "lm-evaluation-harness")
-    config, mesh, restored = _restored(run, workdir)
-    with jax.set_mesh(mesh):
-        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    model, step = harness_model(_run_config(config, workdir), workdir)
     found = harness.run(
-        harness.HarnessModel(
-            Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
-            Generator(
-                model,
-                restored.store,
-                tokenizer=tokenizer,
-                config=config.generate,
-                mesh=mesh if mesh.size > 1 else None,
-            ),
-            tokenizer,
-            max_length=config.data.sequence_length,
-            batch_size=config.evaluation.batch_size,
-        ),
+        model,
         tasks,
-        step=restored.step,
+        step=step,
         num_fewshot=num_fewshot,
         limit=limit,
         include_path=include_path,
@@ -134,11 +118,44 @@ def evaluate_downstream(
     return found
 
 
+def harness_model(config: Config, workdir: Path) -> tuple[Any, int]:
+    """Returns the newest good checkpoint as lm-evaluation-harness wants it, and its step.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+
+    Raises:
+      ConfigError: a run without a tokenizer.
+      CheckpointError: there is no checkpoint that can be read.
+    """
+    from umv2.evaluation import harness
+
+    tokenizer = _tokenizer(config, "lm-evaluation-harness")
+    config, mesh, restored = _restored(config, workdir)
+    with jax.set_mesh(mesh):
+        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    generator = Generator(
+        model,
+        restored.store,
+        tokenizer=tokenizer,
+        config=config.generate,
+        mesh=mesh if mesh.size > 1 else None,
+    )
+    wanted = harness.HarnessModel(
+        Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
+        generator,
+        tokenizer,
+        max_length=config.data.sequence_length,
+        batch_size=config.evaluation.batch_size,
+    )
+    return wanted, restored.step
+
+
 def _restored(
-    config: Config | None, workdir: Path
+    config: Config, workdir: Path
 ) -> tuple[Config, jax.sharding.Mesh, checkpoint.Restored]:
-    """Returns the run's configuration, its mesh, and the newest good checkpoint on it."""
-    config = _run_config(config, workdir)
+    """Returns the configuration with a layout of tables, its mesh, and the newest checkpoint."""
     mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
     num_tokens = config.evaluation.batch_size * config.data.sequence_length
     config = exchange.with_layout(

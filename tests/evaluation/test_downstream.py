@@ -140,7 +140,7 @@ def test_without_the_harness_one_line_names_the_extra(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow(minutes=2)
 def test_the_harness_runs_local_tasks_by_command_line(finished: tiny_run.Run) -> None:
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="needs the extra eval, which CI leaves out")
     command = [sys.executable, "main.py", "--mode=evaluate", f"--workdir={finished.workdir}"]
     command += ["--include_path=tests/evaluation/tasks", "--limit=3"]
 
@@ -163,7 +163,7 @@ def test_the_harness_runs_local_tasks_by_command_line(finished: tiny_run.Run) ->
 @pytest.mark.slow(minutes=3)
 def test_scores_equal_those_of_the_hugging_face_backend(tmp_path: Path) -> None:
     for name in ("lm_eval", "torch", "transformers", "accelerate"):
-        pytest.importorskip(name)
+        pytest.importorskip(name, reason="needs the extras eval and reference, gigabytes")
     assert os.environ.get("JAX_PLATFORMS") == "cpu"
     for record in harness_equality.run(tmp_path):
         assert record["requests"] > 0

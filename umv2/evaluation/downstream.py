@@ -16,10 +16,8 @@ from absl import logging
 from tqdm import tqdm
 
 from umv2.evaluation.answers import Questions, Respondent
+from umv2.inference.decode import padded_length
 from umv2.schema import UserError
-
-# Lengths of padded sequences are powers of two from here on: few programs serve them all.
-_SMALLEST_BUCKET = 32
 
 TokenPair = tuple[Sequence[int], Sequence[int]]
 
@@ -66,8 +64,8 @@ def log_likelihoods(
             questions = Questions.lined_up(
                 group,
                 num_rows=num_rows,
-                length=min(_bucket(len(group[0][0])), max(max_length, len(group[0][0]))),
-                num_targets=_bucket(max(len(wanted) for _, _, wanted in group)),
+                length=min(padded_length(len(group[0][0])), max(max_length, len(group[0][0]))),
+                num_targets=padded_length(max(len(wanted) for _, _, wanted in group)),
                 fill=fill,
             )
             exact, likelihood = respondent.answer(questions)
@@ -93,10 +91,6 @@ def rolling_windows(tokens: Sequence[int], *, prefix: int, max_length: int) -> l
         context = [prefix, *tokens[:start]] if first == 0 else tokens[first - 1 : start]
         windows.append((context, tokens[start:stop]))
     return windows
-
-
-def _bucket(length: int) -> int:
-    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -217,7 +217,7 @@ class Generator:
         lengths = [len(ids) - 1 for ids in known]
         shares = 1 if self._mesh is None else parallel.num_shares(self._mesh.shape)
         num_rows = -(-_power_of_two(len(known)) // shares) * shares
-        bucket = max(_SMALLEST_BUCKET, _power_of_two(max(lengths)))
+        bucket = padded_length(max(lengths))
         padded = np.full((num_rows, bucket), end_of_text_id, np.int32)
         last = np.full(num_rows, end_of_text_id, np.int32)
         starts = np.zeros(num_rows, np.int32)
@@ -248,6 +248,11 @@ class Generator:
         if self._mesh is None:
             return batch
         return jax.device_put(batch, parallel.batch_sharded(self._mesh))
+
+
+def padded_length(length: int) -> int:
+    """Returns the length that sequences are padded to: few lengths, so that few programs do."""
+    return max(_SMALLEST_BUCKET, _power_of_two(length))
 
 
 def _power_of_two(number: int) -> int:

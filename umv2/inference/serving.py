@@ -14,7 +14,7 @@ from umv2.model.transformer import Stores, Transformer, layer_of
 _KEPT = re.compile(r"norm|bias|\b(router|cores|core_u|core_v)\b")
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@jax.tree_util.register_pytree_node_class
 class ServedModel:
     """A model and its value tables, laid out for inference; a pytree of one node.
 
@@ -31,11 +31,6 @@ class ServedModel:
         """Returns the model and its tables: one store of each memory layer where none is shared."""
         model, store = jax.tree.unflatten(self._structure.tree, self._arrays)
         return model, store
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], "_Structure"]:
-        """Tells JAX the arrays."""
-        keys = (jax.tree_util.SequenceKey(i) for i in range(len(self._arrays)))
-        return tuple(zip(keys, self._arrays, strict=True)), self._structure
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], "_Structure"]:
         """Tells JAX the arrays."""
