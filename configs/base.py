@@ -116,6 +116,9 @@ def get_config() -> ConfigDict:
     # Of all their tokens but answers in the loss, where answers and text have 1: what is random in
     # a context cannot be learned, and drowns what can.
     long_context.context_weight = 1.0
+    # At the start, on pairs of symbols alone (umv2/evaluation/long_context/recall.py): small models
+    # learn to look up there, within a few hundred steps, or not at all.
+    long_context.warm_up_steps = 0
     long_context.seed = 0  # of these documents
     data.mask_across_documents = True  # False: attention may cross documents of one sequence
     data.num_workers = 0  # processes that build batches; 0: threads of this one

@@ -40,7 +40,9 @@ def get_config(family: str = families.REFERENCE) -> ConfigDict:
     tasks = config.data.long_context
     tasks.tasks = config.evaluation.long_context.tasks
     tasks.num_documents = 4000
-    tasks.context_weight = 0.1
+    tasks.context_weight = 0.02
+    tasks.warm_up_steps = 250
+    tasks.text_fraction = 0.15
 
     optimizer = config.optimizer
     optimizer.learning_rate = 3e-3

@@ -74,6 +74,7 @@ OUT_OF_RANGE = {
     "must be >= 0": (
         -1,
         "seed model.attention_window data.long_context.num_documents data.long_context.seed"
+        " data.long_context.warm_up_steps"
         " evaluation.long_context.seed model.ffn_size"
         " model.memory.pre_value_dim model.memory.chunk_tokens"
         " data.num_workers data.seed"
@@ -167,6 +168,20 @@ CONTRADICTIONS = [
         "evaluation.long_context.lengths=.*each >= 64",
     ),
     ({"evaluation.long_context.tasks": ()}, "evaluation.long_context.tasks=.*must name tasks"),
+    (
+        {"data.long_context.warm_up_steps": 1},
+        "data.long_context.warm_up_steps=1: warms up for the tasks, and there are none",
+    ),
+    (
+        {
+            "data.long_context.num_documents": 1,
+            "data.long_context.tasks": ("needle",),
+            "data.long_context.warm_up_steps": 7,
+            "train.num_steps": 7,
+            "optimizer.warmup_steps": 2,
+        },
+        "data.long_context.warm_up_steps=7: must be < train.num_steps = 7",
+    ),
     (
         {"data.long_context.num_documents": 1},
         r"data.long_context.tasks=\(\): must name tasks, as num_documents = 1",

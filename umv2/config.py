@@ -60,6 +60,7 @@ class LongContextDataConfig:
     num_documents: Natural
     text_fraction: Annotated[float, Interval(0, 1, includes_high=False)]
     context_weight: Annotated[float, Interval(0, 1)]
+    warm_up_steps: Natural
     seed: Natural
 
 
@@ -112,6 +113,13 @@ class DataConfig:
                 "data.long_context.tasks",
                 tasks.tasks,
                 f"must name tasks, as num_documents = {tasks.num_documents}",
+            )
+        else:
+            require(
+                tasks.warm_up_steps == 0,
+                "data.long_context.warm_up_steps",
+                tasks.warm_up_steps,
+                "warms up for the tasks, and there are none: num_documents = 0",
             )
         if self.tokenizer == "none":
             require(
@@ -300,6 +308,13 @@ class Config:
         self.data.validate()
         self.train.validate()
         self.optimizer.validate(self.train.num_steps)
+        warm_up_steps = self.data.long_context.warm_up_steps
+        require(
+            warm_up_steps < self.train.num_steps,
+            "data.long_context.warm_up_steps",
+            warm_up_steps,
+            f"must be < train.num_steps = {self.train.num_steps}",
+        )
         self.evaluation.long_context.validate()
         self.generate.validate()
         self.mesh.validate()

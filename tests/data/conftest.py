@@ -27,7 +27,7 @@ def config() -> DataConfig:
         end_of_text_id=-1,
         sequence_length=4,
         held_out_fraction=0.5,
-        long_context=LongContextDataConfig((), 0, 0.25, 1.0, 0),
+        long_context=LongContextDataConfig((), 0, 0.25, 1.0, 0, 0),
         mask_across_documents=True,
         num_workers=0,
         prefetch_batches=2,

@@ -122,7 +122,7 @@ def test_held_out_covers_each_token_once(
         *("text", (), "text", "uint16", "", "", "", "none", END),
         sequence_length=sequence_length,
         held_out_fraction=0.5,
-        long_context=LongContextDataConfig((), 0, 0.25, 1.0, 0),
+        long_context=LongContextDataConfig((), 0, 0.25, 1.0, 0, 0),
         mask_across_documents=True,
         num_workers=0,
         prefetch_batches=1,

@@ -1,6 +1,8 @@
 """Documents of the long-context suite beside text."""
 
 import dataclasses
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from umv2.data.tokenizers import ByteTokenizer
 
 
 def mixed(config: DataConfig, folder: Path, **changes: Any) -> DataConfig:
-    tasks = LongContextDataConfig(("key_value", "needle"), 30, 0.25, 1.0, 0)
+    tasks = LongContextDataConfig(("key_value", "needle"), 30, 0.25, 1.0, 0, 0)
     return dataclasses.replace(
         config,
         paths=(f"{folder}/*.txt",),
@@ -33,7 +35,7 @@ def test_tasks_train_beside_their_share_of_text(config: DataConfig, text_folder:
     without = load(mixed(config, text_folder, num_documents=0))
     for fraction in (0.05, 0.1):
         texts = load(mixed(config, text_folder, text_fraction=fraction))
-        is_task = np.array(['"' in text or "magic number" in text for text in texts])
+        is_task = np.array([bool(re.match("\\w:|.*magic number", text, re.S)) for text in texts])
         assert is_task.sum() == 60
         sizes = np.array([len(text.encode()) for text in texts])
         share = sizes[~is_task].sum() / sizes.sum()
@@ -68,15 +70,40 @@ def test_answers_alone_count_where_the_context_has_no_weight(
     for _ in range(8):
         batch = next(batches)
         for targets, weights in zip(batch.targets, batch.weights, strict=True):
-            whole = tokenizer.decode(targets)
-            kept = targets[weights == 1].tolist()
             assert set(np.unique(weights)) <= {0.0, 1.0}
-            counted += "Recall: the magic number is" in whole
-            # Of a needle's document the two digits count, and the end-of-text after it.
-            if "grüße" not in whole and whole.count("\n") > 3:
-                digits = [t for t in kept if t != tokenizer.end_of_text_id]
-                assert all(chr(t).isdigit() for t in digits)
-            text += "grüße" in whole
+            ends = np.flatnonzero(targets == tokenizer.end_of_text_id)
+            for start, stop in itertools.pairwise(ends):  # of documents that are whole
+                document, counts = targets[start + 1 : stop], weights[start + 1 : stop] == 1
+                if "magic" in tokenizer.decode(document):
+                    assert re.fullmatch(r"\d\d", tokenizer.decode(document[counts]))
+                    counted += 1
+                else:
+                    assert counts.all()
+                    text += 1
     batches.close()
     assert counted > 0
     assert text > 0
+
+
+def test_the_first_steps_are_of_recall_alone(config: DataConfig, text_folder: Path) -> None:
+    tokenizer = ByteTokenizer()
+    plain = mixed(config, text_folder)
+    settings = mixed(config, text_folder, warm_up_steps=3)
+    corpus = load_corpus(settings, tokenizer, vocab_size=264)
+    assert corpus.warm_up is not None
+    assert corpus.warm_up.lengths.sum() >= 30 * 256
+    assert corpus.warm_up.lengths.min() == 12
+    assert 64 < corpus.warm_up.lengths.max() <= 128
+
+    def take(settings: DataConfig, start_step: int, count: int) -> list[np.ndarray]:
+        corpus = load_corpus(settings, tokenizer, vocab_size=264)
+        batches = train_batches(corpus, settings, batch_size=2, start_step=start_step)
+        taken = [next(batches).inputs for _ in range(count)]
+        batches.close()
+        return taken
+
+    whole = take(settings, 0, 6)
+    for inputs in whole[:3]:
+        assert re.fullmatch(r"[\w\n]*", tokenizer.decode(inputs[inputs != 256]))
+    np.testing.assert_array_equal(whole[3:], take(plain, 0, 3))
+    np.testing.assert_array_equal(whole[2:], take(settings, 2, 4))

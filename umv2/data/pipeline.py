@@ -36,7 +36,7 @@ from umv2.data.sources import (
     matching_files,
     text_documents,
 )
-from umv2.data.tasks import with_tasks
+from umv2.data.tasks import recall_documents, with_tasks
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from umv2.types import Batch
 
@@ -54,6 +54,7 @@ class Corpus:
     tokenizer: Tokenizer | None
     # UTF-8; None where the source holds tokens.
     held_out_texts: tuple[bytes, ...] | None = dataclasses.field(repr=False)
+    warm_up: Documents | None = None  # of the first `data.long_context.warm_up_steps`
 
     @functools.cached_property
     def held_out_bytes(self) -> int | None:
@@ -156,17 +157,21 @@ def load_corpus(
             " each side needs at least one"
         )
     train: Documents = DocumentSubset(documents, np.flatnonzero(~held_out))
+    warm_up: Documents | None = None
     if config.long_context.num_documents:
         assert texts is not None  # the configuration is checked
         assert tokenizer is not None
         told = [texts[i].decode() for i in np.flatnonzero(~held_out)]
         train = with_tasks(config, train, tokenizer, told)
+        if config.long_context.warm_up_steps:
+            warm_up = recall_documents(config, tokenizer)
     corpus = Corpus(
         train=train,
         held_out=DocumentSubset(documents, np.flatnonzero(held_out)),
         end_of_text_id=end_of_text_id,
         tokenizer=tokenizer,
         held_out_texts=None if texts is None else tuple(texts[i] for i in np.flatnonzero(held_out)),
+        warm_up=warm_up,
     )
     stream = PackedStream(corpus.train, end_of_text_id, shuffle_seed=None)
     if stream.num_targets < config.sequence_length:
@@ -291,48 +296,42 @@ class PackedStream:
 class PackedBatches:
     """Random access to some rows of every batch: element `n` is the fields of step `n`.
 
+    Here one pass over the documents in their order, the rest of the last batch without weight.
     Fields rather than a `Batch`, so that grain may rebuild them with other leaves on their way
     between processes.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        documents: Documents,
+        end_of_text_id: int,
         config: DataConfig,
         *,
-        held_out: bool,
         batch_size: int,
         rows: Sequence[int] | None,
+        shuffle_seed: int | None = None,
     ) -> None:
-        """Endless and shuffled for training; one pass in a fixed order for held-out."""
-        self._stream = PackedStream(
-            corpus.held_out if held_out else corpus.train,
-            corpus.end_of_text_id,
-            shuffle_seed=None if held_out else config.seed,
-        )
-        self._held_out = held_out
+        self._stream = PackedStream(documents, end_of_text_id, shuffle_seed)
         self._config = config
-        self._end_of_text_id = corpus.end_of_text_id
+        self._end_of_text_id = end_of_text_id
         self._batch_size = batch_size
         self._rows = range(batch_size) if rows is None else rows
 
     def __len__(self) -> int:
-        if not self._held_out:
-            return _ENDLESS
         rows = math.ceil(self._stream.num_targets / self._config.sequence_length)
         return math.ceil(rows / self._batch_size)
+
+    def _window(self, row: int) -> tuple[int, int]:
+        """Returns the epoch and the window that row `row`, counted through all batches, shows."""
+        return 0, row
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         length = self._config.sequence_length
         num_targets = self._stream.num_targets
         windows, weights = [], []
         for row_of_batch in self._rows:
-            epoch, row = 0, int(step) * self._batch_size + row_of_batch
-            if not self._held_out:
-                num_windows = num_targets // length
-                epoch, row = divmod(row, num_windows)
-                row = _shuffled(row, num_windows, self._config.seed, epoch)
-            start = row * length
+            epoch, window = self._window(int(step) * self._batch_size + row_of_batch)
+            start = window * length
             windows.append(self._stream.read(epoch, start, start + length + 1))
             counted = self._stream.read_weights(epoch, start + 1, start + length + 1)
             weights.append(np.where(start + np.arange(length) < num_targets, counted, 0))
@@ -348,6 +347,58 @@ class PackedBatches:
             "segment_ids": segment_ids,
             "weights": np.stack(weights).astype(np.float32),
         }
+
+
+class TrainBatches(PackedBatches):
+    """Endless and shuffled, after steps of warm-up whose documents keep their order."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        rows: Sequence[int] | None,
+    ) -> None:
+        super().__init__(
+            corpus.train,
+            corpus.end_of_text_id,
+            config,
+            batch_size=batch_size,
+            rows=rows,
+            shuffle_seed=config.seed,
+        )
+        self._warm_up = None
+        if corpus.warm_up is not None:
+            self._warm_up = WarmUpBatches(
+                corpus.warm_up, corpus.end_of_text_id, config, batch_size=batch_size, rows=rows
+            )
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        if self._warm_up is None:
+            return super().__getitem__(step)
+        if step < len(self._warm_up):
+            return self._warm_up[step]
+        return super().__getitem__(step - len(self._warm_up))
+
+    def _window(self, row: int) -> tuple[int, int]:
+        num_windows = self._stream.num_targets // self._config.sequence_length
+        epoch, window = divmod(row, num_windows)
+        return epoch, _shuffled(window, num_windows, self._config.seed, epoch)
+
+
+class WarmUpBatches(PackedBatches):
+    """One pass spread over the steps of the warm-up: windows are left out, or come twice."""
+
+    def __len__(self) -> int:
+        return self._config.long_context.warm_up_steps
+
+    def _window(self, row: int) -> tuple[int, int]:
+        num_windows = self._stream.num_targets // self._config.sequence_length
+        return 0, row * num_windows // (len(self) * self._batch_size)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -401,13 +452,7 @@ def train_batches(
     Processes that divide a batch each take their `parallel.local_rows`. Worker processes
     (`config.num_workers`) need absl's flags to be parsed.
     """
-    batches = PackedBatches(
-        corpus,
-        config,
-        held_out=False,
-        batch_size=batch_size,
-        rows=rows,
-    )
+    batches = TrainBatches(corpus, config, batch_size=batch_size, rows=rows)
     return BatchIterator(batches, config, start_step)
 
 
@@ -424,9 +469,9 @@ def held_out_batches(
     rest of the last batch has weight 0.
     """
     batches = PackedBatches(
-        corpus,
+        corpus.held_out,
+        corpus.end_of_text_id,
         config,
-        held_out=True,
         batch_size=batch_size,
         rows=rows,
     )

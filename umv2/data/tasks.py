@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from umv2.config import DataConfig
@@ -15,9 +16,10 @@ from umv2.data.documents import (
 )
 from umv2.data.sources import content_hashes
 from umv2.data.tokenizers import Tokenizer
-from umv2.evaluation.long_context import TASKS, make_example
+from umv2.evaluation.long_context import TASKS, Example, make_example, recall
 
 _SHORTEST = 1 / 8  # of a sequence
+_LONGEST_RECALL = 1 / 2  # of a sequence
 
 
 def with_tasks(
@@ -42,34 +44,76 @@ def task_documents(
 ) -> InMemoryDocuments:
     """Writes `config.long_context.num_documents` of each task, of the training split.
 
-    Their lengths are spread evenly, in logarithm, from an eighth of a sequence to a whole one.
+    Those from an eighth of a sequence to a quarter hold as many tokens as those from there to a
+    half, or from there to a whole: answers are learned with little before them first.
 
     Args:
       config: the data section.
       tokenizer: of the text.
       texts: documents of the source to cut filler from; those that train alone.
     """
-    wanted, longest = config.long_context, config.sequence_length - 1  # beside the end-of-text
+    wanted, longest = config.long_context, config.sequence_length - 1.0  # beside the end-of-text
     jobs = [(name, index) for name in wanted.tasks for index in range(wanted.num_documents)]
     disable = None if logging.level_info() else True
-    written, weights = [], []
-    for name, index in tqdm(jobs, "writing tasks", unit=" documents", disable=disable):
-        share = np.random.default_rng([wanted.seed, index]).random()
-        length = int(longest * _SHORTEST ** (1 - share))
-        example = make_example(
+    bar = tqdm(jobs, "writing tasks", unit=" documents", disable=disable)
+    written = [
+        make_example(
             TASKS[name],
             "train",
             wanted.seed,
             index,
-            length=max(length, 32),
+            length=max(_length(wanted.seed, index, _SHORTEST * longest, longest), 32),
             tokenizer=tokenizer,
             texts=texts,
         )
-        written.append(example.tokens)
-        counted = np.full(len(example.tokens), wanted.context_weight, np.float32)
+        for name, index in bar
+    ]
+    return _documents(written, wanted.context_weight)
+
+
+def recall_documents(config: DataConfig, tokenizer: Tokenizer) -> InMemoryDocuments:
+    """Writes documents of associative recall, in the order in which they are to be learned from.
+
+    They hold the tokens of `config.long_context.num_documents` sequences. Those of the first third
+    are as short as can be; then the longest of them grow to half a sequence.
+    """
+    wanted, written, num_tokens = config.long_context, list[Example](), 0
+    shortest = recall.FEWEST_LINES * len(tokenizer.encode("ab\n"))
+    growth = max(1.0, _LONGEST_RECALL * config.sequence_length / shortest)
+    enough = wanted.num_documents * config.sequence_length
+    while num_tokens < enough:
+        index = len(written)
+        longest = shortest * growth ** max(0.0, 1.5 * num_tokens / enough - 0.5)
+        example = make_example(
+            recall.write,
+            "train",
+            wanted.seed,
+            index,
+            length=_length(wanted.seed, index, float(shortest), longest),
+            tokenizer=tokenizer,
+            texts=(),
+        )
+        written.append(example)
+        num_tokens += len(example.tokens)
+    return _documents(written, wanted.context_weight)
+
+
+def _length(seed: int, index: int, shortest: float, longest: float) -> int:
+    """Draws the length of a document; of the tokens of all, each octave holds as many."""
+    share = float(np.random.default_rng([seed, index]).random())
+    return int(shortest / (1 - share * (1 - shortest / longest)))
+
+
+def _documents(examples: Sequence[Example], context_weight: float) -> InMemoryDocuments:
+    def weights(example: Example) -> Float32[np.ndarray, "t"]:
+        counted = np.full(len(example.tokens), context_weight, np.float32)
         for answer in example.answers:
             counted[answer.start : answer.stop] = 1
-        weights.append(counted)
-    lengths = np.array([len(tokens) for tokens in written], np.int64)
-    hashes = content_hashes(tokens.tobytes() for tokens in written)
-    return InMemoryDocuments(np.concatenate(written), lengths, hashes, np.concatenate(weights))
+        return counted
+
+    return InMemoryDocuments(
+        np.concatenate([example.tokens for example in examples]),
+        np.array([len(example.tokens) for example in examples], np.int64),
+        content_hashes(example.tokens.tobytes() for example in examples),
+        np.concatenate([weights(example) for example in examples]),
+    )

@@ -15,6 +15,7 @@ from umv2.evaluation.long_context import (
     multi_round,
     needle,
     reasoning,
+    recall,
 )
 from umv2.evaluation.long_context.examples import Example, Task, make_example
 
@@ -28,4 +29,4 @@ TASKS: Mapping[str, Task] = {
     "reasoning": reasoning.write,
 }
 
-__all__ = ["TASKS", "Example", "Task", "make_example"]
+__all__ = ["TASKS", "Example", "Task", "make_example", "recall"]

@@ -68,12 +68,16 @@ class Brief:
       length: tokens that the document may have.
       size: tokens of a text.
       filler: draws real text of at most so many tokens that ends a line.
+      practice: for training: asks wherever an answer can be known already, and not only at the end,
+        so that every document has questions with little before them. Those are learned first, and
+        without them the others are not within minutes.
     """
 
     rng: np.random.Generator
     length: int
     size: Callable[[str], int]
     filler: Callable[[int], str]
+    practice: bool = False
 
     def pick[T](self, choices: Sequence[T]) -> T:
         """Draws one."""
@@ -147,7 +151,7 @@ def make_example(
     def filler(limit: int) -> str:
         return _cut(texts, limit, size, rng)
 
-    document = task(Brief(rng, length, size, filler))
+    document = task(Brief(rng, length, size, filler, practice=split == "train"))
     tokens: list[np.ndarray] = []
     answers: list[tuple[int, int, Question]] = []
     starts: list[int] = []

@@ -16,16 +16,22 @@ def write(brief: Brief) -> Document:
     Chance: a guess among the labels.
     """
     document = Document()
+
+    def ask(symbol: str) -> Question:
+        return Question(f"{symbol} ", labels[symbol], evidence[symbol], 1 / len(_LABELS))
+
     line = brief.size("a ") + brief.size("0") + brief.size("\n")
     num_lines = max(4, brief.length // line)
     num_questions = min(max(1, int(num_lines * _QUESTIONS)), len(_SYMBOLS))
     shown = num_lines - num_questions
     symbols = brief.sample(_SYMBOLS, max(2, min(len(_SYMBOLS), shown // _SHOTS)))
     labels = {symbol: brief.pick(_LABELS) for symbol in symbols}
-    evidence = {}
+    evidence: dict[str, int] = {}
     for _ in range(shown):
         symbol = brief.pick(symbols)
-        evidence[symbol] = document.add(f"{symbol} {labels[symbol]}\n")
+        practice = brief.practice and symbol in evidence
+        shown_again = ask(symbol) if practice else f"{symbol} {labels[symbol]}\n"
+        evidence[symbol] = document.add(shown_again)
     for symbol in brief.sample(list(evidence), num_questions):
-        document.add(Question(f"{symbol} ", labels[symbol], evidence[symbol], 1 / len(_LABELS)))
+        document.add(ask(symbol))
     return document

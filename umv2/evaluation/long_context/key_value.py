@@ -1,30 +1,36 @@
-"""Key-value retrieval: JSON lines of random pairs, then keys to look up ('Lost in the middle')."""
+"""Key-value retrieval: lines of random pairs, then keys to look up ('Lost in the middle', MQAR)."""
 
 from umv2.evaluation.long_context.examples import SYMBOLS, Brief, Document, Question, names
 
-# Of the length, what questions take at most.
-_QUESTIONS = 0.5
+_PAIRS = 0.5  # of the length
+_PRACTICE = 0.5  # questions a pair among the pairs, where there are any
 
 
 def write(brief: Brief) -> Document:
-    """Writes pairs, and asks for each of some keys once.
+    """Writes pairs, and asks for each of some keys once (in practice, for some between pairs too).
 
     Chance: a guess among the values of all pairs.
     """
     document = Document()
-    line, question = brief.size('{"a":"b"}\n'), brief.size('{"a":"') + brief.size("b") + 1
-    count = max(2, int(brief.length * (1 - _QUESTIONS)) // line)
+    line = brief.size("a:b\n")
+    count = max(2, int(brief.length * _PAIRS) // line)
     keys = names(count)
     line += brief.size(keys[0]) - brief.size("a")
-    question += brief.size(keys[0]) - brief.size("a")
-    count = max(2, int(brief.length * (1 - _QUESTIONS)) // line)
-    chosen = brief.sample(keys, count)
-    values = [brief.pick(SYMBOLS) for _ in chosen]
-    places = [
-        document.add(f'{{"{key}":"{value}"}}\n') for key, value in zip(chosen, values, strict=True)
-    ]
-    asked = max(1, min(count, (brief.length - count * line) // question))
-    for number in brief.sample(range(count), asked):
+    count = max(2, int(brief.length * _PAIRS) // line)
+    keys = brief.sample(keys, count)
+    values = [brief.pick(SYMBOLS) for _ in keys]
+    places: list[int] = []
+
+    def ask(number: int) -> None:
         chance = values.count(values[number]) / count
-        document.add(Question(f'{{"{chosen[number]}":"', values[number], places[number], chance))
+        document.add(Question(f"{keys[number]}:", values[number], places[number], chance))
+
+    num_questions = max(1, min(count, brief.length // line - count))
+    for key, value in zip(keys, values, strict=True):
+        places.append(document.add(f"{key}:{value}\n"))
+        if brief.practice and num_questions > 1 and brief.rng.random() < _PRACTICE:
+            ask(int(brief.rng.integers(len(places))))
+            num_questions -= 1
+    for number in brief.sample(range(count), num_questions):
+        ask(number)
     return document
