@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 
 from umv2.config import DataConfig, LongContextDataConfig
-from umv2.data.pipeline import load_corpus, train_batches
+from umv2.data.documents import Documents
+from umv2.data.pipeline import Corpus, load_corpus, train_batches
 from umv2.data.tokenizers import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+END = TOKENIZER.end_of_text_id
 
 
 def mixed(config: DataConfig, folder: Path, **changes: Any) -> DataConfig:
@@ -23,59 +27,96 @@ def mixed(config: DataConfig, folder: Path, **changes: Any) -> DataConfig:
     )
 
 
+def pieces(documents: Documents) -> list[str]:
+    """The documents of tasks and the pieces of text that documents are put together of."""
+    whole = [documents.read(i, 0, int(length)) for i, length in enumerate(documents.lengths)]
+    tokens = np.concatenate([np.append(document, END) for document in whole])
+    parts = np.split(tokens, np.flatnonzero(tokens == END))
+    return [TOKENIZER.decode(part[part != END]) for part in parts if (part != END).any()]
+
+
+def is_task(text: str) -> bool:
+    return bool(re.match("\\w:|.*magic number", text, re.S))
+
+
 def test_tasks_train_beside_their_share_of_text(config: DataConfig, text_folder: Path) -> None:
-    tokenizer = ByteTokenizer()
+    def load(**changes: Any) -> Corpus:
+        return load_corpus(mixed(config, text_folder, **changes), TOKENIZER, vocab_size=264)
 
-    def load(config: DataConfig) -> list[str]:
-        corpus = load_corpus(config, tokenizer, vocab_size=264)
-        train = corpus.train
-        lengths = enumerate(train.lengths)
-        return [tokenizer.decode(train.read(i, 0, int(length))) for i, length in lengths]
-
-    without = load(mixed(config, text_folder, num_documents=0))
+    plain = load(num_documents=0).train
+    without = [plain.read(i, 0, int(length)) for i, length in enumerate(plain.lengths)]
     for fraction in (0.05, 0.1):
-        texts = load(mixed(config, text_folder, text_fraction=fraction))
-        is_task = np.array([bool(re.match("\\w:|.*magic number", text, re.S)) for text in texts])
-        assert is_task.sum() == 60
-        sizes = np.array([len(text.encode()) for text in texts])
-        share = sizes[~is_task].sum() / sizes.sum()
+        corpus = load(text_fraction=fraction)
+        found = pieces(corpus.train)
+        tasks = [text for text in found if is_task(text)]
+        texts = [text for text in found if not is_task(text)]
+        assert len(tasks) == 60
+        sizes = np.array([len(text.encode()) for text in tasks])
+        share = sum(len(text.encode()) for text in texts) / sum(len(t.encode()) for t in found)
         assert 0.5 * fraction < share <= fraction
-        assert {text for text, task in zip(texts, is_task, strict=True) if not task} < set(without)
-        assert sizes[is_task].min() < 64
-        assert 128 < sizes[is_task].max() < 256
+        assert set(texts) <= {TOKENIZER.decode(tokens) for tokens in without}
+        assert sizes.min() < 64
+        assert 128 < sizes.max() < 256
+        # Put together well: little more of them than their tokens fill.
+        assert set(corpus.train.lengths) == {255}
+        assert len(corpus.train.lengths) < 1.2 * sum(len(t.encode()) for t in found) / 256 + 1
+
+
+def test_no_document_of_a_task_is_cut(config: DataConfig, text_folder: Path) -> None:
+    settings = mixed(config, text_folder)
+    corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
+    wanted = {text for text in pieces(corpus.train) if is_task(text)}
+    batches = train_batches(corpus, settings, batch_size=len(corpus.train.lengths))
+    seen = set()
+    for inputs in next(batches).inputs:
+        assert inputs[0] == END
+        seen |= {TOKENIZER.decode(p[1:]) for p in np.split(inputs, np.flatnonzero(inputs == END))}
+    batches.close()
+    assert wanted <= seen
+
+
+def test_text_is_cut_to_pieces_of_a_sequence(config: DataConfig, tmp_path: Path) -> None:
+    long = "a long text. " * 100
+    for name in range(20):
+        (tmp_path / f"{name}.txt").write_text(f"{name} {long}")
+    settings = mixed(config, tmp_path, text_fraction=0.5)
+    settings = dataclasses.replace(settings, held_out_fraction=0.3)
+    corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
+    texts = [text for text in pieces(corpus.train) if not is_task(text)]
+    assert max(map(len, texts)) == 255
+    assert any(text[1:] == f" {long}"[:254] for text in texts)
 
 
 def test_held_out_text_and_the_seed_of_documents(config: DataConfig, text_folder: Path) -> None:
-    tokenizer = ByteTokenizer()
     plain, mixture, other = (
-        load_corpus(mixed(config, text_folder, **changes), tokenizer, vocab_size=264)
+        load_corpus(mixed(config, text_folder, **changes), TOKENIZER, vocab_size=264)
         for changes in ({"num_documents": 0}, {}, {"seed": 1})
     )
     assert plain.held_out_texts == mixture.held_out_texts
     hashes = mixture.train.content_hashes
-    again = load_corpus(mixed(config, text_folder), tokenizer, vocab_size=264)
+    again = load_corpus(mixed(config, text_folder), TOKENIZER, vocab_size=264)
     np.testing.assert_array_equal(hashes, again.train.content_hashes)
-    # The shortest needles have nothing but one of a hundred codes.
-    assert len(set(hashes[-60:]) & set(other.train.content_hashes[-60:])) < 6
+    assert not set(hashes) & set(other.train.content_hashes)
 
 
 def test_answers_alone_count_where_the_context_has_no_weight(
     config: DataConfig, text_folder: Path
 ) -> None:
-    tokenizer = ByteTokenizer()
     settings = mixed(config, text_folder, context_weight=0.0, tasks=("needle",))
-    corpus = load_corpus(settings, tokenizer, vocab_size=264)
+    corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
     batches = train_batches(corpus, settings, batch_size=2)
     counted = text = 0
     for _ in range(8):
         batch = next(batches)
         for targets, weights in zip(batch.targets, batch.weights, strict=True):
             assert set(np.unique(weights)) <= {0.0, 1.0}
-            ends = np.flatnonzero(targets == tokenizer.end_of_text_id)
+            ends = np.flatnonzero(targets == END)
             for start, stop in itertools.pairwise(ends):  # of documents that are whole
+                if stop == start + 1:
+                    continue
                 document, counts = targets[start + 1 : stop], weights[start + 1 : stop] == 1
-                if "magic" in tokenizer.decode(document):
-                    assert re.fullmatch(r"\d\d", tokenizer.decode(document[counts]))
+                if "magic" in TOKENIZER.decode(document):
+                    assert re.fullmatch(r"\d\d", TOKENIZER.decode(document[counts]))
                     counted += 1
                 else:
                     assert counts.all()
@@ -86,17 +127,17 @@ def test_answers_alone_count_where_the_context_has_no_weight(
 
 
 def test_the_first_steps_are_of_recall_alone(config: DataConfig, text_folder: Path) -> None:
-    tokenizer = ByteTokenizer()
-    plain = mixed(config, text_folder)
     settings = mixed(config, text_folder, warm_up_steps=3)
-    corpus = load_corpus(settings, tokenizer, vocab_size=264)
+    corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
     assert corpus.warm_up is not None
-    assert corpus.warm_up.lengths.sum() >= 30 * 256
-    assert corpus.warm_up.lengths.min() == 12
-    assert 64 < corpus.warm_up.lengths.max() <= 128
+    assert 30 <= len(corpus.warm_up.lengths) < 45
+    sizes = [len(piece) for piece in pieces(corpus.warm_up)]
+    third = len(sizes) // 3
+    assert set(sizes[:third]) == {12}
+    assert 64 < max(sizes[-third:]) <= 128
 
     def take(settings: DataConfig, start_step: int, count: int) -> list[np.ndarray]:
-        corpus = load_corpus(settings, tokenizer, vocab_size=264)
+        corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
         batches = train_batches(corpus, settings, batch_size=2, start_step=start_step)
         taken = [next(batches).inputs for _ in range(count)]
         batches.close()
@@ -104,6 +145,6 @@ def test_the_first_steps_are_of_recall_alone(config: DataConfig, text_folder: Pa
 
     whole = take(settings, 0, 6)
     for inputs in whole[:3]:
-        assert re.fullmatch(r"[\w\n]*", tokenizer.decode(inputs[inputs != 256]))
-    np.testing.assert_array_equal(whole[3:], take(plain, 0, 3))
+        assert re.fullmatch(r"(\w\w\n)*", TOKENIZER.decode(inputs[inputs != END]))
+    assert ":" in TOKENIZER.decode(whole[3][whole[3] != END])
     np.testing.assert_array_equal(whole[2:], take(settings, 2, 4))

@@ -90,31 +90,6 @@ class DocumentSubset:
         return self._documents.read_weights(int(self._indices[index]), start, stop)
 
 
-class JoinedDocuments:
-    """Documents of several kinds, those of one after those of another."""
-
-    def __init__(self, parts: Sequence[Documents]) -> None:
-        """Joins them without reading them."""
-        self.lengths = np.concatenate([part.lengths for part in parts])
-        self.content_hashes = np.concatenate([part.content_hashes for part in parts])
-        self._parts = parts
-        self._starts = np.cumsum([0, *(len(part.lengths) for part in parts)])
-
-    def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
-        """Returns tokens [start, stop) of one document."""
-        part, place = self._find(index)
-        return part.read(place, start, stop)
-
-    def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
-        """Returns how much each of them counts in the loss."""
-        part, place = self._find(index)
-        return part.read_weights(place, start, stop)
-
-    def _find(self, index: int) -> tuple[Documents, int]:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[part], index - int(self._starts[part])
-
-
 def little_endian(dtype: str) -> np.dtype:
     """Returns the type of tokens in files."""
     return np.dtype(dtype).newbyteorder("<")

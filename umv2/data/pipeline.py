@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from umv2 import distributed
 from umv2.config import DataConfig
+from umv2.data import tasks
 from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
 from umv2.data.shards import ArrayRecordDocuments
 from umv2.data.sources import (
@@ -36,7 +37,6 @@ from umv2.data.sources import (
     matching_files,
     text_documents,
 )
-from umv2.data.tasks import recall_documents, with_tasks
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from umv2.types import Batch
 
@@ -162,9 +162,9 @@ def load_corpus(
         assert texts is not None  # the configuration is checked
         assert tokenizer is not None
         told = [texts[i].decode() for i in np.flatnonzero(~held_out)]
-        train = with_tasks(config, train, tokenizer, told)
+        train = tasks.mixture(config, train, tokenizer, told)
         if config.long_context.warm_up_steps:
-            warm_up = recall_documents(config, tokenizer)
+            warm_up = tasks.warm_up(config, tokenizer)
     corpus = Corpus(
         train=train,
         held_out=DocumentSubset(documents, np.flatnonzero(held_out)),

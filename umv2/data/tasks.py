@@ -1,101 +1,129 @@
-"""Documents of the long-context suite, to train on."""
+"""Documents of the long-context suite, to train on.
 
-from collections.abc import Sequence
+An answer whose evidence is in another sequence cannot be learned. So these documents are not cut
+where sequences end: as many as fit are put together to one document that fills a sequence, with
+end-of-text between them, and text is cut to pieces that lie among them.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
 from umv2.config import DataConfig
-from umv2.data.documents import (
-    Documents,
-    DocumentSubset,
-    InMemoryDocuments,
-    JoinedDocuments,
-)
+from umv2.data.documents import Documents, InMemoryDocuments
 from umv2.data.sources import content_hashes
 from umv2.data.tokenizers import Tokenizer
-from umv2.evaluation.long_context import TASKS, Example, make_example, recall
+from umv2.evaluation.long_context import TASKS, Example, Task, make_example, recall
 
 _SHORTEST = 1 / 8  # of a sequence
 _LONGEST_RECALL = 1 / 2  # of a sequence
 
+Piece = tuple[Int32[np.ndarray, "_"], Float32[np.ndarray, "_"]]  # tokens and their weights
 
-def with_tasks(
+
+def mixture(
     config: DataConfig, documents: Documents, tokenizer: Tokenizer, texts: Sequence[str]
-) -> Documents:
-    """Joins documents of text and of tasks, in the shares of tokens that `config` asks for.
-
-    Text beyond `long_context.text_fraction` is left out, document by document in the order of
-    their hashes, which has nothing to do with what they say.
-    """
-    tasks = task_documents(config, tokenizer, texts)
-    fraction = config.long_context.text_fraction
-    room = int(tasks.lengths.sum()) * fraction / (1 - fraction)
-    order = np.argsort(documents.content_hashes, kind="stable")
-    used = np.cumsum(documents.lengths[order])
-    kept = order[: int(np.searchsorted(used, room, side="right"))]
-    return JoinedDocuments([DocumentSubset(documents, np.sort(kept)), tasks])
-
-
-def task_documents(
-    config: DataConfig, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> InMemoryDocuments:
-    """Writes `config.long_context.num_documents` of each task, of the training split.
+    """Returns text and tasks in the shares of tokens that `config` asks for, a sequence each.
 
-    Those from an eighth of a sequence to a quarter hold as many tokens as those from there to a
-    half, or from there to a whole: answers are learned with little before them first.
+    `config.long_context.num_documents` of each task are written, of the training split; of recall,
+    the tokens of one task, if there is a warm-up. Text beyond `long_context.text_fraction` is left
+    out, document by document in the order of their hashes, which has nothing to do with what they
+    say.
 
     Args:
       config: the data section.
+      documents: text, in tokens.
       tokenizer: of the text.
       texts: documents of the source to cut filler from; those that train alone.
     """
-    wanted, longest = config.long_context, config.sequence_length - 1.0  # beside the end-of-text
-    jobs = [(name, index) for name in wanted.tasks for index in range(wanted.num_documents)]
-    disable = None if logging.level_info() else True
-    bar = tqdm(jobs, "writing tasks", unit=" documents", disable=disable)
-    written = [
-        make_example(
-            TASKS[name],
-            "train",
-            wanted.seed,
-            index,
-            length=max(_length(wanted.seed, index, _SHORTEST * longest, longest), 32),
-            tokenizer=tokenizer,
-            texts=texts,
+    wanted = config.long_context
+    pieces = [
+        _task_piece(TASKS[name], config, index, tokenizer, texts)
+        for name, index in _with_bar(
+            [(name, index) for name in wanted.tasks for index in range(wanted.num_documents)]
         )
-        for name, index in bar
     ]
-    return _documents(written, wanted.context_weight)
+    num_tokens = sum(len(tokens) for tokens, _ in pieces)
+    if wanted.warm_up_steps:
+        last = _recall_pieces(config, tokenizer, num_tokens // len(wanted.tasks), lambda _: 1.0)
+        pieces += last
+        num_tokens += sum(len(tokens) for tokens, _ in last)
+    room = int(num_tokens * wanted.text_fraction / (1 - wanted.text_fraction))
+    pieces += _text_pieces(documents, room, config.sequence_length - 1)
+    order = np.random.default_rng(wanted.seed).permutation(len(pieces))
+    return _bundled([pieces[i] for i in order], config, tokenizer)
 
 
-def recall_documents(config: DataConfig, tokenizer: Tokenizer) -> InMemoryDocuments:
-    """Writes documents of associative recall, in the order in which they are to be learned from.
+def warm_up(config: DataConfig, tokenizer: Tokenizer) -> InMemoryDocuments:
+    """Returns associative recall in the order in which it is to be learned from, a sequence each.
 
-    They hold the tokens of `config.long_context.num_documents` sequences. Those of the first third
-    are as short as can be; then the longest of them grow to half a sequence.
+    Documents of the first third are as short as can be; then the longest of them grow to half a
+    sequence. There are about `config.long_context.num_documents` sequences.
     """
-    wanted, written, num_tokens = config.long_context, list[Example](), 0
-    shortest = recall.FEWEST_LINES * len(tokenizer.encode("ab\n"))
-    growth = max(1.0, _LONGEST_RECALL * config.sequence_length / shortest)
-    enough = wanted.num_documents * config.sequence_length
-    while num_tokens < enough:
-        index = len(written)
-        longest = shortest * growth ** max(0.0, 1.5 * num_tokens / enough - 0.5)
+    num_tokens = config.long_context.num_documents * config.sequence_length
+    pieces = _recall_pieces(config, tokenizer, num_tokens, lambda share: 1.5 * share - 0.5)
+    return _bundled(pieces, config, tokenizer)
+
+
+def _with_bar[T](jobs: Sequence[T]) -> Iterator[T]:
+    disable = None if logging.level_info() else True
+    return iter(tqdm(jobs, "writing tasks", unit=" documents", disable=disable))
+
+
+def _task_piece(
+    task: Task, config: DataConfig, index: int, tokenizer: Tokenizer, texts: Sequence[str]
+) -> Piece:
+    """Writes one document, from an eighth of a sequence to a whole one.
+
+    Those of an eighth to a quarter hold as many tokens as those from there to a half, or from there
+    to a whole: answers are learned with little before them first.
+    """
+    seed, longest = config.long_context.seed, config.sequence_length - 1.0
+    length = max(_length(seed, index, _SHORTEST * longest, longest), 32)
+    example = make_example(
+        task, "train", seed, index, length=length, tokenizer=tokenizer, texts=texts
+    )
+    return _weighted(example, config)
+
+
+def _recall_pieces(
+    config: DataConfig, tokenizer: Tokenizer, num_tokens: int, growth: Callable[[float], float]
+) -> list[Piece]:
+    """Writes `num_tokens` of recall.
+
+    Its `growth`, a function of the share that is written, says where the longest document is on
+    the way from the shortest there is (0 and less) to half a sequence (1).
+    """
+    pieces: list[Piece] = []
+    written = 0
+    shortest = float(recall.FEWEST_LINES * len(tokenizer.encode("ab\n")))
+    longest = max(shortest, _LONGEST_RECALL * config.sequence_length)
+    seed = config.long_context.seed
+    while written < num_tokens:
+        index = len(pieces)
+        limit = shortest * (longest / shortest) ** max(0.0, growth(written / num_tokens))
+        length = _length(seed, index, shortest, limit)
         example = make_example(
-            recall.write,
-            "train",
-            wanted.seed,
-            index,
-            length=_length(wanted.seed, index, float(shortest), longest),
-            tokenizer=tokenizer,
-            texts=(),
+            recall.write, "train", seed, index, length=length, tokenizer=tokenizer, texts=()
         )
-        written.append(example)
-        num_tokens += len(example.tokens)
-    return _documents(written, wanted.context_weight)
+        pieces.append(_weighted(example, config))
+        written += len(example.tokens)
+    return pieces
+
+
+def _text_pieces(documents: Documents, num_tokens: int, longest: int) -> Iterator[Piece]:
+    """Cuts whole documents of at most `num_tokens` in all to pieces."""
+    order = np.argsort(documents.content_hashes, kind="stable")
+    used = np.cumsum(documents.lengths[order])
+    for index in order[: int(np.searchsorted(used, num_tokens, side="right"))].tolist():
+        end = int(documents.lengths[index])
+        for start, stop in itertools.pairwise([*range(0, end, longest), end]):
+            yield documents.read(index, start, stop), np.ones(stop - start, np.float32)
 
 
 def _length(seed: int, index: int, shortest: float, longest: float) -> int:
@@ -104,16 +132,45 @@ def _length(seed: int, index: int, shortest: float, longest: float) -> int:
     return int(shortest / (1 - share * (1 - shortest / longest)))
 
 
-def _documents(examples: Sequence[Example], context_weight: float) -> InMemoryDocuments:
-    def weights(example: Example) -> Float32[np.ndarray, "t"]:
-        counted = np.full(len(example.tokens), context_weight, np.float32)
-        for answer in example.answers:
-            counted[answer.start : answer.stop] = 1
-        return counted
+def _weighted(example: Example, config: DataConfig) -> Piece:
+    weights = np.full(len(example.tokens), config.long_context.context_weight, np.float32)
+    for answer in example.answers:
+        weights[answer.start : answer.stop] = 1
+    return example.tokens, weights
 
+
+def _bundled(
+    pieces: Sequence[Piece], config: DataConfig, tokenizer: Tokenizer
+) -> InMemoryDocuments:
+    """Puts pieces together to documents of a sequence each, in their order as far as it goes.
+
+    A piece goes where it leaves the least room. End-of-text, which stands between pieces and fills
+    up what is left, counts nothing: where a document ends is not to be known.
+    """
+    size = config.sequence_length - 1  # beside the end-of-text before it
+    bundles: list[list[Piece]] = []
+    with_room: list[list[list[Piece]]] = [[] for _ in range(size + 1)]
+    for piece in pieces:
+        needed = len(piece[0])
+        room = next((room for room in range(needed, size + 1) if with_room[room]), size)
+        if with_room[room]:
+            bundle = with_room[room].pop()
+        else:
+            bundle = []
+            bundles.append(bundle)
+        bundle.append(piece)
+        with_room[max(0, room - needed - 1)].append(bundle)
+    tokens = np.full((len(bundles), size), tokenizer.end_of_text_id, np.int32)
+    weights = np.zeros((len(bundles), size), np.float32)
+    for row, bundle in enumerate(bundles):
+        start = 0
+        for part, counted in bundle:
+            stop = start + len(part)
+            tokens[row, start:stop], weights[row, start:stop] = part, counted
+            start = stop + 1
     return InMemoryDocuments(
-        np.concatenate([example.tokens for example in examples]),
-        np.array([len(example.tokens) for example in examples], np.int64),
-        content_hashes(example.tokens.tobytes() for example in examples),
-        np.concatenate([weights(example) for example in examples]),
+        tokens.reshape(-1),
+        np.full(len(bundles), size, np.int64),
+        content_hashes(row.tobytes() for row in tokens),
+        weights.reshape(-1),
     )
