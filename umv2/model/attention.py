@@ -1,5 +1,6 @@
 """Causal self-attention with rotary positions and a key-value cache."""
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -190,13 +191,9 @@ def _write(
     new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
     if fresh:
         return lax.dynamic_update_slice_in_dim(cache, new, 0, axis=2)
-    # One row after another and in place: XLA writes each where the donated cache lies.
-    for row in range(len(cache)):
-        zero = jnp.zeros((), jnp.int32)
-        cache = lax.dynamic_update_slice(
-            cache, new[row : row + 1], (jnp.int32(row), zero, starts[row], zero)
-        )
-    return cache
+    # One scatter for all rows, in place where the cache is donated. A slice of each row, one after
+    # another, takes as long, and 128 rows in 20 blocks half a minute to compile, not a second.
+    return jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))(cache, new, starts)
 
 
 def _attend_to_cache(
