@@ -26,7 +26,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; none: pri
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.")
 
 
-def plain_mixture(x: Any, weights: Any, dispatch: Any, gate: Any, up: Any, down: Any) -> Any:
+def plain_mixture(x: Any, weights: Any, dispatch: Any, into: Any, down: Any) -> Any:
     """Does the work of `umv2.model.experts.mixture` without a derivative of its own."""
     import jax
     import jax.numpy as jnp
@@ -34,6 +34,7 @@ def plain_mixture(x: Any, weights: Any, dispatch: Any, gate: Any, up: Any, down:
     def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), dispatch.group_sizes)
 
+    gate, up = into
     rows = jnp.take(x, dispatch.pairs // weights.shape[1], axis=0)
     out = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
     return jnp.einsum("tkd,tk->td", jnp.take(out, dispatch.rows, axis=0), weights.astype(x.dtype))

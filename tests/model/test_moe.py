@@ -181,7 +181,18 @@ def _mixture_arguments(choices: np.ndarray) -> tuple[Any, ...]:
 def _sorted(choices: np.ndarray) -> Callable[..., jax.Array]:
     def mixture(x: jax.Array, weights: jax.Array, *matrices: jax.Array) -> jax.Array:
         dispatch = experts.plan_dispatch(jnp.asarray(choices, jnp.int32), _EXPERTS)
-        return experts.mixture(x, weights, dispatch, *matrices)
+        return experts.mixture(x, weights, dispatch, matrices[:2], matrices[2])
+
+    return mixture
+
+
+def _joined(choices: np.ndarray) -> Callable[..., jax.Array]:
+    """With gate and up in one array, as models are served."""
+
+    def mixture(x: jax.Array, weights: jax.Array, *matrices: jax.Array) -> jax.Array:
+        dispatch = experts.plan_dispatch(jnp.asarray(choices, jnp.int32), _EXPERTS)
+        both = jnp.concatenate(matrices[:2], axis=-1)
+        return experts.mixture(x, weights, dispatch, [both], matrices[2])
 
     return mixture
 
@@ -221,6 +232,18 @@ def test_implementations_equal_the_dense_sum(
     for left, right in zip(got, expected, strict=True):
         assert np.abs(right).max() > 0.01
         np.testing.assert_allclose(left, right, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("implementation", ["ragged", "4"])
+def test_gate_and_up_in_one_array_give_the_same(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(monkeypatch, implementation)
+    choices = _CHOICES["even"]
+    arguments = _mixture_arguments(choices)
+    apart, joined = (jax.jit(f(choices))(*arguments) for f in (_sorted, _joined))
+    np.testing.assert_allclose(joined, apart, rtol=1e-11, atol=1e-12)
 
 
 def test_platform_of_lowering_chooses_the_implementation() -> None:

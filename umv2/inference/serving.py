@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from umv2 import parallel
 from umv2.model.memory import MemoryLayer, ValueStore
 from umv2.model.transformer import Stores, Transformer, layer_of
 
@@ -20,8 +21,8 @@ class ServedModel:
 
     Every layer has arrays of its own, so that no program copies one out of a stack; matrices and
     tables are in the compute dtype, so that none is converted at every step; memory keys are
-    normalised already. Modules are put together where a program is traced (`parts`), and not at
-    every call.
+    normalised already, and on one device experts hold gate and up as one matrix. Modules are put
+    together where a program is traced (`parts`), and not at every call.
     """
 
     def __init__(self, arrays: tuple[Any, ...], structure: "_Structure"):
@@ -74,6 +75,8 @@ def serve(model: Transformer, store: ValueStore | None) -> ServedModel:
     for layer in model.sparse if config.placements else ():
         if isinstance(layer, MemoryLayer):
             layer.normalise_keys()
+        elif not parallel.on_mesh():
+            layer.join_gate_and_up()
 
     def narrowed(path: Any, leaf: Array) -> Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -69,9 +69,8 @@ class MixtureOfExperts(nnx.Module):
         """
         del store
         router = parallel.gathered(self.router[...])
-        matrices = [
-            parallel.gathered(p[...], (parallel.FSDP,)) for p in (self.gate, self.up, self.down)
-        ]
+        into = (self.gate_and_up,) if hasattr(self, "gate_and_up") else (self.gate, self.up)
+        matrices = [parallel.gathered(p[...], (parallel.FSDP,)) for p in (*into, self.down)]
         y, sums = parallel.map_over_batch(
             functools.partial(self._mix, divided=parallel.divided(matrices[0], axis=-1)),
             x,
@@ -92,6 +91,15 @@ class MixtureOfExperts(nnx.Module):
         )
         return y, stats
 
+    def join_gate_and_up(self) -> None:
+        """Holds both as one array: for few rows, one large product takes less time than two.
+
+        For inference on one device: parts of a divided array would mix the two.
+        """
+        both = jnp.concatenate([self.gate[...], self.up[...]], axis=-1)
+        self.gate_and_up = nnx.Param(both)
+        del self.gate, self.up
+
     def _mix(
         self, x: Float[Array, "b t d"], matrices: list[Array], *, divided: tuple[str, ...]
     ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
@@ -101,7 +109,7 @@ class MixtureOfExperts(nnx.Module):
         of all experts for the tokens of its group, so that no routing leaves a device idle; the
         partial outputs are added up.
         """
-        router, *expert_matrices = matrices
+        router, *into, down = matrices
         tokens = x.reshape(-1, x.shape[-1])
         # DEFAULT precision would round to bfloat16 on TPU, and so change which experts win.
         logits = jnp.einsum(
@@ -116,7 +124,7 @@ class MixtureOfExperts(nnx.Module):
             (tokens, routing.weights.astype(x.dtype), routing.choices), divided
         )
         dispatch = experts.plan_dispatch(work[2], sizes.num_experts)
-        y = experts.mixture(work[0], work[1], dispatch, *expert_matrices)
+        y = experts.mixture(work[0], work[1], dispatch, into, down)
         y = parallel.scatter_tokens(y, divided)
         scores = jax.lax.stop_gradient(routing.weights)
         numbers = jnp.arange(sizes.num_experts, dtype=routing.choices.dtype)[None, None]
