@@ -190,7 +190,7 @@ def get_config() -> ConfigDict:
     suite.batch_tokens = 16384  # of a pass; at least one example
     # How lengths beyond data.sequence_length are read: none: as trained | linear | ntk: rotary
     # positions scaled by length / sequence_length | window: attention to the last sequence_length
-    suite.extrapolation = "none"
+    suite.extrapolation = "ntk"  # measured: experiments/results/long_context
     suite.seed = 0  # of the examples
 
     generate = config.generate = ConfigDict()

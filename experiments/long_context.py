@@ -56,7 +56,33 @@ def run(family: str, seed: int, folder: Path) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     if seed == 0:
         shutil.copy(folder / "long_context.png", RESULTS / f"{family}.png")
-    shutil.copy(folder / "long_context.jsonl", kept)
+    kept.write_text(summary(folder / "long_context.jsonl"))
+
+
+def summary(path: Path) -> str:
+    """Returns the answers of a run by task, length and fifth of depth, a line each, as JSON.
+
+    Every answer takes megabytes, and a line each of those stays in the folder of the run.
+    """
+    heading, *lines = path.read_text().splitlines()
+    cells: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for answer in map(json.loads, lines):
+        fifth = min(int(5 * answer["depth"]), 4)
+        cells[answer["task"], answer["length"], fifth].append(answer)
+    records = [
+        {
+            "task": task,
+            "length": length,
+            "fifth": fifth,
+            "answers": len(found),
+            "exact": sum(answer["exact"] for answer in found),
+            "chance": statistics.mean(answer["chance"] for answer in found),
+            "log_likelihood": sum(answer["log_likelihood"] for answer in found),
+            "num_tokens": sum(answer["num_tokens"] for answer in found),
+        }
+        for (task, length, fifth), found in cells.items()
+    ]
+    return "\n".join([heading, *map(json.dumps, records)]) + "\n"
 
 
 def budget(family: str) -> dict[str, Any]:
@@ -77,14 +103,17 @@ def budget(family: str) -> dict[str, Any]:
 
 def accuracies(path: Path) -> dict[tuple[str, int], tuple[float, float]]:
     """Returns (accuracy, chance) of each task and length of one run."""
-    cells: dict[tuple[str, int], list[tuple[bool, float]]] = defaultdict(list)
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for line in path.read_text().splitlines()[1:]:
-        answer = json.loads(line)
-        cells[answer["task"], answer["length"]].append((answer["exact"], answer["chance"]))
-    return {
-        key: (statistics.mean(e for e, _ in found), statistics.mean(c for _, c in found))
-        for key, found in cells.items()
-    }
+        cell = json.loads(line)
+        cells[cell["task"], cell["length"]].append(cell)
+
+    def mean(found: list[dict[str, Any]]) -> tuple[float, float]:
+        total = sum(cell["answers"] for cell in found)
+        chance = sum(cell["answers"] * cell["chance"] for cell in found)
+        return sum(cell["exact"] for cell in found) / total, chance / total
+
+    return {key: mean(found) for key, found in cells.items()}
 
 
 def report() -> None:
@@ -104,7 +133,7 @@ def report() -> None:
         "",
         f"Each family trained by `{CONFIG}:FAMILY`, then asked at one, two and four times the"
         " trained length. Exact answers in %, mean over seeds and the lowest and highest of them;"
-        " chance as the tasks define it. Every answer stands in the files beside this one.",
+        " chance as the tasks define it. By depth of the evidence: the files beside this one.",
         "",
         "| family | seeds | active | total | tokens | FLOPs |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

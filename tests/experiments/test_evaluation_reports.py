@@ -18,13 +18,26 @@ def parsed_flags() -> None:
 
 def write_answers(path: Path, accuracy: float) -> None:
     answers = [
-        {"task": task, "length": length, "exact": i < accuracy * 10, "chance": 0.25}
+        {
+            "task": task,
+            "length": length,
+            "depth": i / 10,
+            "exact": i < accuracy * 10,
+            "chance": 0.25,
+            "log_likelihood": -1.5,
+            "num_tokens": 2,
+        }
         for task in ("needle", "key_value")
         for length in (512, 256)
         for i in range(10)
     ]
     records: list[dict[str, Any]] = [{"step": 1}, *answers]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = long_context.summary(path)
+    cells = [json.loads(line) for line in text.splitlines()[1:]]
+    assert len(cells) == 2 * 2 * 5
+    assert {(cell["answers"], cell["log_likelihood"]) for cell in cells} == {(2, -3.0)}
+    path.write_text(text)
 
 
 def test_a_campaign_is_reported_as_mean_and_range_over_seeds(
