@@ -169,6 +169,14 @@ CONTRADICTIONS = [
     ),
     ({"evaluation.long_context.tasks": ()}, "evaluation.long_context.tasks=.*must name tasks"),
     (
+        {
+            "data.long_context.num_documents": 1,
+            "data.long_context.tasks": ("needle",),
+            "data.sequence_length": 63,
+        },
+        "data.sequence_length=63: must be >= 64 for documents of data.long_context",
+    ),
+    (
         {"data.long_context.warm_up_steps": 1},
         "data.long_context.warm_up_steps=1: warms up for the tasks, and there are none",
     ),

@@ -114,6 +114,12 @@ class DataConfig:
                 tasks.tasks,
                 f"must name tasks, as num_documents = {tasks.num_documents}",
             )
+            require(
+                self.sequence_length >= 64,
+                "data.sequence_length",
+                self.sequence_length,
+                "must be >= 64 for documents of data.long_context, which are not cut",
+            )
         else:
             require(
                 tasks.warm_up_steps == 0,

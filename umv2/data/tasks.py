@@ -136,7 +136,8 @@ def _weighted(example: Example, config: DataConfig) -> Piece:
     weights = np.full(len(example.tokens), config.long_context.context_weight, np.float32)
     for answer in example.answers:
         weights[answer.start : answer.stop] = 1
-    return example.tokens, weights
+    size = config.sequence_length - 1
+    return example.tokens[:size], weights[:size]  # only words of many tokens make it longer
 
 
 def _bundled(
