@@ -64,11 +64,12 @@ def summary(path: Path) -> str:
 
     Every answer takes megabytes, and a line each of those stays in the folder of the run.
     """
+    from umv2.evaluation.long_context_scores import depth_bin
+
     heading, *lines = path.read_text().splitlines()
     cells: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
     for answer in map(json.loads, lines):
-        fifth = min(int(5 * answer["depth"]), 4)
-        cells[answer["task"], answer["length"], fifth].append(answer)
+        cells[answer["task"], answer["length"], depth_bin(answer["depth"])].append(answer)
     records = [
         {
             "task": task,

@@ -321,6 +321,10 @@ class PackedBatches:
         rows = math.ceil(self._stream.num_targets / self._config.sequence_length)
         return math.ceil(rows / self._batch_size)
 
+    @property
+    def _num_whole_windows(self) -> int:
+        return self._stream.num_targets // self._config.sequence_length
+
     def _window(self, row: int) -> tuple[int, int]:
         """Returns the epoch and the window that row `row`, counted through all batches, shows."""
         return 0, row
@@ -385,9 +389,8 @@ class TrainBatches(PackedBatches):
         return super().__getitem__(step - len(self._warm_up))
 
     def _window(self, row: int) -> tuple[int, int]:
-        num_windows = self._stream.num_targets // self._config.sequence_length
-        epoch, window = divmod(row, num_windows)
-        return epoch, _shuffled(window, num_windows, self._config.seed, epoch)
+        epoch, window = divmod(row, self._num_whole_windows)
+        return epoch, _shuffled(window, self._num_whole_windows, self._config.seed, epoch)
 
 
 class WarmUpBatches(PackedBatches):
@@ -397,8 +400,7 @@ class WarmUpBatches(PackedBatches):
         return self._config.long_context.warm_up_steps
 
     def _window(self, row: int) -> tuple[int, int]:
-        num_windows = self._stream.num_targets // self._config.sequence_length
-        return 0, row * num_windows // (len(self) * self._batch_size)
+        return 0, row * self._num_whole_windows // (len(self) * self._batch_size)
 
 
 class BatchIterator(Iterator[Batch]):

@@ -67,6 +67,11 @@ class Cell:
         )
 
 
+def depth_bin(depth: float) -> int:
+    """Returns which of the equal parts of what stands before a question its evidence lies in."""
+    return min(int(depth * _DEPTH_BINS), _DEPTH_BINS - 1)
+
+
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Returns the 95 % interval of a share that was seen in `count` trials (Wilson 1927)."""
     z = _NORMAL_95
@@ -257,8 +262,7 @@ def draw_heat_maps(scores: Sequence[Score], image: Path) -> None:
                 inside = [
                     s.exact
                     for s in scores
-                    if (s.task, s.length) == (task, length)
-                    and min(int(s.depth * _DEPTH_BINS), _DEPTH_BINS - 1) == depth
+                    if (s.task, s.length) == (task, length) and depth_bin(s.depth) == depth
                 ]
                 if inside:
                     shares[depth, column] = 100 * np.mean(inside)
