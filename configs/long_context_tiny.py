@@ -50,7 +50,7 @@ def get_config(family: str = families.REFERENCE) -> ConfigDict:
     optimizer.final_fraction = 0.1
 
     train = config.train
-    train.num_steps = 800
+    train.num_steps = 1200
     train.batch_size = 16
     train.log_interval_steps = 50
     train.evaluation_interval_steps = 400

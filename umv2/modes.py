@@ -40,7 +40,7 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
       CheckpointError: there is no checkpoint that can be read.
     """
     config, mesh, restored = _restored(_run_config(config, workdir), workdir)
-    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
+    corpus = _corpus_of_text(config)
     with jax.set_mesh(mesh):
         step = perplexity.make_evaluation_step(
             model_structure(config.model), mask_across_documents=config.data.mask_across_documents
@@ -68,16 +68,11 @@ def evaluate_long_context(
     config = _run_config(config, workdir)
     tokenizer = _tokenizer(config, "the long-context suite")
     config, mesh, restored = _restored(config, workdir)
-    # Without the tasks' own documents, which are for training.
-    data = dataclasses.replace(
-        config.data, long_context=dataclasses.replace(config.data.long_context, num_documents=0)
-    )
-    corpus = pipeline.open_corpus(data, config.model.vocab_size)
     found = long_context_scores.evaluate(
         config,
         Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
         tokenizer=tokenizer,
-        texts=[text.decode() for text in corpus.held_out_documents()],
+        texts=[text.decode() for text in _corpus_of_text(config).held_out_documents()],
         step=restored.step,
     )
     if jax.process_index() == 0:
@@ -163,6 +158,13 @@ def _restored(
     )
     with jax.set_mesh(mesh):
         return config, mesh, checkpoint.restore_for_inference(workdir / "checkpoints", config)
+
+
+def _corpus_of_text(config: Config) -> pipeline.Corpus:
+    """Opens the corpus without writing the documents of long-context tasks: those are to train."""
+    none = dataclasses.replace(config.data.long_context, num_documents=0)
+    data = dataclasses.replace(config.data, long_context=none)
+    return pipeline.open_corpus(data, config.model.vocab_size)
 
 
 def _tokenizer(config: Config, purpose: str) -> tokenizers.Tokenizer:

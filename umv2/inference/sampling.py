@@ -38,11 +38,14 @@ class Sampling:
         logits = logits[:, : self.vocab_size]
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        draw = jax.vmap(jax.random.categorical)
+        if not self.top_k and self.top_p == 1:  # nothing to sort for
+            return draw(keys, logits / self.temperature).astype(jnp.int32)
         count = min(self.top_k, self.vocab_size) if self.top_k else self.vocab_size
         ordered, ids = jax.lax.top_k(logits / self.temperature, count)
         if self.top_p < 1:
             probabilities = jax.nn.softmax(ordered, axis=-1)
             likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
             ordered = jnp.where(likelier < self.top_p, ordered, -jnp.inf)
-        chosen = jax.vmap(jax.random.categorical)(keys, ordered)
+        chosen = draw(keys, ordered)
         return jnp.take_along_axis(ids, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
