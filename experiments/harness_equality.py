@@ -3,7 +3,8 @@
     python -m experiments.harness_equality
 
 Makes a random OLMoE with transformers, imports it, and lets both answer the same requests: choices,
-whole texts and greedy generation. Needs the extra `eval`, torch, transformers and accelerate.
+whole texts, greedy generation, and every token after some prompts, few of which are the likeliest.
+Needs the extra `eval`, torch, transformers and accelerate.
 """
 
 import json
@@ -20,6 +21,7 @@ TASKS = ("umv2_choices", "umv2_texts", "umv2_prompts")
 TASK_FILES = "tests/evaluation/tasks"
 _TOKENIZER = "experiments/bpe_2048.json"
 _MAX_LENGTH = 128
+_PROMPTS = 4  # whose next tokens are all asked for
 
 _OUTPUT = flags.DEFINE_string(
     "equality_output", "experiments/results/harness/equality.jsonl", "File of the result."
@@ -114,10 +116,23 @@ def answers(model: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def next_tokens(model: Any, prompts: list[str], tokens: list[str]) -> dict[str, dict[str, Any]]:
+    """Returns how likely each token is after each prompt, and whether it is the likeliest."""
+    from lm_eval.api.instance import Instance
+
+    pairs = [(prompt, token) for prompt in prompts for token in tokens]
+    found = model.loglikelihood(
+        [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)],
+        disable_tqdm=True,
+    )
+    figures = {"greedy": float(sum(greedy for _, greedy in found))}
+    return {"next_tokens": {"figures": figures, "answers": [[pair] for pair in found]}}
+
+
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns, for each task, both sides' figures and the greatest difference of an answer."""
     found = []
-    for task in TASKS:
+    for task in ours:
         pairs = list(zip(_flat(ours[task]["answers"]), _flat(theirs[task]["answers"]), strict=True))
         numbers = [(a, b) for a, b in pairs if isinstance(b, float)]
         others = [(a, b) for a, b in pairs if not isinstance(b, float)]
@@ -146,8 +161,15 @@ def _flat(nested: Any) -> list[Any]:
 def run(folder: Path) -> list[dict[str, Any]]:
     """Makes the model below a folder and compares the two."""
     write_olmoe(folder / "olmoe")
-    mine = answers(ours(folder / "olmoe", folder / "run"))
-    return compare(mine, answers(hugging_face(folder / "olmoe")))
+    models = ours(folder / "olmoe", folder / "run"), hugging_face(folder / "olmoe")
+    lines = Path(TASK_FILES, "prompts.jsonl").read_text().splitlines()
+    # Without white space at the end: the harness would count it as part of the token.
+    prompts = [json.loads(line)["prompt"].rstrip() for line in lines[:_PROMPTS]]
+    tokenizer = models[1].tokenizer
+    # Whole characters. And no name of a special token: to us that is text like any other.
+    ids = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    tokens = [token for token in map(tokenizer.decode, ids) if "\ufffd" not in token]
+    return compare(*(answers(model) | next_tokens(model, prompts, tokens) for model in models))
 
 
 def main(_: list[str]) -> None:

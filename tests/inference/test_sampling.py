@@ -68,3 +68,11 @@ def test_a_nucleus_reached_exactly_holds_no_further_id() -> None:
     keys = jax.random.split(jax.random.key(0), 2000)
     ids = sampling.draw(jnp.tile(halves, (2000, 1)), keys)
     assert set(ids.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_only_a_cut_needs_the_order_of_the_vocabulary(top_p: float) -> None:
+    sampling = Sampling(temperature=1.0, top_k=0, top_p=top_p, vocab_size=5)
+    keys = jax.random.split(jax.random.key(0), 1)
+    program = str(jax.make_jaxpr(sampling.draw)(jnp.asarray(LOGITS), keys))
+    assert ("top_k" in program) == (top_p < 1)
