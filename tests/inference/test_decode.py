@@ -103,6 +103,20 @@ def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(family: str
         assert not np.allclose(logits, jnp.roll(wanted, 1, axis=0), atol=1e-2)
 
 
+@pytest.mark.parametrize(("tokens_at_once", "rows"), [(35, 3), (26, 2), (7, 1), (54, 6)])
+def test_many_long_prompts_are_read_in_groups(tokens_at_once: int, rows: int) -> None:
+    model, store = small_model("moe")
+    served = jax.jit(serving.serve)(model, store)
+    tokens = jax.random.randint(jax.random.key(1), (6, 9), 0, 256)
+    read = functools.partial(decode.prefill, length=12)
+    whole, grouped = read(served, tokens), read(served, tokens, tokens_at_once=tokens_at_once)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, whole, grouped)
+    assert not np.allclose(whole[1].keys[0, :, :9], whole[1].keys[1, :, :9])
+    program = jax.make_jaxpr(functools.partial(read, tokens_at_once=tokens_at_once))(served, tokens)
+    assert (f"i32[{6 // rows},{rows},9]" in str(program)) == (rows < 6)
+
+
 def test_rows_of_a_batch_do_not_see_each_other() -> None:
     model, store = small_model("memory")
     generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)

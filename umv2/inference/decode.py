@@ -27,22 +27,41 @@ from umv2.model.transformer import Transformer
 
 # Prompts are padded to powers of two from here on: one compilation serves all lengths in between.
 _SMALLEST_BUCKET = 32
+# Experts hold top_k copies of each token that is read.
+_TOKENS_AT_ONCE = 1 << 13
 
 Cache = tuple[KeyValueCache, ...]
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def prefill(served: ServedModel, tokens: Int[Array, "b t"], *, length: int) -> Cache:
+@functools.partial(jax.jit, static_argnames=("length", "tokens_at_once"))
+def prefill(
+    served: ServedModel,
+    tokens: Int[Array, "b t"],
+    *,
+    length: int,
+    tokens_at_once: int = _TOKENS_AT_ONCE,
+) -> Cache:
     """Returns a cache for `length` positions, the first of them filled by `tokens`.
 
     Rows may end in padding: no position sees a later one, and decoding overwrites the padding
-    before it is seen.
+    before it is seen. Many long rows are read one group after another, so that what is in between
+    does not grow with their number; on a mesh all at once, for they are divided over its devices.
     """
     model, store = served.parts()
-    empty = model.empty_cache(tokens.shape[0], length)
-    cache = model(tokens, store=store, cache=empty).cache
-    assert cache is not None  # because one was given
-    return cache
+
+    def read(tokens: Int[Array, "_ t"]) -> Cache:
+        empty = model.empty_cache(tokens.shape[0], length)
+        cache = model(tokens, store=store, cache=empty).cache
+        assert cache is not None  # because one was given
+        return cache
+
+    num_rows = tokens.shape[0]
+    most = max(1, tokens_at_once // tokens.shape[1])
+    if num_rows <= most or parallel.on_mesh():
+        return read(tokens)
+    rows = max(number for number in range(1, most + 1) if num_rows % number == 0)
+    groups = jax.lax.map(read, tokens.reshape(-1, rows, tokens.shape[1]))
+    return jax.tree.map(lambda array: array.reshape(num_rows, *array.shape[2:]), groups)
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
