@@ -1,5 +1,6 @@
 """Evaluation and generation from the checkpoints of a run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests import tiny_run
 from tests.tiny_run import Run
 from umv2 import modes
 from umv2.config import ConfigError
+from umv2.data import pipeline, tasks
 from umv2.schema import UserError
 
 
@@ -21,6 +23,22 @@ def test_evaluation_repeats_the_held_out_loss_of_the_run(finished: Run) -> None:
     saved = json.loads((finished.workdir / "evaluation.json").read_text())
     assert saved == report.metrics()
     assert (finished.workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_writes_no_documents_of_long_context_tasks(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NotImplementedError
+
+    config = tiny_run.tiny_config(finished.paths)
+    wanted = dataclasses.replace(config.data.long_context, num_documents=4, tasks=("key_value",))
+    data = dataclasses.replace(config.data, long_context=wanted)
+    monkeypatch.setattr(tasks, "mixture", refuse)
+    with pytest.raises(NotImplementedError):
+        pipeline.open_corpus(data, config.model.vocab_size)
+    monkeypatch.setattr(modes, "_run_config", lambda *_: dataclasses.replace(config, data=data))
+    assert modes.evaluate(None, finished.workdir).held_out.loss_nats_per_token > 0
 
 
 def test_generation_continues_the_prompt_and_repeats_itself(finished: Run) -> None:

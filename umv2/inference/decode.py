@@ -44,8 +44,9 @@ def prefill(
     """Returns a cache for `length` positions, the first of them filled by `tokens`.
 
     Rows may end in padding: no position sees a later one, and decoding overwrites the padding
-    before it is seen. Many long rows are read one group after another, so that what is in between
-    does not grow with their number; on a mesh all at once, for they are divided over its devices.
+    before it is seen. Many long rows are read one group after another, each of at most
+    `tokens_at_once` if a row is not longer, so that what is in between does not grow with their
+    number; on a mesh all at once, for they are divided over its devices.
     """
     model, store = served.parts()
 
