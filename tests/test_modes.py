@@ -29,13 +29,13 @@ def test_evaluation_writes_no_documents_of_long_context_tasks(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise NotImplementedError
+        raise AssertionError("wrote documents of tasks")
 
     config = tiny_run.tiny_config(finished.paths)
     wanted = dataclasses.replace(config.data.long_context, num_documents=4, tasks=("key_value",))
     data = dataclasses.replace(config.data, long_context=wanted)
     monkeypatch.setattr(tasks, "mixture", refuse)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(AssertionError, match="wrote documents of tasks"):
         pipeline.open_corpus(data, config.model.vocab_size)
     monkeypatch.setattr(modes, "_run_config", lambda *_: dataclasses.replace(config, data=data))
     assert modes.evaluate(None, finished.workdir).held_out.loss_nats_per_token > 0
