@@ -1,0 +1,105 @@
+"""How a command begins and ends: its streams, its log, and one line for what a user can mend.
+
+`run` is the entry of main.py and of every script in experiments/. Imports neither jax nor numpy.
+"""
+
+import contextlib
+import errno
+import logging as std_logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import app, flags, logging
+
+from umv2 import files
+from umv2.schema import UserError
+
+# Errors of the machine or its disks, wherever they come up: never bugs of the program.
+_ENVIRONMENT = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
+_INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
+_CLOSED = 141  # and of one whose reader went away
+
+
+def run(
+    main: Callable[[list[str]], Any], *, parse: Callable[[list[str]], list[str]] | None = None
+) -> None:
+    """Parses the flags, calls `main` with the arguments that are left, and exits.
+
+    A `UserError`, a mistake in the flags, a full disk and their like end in one line on standard
+    error and status 1; Ctrl-C ends in one line and status 130. A bug shows its trace.
+
+    Args:
+      main: the command.
+      parse: reads flags from the command line, program first, and returns the rest; None: absl.
+    """
+    _set_up_streams()
+    set_up_logging()
+
+    def parse_flags(arguments: list[str]) -> list[str]:
+        with one_line_errors():
+            return parse(arguments) if parse else flags.FLAGS(arguments)
+
+    def guarded(arguments: list[str]) -> None:
+        with one_line_errors():
+            main(arguments)
+            sys.stdout.flush()
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line for what the user can mend; bugs keep their trace."""
+    try:
+        yield
+    except (UserError, flags.Error, app.UsageError) as error:
+        _exit_with(str(error))
+    except BrokenPipeError:
+        # Nobody reads any more (`| head`). The interpreter would flush once more, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_CLOSED)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        path = f"{error.filename}: " if error.filename else ""
+        _exit_with(f"{path}{files.reason(error)}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(_INTERRUPTED)
+    except MemoryError:
+        _exit_with("out of memory")
+
+
+def _exit_with(message: str) -> None:
+    sys.exit("error: " + " ".join(message.split()))
+
+
+def _set_up_streams() -> None:
+    """Lets text out whatever the encoding of the terminal: what it cannot show is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # text streams
+
+
+def set_up_logging(speaker: str = "") -> None:
+    """Shows the library's messages with the time of day, and of jax only what is wrong."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    formatter = std_logging.Formatter(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S")
+    logging.get_absl_handler().setFormatter(formatter)
+    std_logging.getLogger("jax").setLevel(std_logging.WARNING)
