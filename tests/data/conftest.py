@@ -8,7 +8,7 @@ import pytest
 
 from umv2.config import DataConfig, LongContextDataConfig
 from umv2.data.documents import InMemoryDocuments
-from umv2.data.pipeline import Corpus
+from umv2.data.pipeline import Corpus, Identity
 
 END = 0
 
@@ -45,7 +45,8 @@ def make_corpus() -> Callable[[Sequence[Sequence[int]]], Corpus]:
             np.array([len(tokens) for tokens in token_lists], np.int64),
             np.arange(len(token_lists), dtype=np.uint64),
         )
-        return Corpus(documents, documents, END, tokenizer=None, held_out_texts=None)
+        identity = Identity(tokenizer="", documents="", held_out="", description={})
+        return Corpus(documents, documents, END, None, held_out_texts=None, identity=identity)
 
     return make
 

@@ -1,5 +1,7 @@
 import dataclasses
 import itertools
+import json
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from umv2.config import DataConfig, LongContextDataConfig
 from umv2.data.documents import Documents, InMemoryDocuments
-from umv2.data.pipeline import Corpus, held_out_batches, load_corpus, train_batches
+from umv2.data.pipeline import Corpus, Identity, held_out_batches, load_corpus, train_batches
+from umv2.data.prepare import prepare
 from umv2.data.sources import DataError
 from umv2.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from umv2.types import Batch
@@ -117,7 +120,8 @@ def test_held_out_covers_each_token_once(
         np.array([len(tokens) for tokens in token_lists], np.int64),
         np.arange(len(token_lists), dtype=np.uint64),
     )
-    corpus = Corpus(documents, documents, END, tokenizer=None, held_out_texts=None)
+    identity = Identity(tokenizer="", documents="", held_out="", description={})
+    corpus = Corpus(documents, documents, END, None, held_out_texts=None, identity=identity)
     config = DataConfig(
         *("text", (), "text", "uint16", "", "", "", "none", END),
         sequence_length=sequence_length,
@@ -320,3 +324,55 @@ def test_a_vocabulary_that_does_not_fit_is_refused(config: DataConfig, text_fold
         load_corpus(dataclasses.replace(config, end_of_text_id=0), None, vocab_size=10)
     with pytest.raises(DataError, match=r"end_of_text_id=10: must lie in \[0, model.vocab_size=10"):
         load_corpus(dataclasses.replace(config, end_of_text_id=10), None, vocab_size=10)
+
+
+def test_the_identity_of_a_corpus_is_its_content(
+    config: DataConfig, text_folder: Path, tmp_path: Path
+) -> None:
+    config = text_config(config, text_folder)
+
+    def identity(**changes: Any) -> Identity:
+        changed = dataclasses.replace(config, **changes)
+        return load_corpus(changed, ByteTokenizer(), vocab_size=257).identity
+
+    first = identity()
+    assert json.loads(json.dumps(dataclasses.asdict(first))) == dataclasses.asdict(first)
+    # Written down once: the same on every machine.
+    assert first == Identity(
+        tokenizer="bytes",
+        documents="e0ca30cc527ed27a8dfd35d07ec20119",
+        held_out="89fff159e7a0fd5017619d2b96e74223",
+        description={
+            "source": "text",
+            "documents": 40,
+            "tokens": 3145,
+            "held_out_documents": 23,
+            "held_out_tokens": 1755,
+        },
+    )
+    shutil.copytree(text_folder, tmp_path / "elsewhere")
+    assert identity(paths=(f"{tmp_path}/elsewhere/*",), seed=7, sequence_length=8) == first
+    tasks = LongContextDataConfig(("key_value",), 3, 0.25, 1.0, 0, 0)
+    assert identity(sequence_length=64, long_context=tasks) == first
+    another_split = identity(held_out_fraction=0.1)
+    assert another_split.documents == first.documents
+    assert another_split.held_out != first.held_out
+    (text_folder / "40.txt").write_text("one more")
+    assert identity().documents != first.documents
+
+
+def test_shards_without_a_tokenizer_know_theirs(
+    config: DataConfig, text_folder: Path, tmp_path: Path
+) -> None:
+    config = text_config(config, text_folder)
+    text = load_corpus(config, ByteTokenizer(), vocab_size=257).identity
+    prepare(config, tmp_path / "shards", num_processes=1)
+    config = dataclasses.replace(
+        config,
+        source="array_record",
+        paths=(f"{tmp_path}/shards/*.array_record",),
+        tokenizer="none",
+        end_of_text_id=256,
+    )
+    tokens = load_corpus(config, None, vocab_size=257).identity
+    assert dataclasses.replace(tokens, description=text.description) == text

@@ -207,6 +207,17 @@ def test_shards_of_another_tokenizer_are_refused(
     with pytest.raises(DataError, match="end_of_text_id=256, but the configuration has 3"):
         open_shards(shard_folder, end=3)
 
+    prepare(
+        dataclasses.replace(config, source="text", paths=text.paths),
+        tmp_path / "bpe",
+        num_processes=1,
+    )
+    both = dataclasses.replace(
+        config, paths=(*config.paths, f"{tmp_path}/bpe/*.array_record"), tokenizer="none"
+    )
+    with pytest.raises(DataError, match="shards and .*bpe were made with different tokenizers"):
+        load_corpus(both, None, vocab_size=300)
+
 
 def test_a_missing_or_damaged_manifest_is_named(shard_folder: Path) -> None:
     path = shard_folder / MANIFEST_NAME

@@ -133,6 +133,21 @@ def test_fingerprints_tell_tokenizers_apart(bpe_path: Path, metaspace_path: Path
     assert len(set(prints)) == 3
 
 
+def test_a_fingerprint_is_of_the_content_and_the_end_of_text(
+    bpe_path: Path, sentencepiece_path: Path, tmp_path: Path
+) -> None:
+    def fingerprint(path: Path, end_of_text_id: int) -> str:
+        tokenizer = load_tokenizer(str(path), end_of_text_id)
+        assert tokenizer is not None
+        return tokenizer.fingerprint
+
+    for path, own in ((bpe_path, 0), (sentencepiece_path, 2)):
+        copy = tmp_path / path.name
+        copy.write_bytes(path.read_bytes())
+        assert fingerprint(path, -1) == fingerprint(copy, -1) == fingerprint(path, own)
+        assert fingerprint(path, 7) != fingerprint(path, -1)
+
+
 def test_end_of_text_can_be_given(bpe_path: Path, sentencepiece_path: Path) -> None:
     for path in (bpe_path, sentencepiece_path):
         tokenizer = load_tokenizer(str(path), end_of_text_id=7)

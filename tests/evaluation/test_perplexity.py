@@ -14,7 +14,7 @@ from configs import base
 from tests import meshes
 from umv2.config import from_config_dict
 from umv2.data.documents import InMemoryDocuments
-from umv2.data.pipeline import Corpus
+from umv2.data.pipeline import Corpus, Identity
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import perplexity
 from umv2.model.memory import ValueStore
@@ -143,7 +143,8 @@ def test_every_held_out_byte_counts_once() -> None:
     tokens = np.frombuffer(b"abcde", np.uint8)
     documents = InMemoryDocuments(tokens, np.array([3, 2]), np.zeros(2, np.uint64))
     end = ByteTokenizer.end_of_text_id
-    corpus = Corpus(documents, documents, end, ByteTokenizer(), held_out_texts=(b"abc", b"de"))
+    identity = Identity(tokenizer="bytes", documents="", held_out="", description={})
+    corpus = Corpus(documents, documents, end, ByteTokenizer(), (b"abc", b"de"), identity)
 
     def one_bit_a_token(batch: Batch) -> tuple[jax.Array, jax.Array]:
         weight = jnp.sum(batch.weights)

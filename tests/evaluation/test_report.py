@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from umv2.data.documents import InMemoryDocuments
-from umv2.data.pipeline import Corpus
+from umv2.data.pipeline import Corpus, Identity
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import report
 from umv2.evaluation.perplexity import HeldOut
@@ -23,7 +23,8 @@ def corpus(texts: tuple[bytes, ...] | None = TEXTS) -> Corpus:
     tokens = np.frombuffer(b"".join(TEXTS), np.uint8)
     lengths = np.array([len(text) for text in TEXTS])
     documents = InMemoryDocuments(tokens, lengths, np.zeros(len(TEXTS), np.uint64))
-    return Corpus(documents, documents, 256, ByteTokenizer(), held_out_texts=texts)
+    identity = Identity(tokenizer="bytes", documents="", held_out="", description={})
+    return Corpus(documents, documents, 256, ByteTokenizer(), texts, identity)
 
 
 def held_out(bits_per_byte: float | None) -> HeldOut:

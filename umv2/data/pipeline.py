@@ -12,16 +12,18 @@ of processes, is to start at a step.
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
 from grain.experimental import index_shuffle
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, UInt64
 from tqdm import tqdm
 
 from umv2 import distributed
@@ -45,6 +47,24 @@ _SHUFFLE_ROUNDS = 4  # of the block cipher behind index_shuffle; what grain itse
 
 
 @dataclasses.dataclass(frozen=True)
+class Identity:
+    """What tells a corpus from another one, equal on all machines; never where it lies.
+
+    Attributes:
+      tokenizer: fingerprint of the tokenizer that made the tokens; "" where none is known.
+      documents: hash of the content of all documents, in order, before the split; documents of
+        `data.long_context`, which the configuration determines, do not count.
+      held_out: the same of the held-out documents.
+      description: what a person knows a corpus by: source, numbers of documents and tokens.
+    """
+
+    tokenizer: str
+    documents: str
+    held_out: str
+    description: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Corpus:
     """Token documents of both sides of the split."""
 
@@ -54,6 +74,7 @@ class Corpus:
     tokenizer: Tokenizer | None
     # UTF-8; None where the source holds tokens.
     held_out_texts: tuple[bytes, ...] | None = dataclasses.field(repr=False)
+    identity: Identity
     warm_up: Documents | None = None  # of the first `data.long_context.warm_up_steps`
 
     @functools.cached_property
@@ -126,6 +147,7 @@ def load_corpus(
         )
     documents: Documents
     texts: list[bytes] | None = None
+    fingerprint = tokenizer.fingerprint if tokenizer else ""
     match config.source:
         case "standard_library" | "site_packages" | "text":
             if tokenizer is None:
@@ -142,8 +164,9 @@ def load_corpus(
                 matching_files(config.paths),
                 end_of_text_id=end_of_text_id,
                 vocab_size=vocab_size,
-                tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
+                tokenizer_fingerprint=fingerprint or None,
             )
+            fingerprint = documents.tokenizer_fingerprint
         case "hugging_face":
             raise DataError(
                 "data.source='hugging_face' is streamed once: tokenize it with"
@@ -171,6 +194,18 @@ def load_corpus(
         end_of_text_id=end_of_text_id,
         tokenizer=tokenizer,
         held_out_texts=None if texts is None else tuple(texts[i] for i in np.flatnonzero(held_out)),
+        identity=Identity(
+            tokenizer=fingerprint,
+            documents=_hash_of_all(documents.content_hashes),
+            held_out=_hash_of_all(documents.content_hashes[held_out]),
+            description={
+                "source": config.source,
+                "documents": len(documents.lengths),
+                "tokens": int(documents.lengths.sum()),
+                "held_out_documents": int(held_out.sum()),
+                "held_out_tokens": int(documents.lengths[held_out].sum()),
+            },
+        ),
         warm_up=warm_up,
     )
     stream = PackedStream(corpus.train, end_of_text_id, shuffle_seed=None)
@@ -201,6 +236,10 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         return load_corpus(config, tokenizer, vocab_size=vocab_size)
 
     return distributed.everywhere(load)
+
+
+def _hash_of_all(content_hashes: UInt64[np.ndarray, "n"]) -> str:
+    return hashlib.blake2b(content_hashes.astype("<u8").tobytes(), digest_size=16).hexdigest()
 
 
 def _default_cache_dir() -> Path:

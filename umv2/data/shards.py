@@ -70,8 +70,8 @@ class ArrayRecordDocuments(EvenlyWeighted):
     Opening reads each shard once to check it; in memory stay 16 bytes a document.
 
     Raises:
-      DataError: for a damaged or unfinished shard, one made with another tokenizer, or a token id
-        that is not below `vocab_size`.
+      DataError: for a damaged or unfinished shard, shards of several tokenizers or of another one,
+        or a token id that is not below `vocab_size`.
     """
 
     def __init__(
@@ -82,15 +82,20 @@ class ArrayRecordDocuments(EvenlyWeighted):
         vocab_size: int,
         tokenizer_fingerprint: str | None,
     ) -> None:
-        """Indexes and checks the shards; without a fingerprint any tokenizer is accepted."""
-        dtypes = set()
+        """Indexes and checks the shards; without a fingerprint any one tokenizer is accepted."""
+        manifests = {}
         for folder in sorted({path.parent for path in paths}):
-            manifest = ShardManifest.read(folder)
-            _require_match(folder, manifest, end_of_text_id, tokenizer_fingerprint)
-            dtypes.add(manifest.dtype)
-        if len(dtypes) > 1:
-            raise DataError(f"data.paths: shards of different types {sorted(dtypes)}")
-        self._dtype = little_endian(dtypes.pop())
+            manifests[folder] = ShardManifest.read(folder)
+            _require_match(folder, manifests[folder], end_of_text_id, tokenizer_fingerprint)
+        (first, manifest), *others = manifests.items()
+        for folder, other in others:
+            if other.tokenizer_fingerprint != manifest.tokenizer_fingerprint:
+                raise DataError(
+                    f"data.paths: the shards of {first} and {folder} were made with different"
+                    " tokenizers"
+                )
+        self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
+        self._dtype = little_endian(manifest.dtype)
 
         def scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return _scan_shard(path, self._dtype, vocab_size)

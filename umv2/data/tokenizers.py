@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end_of_text_id: int
-    # Equal for two tokenizers exactly when they give the same ids.
+    # Of the content of its file, wherever that lies, and of an end-of-text that is not its own.
     fingerprint: str
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
@@ -91,11 +91,10 @@ class HuggingFaceTokenizer:
                 " ByteFallback say how many bytes a token stands for"
             )
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.fingerprint = _fingerprint(content)
-        if end_of_text_id < 0:
-            known = (self._tokenizer.token_to_id(name) for name in _END_OF_TEXT_NAMES)
-            end_of_text_id = next((i for i in known if i is not None), -1)
-        self.end_of_text_id = _require_end_of_text(path, end_of_text_id, self.vocab_size)
+        known = (self._tokenizer.token_to_id(name) for name in _END_OF_TEXT_NAMES)
+        own = next((i for i in known if i is not None), -1)
+        self.end_of_text_id = _end_of_text(path, end_of_text_id, own, self.vocab_size)
+        self.fingerprint = _fingerprint(content, self.end_of_text_id, own)
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         """Returns the ids of a text, without what the file's post-processor would add."""
@@ -137,11 +136,9 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise DataError(f"{path}: not a SentencePiece model: {error}") from error
         self.vocab_size = self._processor.get_piece_size()
-        self.fingerprint = _fingerprint(content)
         own = self._processor.eos_id()
-        self.end_of_text_id = _require_end_of_text(
-            path, own if end_of_text_id < 0 else end_of_text_id, self.vocab_size
-        )
+        self.end_of_text_id = _end_of_text(path, end_of_text_id, own, self.vocab_size)
+        self.fingerprint = _fingerprint(content, self.end_of_text_id, own)
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         """Returns the ids of a text, without begin and end marks."""
@@ -236,11 +233,15 @@ def _read(path: str | Path) -> bytes:
         raise DataError(f"data.tokenizer={str(path)!r}: cannot be read: {error}") from error
 
 
-def _fingerprint(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _fingerprint(content: bytes, end_of_text_id: int, own: int) -> str:
+    content_print = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return content_print if end_of_text_id == own else f"{content_print}-{end_of_text_id}"
 
 
-def _require_end_of_text(path: str | Path, end_of_text_id: int, vocab_size: int) -> int:
+def _end_of_text(path: str | Path, end_of_text_id: int, own: int, vocab_size: int) -> int:
+    """Returns the given id, or for -1 the tokenizer's own."""
+    if end_of_text_id < 0:
+        end_of_text_id = own
     if not 0 <= end_of_text_id < vocab_size:
         raise DataError(
             f"{path}: end-of-text id {end_of_text_id} is not among its {vocab_size} ids; give"
