@@ -21,6 +21,7 @@ from umv2.schema import (
     NaturalFloat,
     Positive,
     PositiveFloat,
+    Seed,
     build,
     differing_fields,
     nearest_name,
@@ -61,7 +62,7 @@ class LongContextDataConfig:
     text_fraction: Annotated[float, Interval(0, 1, includes_high=False)]
     context_weight: Annotated[float, Interval(0, 1)]
     warm_up_steps: Natural
-    seed: Natural
+    seed: Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class DataConfig:
     mask_across_documents: bool
     num_workers: Natural
     prefetch_batches: Positive
-    seed: Natural
+    seed: Seed
 
     def validate(self) -> None:
         """Raises ConfigError for impossible values."""
@@ -236,7 +237,7 @@ class LongContextConfig:
     num_examples: Positive
     batch_tokens: Positive
     extrapolation: Literal["none", "linear", "ntk", "window"]
-    seed: Natural
+    seed: Seed
 
     def validate(self) -> None:
         """Raises ConfigError for impossible values."""
@@ -266,7 +267,7 @@ class GenerateConfig:
     top_k: Natural
     top_p: Annotated[float, Interval(0, 1, includes_low=False)]
     stop: tuple[str, ...]
-    seed: Natural
+    seed: Seed
 
     def validate(self) -> None:
         """Raises ConfigError for impossible values."""
@@ -298,7 +299,7 @@ class MeshConfig:
 class Config:
     """A whole experiment."""
 
-    seed: Natural
+    seed: Seed
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig

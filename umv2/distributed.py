@@ -4,17 +4,21 @@ The work is JAX's: it finds the other processes of a SLURM step, an Open MPI job
 several slices, too) or an indexed Kubernetes job, and tells all of a SIGTERM that reached one.
 """
 
+import contextlib
 import os
 import secrets
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from umv2 import files
 from umv2.schema import UserError
 
 # A process that ends waits as long for the others, which may be writing their last files; when
@@ -123,13 +127,11 @@ def require_shared(directory: Path) -> None:
 
     def write() -> None:
         if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            files.make_folder(directory)
+            with files.errors(directory):
+                probe.touch()
 
-    try:
-        everywhere(write)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    everywhere(write)
     seen = multihost_utils.process_allgather(np.asarray(probe.exists())).ravel()
     if jax.process_index() == 0:
         probe.unlink(missing_ok=True)
@@ -141,34 +143,89 @@ def require_shared(directory: Path) -> None:
         )
 
 
-class StopSignal:
-    """SIGTERM as a wish to stop, on which all processes agree: `requested(step)` after each step.
+@contextlib.contextmanager
+def only_job(folder: Path, work: str) -> Iterator[None]:
+    """Holds a folder for this job, however many processes it has: process 0 locks it for all.
 
-    One process gets it as a Python signal. Several cannot act on it each by itself, for one would
-    save while the others compute: JAX's preemption service tells all, and picks the first step
-    that none of them has reached.
+    Args:
+      folder: that nobody else may work in; it is made.
+      work: what is done there, for the message of whoever comes second.
+
+    Raises:
+      UserError: another job works there, or the folder cannot be made.
+    """
+    with contextlib.ExitStack() as held:
+
+        def lock() -> None:
+            if jax.process_index() == 0:
+                held.enter_context(files.locked(folder / "lock", work))
+
+        everywhere(lock)
+        yield
+
+
+def of_first_process(work: Callable[[], int]) -> int:
+    """Returns on every process what `work` gives on the first, which alone does it."""
+    value = everywhere(lambda: work() if jax.process_index() == 0 else 0)
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C as a wish to stop, on which all processes agree.
+
+    `requested(step)` says after each step whether to. A second Ctrl-C ends the process at once, and
+    saves nothing. One process gets the signals from Python. Several cannot act on them each by
+    itself, for one would save while the others compute: JAX's preemption service tells all of a
+    SIGTERM, which Ctrl-C becomes here, and picks the first step that none of them has reached.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received: str | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread alone
+        handlers: dict[int, Callable[..., None]] = {signal.SIGINT: self._interrupt}
         if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            handlers[signal.SIGTERM] = self._note
+        for number, handler in handlers.items():
+            self._previous[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def name(self) -> str:
+        """Of the signal, where this process got it."""
+        return self._received or "a signal to another process"
 
     def requested(self, step: int) -> bool:
         """Returns whether to stop after this step; the same in all processes."""
         if jax.process_count() == 1:
-            return self._received
+            return self.received
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def _note(self, *_: object) -> None:
-        self._received = True
+    @property
+    def received(self) -> bool:
+        """Whether to leave work that is done between steps; False where processes must agree."""
+        return self._received is not None and jax.process_count() == 1
+
+    def _note(self, number: int, _: object) -> None:
+        self._received = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        # The system itself ends the process: a handler would wait for the end of a compilation.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self._note(number, frame)
+        # Not through the log, whose locks the signal may have met half-way.
+        os.write(2, b"\nstopping after this step, to save; Ctrl-C once more ends at once\n")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check(address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -197,7 +254,10 @@ def _launcher() -> tuple[str | None, int | None]:
         ("Open MPI", "OMPI_COMM_WORLD_SIZE"),
         ("SLURM", "SLURM_STEP_NUM_TASKS"),
     ):
-        if (started := int(environment.get(count, 1))) > 1:
+        given = environment.get(count, "1")
+        if not given.isdecimal():
+            raise UserError(f"{count}={given}: must be the number of processes of {launcher}")
+        if (started := int(given)) > 1:
             return launcher, started
     # JAX sets it when it is imported where TPUs are attached. A host of one TPU joins itself.
     if "TPU_ML_PLATFORM" in environment and "tpu" in (jax.config.jax_platforms or "tpu"):

@@ -41,17 +41,20 @@ class Interval:
     includes_high: bool = True
 
     def holds(self, value: int | float) -> bool:
-        """Tells whether a number keeps the rule."""
+        """Tells whether a number keeps the rule; infinities and NaN keep none."""
+        if not math.isfinite(value):
+            return False
         above = value >= self.low if self.includes_low else value > self.low
         return above and (value <= self.high if self.includes_high else value < self.high)
 
     def __str__(self) -> str:
-        low = f"{'>=' if self.includes_low else '>'} {self.low:g}"
-        high = f" and {'<=' if self.includes_high else '<'} {self.high:g}"
+        low = f"{'>=' if self.includes_low else '>'} {self.low:.10g}"
+        high = f" and {'<=' if self.includes_high else '<'} {self.high:.10g}"
         return f"must be {low}{'' if math.isinf(self.high) else high}"
 
 
 Positive = Annotated[int, Interval(1)]
+Seed = Annotated[int, Interval(0, 2**31 - 1)]  # an int32, as programs take it
 Natural = Annotated[int, Interval(0)]
 PositiveFloat = Annotated[float, Interval(0, includes_low=False)]
 NaturalFloat = Annotated[float, Interval(0)]

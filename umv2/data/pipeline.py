@@ -15,6 +15,7 @@ import functools
 import hashlib
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -446,6 +447,7 @@ class BatchIterator(Iterator[Batch]):
     """Batches in numpy arrays, built ahead of need; `close()` ends the threads or processes."""
 
     def __init__(self, batches: PackedBatches, config: DataConfig, start_step: int) -> None:
+        self.num_batches = len(batches) - start_step
         # One thread: it keeps batches in order of need and off the training loop, and packing holds
         # the interpreter lock for most of its time. num_workers adds processes.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch_batches)
@@ -455,7 +457,8 @@ class BatchIterator(Iterator[Batch]):
                 grain.multiprocessing.MultiprocessingOptions(
                     num_workers=config.num_workers,
                     per_worker_buffer_size=math.ceil(config.prefetch_batches / config.num_workers),
-                )
+                ),
+                worker_init_fn=_ignore_interrupts,
             )
         self._fields = iter(dataset)
 
@@ -465,6 +468,12 @@ class BatchIterator(Iterator[Batch]):
     def close(self) -> None:
         """Stops prefetching; the iterator cannot be used afterwards."""
         self._fields.close()
+
+
+def _ignore_interrupts(worker: int, num_workers: int) -> None:
+    """Leaves Ctrl-C, which a terminal sends to all processes, to the one that trains."""
+    del worker, num_workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _shuffled(window: int, num_windows: int, seed: int, epoch: int) -> int:

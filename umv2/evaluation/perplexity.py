@@ -16,6 +16,7 @@ from umv2.config import Config
 from umv2.data.pipeline import Corpus, held_out_batches
 from umv2.model.memory import ValueStore
 from umv2.training import losses
+from umv2.training.progress import working
 from umv2.training.state import merge_model
 from umv2.types import Batch
 
@@ -108,12 +109,21 @@ def evaluate_corpus(
     *,
     mesh: Mesh,
 ) -> HeldOut:
-    """Evaluates one pass over the held-out documents of a corpus.
+    """Evaluates one pass over the held-out documents of a corpus, with a progress bar.
 
     The end-of-text after each document is a token to predict, too, of no bytes.
     """
     batch_size = config.evaluation.batch_size
     rows = parallel.local_rows(mesh, batch_size)
     batches = held_out_batches(corpus, config.data, batch_size=batch_size, rows=rows)
-    with contextlib.closing(batches):
-        return evaluate(evaluation_step, batches, mesh=mesh, num_bytes=corpus.held_out_bytes)
+    with (
+        contextlib.closing(batches),
+        working("evaluating", batches.num_batches, "batches") as advance,
+    ):
+
+        def step(batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            sums = evaluation_step(batch)
+            advance()
+            return sums
+
+        return evaluate(step, batches, mesh=mesh, num_bytes=corpus.held_out_bytes)

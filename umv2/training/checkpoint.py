@@ -1,16 +1,20 @@
 """Checkpoints: complete or invisible, checked bit by bit when read, with their configuration.
 
 A checkpoint is a folder named after its step. `state` holds every array of the train state under
-its name ("params/blocks/ffn/up"); `metadata` holds the configuration, package versions, the number
-of processes, and the shape, dtype and checksum of every array.
+its name ("params/blocks/ffn/up"); `metadata` holds the step, the configuration, what the run was
+trained on, package versions, the number of processes, and the shape, dtype and checksum of every
+array.
 """
 
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import gc
 import importlib.metadata
 import logging as std_logging
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +28,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
-from umv2 import distributed
+from umv2 import distributed, files
 from umv2.config import Config, ConfigError, differing_fields
 from umv2.model.memory import ValueStore
 from umv2.schema import UserError
@@ -72,53 +76,140 @@ class Checkpointer:
     """Saves the train state in the background, and restores the newest good one.
 
     A checkpoint appears under its name once it is complete; what a killed process left unfinished
-    is removed. The `keep` newest are kept. Use it as a context: leaving it waits for the disk.
+    is removed. The `keep` newest are kept. What was saved is opened again before the next save. A
+    save that the disk refuses is given up with a warning, and the next one tries again. Use it as
+    a context: leaving it waits for the disk.
     """
 
-    def __init__(self, directory: Path, *, keep: int, config: dict[str, Any]):
-        self._directory, self._config = directory.absolute(), config
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        config: dict[str, Any],
+        data: Mapping[str, Any] | None = None,
+    ):
+        """Makes the folder.
+
+        Args:
+          directory: of the checkpoints of one run.
+          keep: how many to keep.
+          config: of the run, as nested dicts.
+          data: `pipeline.Identity` of what it is trained on, as a dict; None: not known.
+
+        Raises:
+          FileError: a folder that cannot be made, or whose name checkpoints cannot have.
+          CheckpointError: the processes of the run do not share it.
+        """
+        check_name(directory)
+        self._directory, self._config, self._data = directory.absolute(), config, data
+        self._saving: int | None = None  # the step whose save has begun and is not yet checked
+        self._failed: str | None = None  # why the last save was given up
         distributed.require_shared(self._directory)
-        self._manager = _open(
-            self._directory,
-            cleanup_tmp_directories=True,
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-        )
+        with files.errors(self._directory):
+            self._manager = _open(
+                self._directory,
+                cleanup_tmp_directories=True,
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._settle()
+        finally:
+            self._manager.close()
+        if kind is None:
+            self._require_saved()
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins to save; returns as soon as the state may be donated.
 
         Raises:
-          CheckpointError: there is a checkpoint of this step or a later one.
+          CheckpointError: there is a checkpoint of this step or a later one, or the last one that
+            was saved cannot be read.
         """
+        self._settle()
         arrays = _named(state)
         checksums = jax.device_get(_checksums(arrays))
         metadata = {
+            "step": step,
             "config": self._config,
+            "data": self._data,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "num_processes": jax.process_count(),
             "arrays": {name: _describe(array) for name, array in arrays.items()},
             "checksums": {name: int(checksum) for name, checksum in checksums.items()},
         }
-        started = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata)
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata)
         )
+        try:
+            started = self._manager.save(step, args=args)
+        except Exception as error:  # orbax and tensorstore raise all kinds
+            self._give_up(step, error)
+            return
         if not started:
             raise CheckpointError(
                 f"step {step} cannot follow step {self.latest_step()} in {self._directory}"
             )
+        self._saving = step
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when what was saved last is on disk and can be read.
+
+        Raises:
+          CheckpointError: it is not; the message says why, and which one is the newest.
+        """
+        self._settle()
+        self._require_saved()
+
+    def _require_saved(self) -> None:
+        if self._failed is not None:
+            raise CheckpointError(
+                f"{self._failed}; the newest checkpoint in {self._directory} is of step"
+                f" {self.latest_step()}"
+            )
+
+    def _settle(self) -> None:
+        """Waits for the save that has begun, if any, and opens what it wrote."""
+        step, self._saving = self._saving, None
+        if step is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore raise all kinds
+            self._give_up(step, error)
+            return
+        self._failed = None
+        with _open_to_read(self._directory) as manager, _without_abandoned_reads():
+            try:
+                _check_step(_read_metadata(manager, step), step)
+                _restore_arrays(manager, step, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
+            except Exception as error:
+                if _is_passing(error):
+                    logging.warning("step %d is saved, but not checked: %s", step, reason(error))
+                    return
+                raise CheckpointError(
+                    f"{self._directory / str(step)}: was saved, but cannot be read: {reason(error)}"
+                ) from error
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """Forgets a save that failed for a reason that may pass, and removes what it left.
+
+        Raises:
+          Exception: `error`, where its reason is another.
+        """
+        if not _is_passing(error):
+            raise error
+        self._failed = f"step {step} could not be saved: {reason(error)}"
+        logging.warning("%s; the next save tries again", self._failed)
+        if jax.process_index() == 0:
+            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self._manager.reload()
 
     def latest_step(self) -> int | None:
         """Returns the newest step, be its checkpoint good or damaged."""
@@ -134,21 +225,27 @@ class Checkpointer:
             over the mesh in use.
 
         Raises:
-          ConfigError: the checkpoint's configuration differs in more than `RUNTIME_FIELDS`.
+          ConfigError: the checkpoint's configuration differs in more than `RUNTIME_FIELDS`, or it
+            was trained on other data.
           CheckpointError: none can be read, or its arrays are not those of `abstract`.
         """
         wanted = _named(abstract)
 
-        def read(step: int) -> tuple[int, dict[str, Array]]:
+        def read(step: int) -> tuple[int, TrainState]:
             metadata = _read_metadata(manager, step)
+            _check_step(metadata, step)
             check_config(metadata["config"], self._config)
+            check_data(metadata.get("data"), self._data)
             _check_arrays(metadata["arrays"], wanted)
-            return step, _read_arrays(manager, step, wanted, metadata["checksums"])
+            arrays = _read_arrays(manager, step, wanted, metadata["checksums"])
+            state = _unnamed(abstract, arrays)
+            _check_step({"step": int(state.step)}, step)  # metadata of before named none
+            return step, state
 
         with _open_to_read(self._directory) as manager:
-            step, arrays = _newest(manager, read)
+            step, state = _newest(manager, read)
         self._set_aside_after(step)
-        return _unnamed(abstract, arrays)
+        return state
 
     def _set_aside_after(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -167,8 +264,26 @@ def saved_config(directory: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: there is none.
     """
+    return _saved(directory)["config"]
+
+
+def saved_data(directory: Path) -> dict[str, Any] | None:
+    """Returns what the run was trained on, as `pipeline.Identity` has it; None: it is not known.
+
+    Raises:
+      CheckpointError: there is no checkpoint that can tell.
+    """
+    return _saved(directory).get("data")
+
+
+def _saved(directory: Path) -> dict[str, Any]:
+    def read(step: int) -> dict[str, Any]:
+        metadata = _read_metadata(manager, step)
+        _check_step(metadata, step)
+        return metadata
+
     with _open_to_read(directory) as manager:
-        return _newest(manager, lambda step: _read_metadata(manager, step)["config"])
+        return _newest(manager, read)
 
 
 def restore_for_inference(directory: Path, config: Config) -> Restored:
@@ -184,6 +299,7 @@ def restore_for_inference(directory: Path, config: Config) -> Restored:
 
     def read(step: int) -> Restored:
         metadata = _read_metadata(manager, step)
+        _check_step(metadata, step)
         saved = metadata["arrays"].items()
         _check_arrays({k: v for k, v in saved if k.partition("/")[0] in abstract}, wanted)
         arrays = _read_arrays(manager, step, wanted, metadata["checksums"])
@@ -215,6 +331,52 @@ def check_config(
         )
 
 
+def check_data(saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None) -> None:
+    """Compares what a run was trained on with what it is to go on with; None is not known.
+
+    Raises:
+      ConfigError: the tokenizer or the documents are others.
+    """
+    if saved is None or current is None:
+        return
+    check_tokenizer(saved, current["tokenizer"])
+    if saved["documents"] != current["documents"]:
+        raise ConfigError(
+            "data: the documents are not those that the run was trained on"
+            f" ({_described(saved)}; now {_described(current)}); restore them, or start a run in"
+            " another --workdir"
+        )
+
+
+def check_tokenizer(saved: Mapping[str, Any] | None, fingerprint: str) -> None:
+    """Compares the tokenizer that a run was trained with with another, by their content.
+
+    Raises:
+      ConfigError: they differ.
+    """
+    if saved is not None and saved["tokenizer"] and fingerprint != saved["tokenizer"]:
+        raise ConfigError(
+            "data.tokenizer: its content is not that of the tokenizer that the run was trained"
+            " with, whatever its path; restore the file, or start a run in another --workdir"
+        )
+
+
+def _described(data: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in data["description"].items())
+
+
+def check_name(directory: Path) -> None:
+    """Refuses folders that the checkpoint library would read as patterns of names.
+
+    Raises:
+      FileError: the absolute path has one of the characters * ? [ ] or a backslash.
+    """
+    if found := sorted(set(str(directory.absolute())) & set("*?[]\\")):
+        raise files.FileError(
+            f"{directory.absolute()}: the path of a run may not hold {' '.join(found)}"
+        )
+
+
 def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
     logging.get_absl_logger().addFilter(_is_no_chatter)
     return ocp.CheckpointManager(
@@ -230,6 +392,7 @@ def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
 
 def _open_to_read(directory: Path) -> ocp.CheckpointManager:
     def check() -> None:
+        check_name(directory)
         if not directory.is_dir():
             raise CheckpointError(f"there is no checkpoint: {directory} does not exist")
 
@@ -242,8 +405,8 @@ def _open_to_read(directory: Path) -> ocp.CheckpointManager:
 
 
 def _is_no_chatter(record: std_logging.LogRecord) -> bool:
-    """Keeps from the terminal what orbax says of every save and restore; damage is told here."""
-    return record.levelno >= std_logging.ERROR or "/orbax/" not in record.pathname
+    """Keeps from the terminal what orbax says; what goes wrong it also raises, to be said here."""
+    return "/orbax/" not in record.pathname
 
 
 @contextlib.contextmanager
@@ -269,8 +432,12 @@ def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
         except (ConfigError, CheckpointError):
             raise
         except Exception as error:  # orbax, tensorstore and json raise all kinds
-            reason = (str(error).splitlines() or [""])[0][:300]
-            fault = f"{manager.directory / str(step)} ({type(error).__name__}: {reason})"
+            path = manager.directory / str(step)
+            if _is_passing(error):
+                raise CheckpointError(
+                    f"{path}: cannot be read now, and may be good: {reason(error)}"
+                ) from error
+            fault = f"{path} ({type(error).__name__}: {reason(error)})"
             logging.warning("skipping a damaged checkpoint: %s", fault)
             faults.append(fault)
     if faults:
@@ -290,6 +457,20 @@ def _read_arrays(
     checksums: Mapping[str, int],
 ) -> dict[str, Array]:
     """Reads the wanted arrays alone, and checks that they are what was saved."""
+    arrays = _restore_arrays(manager, step, wanted)
+    changed = [
+        name
+        for name, checksum in jax.device_get(_checksums(arrays)).items()
+        if checksum != checksums[name]
+    ]
+    if changed:
+        raise ValueError(f"not what was saved: {', '.join(changed)}")
+    return arrays
+
+
+def _restore_arrays(
+    manager: ocp.CheckpointManager, step: int, wanted: Mapping[str, Any]
+) -> dict[str, Array]:
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
         for name, leaf in wanted.items()
@@ -300,15 +481,69 @@ def _read_arrays(
         partial_restore=True,
     )
     args = ocp.args.Composite(state=state_args)
-    arrays = distributed.everywhere(lambda: manager.restore(step, args=args).state)
-    changed = [
-        name
-        for name, checksum in jax.device_get(_checksums(arrays)).items()
-        if checksum != checksums[name]
-    ]
-    if changed:
-        raise ValueError(f"not what was saved: {', '.join(changed)}")
-    return arrays
+    return distributed.everywhere(lambda: manager.restore(step, args=args).state)
+
+
+def _check_step(metadata: Mapping[str, Any], step: int) -> None:
+    """Raises ValueError for a folder that was renamed after it was saved."""
+    if (saved := metadata.get("step", step)) != step:
+        raise ValueError(f"the folder of step {step} holds step {saved}: it was renamed")
+
+
+# Errors of the operating system that say nothing about what is on the disk.
+_PASSING_ERRNOS = {
+    errno.EACCES,
+    errno.EAGAIN,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EINTR,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+# The same in the messages of tensorstore and of jax.
+_PASSING_STATUS = re.compile(
+    r"^(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b"
+)
+_OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = _OS_ERROR_CODE.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Tells whether an error is of the machine at this moment, not of what was read or written."""
+    return any(
+        isinstance(cause, MemoryError)
+        or _errno(cause) in _PASSING_ERRNOS
+        or _PASSING_STATUS.match(str(cause))
+        for cause in _causes(error)
+    )
+
+
+def reason(error: BaseException) -> str:
+    """Returns in one line why something could not be read or written."""
+    for cause in _causes(error):
+        if number := _errno(cause):
+            return os.strerror(number)
+    return (str(error).splitlines() or [""])[0][:300]
 
 
 def _sharding(leaf: Any) -> Sharding:

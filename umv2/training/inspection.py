@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from umv2 import parallel
+from umv2 import parallel, tables
 from umv2.config import Config, to_dict
 from umv2.cost import accounting, exchange
 from umv2.training import optim
@@ -49,8 +49,12 @@ class Inspection:
             "forward_flops_per_token": self.flops_per_token,
         }
 
-    def as_text(self) -> str:
-        """Returns the configuration, a table of parameters and a table of counts."""
+    def as_text(self, width: int | None = None) -> str:
+        """Returns the configuration and tables of parameters and of counts.
+
+        Args:
+          width: columns that they take at most; None: as many as the terminal has.
+        """
         rows = [("parameter", "shape", "dtype", "sharding", "optimizer group", "entries")]
         for p in self.parameters:
             shape = " x ".join(map(str, p.shape)) or "scalar"
@@ -59,9 +63,10 @@ class Inspection:
         counts += [(name, f"{value:,}") for name, value in self.counts.as_dict().items()]
         flops = [("forward pass", "MFLOP/token")]
         flops += [(name, f"{value / 1e6:,.3f}") for name, value in self.flops_per_token.items()]
-        config = _lines(to_dict(self.config))
-        tables = [_table(rows), _table(counts), _table(flops)]
-        return "\n\n".join(["\n".join(config), *tables])
+        config = [tables.paragraph(line, width) for line in _lines(to_dict(self.config))]
+        parts = [tables.table(rows, width, left=range(5), rule=True)]
+        parts += [tables.table(each, width, rule=True) for each in (counts, flops)]
+        return "\n\n".join(["\n".join(config), *parts])
 
 
 def inspect(config: Config) -> Inspection:
@@ -116,14 +121,3 @@ def _lines(section: dict[str, Any], path: str = "") -> list[str]:
         else:
             lines.append(f"{path}{name} = {json.dumps(value)}")
     return lines
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Lines up columns: the first to the left, numbers in the last to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
-        lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)

@@ -5,8 +5,8 @@ import contextlib
 import functools
 import json
 import math
-import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 import tqdm
-import tqdm.contrib
 from absl import logging
 from jaxtyping import Array, Float, Int
 
+from umv2 import files
 from umv2.config import Config, ConfigError, to_dict
 from umv2.model.transformer import ModelStats
+from umv2.training.progress import logging_above_bars
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -51,10 +52,12 @@ class MetricWriter:
     """Writes records to metrics.jsonl, TensorBoard and Weights & Biases, as the config says.
 
     Only the first process writes. A run that resumes after `first_step` drops what an earlier
-    attempt wrote about later steps, so that every curve is one curve.
+    attempt wrote about later steps, so that every curve is one curve. What the disk does not take
+    is kept, and written when it does.
 
     Raises:
-      ConfigError: train.wandb_project is set, but wandb is not installed.
+      ConfigError: train.wandb_project is set, but wandb is not installed or cannot start.
+      FileError: the files cannot be made.
     """
 
     def __init__(self, workdir: Path, config: Config, *, first_step: int):
@@ -62,12 +65,15 @@ class MetricWriter:
         self._open = contextlib.ExitStack()
         if jax.process_index() != 0:
             return
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._add_json_lines(workdir / METRICS_FILE, first_step)
-        if config.train.tensorboard:
-            self._add_tensorboard(workdir / "tensorboard", first_step)
-        if config.train.wandb_project:
-            self._add_wandb(workdir, config)
+        files.make_folder(workdir)
+        with contextlib.ExitStack() as stack:  # closes what is open when a later one fails
+            stack.callback(self._open.close)
+            self._add_json_lines(workdir / METRICS_FILE, first_step)
+            if config.train.tensorboard:
+                self._add_tensorboard(workdir / "tensorboard", first_step)
+            if config.train.wandb_project:
+                self._add_wandb(workdir, config)
+            stack.pop_all()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -86,18 +92,21 @@ class MetricWriter:
         Numbers that are not finite become null, which JSON can say.
         """
         _drop_later_records(path, first_step)
-        file = self._open.enter_context(path.open("a"))
+        lines = _Appender(path)
+        self._open.callback(lines.close)
 
         def write(step: int, record: Record) -> None:
             finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-            json.dump({"step": step, "wall_time": time.time(), **finite}, file, allow_nan=False)
-            file.write("\n")
-            file.flush()
+            line = {"step": step, "wall_time": time.time(), **finite}
+            lines.write(json.dumps(line, allow_nan=False) + "\n")
 
         self._sinks.append(write)
 
     def _add_tensorboard(self, folder: Path, first_step: int) -> None:
-        writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1)
+        # Its thread ends where the disk is full; a queue with a limit would then block training.
+        with files.errors(folder):
+            writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1, max_queue=0)
+        self._open.enter_context(_tensorboard_may_fail(folder))
         self._open.callback(writer.close)
 
         def write(step: int, record: Record) -> None:
@@ -112,36 +121,111 @@ class MetricWriter:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"train.wandb_project={project!r}: needs the extra 'wandb' (pip install"
-                " 'umv2[wandb]')"
+                f"train.wandb_project={project!r}: needs the extra 'wandb' (pip install -e"
+                " '.[wandb]')"
             ) from error
         # The run keeps its id across restarts, so that they extend one curve.
         id_file = workdir / "wandb_run_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        run = wandb.init(
-            project=project,
-            name=workdir.name,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=str(workdir),
-            config=to_dict(config),
-        )
+            files.write_text(id_file, uuid.uuid4().hex)
+        try:
+            run = wandb.init(
+                project=project,
+                name=workdir.name,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=str(workdir),
+                config=to_dict(config),
+            )
+        except Exception as error:  # no key, no network, a project that is not theirs
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"train.wandb_project={project!r}: wandb cannot start: {said}"
+            ) from error
         self._open.callback(run.finish)
         self._sinks.append(lambda step, record: run.log(dict(record), step=step))
+
+
+class _Appender:
+    """Appends lines to a file; a disk that is full makes them wait for the next write."""
+
+    def __init__(self, path: Path):
+        self._path, self._waiting, self._warned = path, b"", False
+        with files.errors(path):
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._warned:
+                logging.warning(
+                    "%s: cannot be written: %s; records wait in memory",
+                    self._path,
+                    files.reason(error),
+                )
+            self._warned = True
+            return
+        self._warned = False
+
+    def close(self) -> None:
+        if self._waiting:
+            self.write("")
+        if self._waiting:
+            logging.warning(
+                "%s: the last %d records are lost", self._path, self._waiting.count(b"\n")
+            )
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _tensorboard_may_fail(folder: Path) -> Iterator[None]:
+    """Says in one line what ends TensorBoard's thread, or its last write."""
+
+    def warn(error: BaseException | None) -> None:
+        why = files.reason(error) if isinstance(error, OSError) else error
+        logging.warning("%s: cannot be written: %s; metrics.jsonl has it all", folder, why)
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__module__.startswith("tensorboardX"):
+            warn(args.exc_value)
+        else:
+            previous(args)
+
+    previous, threading.excepthook = threading.excepthook, hook
+    try:
+        yield
+    except OSError as error:
+        warn(error)
+    finally:
+        threading.excepthook = previous
 
 
 def _drop_later_records(path: Path, last_step: int) -> None:
     """Keeps records up to `last_step`; the last line may be torn, if its writer was killed."""
     if not path.exists():
         return
-    kept = path.with_suffix(".tmp")
-    with path.open() as old, kept.open("w") as new:
-        for line in old:
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= last_step:
-                    new.write(line)
-    os.replace(kept, path)
+    with files.replacing(path) as kept, path.open("rb") as old, kept.open("wb") as new:
+        new.writelines(line for line in old if _step(line) <= last_step)
+
+
+def has_evaluation(workdir: Path, step: int) -> bool:
+    """Tells whether a run has recorded its evaluation after `step` steps."""
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        return False
+    with files.errors(path, "cannot be read"), path.open("rb") as lines:
+        return any(b'"held_out_loss"' in line and _step(line) == step for line in lines)
+
+
+def _step(line: bytes) -> int | float:
+    """Returns the step of a record; infinity for a line that is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Progress:
@@ -182,7 +266,7 @@ class Progress:
                 dynamic_ncols=True,
             )
             self._open.callback(self._bar.close)
-            self._open.enter_context(_logging_above_the_bar())
+            self._open.enter_context(logging_above_bars())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -237,16 +321,6 @@ class Progress:
             left = seconds * (self._num_steps - step)
             parts.append(f"{tqdm.tqdm.format_interval(left)} left")
         return ", ".join(parts)
-
-
-@contextlib.contextmanager
-def _logging_above_the_bar() -> Iterator[None]:
-    handler = logging.get_absl_handler().python_handler
-    previous = handler.setStream(tqdm.contrib.DummyTqdmFile(sys.stderr))
-    try:
-        yield
-    finally:
-        handler.setStream(previous)
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -43,8 +43,12 @@ def create_model(config: ModelConfig, key: Key[Array, ""]) -> tuple[Transformer,
 
 
 def split_model(model: Transformer) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Returns the model's structure, its parameters and its buffers, the latter as plain dicts."""
-    graphdef, *states = nnx.split(model, nnx.Param, layers.Buffer)
+    """Returns the model's structure, its parameters and its buffers, the latter as plain dicts.
+
+    Raises:
+      ValueError: one variable stands at two paths. In NNX's graph mode `jax.jit` would untie it.
+    """
+    graphdef, *states = nnx.split(model, nnx.Param, layers.Buffer, graph=False)
     params, buffers = (nnx.to_pure_dict(state) for state in states)
     return graphdef, params, buffers
 
@@ -57,7 +61,7 @@ def merge_model(graphdef: Any, params: dict[str, Any], buffers: dict[str, Any]) 
 def model_structure(config: ModelConfig) -> Any:
     """Returns the graphdef of a model without creating its arrays."""
     model, _ = jax.eval_shape(lambda: create_model(config, jax.random.key(0)))
-    return nnx.graphdef(model)
+    return nnx.graphdef(model, graph=False)
 
 
 def create_state(

@@ -22,6 +22,7 @@ from umv2.evaluation import perplexity
 from umv2.model.transformer import ModelStats
 from umv2.schema import UserError
 from umv2.training import checkpoint, losses, metrics, optim
+from umv2.training.progress import Announced, working
 from umv2.training.state import (
     TrainState,
     abstract_state,
@@ -111,37 +112,79 @@ def make_train_step(
     return train_step
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path) -> bool:
     """Trains to `train.num_steps`, or goes on from the newest good checkpoint in `workdir`.
 
     Writes checkpoints, which hold the configuration, `metrics.jsonl` and TensorBoard events there.
-    SIGTERM saves and returns.
+    SIGTERM and Ctrl-C save and return; a second Ctrl-C ends the process. An evaluation that they,
+    or a kill, cut short is made when the run goes on.
+
+    Returns:
+      Whether the run is complete; False where a signal stopped it.
 
     Raises:
-      ConfigError: the model and the data do not fit, or the checkpoint has another configuration.
+      ConfigError: the model and the data do not fit, or the checkpoint has another configuration or
+        was trained on other data.
       DataError: the data cannot be read.
+      FileError: the folder cannot be written to, or another process trains there.
+      CheckpointError: no checkpoint can be read, or the last one cannot be saved.
       TrainingDiverged: a loss or gradient that is not finite; the last checkpoint is kept.
     """
-    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
-    microbatch_size = config.train.batch_size // config.train.gradient_accumulation
-    mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
-    config = exchange.with_layout(
-        config,
-        mesh.shape,
-        microbatch_size * config.data.sequence_length,
-        capacity=parallel.tpu_memory(mesh),
-    )
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    checkpointer = checkpoint.Checkpointer(
-        workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
-    )
-    with jax.set_mesh(mesh), checkpointer:
-        state = _restore_or_create(config, optimizer, checkpointer)
-        first_step = int(state.step)
-        if first_step >= config.train.num_steps:
-            logging.info("%s has already taken its %d steps", workdir, first_step)
-            return
-        _run(config, workdir, state, optimizer, checkpointer, corpus, mesh)
+    checkpoint.check_name(workdir)
+    with distributed.only_job(workdir, "training"):
+        corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
+        microbatch_size = config.train.batch_size // config.train.gradient_accumulation
+        mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
+        config = exchange.with_layout(
+            config,
+            mesh.shape,
+            microbatch_size * config.data.sequence_length,
+            capacity=parallel.tpu_memory(mesh),
+        )
+        optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+        checkpointer = checkpoint.Checkpointer(
+            workdir / "checkpoints",
+            keep=config.train.num_checkpoints_kept,
+            config=to_dict(config),
+            data=dataclasses.asdict(corpus.identity),
+        )
+        # The signal is a wish as long as something may be on its way to the disk.
+        with distributed.StopSignal() as stop, jax.set_mesh(mesh), checkpointer:
+            state = _restore_or_create(config, optimizer, checkpointer)
+            step = int(state.step)
+            evaluate_first = _evaluation_is_missing(config, workdir, step)
+            if step >= config.train.num_steps and not evaluate_first:
+                logging.info("%s has already taken its %d steps", workdir, step)
+                return True
+            try:
+                _run(
+                    config,
+                    workdir,
+                    state,
+                    optimizer,
+                    checkpointer,
+                    corpus,
+                    mesh,
+                    stop,
+                    evaluate_first=evaluate_first,
+                )
+            except _Stopped as stopped:
+                checkpointer.wait()
+                logging.info("stopped by %s after step %s; the state is saved", stop.name, stopped)
+                return False
+    return True
+
+
+class _Stopped(Exception):
+    """A signal asks to end here; the argument is the step that is saved."""
+
+
+def _evaluation_is_missing(config: Config, workdir: Path, step: int) -> bool:
+    """Tells whether the evaluation that belongs to a restored step was never finished."""
+    interval = config.train.evaluation_interval_steps
+    if step == 0 or (step % interval and step != config.train.num_steps):
+        return False
+    return not distributed.of_first_process(lambda: metrics.has_evaluation(workdir, step))
 
 
 def _run(
@@ -152,15 +195,24 @@ def _run(
     checkpointer: checkpoint.Checkpointer,
     corpus: pipeline.Corpus,
     mesh: jax.sharding.Mesh,
+    stop: distributed.StopSignal,
+    *,
+    evaluate_first: bool,
 ) -> None:
     train_config, first_step = config.train, int(state.step)
     graphdef = model_structure(config.model)
-    train_step = jax.jit(make_train_step(config, graphdef, optimizer), donate_argnums=0)
+    train_step = Announced(
+        jax.jit(make_train_step(config, graphdef, optimizer), donate_argnums=0),
+        "the training step",
+    )
     evaluation_step = perplexity.make_evaluation_step(
         graphdef, mask_across_documents=config.data.mask_across_documents
     )
     write_blocks = tuple(write for _, write in config.model.placements)
-    health = jax.jit(functools.partial(metrics.health_arrays, write_blocks=write_blocks))
+    health = Announced(
+        jax.jit(functools.partial(metrics.health_arrays, write_blocks=write_blocks)),
+        "the health of the sparse layers",
+    )
     tokens_per_step = train_config.batch_size * config.data.sequence_length
     batches = pipeline.train_batches(
         corpus,
@@ -176,12 +228,25 @@ def _run(
         flops_per_token=accounting.training_flops_per_token(config),
         log_interval_steps=train_config.log_interval_steps,
     )
+
+    def evaluate(step: int, state: TrainState) -> None:
+        def step_unless_stopped(batch: Batch) -> tuple[Array, Array]:
+            if stop.received:
+                raise _Stopped(step)
+            return evaluation_step(state.params, state.buffers, state.store, batch)
+
+        with progress.paused():
+            held_out = perplexity.evaluate_corpus(step_unless_stopped, corpus, config, mesh=mesh)
+        writer.write(step, {"tokens": step * tokens_per_step, **held_out.metrics()})
+        logging.info("step %d: held-out %s", step, held_out)
+
     with (
         contextlib.closing(batches),
         metrics.MetricWriter(workdir, config, first_step=first_step) as writer,
         progress,
-        distributed.StopSignal() as stop,
     ):
+        if evaluate_first:
+            evaluate(first_step, state)
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first_step + 1, train_config.num_steps + 1):
             batch = parallel.local_to_global(mesh, next(batches))
@@ -197,38 +262,30 @@ def _run(
             if step % train_config.log_interval_steps == 0 or last:
                 loss = _report(*pending, progress, workdir)
                 pending = None
+                with progress.paused():  # to compile it takes longer than many steps
+                    layers = metrics.fetched_health(
+                        health(step_metrics.stats, state.usage, state.params)
+                    )
                 record = {
                     "loss": loss,
                     "gradient_norm": float(step_metrics.gradient_norm),
                     "tokens": step * tokens_per_step,
                     **optimizer.learning_rates(step - 1),
                     **progress.rates(),
-                    **metrics.fetched_health(health(step_metrics.stats, state.usage, state.params)),
+                    **layers,
                 }
                 writer.write(step, record)
                 state = _forget_usage(state)
-            if step % train_config.evaluation_interval_steps == 0 or last:
-                with progress.paused():
-                    held_out = perplexity.evaluate_corpus(
-                        functools.partial(
-                            evaluation_step, state.params, state.buffers, state.store
-                        ),
-                        corpus,
-                        config,
-                        mesh=mesh,
-                    )
-                writer.write(step, {"tokens": step * tokens_per_step, **held_out.metrics()})
-                logging.info("step %d: held-out %s", step, held_out)
-            # After SIGTERM there is time to save and for nothing else.
+            # Saved before it is evaluated, so that a kill meanwhile loses nothing.
             if step % train_config.checkpoint_interval_steps == 0 or last or stopping:
                 if pending is not None:  # only states that are known to be finite are saved
                     _report(*pending, progress, workdir)
                     pending = None
                 checkpointer.save(step, state)
             if stopping:
-                checkpointer.wait()
-                logging.info("stopped by SIGTERM after step %d; the state is saved", step)
-                break
+                raise _Stopped(step)
+            if step % train_config.evaluation_interval_steps == 0 or last:
+                evaluate(step, state)
 
 
 def _restore_or_create(
@@ -238,15 +295,17 @@ def _restore_or_create(
 ) -> TrainState:
     """Returns the newest good checkpoint's state, or a new one."""
     if checkpointer.latest_step() is not None:
-        state = checkpointer.restore(abstract_state(config, optimizer))
+        with working("restoring the newest checkpoint"):
+            state = checkpointer.restore(abstract_state(config, optimizer))
         logging.info("continuing after step %d", int(state.step))
         return state
     start = time.monotonic()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer))
-    # The seed is an argument, so that runs that differ in it share a compiled program.
-    create = functools.partial(create_state, config, optimizer)
-    state = parallel.create(create, shardings, config.seed)
-    jax.block_until_ready(state)
+    with working("creating the state"):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer))
+        # The seed is an argument, so that runs that differ in it share a compiled program.
+        create = functools.partial(create_state, config, optimizer)
+        state = parallel.create(create, shardings, config.seed)
+        jax.block_until_ready(state)
     logging.info("created the state in %.1f s", time.monotonic() - start)
     return state
 
