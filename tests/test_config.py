@@ -102,6 +102,10 @@ OUT_OF_RANGE = {
         1.0,
         "optimizer.beta1 optimizer.beta2 data.long_context.text_fraction",
     ),
+    "must be >= 0 and <= 2147483647": (
+        2**31,
+        "seed data.seed generate.seed data.long_context.seed evaluation.long_context.seed",
+    ),
     "must be > 0 and <= 1": (0.0, "optimizer.values_decay_fraction generate.top_p"),
 }
 

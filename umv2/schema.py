@@ -42,7 +42,7 @@ class Interval:
 
     def holds(self, value: int | float) -> bool:
         """Tells whether a number keeps the rule; infinities and NaN keep none."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return False
         above = value >= self.low if self.includes_low else value > self.low
         return above and (value <= self.high if self.includes_high else value < self.high)
@@ -54,7 +54,7 @@ class Interval:
 
 
 Positive = Annotated[int, Interval(1)]
-Seed = Annotated[int, Interval(0, 2**31 - 1)]  # an int32, as programs take it
+Seed = Annotated[int, Interval(0), Interval(0, 2**31 - 1)]  # programs take it as an int32
 Natural = Annotated[int, Interval(0)]
 PositiveFloat = Annotated[float, Interval(0, includes_low=False)]
 NaturalFloat = Annotated[float, Interval(0)]
@@ -105,9 +105,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return build(typing.cast(type, hint), value, path + ".")
     origin = typing.get_origin(hint)
     if origin is Annotated:
-        kind, interval = typing.get_args(hint)
+        kind, *intervals = typing.get_args(hint)
         value = _convert(kind, value, path)
-        require(interval.holds(value), path, value, str(interval))
+        for interval in intervals:
+            require(interval.holds(value), path, value, str(interval))
         return value
     if origin is Literal:
         choices = typing.get_args(hint)

@@ -122,7 +122,7 @@ def test_tensorboard_is_written_on_request_only(
 def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = run_config(wandb_project="memory")
-    with pytest.raises(config_lib.ConfigError, match=r"wandb_project='memory': .*pip install -e '\.\[wandb\]'"):
+    with pytest.raises(config_lib.ConfigError, match=r"pip install -e '\.\[wandb\]'"):
         metrics.MetricWriter(tmp_path, config, first_step=0)
 
 
