@@ -24,6 +24,7 @@ from umv2.inference.decode import Generator
 from umv2.interop import runs
 from umv2.training import checkpoint, inspection
 from umv2.training import train as training
+from umv2.training.progress import working
 from umv2.training.state import merge_model, model_structure
 
 train = training.train
@@ -36,11 +37,13 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
     """Evaluates the newest good checkpoint on the held-out documents and draws the loss curve.
 
     Raises:
-      ConfigError: a configuration that is not the run's.
+      ConfigError: a configuration that is not the run's, or another tokenizer than the run's.
       CheckpointError: there is no checkpoint that can be read.
     """
-    config, mesh, restored = _restored(_run_config(config, workdir), workdir)
+    config = _run_config(config, workdir)
     corpus = _corpus_of_text(config)
+    _check_corpus(corpus, workdir)
+    config, mesh, restored = _restored(config, workdir)
     with jax.set_mesh(mesh):
         step = perplexity.make_evaluation_step(
             model_structure(config.model), mask_across_documents=config.data.mask_across_documents
@@ -66,13 +69,15 @@ def evaluate_long_context(
       CheckpointError: there is no checkpoint that can be read.
     """
     config = _run_config(config, workdir)
-    tokenizer = _tokenizer(config, "the long-context suite")
+    tokenizer = _tokenizer(config, workdir, "the long-context suite")
+    corpus = _corpus_of_text(config)
+    _check_corpus(corpus, workdir)
     config, mesh, restored = _restored(config, workdir)
     found = long_context_scores.evaluate(
         config,
         Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
         tokenizer=tokenizer,
-        texts=[text.decode() for text in _corpus_of_text(config).held_out_documents()],
+        texts=[text.decode() for text in corpus.held_out_documents()],
         step=restored.step,
     )
     if jax.process_index() == 0:
@@ -126,7 +131,7 @@ def harness_model(config: Config, workdir: Path) -> tuple[Any, int]:
     """
     from umv2.evaluation import harness
 
-    tokenizer = _tokenizer(config, "lm-evaluation-harness")
+    tokenizer = _tokenizer(config, workdir, "lm-evaluation-harness")
     config, mesh, restored = _restored(config, workdir)
     with jax.set_mesh(mesh):
         model = merge_model(model_structure(config.model), restored.params, restored.buffers)
@@ -156,7 +161,7 @@ def _restored(
     config = exchange.with_layout(
         config, mesh.shape, num_tokens, capacity=parallel.tpu_memory(mesh)
     )
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), working("restoring the newest checkpoint"):
         return config, mesh, checkpoint.restore_for_inference(workdir / "checkpoints", config)
 
 
@@ -167,10 +172,32 @@ def _corpus_of_text(config: Config) -> pipeline.Corpus:
     return pipeline.open_corpus(data, config.model.vocab_size)
 
 
-def _tokenizer(config: Config, purpose: str) -> tokenizers.Tokenizer:
+def _check_corpus(corpus: pipeline.Corpus, workdir: Path) -> None:
+    """Refuses another tokenizer than the run's, and warns of another held-out text."""
+    trained_on = checkpoint.saved_data(workdir / "checkpoints")
+    if trained_on is None:
+        return
+    checkpoint.check_tokenizer(trained_on, corpus.identity.tokenizer)
+    if corpus.identity.held_out != trained_on["held_out"]:
+        logging.warning(
+            "the held-out documents are not those of the run in %s, which may have been trained on"
+            " some of them",
+            workdir,
+        )
+
+
+def _tokenizer(config: Config, workdir: Path, purpose: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of a run.
+
+    Raises:
+      ConfigError: it has none, or was trained with another.
+      DataError: the file cannot be read.
+    """
     tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
     if tokenizer is None:
         raise ConfigError(f"data.tokenizer='none': {purpose} needs a tokenizer")
+    trained_on = checkpoint.saved_data(workdir / "checkpoints")
+    checkpoint.check_tokenizer(trained_on, tokenizer.fingerprint)
     return tokenizer
 
 
@@ -185,7 +212,7 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
     config = exchange.with_layout(
         config, parallel.axis_sizes(dataclasses.replace(config.mesh, replica=1), 1), num_tokens=1
     )
-    tokenizer = _tokenizer(config, "generating text")
+    tokenizer = _tokenizer(config, workdir, "generating text")
     mesh = _generation_mesh(config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
@@ -210,7 +237,6 @@ def cost(
 ) -> cost_report.CostReport:
     """Counts what each configuration costs; draws the bytes of a decode step into `cost.png`."""
     report = cost_report.cost_report(named_configs, context_length=context_length)
-    output_dir.mkdir(parents=True, exist_ok=True)
     report.draw(output_dir / "cost.png")
     logging.info("wrote %s", output_dir / "cost.png")
     return report
@@ -241,7 +267,6 @@ def prepare(config: Config, output_dir: Path) -> None:
 def train_tokenizer(config: Config, output_dir: Path, vocab_size: int) -> Path:
     """Trains a byte-level BPE on the configured text and returns the file for data.tokenizer."""
     path = output_dir / f"bpe_{vocab_size}.json"
-    output_dir.mkdir(parents=True, exist_ok=True)
     data_preparation.train_tokenizer(config.data, path, vocab_size)
     return path
 
