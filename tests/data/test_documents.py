@@ -9,8 +9,8 @@ import pytest
 from umv2.config import DataConfig
 from umv2.data import documents as documents_module
 from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
+from umv2.data.paths import DataError
 from umv2.data.pipeline import load_corpus
-from umv2.data.sources import DataError
 
 END = 9
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from umv2.config import DataConfig, LongContextDataConfig
 from umv2.data.documents import Documents, InMemoryDocuments
+from umv2.data.paths import DataError
 from umv2.data.pipeline import Corpus, Identity, held_out_batches, load_corpus, train_batches
 from umv2.data.prepare import prepare
-from umv2.data.sources import DataError
 from umv2.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from umv2.types import Batch
 
@@ -303,8 +303,8 @@ def test_the_default_corpus_loads(config: DataConfig) -> None:
     ("changes", "message"),
     [
         ({"source": "hugging_face"}, "--mode=prepare"),
-        ({"held_out_fraction": 1e-9}, "held_out_fraction=1e-09: leaves all documents of 40"),
-        ({"held_out_fraction": 1 - 1e-9}, "leaves no documents of 40 for training"),
+        ({"held_out_fraction": 1e-9}, "held_out_fraction=1e-09: leaves all of 40 documents"),
+        ({"held_out_fraction": 1 - 1e-9}, "leaves nothing of 40 documents for training"),
         ({"sequence_length": 100_000}, "sequence_length=100000: .* hold only .* less than one"),
     ],
 )

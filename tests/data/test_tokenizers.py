@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umv2.data.sources import DataError
+from umv2.data.paths import DataError
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 TEXTS = ["the cat sat on the mat. ", "grüße an die 世界! ", "def main() -> None:\n    pass\n"] * 20

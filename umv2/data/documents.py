@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer, UInt64
 from tqdm import tqdm
 
-from umv2.data.sources import DataError, content_hashes
+from umv2.data.paths import DataError
+from umv2.data.sources import content_hashes
 
 _SCAN_TOKENS = 1 << 22
 
@@ -88,6 +89,35 @@ class DocumentSubset:
     def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
         """Returns how much each of them counts in the loss."""
         return self._documents.read_weights(int(self._indices[index]), start, stop)
+
+
+class DocumentPieces:
+    """Parts of the documents of another sequence."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        indices: Int64[np.ndarray, "n"],
+        starts: Int64[np.ndarray, "n"],
+        stops: Int64[np.ndarray, "n"],
+    ) -> None:
+        """Takes tokens `[starts[i], stops[i])` of document `indices[i]`; hashing reads them."""
+        self.lengths = stops - starts
+        self._documents, self._indices, self._starts = documents, indices, starts
+        self.content_hashes = content_hashes(
+            self.read(i, 0, int(length)).astype("<u4").tobytes()
+            for i, length in enumerate(self.lengths)
+        )
+
+    def read(self, index: int, start: int, stop: int) -> Int32[np.ndarray, "tokens"]:
+        """Returns tokens [start, stop) of one piece."""
+        first = int(self._starts[index])
+        return self._documents.read(int(self._indices[index]), first + start, first + stop)
+
+    def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
+        """Returns how much each of them counts in the loss."""
+        first = int(self._starts[index])
+        return self._documents.read_weights(int(self._indices[index]), first + start, first + stop)
 
 
 def little_endian(dtype: str) -> np.dtype:

@@ -12,7 +12,6 @@ of processes, is to start at a step.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import signal
@@ -24,22 +23,22 @@ import grain
 import numpy as np
 from absl import logging
 from grain.experimental import index_shuffle
-from jaxtyping import Float32, Int32, UInt64
+from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
 from umv2 import distributed
 from umv2.config import DataConfig
 from umv2.data import tasks
 from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
+from umv2.data.paths import DataError, matching_files
 from umv2.data.shards import ArrayRecordDocuments
 from umv2.data.sources import (
-    DataError,
     content_hash,
     content_hashes,
-    is_held_out,
-    matching_files,
+    hash_of_all,
     text_documents,
 )
+from umv2.data.split import split_texts, split_tokens
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from umv2.types import Batch
 
@@ -53,8 +52,8 @@ class Identity:
 
     Attributes:
       tokenizer: fingerprint of the tokenizer that made the tokens; "" where none is known.
-      documents: hash of the content of all documents, in order, before the split; documents of
-        `data.long_context`, which the configuration determines, do not count.
+      documents: hash of the content of all documents, in order, as they are before the split;
+        documents of `data.long_context`, which the configuration determines, do not count.
       held_out: the same of the held-out documents.
       description: what a person knows a corpus by: source, numbers of documents and tokens.
     """
@@ -155,31 +154,29 @@ def load_corpus(
                 raise DataError(
                     f"data.tokenizer='none': source {config.source!r} needs a tokenizer"
                 )
-            texts = [text.encode() for text in text_documents(config)]
+            whole = [text.encode() for text in text_documents(config)]
+            hashes = content_hashes(whole)
+            texts, held_out = split_texts(whole, hashes, config.held_out_fraction)
             documents = _tokenize(texts, tokenizer, cache_dir or _default_cache_dir())
         case "memmap":
             paths = matching_files(config.paths)
-            documents = MemmapDocuments(paths, config.memmap_dtype, end_of_text_id, vocab_size)
+            found = MemmapDocuments(paths, config.memmap_dtype, end_of_text_id, vocab_size)
+            hashes = found.content_hashes
+            documents, held_out = split_tokens(found, config.held_out_fraction)
         case "array_record":
-            documents = ArrayRecordDocuments(
+            shards = ArrayRecordDocuments(
                 matching_files(config.paths),
                 end_of_text_id=end_of_text_id,
                 vocab_size=vocab_size,
                 tokenizer_fingerprint=fingerprint or None,
             )
-            fingerprint = documents.tokenizer_fingerprint
+            fingerprint, hashes = shards.tokenizer_fingerprint, shards.content_hashes
+            documents, held_out = split_tokens(shards, config.held_out_fraction)
         case "hugging_face":
             raise DataError(
                 "data.source='hugging_face' is streamed once: tokenize it with"
                 " `python main.py --mode=prepare`, then train with data.source='array_record'"
             )
-    held_out = is_held_out(documents.content_hashes, config.held_out_fraction)
-    if held_out.all() or not held_out.any():
-        raise DataError(
-            f"data.held_out_fraction={config.held_out_fraction}: leaves"
-            f" {'no' if held_out.all() else 'all'} documents of {held_out.size} for training;"
-            " each side needs at least one"
-        )
     train: Documents = DocumentSubset(documents, np.flatnonzero(~held_out))
     warm_up: Documents | None = None
     if config.long_context.num_documents:
@@ -197,11 +194,11 @@ def load_corpus(
         held_out_texts=None if texts is None else tuple(texts[i] for i in np.flatnonzero(held_out)),
         identity=Identity(
             tokenizer=fingerprint,
-            documents=_hash_of_all(documents.content_hashes),
-            held_out=_hash_of_all(documents.content_hashes[held_out]),
+            documents=hash_of_all(hashes),
+            held_out=hash_of_all(documents.content_hashes[held_out]),
             description={
                 "source": config.source,
-                "documents": len(documents.lengths),
+                "documents": len(hashes),
                 "tokens": int(documents.lengths.sum()),
                 "held_out_documents": int(held_out.sum()),
                 "held_out_tokens": int(documents.lengths[held_out].sum()),
@@ -237,10 +234,6 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         return load_corpus(config, tokenizer, vocab_size=vocab_size)
 
     return distributed.everywhere(load)
-
-
-def _hash_of_all(content_hashes: UInt64[np.ndarray, "n"]) -> str:
-    return hashlib.blake2b(content_hashes.astype("<u8").tobytes(), digest_size=16).hexdigest()
 
 
 def _default_cache_dir() -> Path:

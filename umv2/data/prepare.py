@@ -19,8 +19,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from umv2.config import DataConfig
+from umv2.data.paths import DataError
 from umv2.data.shards import MANIFEST_NAME, ShardManifest, encode_record
-from umv2.data.sources import DataError, content_hashes, is_held_out, text_documents
+from umv2.data.sources import content_hashes, text_documents
+from umv2.data.split import training_texts
 from umv2.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 
 _SHARD_BYTES = 64 << 20
@@ -102,11 +104,7 @@ def train_tokenizer(config: DataConfig, output_path: Path, vocab_size: int) -> N
     Raises:
       DataError: for text that cannot be read, or a vocabulary too small for the bytes.
     """
-    texts = (
-        text
-        for text in text_documents(config)
-        if not is_held_out(content_hashes([text.encode()]), config.held_out_fraction)[0]
-    )
+    texts = training_texts(text_documents(config), config.held_out_fraction)
     train_bpe(texts, vocab_size, output_path)
 
 

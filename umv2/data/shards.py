@@ -12,7 +12,8 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int32, Integer
 
 from umv2.data.documents import EvenlyWeighted, little_endian, map_files, unknown_id
-from umv2.data.sources import HASH_BYTES, DataError
+from umv2.data.paths import DataError
+from umv2.data.sources import HASH_BYTES
 
 MANIFEST_NAME = "tokens.json"
 

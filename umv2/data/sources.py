@@ -1,24 +1,19 @@
 """Text documents, one after another: Python sources, local files, Hugging Face data sets."""
 
-import gzip
 import hashlib
-import json
-import os
 import re
 import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from glob import glob
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-from jaxtyping import Bool, UInt64
+from jaxtyping import UInt64
 
+from umv2 import files
 from umv2.config import DataConfig
-from umv2.schema import UserError
+from umv2.data.paths import DataError, matching_files
+from umv2.data.text_files import file_documents
 
 # Distributions ship these folders in some packages and not in others, so leaving them out makes the
 # corpus nearly the same everywhere; tests and demos are also the least edited text.
@@ -31,10 +26,6 @@ _SKIPPED_FILES = re.compile(r"_sysconfigdata.*|sitecustomize\.py|usercustomize\.
 HASH_BYTES = 8
 
 
-class DataError(UserError, ValueError):
-    """Data that cannot be trained on; the message names the file and the place in it."""
-
-
 def content_hash(content: bytes) -> int:
     """Returns the first 64 bits of blake2b."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=HASH_BYTES).digest(), "little")
@@ -45,26 +36,9 @@ def content_hashes(contents: Iterable[bytes]) -> UInt64[np.ndarray, "n"]:
     return np.array([content_hash(content) for content in contents], np.uint64)
 
 
-def is_held_out(
-    content_hashes: UInt64[np.ndarray, "n"], held_out_fraction: float
-) -> Bool[np.ndarray, "n"]:
-    """Returns which documents are held out: those in the lowest fraction of the hash range."""
-    return content_hashes < np.uint64(held_out_fraction * 2.0**64)
-
-
-def matching_files(patterns: Sequence[str]) -> list[Path]:
-    """Returns the files that match any of the globs, sorted by path, each once.
-
-    Raises:
-      DataError: for a glob that matches no file.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = [match for match in glob(pattern, recursive=True) if os.path.isfile(match)]
-        if not matches:
-            raise DataError(f"data.paths: no file matches {pattern!r}")
-        found.update(matches)
-    return [Path(path) for path in sorted(found)]
+def hash_of_all(content_hashes: UInt64[np.ndarray, "n"]) -> str:
+    """Returns one hash of the content of many documents, in their order."""
+    return hashlib.blake2b(content_hashes.astype("<u8").tobytes(), digest_size=16).hexdigest()
 
 
 def text_documents(config: DataConfig) -> Iterator[str]:
@@ -72,144 +46,121 @@ def text_documents(config: DataConfig) -> Iterator[str]:
 
     `standard_library` is one document a file of the running Python, by relative path, without
     tests, demos and installed packages; `site_packages` the same of all that is installed beside
-    it, tests included, each text once. `text` is one document a line of .jsonl and .json (also
-    .gz), one a row of .parquet, and one a file for anything else.
+    it, tests included, each text once. What a file of `text` holds, `file_documents` says.
 
     Raises:
-      DataError: for a file that is empty, unreadable or not of its format, or a missing package.
+      DataError: for a file that is empty, unreadable or not of its format, a missing package, or a
+        data set that Hugging Face's library cannot read.
     """
     match config.source:
-        case "standard_library":
-            yield from _standard_library()
-        case "site_packages":
-            yield from _site_packages()
+        case "standard_library" | "site_packages":
+            yield from _python_sources(config)
         case "text":
-            for path in matching_files(config.paths):
-                yield from _file_documents(path, config.text_field)
+            for path in source_files(config).values():
+                yield from file_documents(path, config.text_field)
         case "hugging_face":
             yield from _hugging_face_documents(config)
         case _:
             raise DataError(f"data.source={config.source!r} holds tokens, not text")
 
 
-def _standard_library() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    relative = [
-        path
-        for path in (found.relative_to(root) for found in root.rglob("*.py"))
-        if not _SKIPPED_FILES.fullmatch(path.name)
-        and not any(_SKIPPED_FOLDERS.fullmatch(folder) for folder in path.parts[:-1])
-    ]
-    if not relative:
-        raise DataError(f"{root}: holds no source files of the standard library")
-    yield from _python_sources(root, relative)
+def source_files(config: DataConfig) -> dict[str, Path]:
+    """Returns the files of a text source, in order, by names; none for a data set of the Hub.
+
+    Raises:
+      DataError: there are none, or what `data.paths` names is no file.
+    """
+    match config.source:
+        case "standard_library":
+            root = Path(sysconfig.get_path("stdlib"))
+            found = {
+                name: path
+                for name, path in _python_files(root).items()
+                if not _SKIPPED_FILES.fullmatch(path.name)
+                and not any(_SKIPPED_FOLDERS.fullmatch(part) for part in Path(name).parts[:-1])
+            }
+            roots = [root]
+        case "site_packages":
+            roots = sorted({Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")})
+            found = {str(path): path for root in roots for path in _python_files(root).values()}
+        case "text":
+            return {str(path): path for path in matching_files(config.paths)}
+        case _:
+            return {}
+    if not found:
+        places = ", ".join(map(str, roots))
+        raise DataError(f"data.source={config.source!r}: no Python sources in {places}")
+    return found
 
 
-def _site_packages() -> Iterator[str]:
-    """Packages carry copies of each other's files, so a text counts once."""
-    roots = sorted({Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")})
+def _python_files(root: Path) -> dict[str, Path]:
+    """Returns the Python files below a folder by relative path, in its order."""
+    found = (path for path in root.rglob("*.py") if path.is_file())
+    return dict(sorted((path.relative_to(root).as_posix(), path) for path in found))
+
+
+def _python_sources(config: DataConfig) -> Iterator[str]:
     seen: set[int] = set()
-    for root in roots:
-        for text in _python_sources(root, [path.relative_to(root) for path in root.rglob("*.py")]):
-            if (text_hash := content_hash(text.encode())) not in seen:
-                seen.add(text_hash)
-                yield text
-    if not seen:
-        raise DataError(
-            f"data.source='site_packages': no Python sources in {', '.join(map(str, roots))}"
-        )
+    for path in source_files(config).values():
+        with files.errors(path, "cannot be read"):
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
+        # Packages carry copies of each other's files, so of those a text counts once.
+        text_hash = content_hash(text.encode())
+        if text and not (config.source == "site_packages" and text_hash in seen):
+            seen.add(text_hash)
+            yield text
 
 
-def _python_sources(root: Path, relative: Iterable[Path]) -> Iterator[str]:
-    for path in sorted(relative, key=Path.as_posix):
-        text = (root / path).read_text(encoding="utf-8", errors="replace")
+def _hugging_face_documents(config: DataConfig) -> Iterator[str]:
+    name, field = config.hugging_face_name, config.text_field
+    for row, record in enumerate(_hugging_face_records(config)):
+        text = record.get(field) if isinstance(record, Mapping) else None
+        if not isinstance(text, str):
+            keys = sorted(record) if isinstance(record, Mapping) else type(record).__name__
+            raise DataError(
+                f"data.hugging_face_name={name!r}: row {row}: no text in field"
+                f" data.text_field={field!r}, only {keys}"
+            )
         if text:
             yield text
 
 
-def _file_documents(path: Path, text_field: str) -> Iterator[str]:
-    name = path.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        documents = _json_lines(path, text_field)
-    elif name.endswith(".parquet"):
-        documents = _parquet_rows(path, text_field)
-    else:
-        documents = _whole_file(path)
-    empty = True
-    try:
-        for document in documents:
-            if document:
-                empty = False
-                yield document
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte offset {error.start}") from error
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if empty:
-        raise DataError(f"{path}: holds no text")
-
-
-def _open_bytes(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _whole_file(path: Path) -> Iterator[str]:
-    with _open_bytes(path) as file:
-        yield file.read().decode("utf-8")
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    offset = 0
-    with _open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path}: line {number} (byte offset {offset})"
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{place}: not JSON: {error}") from error
-                text = record.get(text_field) if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise DataError(f"{place}: no text in field data.text_field={text_field!r}")
-                # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-                yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            offset += len(line)
-
-
-def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns = file.schema_arrow.names
-        if text_field not in columns:
-            raise DataError(f"{path}: no column data.text_field={text_field!r}, only {columns}")
-        row = 0
-        for batch in file.iter_batches(columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str | None):
-                    raise DataError(f"{path}: row {row}: column {text_field!r} holds no text")
-                if text is not None:
-                    yield text
-                row += 1
-
-
-def _hugging_face_documents(config: DataConfig) -> Iterator[str]:
+def _hugging_face_records(config: DataConfig) -> Iterator[Any]:
+    """Yields what the library streams; whatever it raises says why it cannot."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            "data.source='hugging_face' needs the optional extra: pip install 'umv2[hugging_face]'"
+            "data.source='hugging_face' needs the optional extra: pip install -e '.[hugging_face]'"
         ) from error
-    stream = datasets.load_dataset(
-        config.hugging_face_name,
-        config.hugging_face_config or None,
-        split=config.hugging_face_split,
-        streaming=True,
-    )
-    for row, record in enumerate(stream):
-        text = record.get(config.text_field)
-        if not isinstance(text, str):
-            raise DataError(
-                f"{config.hugging_face_name}: row {row}: no text in field"
-                f" data.text_field={config.text_field!r}, only {sorted(record)}"
+    end = object()
+    try:
+        stream = iter(
+            datasets.load_dataset(
+                config.hugging_face_name,
+                config.hugging_face_config or None,
+                split=config.hugging_face_split,
+                streaming=True,
             )
-        if text:
-            yield text
+        )
+    except Exception as error:  # of its own, of the Hub's, of HTTP: nothing they have in common
+        raise _library_error(config, error) from error
+    while True:
+        try:
+            record = next(stream, end)
+        except Exception as error:  # the network may be lost at any row
+            raise _library_error(config, error) from error
+        if record is end:
+            return
+        yield record
+
+
+def _library_error(config: DataConfig, error: Exception) -> DataError:
+    wanted = f"data.hugging_face_name={config.hugging_face_name!r}"
+    if config.hugging_face_config:
+        wanted += f", hugging_face_config={config.hugging_face_config!r}"
+    said = " ".join(str(error).split())
+    return DataError(
+        f"{wanted}, hugging_face_split={config.hugging_face_split!r}: cannot be read:"
+        f" {type(error).__name__}: {said}"
+    )

@@ -13,7 +13,7 @@ import tokenizers
 from jaxtyping import Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from umv2.data.sources import DataError
+from umv2.data.paths import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 # What published tokenizer files call their end of text; the first one that is present counts.
