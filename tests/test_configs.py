@@ -67,7 +67,7 @@ def assert_counts_are_those_of_the_tree(listed: inspection.Inspection) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_is_its_golden_text(name: str) -> None:
-    text = inspected(name).as_text() + "\n"
+    text = inspected(name).as_text(width=200) + "\n"
     path = GOLDEN_DIR / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)

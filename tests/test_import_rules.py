@@ -21,6 +21,8 @@ KNOWN_TO_ALL = (
     "umv2.schema",
     "umv2.files",
     "umv2.command",
+    "umv2.tables",
+    "umv2.pictures",
     "umv2.model_config",
     "umv2.config",
     "umv2.types",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cost import published
+from umv2 import tables
 from umv2.config import Config
 from umv2.cost import accounting, report, traffic
 
@@ -35,7 +36,7 @@ def table(text: str) -> dict[str, dict[str, list[str]]]:
 
 def test_the_table_has_a_column_for_each_configuration_and_the_figures_of_accounting() -> None:
     configs = named()
-    text = report.cost_report(configs, context_length=4096).as_text()
+    text = report.cost_report(configs, context_length=4096).as_text(200)
     assert text.splitlines()[0].split() == list(configs)
     read = table(text)
     counts = {n: accounting.parameter_counts(c.model) for n, c in configs.items()}
@@ -57,7 +58,7 @@ def test_the_table_has_a_column_for_each_configuration_and_the_figures_of_accoun
 
 
 def test_numbers_line_up_with_the_names() -> None:
-    lines = report.cost_report(named()).as_text().splitlines()
+    lines = report.cost_report(named()).as_text(200).splitlines()
     ends = {len(line) for line in lines if line.startswith("  ")}
     assert ends == {len(lines[0])}
     assert any("dense" in line for line in lines)
@@ -114,6 +115,22 @@ def test_the_figure_shows_the_configurations(tmp_path: Path) -> None:
         drawn[name] = path.read_bytes()
         assert drawn[name].startswith(b"\x89PNG")
     assert drawn["two"] == drawn["same"] != drawn["changed"] != drawn["one"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize(
+    "name", ["{}", "a_long_name_of_a_configuration/" * 3 + "{}", "模型" * 20 + "{}"]
+)
+@pytest.mark.parametrize("count", [1, 2, 6, 10])
+def test_any_number_of_configurations_fits_the_terminal(count: int, name: str, width: int) -> None:
+    families = list(named().values())
+    configs = {name.format(i): families[i % len(families)] for i in range(count)}
+    text = report.cost_report(configs).as_text(width)
+    assert max(map(tables.display_width, text.splitlines())) <= width
+    rows = [line.split()[1:] for line in text.splitlines() if line.startswith("  total  ")]
+    counts = [f"{accounting.parameter_counts(config.model).total:,}" for config in configs.values()]
+    shown = [cell for row in rows for cell in row]
+    assert [cell for cell in shown if cell in counts] == counts
 
 
 def test_curves_meet_the_table_at_its_batches() -> None:

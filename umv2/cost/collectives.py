@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import numpy as np
 from jax.sharding import Mesh
 
+from umv2 import tables
 from umv2.cost import hlo
-from umv2.cost.report import lined_up
 
 Kind = Literal[
     "all-gather",
@@ -112,7 +112,7 @@ def as_text(collectives: Iterable[Collective]) -> str:
 
     Dynamic collectives stand below, by one round of their loops, outside the total.
     """
-    rows = [("received by one device", "executions", "MB each", "MB")]
+    rows: list[tuple[str, ...]] = [("received by one device", "executions", "MB each", "MB")]
     collectives = tuple(collectives)
     for dynamic in (False, True):
         groups: dict[str, list[Collective]] = {}
@@ -123,13 +123,13 @@ def as_text(collectives: Iterable[Collective]) -> str:
                 groups.setdefault(name, []).append(collective)
         sums = {name: sum(c.total_bytes for c in group) for name, group in groups.items()}
         if dynamic and groups:
-            rows.append(("in one round of loops that depend on data", "", "", ""))
+            rows.append(("in one round of loops that depend on data",))
         for name, total in sorted(sums.items(), key=lambda item: -item[1]):
             count = sum(collective.count for collective in groups[name])
             rows.append((name, f"{count:,}", f"{total / count / 1e6:,.3f}", f"{total / 1e6:,.3f}"))
         if not dynamic:
             rows.append(("  total", "", "", f"{sum(sums.values()) / 1e6:,.3f}"))
-    return lined_up(rows)
+    return tables.table(rows)
 
 
 class _Reader:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from umv2 import tables
 from umv2.config import Config
 from umv2.cost import accounting, ahead_of_time, search_space, topology
 from umv2.cost.ahead_of_time import Measurement, Step
@@ -126,28 +127,31 @@ class Plan:
         """Returns `as_dict` as text."""
         return json.dumps(self.as_dict(), indent=2)
 
-    def as_text(self) -> str:
-        """Returns the report: memory, work and time of one device, and the verdict."""
+    def as_text(self, width: int | None = None) -> str:
+        """Returns the report: memory, work and time of one device, the verdict, and the flags.
+
+        Args:
+          width: columns that it takes at most; None: as many as the terminal has.
+        """
         measured, chip = self.measured, self.place.chip
         sizes = " x ".join(f"{axis} {size}" for axis, size in measured.mesh.items())
         if measured.mesh["memory"] > 1 and self.config.model.family == "memory":
             sizes += f", tables by {measured.table_sharding}"
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (f"{self.step} step of {self.name}", f"{self._batch_size} sequences of"
              f" {self.config.data.sequence_length:,} tokens"),
             ("on", f"{self.place.name}: {self.num_devices} x {measured.device_kind}"),
             ("mesh", sizes),
-            ("", " ".join(f"--config.{field}" for field in fields(self.config))),
-            ("", ""),
-            ("memory of one device", ""),
+            ("",),
+            ("memory of one device",),
             *((f"  {name}", f"{_gib(size)} GiB") for name, size in self._memory_parts()),
             ("  needed", f"{_gib(measured.needed)} of {_gib(self.capacity)} GiB"),
         ]  # fmt: skip
         if program := measured.program:
             times = program.flops / self.model_flops
             rows += [
-                ("", ""),
-                ("work of one device", ""),
+                ("",),
+                ("work of one device",),
                 ("  FLOPs of the model", f"{self.model_flops:.4g}"),
                 ("  FLOPs of the program", f"{program.flops:.4g} ({times:.2f} times)"),
                 ("  bytes of HBM", f"{program.bytes / 1e9:,.2f} GB"),
@@ -164,7 +168,7 @@ class Plan:
                 "HBM": f"{chip.memory_bandwidth / 1e9:,.0f} GB/s",
                 "interconnect": f"{chip.link_bandwidth / 1e9:,.0f} GB/s received",
             }
-            rows += [("", ""), ("time of a step", "no measurement")]
+            rows += [("",), ("time of a step", "no measurement")]
             rows += [
                 (f"  {name}, at least", f"{_milliseconds(seconds)} at {rates[name]}")
                 for name, seconds in self.seconds.items()
@@ -175,13 +179,13 @@ class Plan:
                 "none" if estimate is None else f"{_milliseconds(estimate)} without collectives",
             ))  # fmt: skip
         rows += [
-            ("", ""),
+            ("",),
             ("planned in", f"{measured.seconds:.0f} s and {_gib(measured.process_bytes)} GiB"),
             ("verdict", self.verdict),
             *(("try", advice) for advice in self.advice()),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in rows)
+        listing = tables.table(rows, width, left=(0, 1))
+        return f"{listing}\n\n{tables.command_line(flags_of(self.config), width)}"
 
     @property
     def _batch_size(self) -> int:
@@ -279,6 +283,11 @@ def plan(
 def fields(config: Config) -> list[str]:
     """Returns what a search changes, as 'path=value'."""
     return [f"{path}={value}" for path, value in search_space.values(config).items()]
+
+
+def flags_of(config: Config) -> list[str]:
+    """Returns the flags that set what a search changes."""
+    return [f"--config.{field}" for field in fields(config)]
 
 
 def _changes(before: Config, after: Config) -> str:

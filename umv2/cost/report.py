@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from umv2 import pictures, tables
 from umv2.config import Config
 from umv2.cost import accounting, traffic
 
@@ -66,18 +67,22 @@ class CostReport:
         """Returns `as_dict` as text."""
         return json.dumps(self.as_dict(), indent=2)
 
-    def as_text(self) -> str:
+    def as_text(self, width: int | None = None) -> str:
         """Returns one table: a row a quantity, a column a configuration.
 
-        Below bytes of a decode step stand ratios to the first configuration.
+        Below bytes of a decode step stand ratios to the first configuration. Configurations that do
+        not fit side by side are continued below.
+
+        Args:
+          width: columns that the table takes at most; None: as many as the terminal has.
         """
         context = f"{self.context_length:,}"
         costs = [cost.as_dict() for cost in self.costs.values()]
-        rows = [("", *self.costs), ("compute dtype", *(cost["compute_dtype"] for cost in costs))]
+        rows: list[tuple[str, ...]] = [("", *self.costs)]
+        rows.append(("compute dtype", *(cost["compute_dtype"] for cost in costs)))
 
         def section(title: str, columns: list[dict[str, Any]], text: Callable[[Any], str]) -> None:
-            blank = [""] * len(columns)
-            rows.extend([("", *blank), (title, *blank)])
+            rows.extend([("",), (title,)])
             for name in columns[0]:
                 values = [column[name] for column in columns]
                 if any(values):
@@ -99,43 +104,38 @@ class CostReport:
         cache = [{f"a sequence of {context}": cost["cache_bytes_per_sequence"]} for cost in costs]
         section("key-value cache, MB", cache, _millions)
         section("training, MB", [cost["training_bytes"] for cost in costs], _millions)
-        return lined_up(rows)
+        return tables.table(rows, width)
 
     def draw(self, path: Path) -> None:
         """Draws bytes read per decode step over the batch, and their ratios to the first, as PNG.
 
-        Solid: weights, rows and experts; dashed: with the key-value cache.
+        Above without the key-value cache (weights, rows and experts), below with it.
         """
-        from matplotlib.figure import Figure
-
         compared = len(self.costs) > 1
-        figure = Figure(figsize=(12 if compared else 7, 5), layout="constrained")
-        panels = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
+        figure = pictures.new(12.0 if compared else 7.0, 8.0)
+        grid = figure.subplots(2, 2 if compared else 1, squeeze=False)
         first = next(iter(self.costs.values()))
-        for index, (name, cost) in enumerate(self.costs.items()):
-            for attribute, line in (("without_cache", "-"), ("total", "--")):
+        with_cache = f"with the key-value cache, {self.context_length:,} positions a sequence"
+        titles = {"without_cache": "without the key-value cache", "total": with_cache}
+        for panels, (attribute, title) in zip(grid, titles.items(), strict=True):
+            styles = pictures.curve_styles(len(self.costs))
+            for cost, style in zip(self.costs.values(), styles, strict=True):
                 curve = _curve(cost, attribute)
-                style: dict[str, Any] = {"color": f"C{index}", "linestyle": line}
-                label = name if attribute == "without_cache" else None
-                gigabytes = [value / 1e9 for value in curve]
-                panels[0].plot(PLOTTED_BATCH_SIZES, gigabytes, label=label, **style)
+                panels[0].plot(PLOTTED_BATCH_SIZES, [value / 1e9 for value in curve], **style)
                 if compared:
                     ratios = [a / b for a, b in zip(curve, _curve(first, attribute), strict=True)]
-                    panels[1].plot(PLOTTED_BATCH_SIZES, ratios, label=label, **style)
-        panels[0].set(ylabel="GB read per decode step", yscale="log")
-        if compared:
-            panels[1].set(ylabel=f"ratio to {next(iter(self.costs))}")
-            panels[1].set_ylim(0, None)
-        for axes in panels:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(PLOTTED_BATCH_SIZES, [str(size) for size in PLOTTED_BATCH_SIZES])
-            axes.set_xlabel("batch (sequences)")
-            axes.grid(alpha=0.3)
-            axes.legend()
-        figure.suptitle(
-            f"dashed: with the key-value cache, {self.context_length:,} positions a sequence"
-        )
-        figure.savefig(path, dpi=120, format="png")
+                    panels[1].plot(PLOTTED_BATCH_SIZES, ratios, **style)
+            panels[0].set(ylabel="GB read per decode step", yscale="log", title=title)
+            if compared:
+                panels[1].set(ylabel="ratio to the first", title=title)
+                panels[1].set_ylim(0, None)
+            for axes in panels:
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(PLOTTED_BATCH_SIZES, [str(size) for size in PLOTTED_BATCH_SIZES])
+                axes.set_xlabel("batch (sequences)")
+                axes.grid(alpha=0.3)
+        pictures.legend_below(figure, grid[0, 0].lines, list(self.costs))
+        pictures.save(figure, path)
 
     def _ratios(self, batch_size: int) -> list[tuple[str, ...]]:
         if len(self.costs) == 1:
@@ -198,13 +198,3 @@ def _with_total(parts: dict[str, float]) -> dict[str, float]:
 
 def _millions(value: int | float) -> str:
     return f"{value / 1e6:,.3f}"
-
-
-def lined_up(rows: Sequence[tuple[str, ...]]) -> str:
-    """Lines up columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)

@@ -9,9 +9,9 @@ from typing import Any
 import tqdm
 from absl import logging
 
+from umv2 import tables
 from umv2.config import Config
 from umv2.cost import ahead_of_time, plan, search_space, topology
-from umv2.cost.report import lined_up
 
 # Temporaries of programs, of the least possible: what is expected of the first program ...
 _FIRST_FACTOR = 2.0
@@ -45,18 +45,22 @@ class Search:
         """Returns `as_dict` as text."""
         return json.dumps(self.as_dict(), indent=2)
 
-    def as_text(self) -> str:
-        """Returns a table, a row for each program, and the flags of the best that fits."""
+    def as_text(self, width: int | None = None) -> str:
+        """Returns a table, a row for each program, and the flags of the best that fits.
+
+        Args:
+          width: columns that they take at most; None: as many as the terminal has.
+        """
         short = [path.rpartition(".")[2] for path in search_space.PATHS]
         rows: list[tuple[str, ...]] = [
             ("", *short, "needed GiB", "compute ms", "HBM ms", "links ms", "compiler's ms")
         ]
-        for found in self.plans:
+        for rank, found in enumerate(self.plans, start=1):
             times = [_milliseconds(found.seconds.get(name)) for name in _RESOURCES]
             needed = found.measured.needed
             rows.append(
                 (
-                    "fits" if found.fits else "too large",
+                    f"{rank} {'fits' if found.fits else 'too large'}",
                     *map(str, search_space.values(found.config).values()),
                     "?" if needed is None else f"{needed / 2**30:,.1f}",
                     *times,
@@ -64,20 +68,20 @@ class Search:
                 )
             )
         best = self.plans[0] if self.plans else None
-        lines = [
-            lined_up(rows),
-            "",
+        explained = (
             f"Compiled {len(self.plans)} of {self.num_candidates} that may fit. Times are the least"
             " that each resource needs, and the compiler's estimate without collectives: nothing"
-            " was timed.",
-        ]
+            " was timed."
+        )
+        lines = [tables.table(rows, width), "", tables.paragraph(explained, width)]
         if best is None or not best.fits:
-            lines.append(
+            nothing = (
                 "Nothing that was compiled fits: take more devices, or a smaller batch. By"
                 f" arithmetic a device needs at least {self.least_bytes / 2**30:,.1f} GiB."
             )
+            lines.append(tables.paragraph(nothing, width))
         else:
-            lines.append(" ".join(f"--config.{field}" for field in plan.fields(best.config)))
+            lines.append(tables.command_line(plan.flags_of(best.config), width))
         return "\n".join(lines)
 
 

@@ -1,0 +1,84 @@
+"""Pictures in which every curve, name and legend is seen, and whose files are always the same.
+
+Imports neither jax nor numpy, and matplotlib only where something is drawn.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from umv2 import files, tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLORS = ("C0", "C1", "C2", "C3", "C4", "black", "C6", "C8", "C9", "C7")
+_MARKERS = "osD^vP*Xp<"
+_LEGEND_SIZE = 9  # points
+_LETTER = 0.62  # of the size of the font: the width of an average letter, with some to spare
+
+
+def new(width: float, height: float) -> "Figure":
+    """Returns an empty figure of so many inches, laid out without overlaps."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def curve_styles(count: int) -> list[dict[str, Any]]:
+    """Returns the styles of curves in the order of drawing.
+
+    Each is thinner than the one before and has its own colour and marker, so that curves of equal
+    values are all seen, one within the other.
+    """
+    thinnest, step = 1.2, min(1.0, 6 / max(1, count - 1))
+    styles = []
+    for index in range(count):
+        above = count - 1 - index
+        width = thinnest + step * above
+        styles.append(
+            {
+                "color": _COLORS[index % len(_COLORS)],
+                "linewidth": width,
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "markersize": 3 + width,
+                "markeredgewidth": 0,
+            }
+        )
+    return styles
+
+
+def literal(name: str, width: int | None = None) -> str:
+    """Returns a name that matplotlib shows as it is, in lines of at most `width` characters."""
+    lines = tables.wrapped(name, width) if width else [tables.printable(name)]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def legend_below(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Puts the names of curves below all axes, in as many columns as there is room for."""
+    if not handles:
+        return
+    points = 72 * figure.get_figwidth()
+    letters = int(points / (_LEGEND_SIZE * _LETTER))
+    longest = min(letters - 8, max(map(tables.display_width, names)))
+    columns = max(1, min(len(names), letters // (longest + 8)))  # 8: the sample of the curve
+    legend = figure.legend(
+        handles,
+        [str(index) for index in range(len(names))],
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=_LEGEND_SIZE,
+    )
+    # Set afterwards: matplotlib leaves out names that begin with an underscore.
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(literal(name, longest))
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Writes a figure as a whole, as PNG that tells nothing of the time or of who wrote it.
+
+    Raises:
+      FileError: the file cannot be written.
+    """
+    with files.replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
