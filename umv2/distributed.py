@@ -223,7 +223,7 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._note(number, frame)
         # Not through the log, whose locks the signal may have met half-way.
-        os.write(2, b"\nstopping after this step, to save; Ctrl-C once more ends at once\n")
+        os.write(2, b"\nstopping as soon as the state is saved; Ctrl-C once more ends at once\n")
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,8 +1,11 @@
+import contextlib
 import dataclasses
+import errno
 import io
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from configs import base
 from umv2 import config as config_lib
+from umv2 import files
 from umv2.model import memory
 from umv2.training import checkpoint, optim, state
 
@@ -248,6 +252,172 @@ def test_what_a_killed_save_left_is_invisible_and_removed(two: Path) -> None:
         assert_same_bits(checkpointer.restore(make_state(0)), make_state(2))
         checkpointer.save(3, make_state(3))
     assert sorted(path.name for path in two.iterdir()) == ["1", "2", "3"]
+
+
+def save_as(directory: Path, step: int, name: str) -> None:
+    (directory / str(step)).rename(directory / name)
+
+
+@pytest.mark.parametrize("name", ["5", "0"])
+def test_a_renamed_folder_is_skipped_whoever_reads_it(
+    two: Path, log: io.StringIO, name: str
+) -> None:
+    save_as(two, 2, name)
+    assert checkpoint.saved_config(two) == CONFIG
+    with open_checkpoints(two) as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
+        checkpointer.save(2, make_state(2))  # whose name is free
+    later = int(name) > 1
+    assert (f"the folder of step {name} holds step 2" in log.getvalue()) == later
+    assert (two / f"damaged_{name}").exists() == later
+
+
+def test_a_renamed_folder_from_before_its_metadata_named_the_step(two: Path) -> None:
+    path = two / "2" / "metadata" / "metadata"
+    metadata = json.loads(path.read_text())
+    del metadata["step"]
+    path.write_text(json.dumps(metadata))
+    save_as(two, 2, "5")
+    with open_checkpoints(two) as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (MemoryError("no 3 GB"), "no 3 GB"),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "Out of memory"),
+        (ValueError("INTERNAL: read failed [os_error_code='24']"), "Too many open files"),
+    ],
+)
+def test_a_failure_that_may_pass_condemns_no_checkpoint(
+    two: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    with open_checkpoints(two) as checkpointer:
+        with monkeypatch.context() as patched:
+
+            def fail(*_: Any, **__: Any) -> None:
+                raise error
+
+            patched.setattr(checkpoint, "_restore_arrays", fail)
+            with pytest.raises(checkpoint.CheckpointError) as caught:
+                checkpointer.restore(make_state(0))
+        assert str(caught.value).startswith(f"{two / '2'}: cannot be read now, and may be good: ")
+        assert reason in str(caught.value)
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(2))
+
+
+@contextlib.contextmanager
+def no_file_larger_than(num_bytes: int) -> Iterator[None]:
+    """Makes the system refuse longer writes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_save_that_the_disk_refuses_leaves_the_next_one_alone(
+    two: Path, log: io.StringIO, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open_checkpoints(two) as checkpointer:
+        with no_file_larger_than(1000):
+            checkpointer.save(3, make_state(3))
+            with pytest.raises(checkpoint.CheckpointError, match=r"File too large; .* of step 2$"):
+                checkpointer.wait()
+        checkpointer.save(4, make_state(4))
+    assert sorted(path.name for path in two.iterdir()) == ["1", "2", "4"]
+    with open_checkpoints(two) as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(4))
+    (line,) = log.getvalue().splitlines()
+    assert line.endswith("step 3 could not be saved: File too large; the next save tries again")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_whose_last_save_failed_does_not_end_well(two: Path) -> None:
+    with (
+        pytest.raises(checkpoint.CheckpointError, match="step 3 could not be saved: File too"),
+        open_checkpoints(two) as checkpointer,
+        no_file_larger_than(1000),
+    ):
+        checkpointer.save(3, make_state(3))
+        checkpointer._settle()
+
+
+def test_what_was_saved_is_opened_again(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_checkpoints(two) as checkpointer:
+        finish = checkpointer._manager.wait_until_finished
+
+        def finish_and_damage() -> None:
+            finish()
+            for path in (two / "3" / "state").rglob("manifest.ocdbt"):
+                delete(path)
+
+        monkeypatch.setattr(checkpointer._manager, "wait_until_finished", finish_and_damage)
+        checkpointer.save(3, make_state(3))
+        with pytest.raises(checkpoint.CheckpointError, match="3: was saved, but cannot be read"):
+            checkpointer.wait()
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*b", "a?", "[!x]", "a\\b"])
+def test_a_name_that_would_be_read_as_a_pattern_is_refused(tmp_path: Path, name: str) -> None:
+    for attempt in (open_checkpoints, checkpoint.saved_config):
+        with pytest.raises(files.FileError, match="the path of a run may not hold"):
+            attempt(tmp_path / name / "checkpoints")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a:b", "ü", "a{b}", "-a", "a%20b", "5", "a'b"])
+def test_other_names_are_saved_to_and_read(tmp_path: Path, name: str) -> None:
+    with open_checkpoints(tmp_path / name / "checkpoints") as checkpointer:
+        checkpointer.save(1, make_state(1))
+    with open_checkpoints(tmp_path / name / "checkpoints") as checkpointer:
+        assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(files.FileError, match=f"{tmp_path / 'file'}.*: "):
+        open_checkpoints(tmp_path / "file" / "checkpoints")
+
+
+DATA = {
+    "tokenizer": "bytes",
+    "documents": "d1",
+    "held_out": "h1",
+    "description": {"documents": 40, "tokens": 1000},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "other"}, "data.tokenizer: its content is not that of the tokenizer"),
+        ({"documents": "d2", "description": {"documents": 41}}, "documents 40, .*documents 41"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_was_trained_on(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    def open_with(data: dict[str, Any] | None) -> checkpoint.Checkpointer:
+        return checkpoint.Checkpointer(tmp_path, keep=3, config=CONFIG, data=data)
+
+    with open_with(DATA) as checkpointer:
+        checkpointer.save(1, make_state(1))
+    assert checkpoint.saved_data(tmp_path) == DATA
+    for data in (DATA, None):
+        with open_with(data) as checkpointer:
+            checkpointer.restore(make_state(0))
+    with (
+        pytest.raises(config_lib.ConfigError, match=message),
+        open_with(DATA | change) as checkpointer,
+    ):
+        checkpointer.restore(make_state(0))
+    assert (tmp_path / "1").exists()
 
 
 def test_a_step_is_not_saved_behind_a_later_one(two: Path) -> None:

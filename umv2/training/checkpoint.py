@@ -17,6 +17,8 @@ import os
 import re
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,13 +116,20 @@ class Checkpointer:
             )
 
     def __enter__(self) -> "Checkpointer":
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._report_unless_late
         return self
+
+    def _report_unless_late(self, raised: "sys.UnraisableHookArgs") -> None:
+        """Leaves out the writes of a failed save that end when orbax waits for them no more."""
+        if str(raised.exc_value) != "Event loop is closed":
+            self._hook(raised)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._settle()
         finally:
             self._manager.close()
+            sys.unraisablehook = self._hook
         if kind is None:
             self._require_saved()
 
@@ -184,7 +193,7 @@ class Checkpointer:
             self._give_up(step, error)
             return
         self._failed = None
-        with _open_to_read(self._directory) as manager, _without_abandoned_reads():
+        with _open_to_read(self._directory) as manager, _without_abandoned_work():
             try:
                 _check_step(_read_metadata(manager, step), step)
                 _restore_arrays(manager, step, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
@@ -206,10 +215,19 @@ class Checkpointer:
             raise error
         self._failed = f"step {step} could not be saved: {reason(error)}"
         logging.warning("%s; the next save tries again", self._failed)
-        if jax.process_index() == 0:
-            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self._manager.reload()
+        with _without_abandoned_work():
+            if jax.process_index() == 0:
+                self._remove_unfinished()
+            self._manager.reload()
+
+    def _remove_unfinished(self) -> None:
+        for _ in range(10):  # a write that nobody waits for any more may still add a file
+            found = list(self._directory.glob("*.orbax-checkpoint-tmp*"))
+            if not found:
+                return
+            for folder in found:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.1)
 
     def latest_step(self) -> int | None:
         """Returns the newest step, be its checkpoint good or damaged."""
@@ -378,7 +396,8 @@ def check_name(directory: Path) -> None:
 
 
 def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
-    logging.get_absl_logger().addFilter(_is_no_chatter)
+    for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
+        logger.addFilter(_is_no_chatter)  # a logger keeps a filter once
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(**options),
@@ -406,23 +425,24 @@ def _open_to_read(directory: Path) -> ocp.CheckpointManager:
 
 def _is_no_chatter(record: std_logging.LogRecord) -> bool:
     """Keeps from the terminal what orbax says; what goes wrong it also raises, to be said here."""
-    return "/orbax/" not in record.pathname
+    said = record.pathname + record.getMessage()
+    return "orbax" not in said and "exception was never retrieved" not in said
 
 
 @contextlib.contextmanager
-def _without_abandoned_reads() -> Iterator[None]:
-    """Keeps quiet the reads that orbax abandons when one fails, whose error alone it raises."""
-    hook, asyncio_logger = sys.unraisablehook, std_logging.getLogger("asyncio")
-    disabled, asyncio_logger.disabled = asyncio_logger.disabled, True
+def _without_abandoned_work() -> Iterator[None]:
+    """Keeps quiet what orbax abandons when a read or write fails, whose error alone it raises."""
+    hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:
         yield
     finally:
-        gc.collect()  # they speak when they are collected
-        sys.unraisablehook, asyncio_logger.disabled = hook, disabled
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            gc.collect()  # they speak when they are collected
+        sys.unraisablehook = hook
 
 
-@_without_abandoned_reads()
+@_without_abandoned_work()
 def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
     """Returns what `read` makes of the newest checkpoint that it does not find damaged."""
     faults = []
