@@ -21,9 +21,10 @@ import pytest
 
 from tests import tiny_run
 from tests.tiny_run import Run
-from umv2 import parallel
+from umv2 import files, parallel
 from umv2.config import Config, ConfigError, to_dict
 from umv2.data import pipeline
+from umv2.evaluation import perplexity
 from umv2.training import checkpoint, optim
 from umv2.training import train as training
 from umv2.training.state import TrainState, abstract_state, model_structure
@@ -167,6 +168,7 @@ runpy.run_path("main.py", run_name="__main__")
     [
         ("SIGKILL", -signal.SIGKILL, ([3], [3, 6])),
         pytest.param("SIGTERM", 0, ([3, 6, 9],), marks=pytest.mark.slow),
+        pytest.param("SIGINT", 0, ([3, 6, 9],), marks=pytest.mark.slow),
     ],
 )
 def test_the_curve_after_a_signal_is_that_without(
@@ -185,7 +187,8 @@ def test_the_curve_after_a_signal_is_that_without(
     assert ended.returncode == code, ended.stderr
     assert saved_steps(workdir) in saved  # it may die before step 6 is on disk
     assert max(loss_curve(workdir)) == 8  # SIGTERM writes no record of its own
-    assert ("the state is saved" in ended.stderr) == (name == "SIGTERM")
+    assert ("; the state is saved" in ended.stderr) == (name != "SIGKILL")
+    assert "Traceback" not in ended.stderr
     training.train(finished.config, workdir)
     expected = loss_curve(finished.workdir)
     assert loss_curve(workdir) == expected
@@ -193,6 +196,72 @@ def test_the_curve_after_a_signal_is_that_without(
         saved_state(finished.config, folder) for folder in (workdir, finished.workdir)
     )
     assert_same_bits(resumed, whole)
+
+
+def without_the_last_evaluation(workdir: Path) -> None:
+    """Leaves a finished run as one that was killed while it evaluated its last step."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert "held_out_loss" in lines[-1]
+    path.write_text("".join(lines[:-1]))
+
+
+def test_an_evaluation_that_was_cut_short_is_made_when_the_run_goes_on(
+    finished: Run, tmp_path: Path
+) -> None:
+    workdir = Path(shutil.copytree(finished.workdir, tmp_path / "run"))
+    without_the_last_evaluation(workdir)
+    with tiny_run.compilations() as compiled:
+        assert training.train(finished.config, workdir)
+    assert reproducible(workdir) == reproducible(finished.workdir)
+    assert "train_step" not in compiled
+
+
+def test_ctrl_c_during_the_last_evaluation_loses_no_step(
+    finished: Run, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = perplexity.evaluate
+
+    def interrupt(step: Any, batches: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(step, batches, **kwargs)
+
+    with monkeypatch.context() as patched, tiny_run.logged() as messages:
+        patched.setattr(perplexity, "evaluate", interrupt)
+        assert not training.train(finished.config, interrupted)
+    assert messages[-1] == "stopped by Ctrl-C after step 12; the state is saved"
+    assert saved_steps(interrupted) == [3, 6, 9, 12]
+    assert "held_out_loss" not in records(interrupted)[-1]
+    assert training.train(finished.config, interrupted)
+    assert reproducible(interrupted) == reproducible(finished.workdir)
+
+
+def test_two_jobs_do_not_train_in_one_folder(finished: Run, interrupted: Path) -> None:
+    before = records(interrupted)
+    with (
+        files.locked(interrupted / "lock", "another run"),
+        pytest.raises(files.InUse, match=r"process \d+ on .* \(another run\) works there"),
+    ):
+        training.train(finished.config, interrupted)
+    assert records(interrupted) == before
+    assert saved_steps(interrupted) == [3, 6, 9]
+
+
+def test_a_changed_corpus_is_refused(finished: Run, interrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    paths = tiny_run.write_text(tmp_path / "text")
+    same = tiny_run.tiny_config(paths, data__paths=(paths,))
+    assert same.data.paths != finished.config.data.paths
+    # The same text elsewhere is another configuration, but the same corpus.
+    identities = [pipeline.open_corpus(c.data, 264).identity for c in (same, finished.config)]
+    assert identities[0] == identities[1]
+    Path(finished.paths).with_name("new.txt").write_text("A document that was not there. " * 3)
+    try:
+        with pytest.raises(ConfigError, match="the documents are not those that the run"):
+            training.train(finished.config, interrupted)
+    finally:
+        Path(finished.paths).with_name("new.txt").unlink()
+    assert saved_steps(interrupted) == [3, 6, 9]
 
 
 def test_another_learning_rate_is_refused(finished: Run, interrupted: Path) -> None:

@@ -224,7 +224,7 @@ def _step(line: bytes) -> int | float:
     """Returns the step of a record; infinity for a line that is none."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

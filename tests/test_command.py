@@ -1,0 +1,83 @@
+"""How a command ends: one line for what a user can mend, a trace for a bug."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from absl import flags
+from umv2 import command, files
+from umv2.schema import ConfigError, UserError
+COUNT = flags.DEFINE_integer("count", 1, "A number.")
+def main(argv):
+    {body}
+command.run(main)
+"""
+
+
+def run(
+    body: str, *arguments: str, shell: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", PROGRAM.format(body=body), *arguments]
+    if shell:
+        program = ["bash", "-c", f'"$@" {shell}', "bash", *program]
+    return subprocess.run(
+        program,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+        errors="surrogateescape",
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments", "line", "status"),
+    [
+        ("raise ConfigError('seed=-1: must\\n be >= 0')", (), "error: seed=-1: must be >= 0", 1),
+        ("raise OSError(28, 'No space left on device')", (), "error: No space left on device", 1),
+        ("raise PermissionError(13, 'Permission denied', '/x')", (), "error: /x: Permission", 1),
+        ("raise MemoryError", (), "error: out of memory", 1),
+        ("raise KeyboardInterrupt", (), "interrupted", 130),
+        ("pass", ("--count=many",), "error: flag --count=many", 1),
+        ("pass", ("--cuont=1",), "error: Unknown command line flag 'cuont'", 1),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    body: str, arguments: tuple[str, ...], line: str, status: int
+) -> None:
+    ended = run(body, *arguments)
+    assert ended.returncode == status, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert ended.stderr.startswith(line)
+
+
+@pytest.mark.parametrize("bug", ["1 / 0", "raise FileNotFoundError(2, 'No such file', '/x')"])
+def test_a_bug_shows_its_trace(bug: str) -> None:
+    ended = run(bug)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "status"), [("| head -n 1 && exit ${PIPESTATUS[0]}", 141), (">&- 2>/dev/null", 0)]
+)
+def test_output_that_nobody_reads_is_no_error(shell: str, status: int) -> None:
+    ended = run("for i in range(100000): print(i)", shell=shell)
+    assert ended.returncode == status
+    assert ended.stderr == ""
+
+
+def test_output_to_a_full_disk_is_one_line() -> None:
+    ended = run("print('x' * 100000)", shell="> /dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr == "error: standard output: No space left on device\n"
+
+
+def test_text_comes_out_whatever_the_encoding() -> None:
+    ended = run("print('ü')", env={"PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0
+    assert ended.stdout == "\\xfc\n"
