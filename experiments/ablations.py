@@ -11,6 +11,7 @@ nats a token, accuracies in points.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from experiments.arms import (
 )
 from experiments.beyond_paper import BEYOND
 from experiments.ladder import LADDER
+from umv2.schema import ConfigError, nearest_name
 
 # Found by `python -m experiments.arm_sizes`: {scale: {"ablation/arm": {path: value}}}.
 SIZES_FILE = Path(__file__).parent / "arm_sizes.json"
@@ -413,18 +415,20 @@ def get_config(name: str = "") -> ConfigDict:
     """Returns the configuration of ABLATION/ARM or ABLATION/ARM/SCALE.
 
     Raises:
-      ValueError: a name that there is not; the message lists those there are.
+      ConfigError: a name that there is not; the message lists those there are.
     """
     ablation, arm, scale = (*name.split("/"), "", "", "")[:3]
-    _require(ablation, ABLATIONS, "ablation")
-    _require(arm, ABLATIONS[ablation].arms, f"arm of {ablation}")
+    require(f"ablation {ablation!r}", ablation, ABLATIONS)
+    require(f"arm of {ablation} {arm!r}", arm, ABLATIONS[ablation].arms)
     scale = scale or "cpu"
-    _require(scale, scales.SCALES, "scale")
+    require(f"scale {scale!r}", scale, scales.SCALES)
     if name.count("/") > 2:
-        raise ValueError(f"{name!r}: must be ABLATION/ARM or ABLATION/ARM/SCALE")
+        raise ConfigError(f"{name!r}: must be ABLATION/ARM or ABLATION/ARM/SCALE")
     return configuration(ablation, arm, scale)
 
 
-def _require(name: str, known: Any, what: str) -> None:
+def require(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises the ConfigError of `what`, which gives a name, where that is not a known one."""
+    known = list(known)
     if name not in known:
-        raise ValueError(f"{what} {name!r}: must be one of {', '.join(known)}")
+        raise ConfigError(f"{what}: must be one of {', '.join(known)}{nearest_name(name, known)}")

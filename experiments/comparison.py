@@ -74,14 +74,17 @@ def measured(run: Run, measure: str) -> float | None:
         case "decay_gain":
             return run.held_out_losses[0] - run.held_out_losses[-1]
         case "answer_accuracy":
-            return float(run.end["answers"]["accuracy"])
+            return run.answer_accuracy
         case _:
             raise ValueError(f"measure {measure!r}: not one of ablations")
 
 
 def quarter_means(run: Run) -> list[float] | None:
-    """Returns the mean logged training loss of each quarter of a run; None if it diverged."""
-    if run.diverged:
+    """Returns the mean logged training loss of each quarter of a run; None if it diverged.
+
+    Nor is there one of a run that logged nothing.
+    """
+    if run.diverged or not run.losses:
         return None
     size, losses = max(1, len(run.losses) // 4), run.losses
     starts = [quarter * len(losses) // 4 for quarter in range(4)]
@@ -155,7 +158,7 @@ def compare(ablation: Ablation, runs: dict[str, dict[int, Run]]) -> list[ArmResu
 
     def by_seed(arm: str, take: Any) -> dict[int, float]:
         taken = {seed: take(run) for seed, run in sorted(runs.get(arm, {}).items())}
-        return {seed: value for seed, value in taken.items() if value is not None}
+        return {s: v for s, v in taken.items() if v is not None and math.isfinite(v)}
 
     def take_measure(run: Run) -> float | None:
         return measured(run, ablation.measure)

@@ -8,7 +8,6 @@ many of them as it has hops, and the order of the facts says nothing.
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 import string
@@ -20,12 +19,36 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import scales
+from umv2 import files
+from umv2.schema import ConfigError, nearest_name
 
+_SOURCES = ("standard_library", "site_packages")
 _NUM_DOCUMENTS = 200_000
 _NUM_CHAINS, _MAX_HOPS, _NUM_QUESTIONS = 2, 4, 8
 # Of a guess among the places that facts name.
 CHANCE = 1 / (_NUM_CHAINS * _MAX_HOPS)
 _QUESTION = re.compile(r"([a-z])([1-9])([a-z])")
+
+
+def named(corpus: str, flag: str) -> str:
+    """Returns what a flag says of a corpus, as `take` wants it.
+
+    Raises:
+      ConfigError: it is no corpus of ours, and no text file matches it.
+      FileError: a path that no file of this machine has.
+    """
+    from umv2.data import paths
+
+    if corpus in _SOURCES:
+        return corpus
+    globs = [str(files.user_path(glob, flag)) for glob in corpus.split(",")]
+    for glob in globs:
+        try:
+            paths.matching_files([glob])
+        except paths.DataError as error:
+            nearest = nearest_name(glob, _SOURCES)
+            raise ConfigError(f"{flag}={corpus}: no text file matches {glob}{nearest}") from error
+    return ",".join(globs)
 
 
 def take(values: ConfigDict, corpus: str, vocab_size: int) -> str:
@@ -38,7 +61,7 @@ def take(values: ConfigDict, corpus: str, vocab_size: int) -> str:
       corpus: standard_library, site_packages, or globs of text files, divided by commas.
       vocab_size: of a byte-pair encoding trained on it.
     """
-    is_source = corpus in ("standard_library", "site_packages")
+    is_source = corpus in _SOURCES
     label = corpus if is_source else f"text_{hashlib.sha256(corpus.encode()).hexdigest()[:8]}"
     name = f"{label}_bpe_{vocab_size}"
     if scales.MULTI_HOP_TEXT not in values.data.paths:
@@ -72,10 +95,8 @@ def _make(name: str, write: Callable[[Path], None]) -> None:
     if path.exists():
         return
     print(f"making {path}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    write(unfinished)
-    unfinished.replace(path)
+    with files.replacing(path) as unfinished:
+        write(unfinished)
 
 
 def _write_multi_hop(path: Path) -> None:
@@ -114,7 +135,8 @@ def answers(workdir: Path) -> dict[str, Any]:
     their answers.
 
     Returns:
-      accuracy over all questions; by_hops, the same for each number of hops; num_questions.
+      accuracy over all questions (None where there are none); by_hops, the same for each number of
+      hops; num_questions.
     """
     import jax
     import numpy as np
@@ -150,7 +172,7 @@ def answers(workdir: Path) -> dict[str, Any]:
                 asked[hops] += 1
                 right[hops] += int(predicted[row, position] == ord(text[position]))
     return {
-        "accuracy": sum(right.values()) / sum(asked.values()),
+        "accuracy": sum(right.values()) / sum(asked.values()) if asked else None,
         "by_hops": {str(hops): right[hops] / asked[hops] for hops in sorted(asked)},
         "num_questions": sum(asked.values()),
     }

@@ -1,51 +1,76 @@
-"""Records of finished runs: where they lie, how they are written and read."""
+"""Records of finished runs: where they lie, how they are written, read and found.
+
+A run of a scale lies in ABLATION/ARM/seed_N.jsonl of its folder, under the first arm of the
+catalogue that has its configuration. It belongs to every arm of that configuration, and what tells
+is the configuration in the file: a field that is added later, or an arm that is renamed, loses no
+run. (The first runs also hold a `config_hash`, which nothing reads.)
+"""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
-import os
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import base
+from umv2 import files
+from umv2.schema import UserError, differing_fields
+
 FOLDER = flags.DEFINE_string(
     "results", "experiments/results/ablations", "Folder of the runs and pages of all ablations."
 )
 # In the folder of runs on another corpus than the scale's: the arguments of `corpora.take`.
 CORPUS = "corpus.json"
-_KINDS = ("run", "step", "held_out", "end")
 # What changes how a run is stored or shown, not what it computes.
-_NOT_HASHED = ("log_interval_steps", "checkpoint_interval_steps", "num_checkpoints_kept")
+_BOOKKEEPING = {
+    "train.log_interval_steps",
+    "train.checkpoint_interval_steps",
+    "train.num_checkpoints_kept",
+}
+# Fields that configs/base.py has no longer, each with the value that it has now for every run. A
+# stored run with another value is no arm's.
+_REMOVED: dict[str, Any] = {}
+
+_NUMBER = (int, float)
+_MAYBE_NUMBER = (int, float, type(None))  # None: it was not finite
+# What the lines of each kind hold; there is one line about the run and one about its end.
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "run": {
+        "seed": (int,),
+        "config": (dict,),
+        "corpus.source": (str,),
+        "corpus.hash": (str,),
+        "date": (str,),
+        "versions.python": (str,),
+        "versions.jax": (str,),
+        "device": (str,),
+        "tokens": (int,),
+        "training_flops": _NUMBER,
+        "active_parameters": (int,),
+        "total_parameters": (int,),
+        "forward_flops_per_token": _NUMBER,
+        "values_read": (int, type(None)),
+        "decode_bytes.1": _NUMBER,
+        "decode_bytes.64": _NUMBER,
+    },
+    "step": {"tokens": (int,), "loss": _MAYBE_NUMBER},
+    "held_out": {"held_out_loss": _MAYBE_NUMBER},
+    "end": {
+        "diverged": (str, type(None)),
+        "health": (dict,),
+        "answers": (dict, type(None)),
+        "seconds_shared_machine": _NUMBER,
+    },
+}
 
 
-def config_hash(values: ConfigDict) -> str:
-    """Returns what tells two configurations apart in stored results; bookkeeping does not count."""
-    plain = json.loads(values.to_json())
-    for name in _NOT_HASHED:
-        plain["train"].pop(name)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def run_file(results: Path, config_hash: str, seed: int) -> Path:
-    """Returns the file of one run; `results` is the folder of a scale."""
-    return results / "runs" / config_hash / f"seed_{seed}.jsonl"
-
-
-def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Writes a run's records, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(unfinished, path)
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the installed versions of packages."""
-    return {name: importlib.metadata.version(name) for name in packages}
+class RecordsError(UserError, ValueError):
+    """Stored records that are not what they should be; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +95,8 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Training losses of the logged steps, nats a token."""
-        return [step["loss"] for step in self.steps]
+        """Training losses of the logged steps, nats a token; NaN where it was not finite."""
+        return [_or_nan(step["loss"]) for step in self.steps]
 
     @property
     def tokens(self) -> list[int]:
@@ -80,35 +105,176 @@ class Run:
 
     @property
     def held_out_losses(self) -> list[float]:
-        """Losses of the held-out text, nats a token, in the order of evaluation."""
-        return [entry["held_out_loss"] for entry in self.held_out]
+        """Losses of the held-out text, nats a token, in the order of evaluation; NaN likewise."""
+        return [_or_nan(entry["held_out_loss"]) for entry in self.held_out]
+
+    @property
+    def answer_accuracy(self) -> float:
+        """Share of the multi-hop questions answered; NaN where none were asked."""
+        answers = self.end["answers"] or {}
+        return _or_nan(answers.get("accuracy"))
+
+
+def _or_nan(number: float | None) -> float:
+    return math.nan if number is None else number
+
+
+class Stored:
+    """The finished runs of a scale."""
+
+    def __init__(self, folder: Path):
+        """Reads all runs in the folder of a scale.
+
+        Raises:
+          RecordsError: a file that is not the records of a run, or of one that another file holds.
+        """
+        self.runs = {path: read(path) for path in sorted(folder.glob("*/*/seed_*.jsonl"))}
+        self._by_identity: dict[str, dict[int, Path]] = {}
+        for path, run in self.runs.items():
+            seeds = self._by_identity.setdefault(_identity(run.head["config"]), {})
+            if run.seed in seeds:
+                raise RecordsError(f"{path}: the same run as {seeds[run.seed]}; remove one of them")
+            seeds[run.seed] = path
+
+    def paths(self, values: ConfigDict) -> dict[int, Path]:
+        """Returns the files of a configuration's runs by seed."""
+        return self._by_identity.get(identity(values), {})
+
+    def find(self, values: ConfigDict) -> dict[int, Run]:
+        """Returns a configuration's runs by seed."""
+        return {seed: self.runs[path] for seed, path in self.paths(values).items()}
+
+
+def run_file(folder: Path, arm: str, seed: int) -> Path:
+    """Returns where the folder of a scale has a run of ABLATION/ARM."""
+    return folder / arm / f"seed_{seed}.jsonl"
+
+
+def plain(values: ConfigDict) -> dict[str, Any]:
+    """Returns a configuration as it is stored."""
+    stored: dict[str, Any] = json.loads(values.to_json())
+    return stored
+
+
+def identity(values: ConfigDict) -> str:
+    """Returns a text that is the same for configurations that compute the same run."""
+    return _identity(plain(values))
+
+
+def _identity(config: Mapping[str, Any]) -> str:
+    return json.dumps(_with_defaults(config), sort_keys=True)
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
+    """Lists 'path: left -> right' for every field in which two stored configurations differ.
+
+    A field that only one of them has is at its default in the other; bookkeeping does not count.
+    """
+    return differing_fields(_with_defaults(left), _with_defaults(right))
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields by path, those that the configuration has not at their defaults."""
+    fields = _flat(plain(base.get_config())) | _REMOVED | _flat(config)
+    return {path: value for path, value in fields.items() if path not in _BOOKKEEPING}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def read(path: Path) -> Run:
     """Reads the records of one run.
 
     Raises:
-      ValueError: a file that is not one; the message names it.
+      RecordsError: a file that is not one.
+      FileError: a file that cannot be read.
     """
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kinds = {kind: [line for line in lines if line["kind"] == kind] for kind in _KINDS}
-        (head,), (end,) = kinds["run"], kinds["end"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the records of a finished run: {error}") from error
-    return Run(head, kinds["step"], kinds["held_out"], end)
+        for number, line in enumerate(read_lines(path), start=1):
+            kind = line.get("kind")
+            if kind not in found:
+                raise RecordsError(
+                    f"line {number}: kind={kind!r}: must be one of {', '.join(found)}"
+                )
+            fields = _flat(line) | line
+            for name, types in _FIELDS[kind].items():
+                if not isinstance(fields.get(name, ...), types):
+                    given = repr(fields[name]) if name in fields else "missing"
+                    raise RecordsError(f"line {number}: {name}: {given}")
+            found[kind].append(line)
+        for kind in ("run", "end"):
+            if len(found[kind]) != 1:
+                raise RecordsError(f"{len(found[kind])} lines of kind '{kind}' in place of one")
+        if not found["held_out"] and found["end"][0]["diverged"] is None:
+            raise RecordsError("no line of kind 'held_out'")
+    except RecordsError as error:
+        text = str(error).removeprefix(f"{path}: ")
+        raise RecordsError(f"{path}: not the records of a finished run: {text}") from error
+    return Run(found["run"][0], found["step"], found["held_out"], found["end"][0])
 
 
-def read_all(results: Path) -> dict[str, dict[int, Run]]:
-    """Returns the finished runs of a scale by configuration and seed.
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON objects, one a line.
 
     Raises:
-      ValueError: a file that is not the records of a run, or not where it belongs.
+      RecordsError: a line that is not one.
+      FileError: a file that cannot be read.
     """
-    found: dict[str, dict[int, Run]] = {}
-    for path in sorted(results.glob("runs/*/seed_*.jsonl")):
-        run = read(path)
-        if run_file(results, run.head["config_hash"], run.seed) != path:
-            raise ValueError(f"{path}: holds {run.head['config_hash']}, seed {run.seed}")
-        found.setdefault(run.head["config_hash"], {})[run.seed] = run
-    return found
+    with files.errors(path, "cannot be read"):
+        content = path.read_bytes()
+    lines = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RecordsError(f"{path}: line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise RecordsError(f"{path}: line {number} is not a JSON object")
+        lines.append(record)
+    return lines
+
+
+def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records, a line each, all or none.
+
+    Raises:
+      FileError: the file cannot be written.
+    """
+    files.write_text(path, "".join(map(_line, lines)))
+
+
+def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records, a line each, behind those that a file has; makes it where there is none.
+
+    Raises:
+      FileError: the file cannot be written.
+    """
+    files.make_folder(path.parent)
+    with files.errors(path), path.open("a") as file:
+        file.write("".join(map(_line, lines)))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Puts None, which is null in JSON, for numbers that JSON has not: NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the installed versions of packages."""
+    return {name: importlib.metadata.version(name) for name in packages}

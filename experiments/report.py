@@ -8,18 +8,18 @@ found stands in experiments/ablations.py. A file notes/ABLATION.md in the folder
 into its page.
 """
 
-import json
+import dataclasses
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from absl import app
-
-from experiments import corpora, figures, records, scales
+from experiments import cli, corpora, figures, records, scales
 from experiments.ablations import ABLATIONS, configuration
 from experiments.arms import Ablation
 from experiments.comparison import ArmResult, compare, mean_and_deviation
-from experiments.records import Run
+from experiments.records import RecordsError, Run
+from umv2 import files
 
 _MEASURES = {
     "held_out_loss": "held-out loss, nats/token",
@@ -103,7 +103,7 @@ def _results_table(entry: Ablation, results: list[ArmResult]) -> str:
             [
                 arm.name,
                 str(len(arm.runs)),
-                f"{mean:.4f} ± {deviation:.4f}" if arm.values else "",
+                _with_deviation(mean, deviation) if arm.values else "",
                 arm.versus if compared else "",
                 arm.paper,
                 str(arm.difference) if compared else "",
@@ -111,6 +111,11 @@ def _results_table(entry: Ablation, results: list[ArmResult]) -> str:
             ]
         )
     return markdown_table(rows)
+
+
+def _with_deviation(mean: float, deviation: float) -> str:
+    """Shows a mean; one seed has no deviation."""
+    return f"{mean:.4f}" + ("" if math.isnan(deviation) else f" ± {deviation:.4f}")
 
 
 def _quarters_table(results: list[ArmResult]) -> str:
@@ -135,8 +140,8 @@ def _answers_section(results: list[ArmResult]) -> str:
     rows = [["arm", *(f"{hop} hops" for hop in hops)]]
     for name, found in answers.items():
         if found:
-            means = [statistics.fmean(entry["by_hops"][hop] for entry in found) for hop in hops]
-            rows.append([name, *(f"{mean:.3f}" for mean in means)])
+            shares = [[e["by_hops"][hop] for e in found if hop in e["by_hops"]] for hop in hops]
+            rows.append([name, *(f"{statistics.fmean(s):.3f}" if s else "" for s in shares)])
     return (
         "## Questions answered, by hops\n\n"
         + markdown_table(rows)
@@ -200,8 +205,6 @@ def _budget(results: list[ArmResult]) -> str:
 
 def _differences(results: list[ArmResult]) -> str:
     """Lists the fields in which each arm differs from the one it is compared with, as stored."""
-    from umv2.schema import differing_fields
-
     configs = {arm.name: _runs(arm)[0].head["config"] for arm in results if arm.runs}
     lines = []
     for arm in results:
@@ -209,7 +212,7 @@ def _differences(results: list[ArmResult]) -> str:
             continue
         changed = [
             "`{}` {}".format(*difference.split(": ", 1))
-            for difference in differing_fields(configs[arm.versus], configs[arm.name])
+            for difference in records.differences(configs[arm.versus], configs[arm.name])
         ]
         lines.append(f"- **{arm.name}** from {arm.versus}: {', '.join(changed) or 'nothing'}")
     return "\n".join(lines)
@@ -238,7 +241,22 @@ def _health_section(results: list[ArmResult]) -> str:
     )
 
 
-def index(by_scale: dict[str, dict[str, list[ArmResult]]], unknown: dict[str, int]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What the runs of a scale, or of one on another corpus, say.
+
+    `ablations` have a page: two arms or more have runs. `single` is the arm that has, of ablations
+    where it is the only one. `runs` are all that are stored, `unknown` those among them that no
+    arm has any more.
+    """
+
+    ablations: dict[str, list[ArmResult]]
+    single: dict[str, str]
+    runs: list[Run]
+    unknown: int
+
+
+def index(by_scale: dict[str, Scale]) -> str:
     """Returns the overview of all scales that have runs."""
     parts = [
         "# Ablations",
@@ -247,35 +265,38 @@ def index(by_scale: dict[str, dict[str, list[ArmResult]]], unknown: dict[str, in
         " *same sign* and *opposite sign* are differences whose 95 % interval over seeds leaves out"
         " zero. Of twenty arms without any effect one would.",
     ]
-    for scale, ablations in by_scale.items():
-        parts += [f"## Scale {scale}", _scale_line(ablations)]
-        if unknown[scale]:
+    for name, scale in by_scale.items():
+        parts += [f"## Scale {name}", _scale_line(scale)]
+        if scale.unknown:
             parts.append(
-                f"{unknown[scale]} stored runs are of configurations that no arm has any more."
+                f"{scale.unknown} stored runs are of configurations that no arm has any more."
             )
-        parts += [f"![all differences]({scale}/overview.png)", _index_table(scale, ablations)]
-        missing = [name for name in ABLATIONS if name not in ablations]
-        if missing:
+        if scale.ablations:
+            parts += [f"![all differences]({name}/overview.png)", _index_table(name, scale)]
+        if scale.single:
+            arms = ", ".join(f"{ablation} ({arm})" for ablation, arm in scale.single.items())
+            parts.append(f"One arm alone has runs, and nothing to be compared with: {arms}.")
+        begun = scale.ablations.keys() | scale.single.keys()
+        if missing := [ablation for ablation in ABLATIONS if ablation not in begun]:
             parts.append(f"Not run at this scale: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _scale_line(ablations: dict[str, list[ArmResult]]) -> str:
-    runs = {id(run): run for arms in ablations.values() for arm in arms for run in _runs(arm)}
+def _scale_line(scale: Scale) -> str:
     deviations = [
         arm.difference.half_width
-        for arms in ablations.values()
+        for arms in scale.ablations.values()
         for arm in arms
         if arm.difference.pairs > 1 and arm.name != arm.versus and not arm.diverged
     ]
-    hours = sum(run.end["seconds_shared_machine"] for run in runs.values()) / 3600
-    flops = sum(run.head["training_flops"] for run in runs.values())
+    hours = sum(run.end["seconds_shared_machine"] for run in scale.runs) / 3600
+    flops = sum(run.head["training_flops"] for run in scale.runs)
     noise = ""
     if deviations:
         noise = f"; median half width of an interval {statistics.median(deviations):.4f}"
     return (
-        f"{len(runs)} runs, {flops / 1e15:.2f} PFLOP, {hours:.1f} hours of processes that shared"
-        f" the machine{noise}."
+        f"{len(scale.runs)} runs, {flops / 1e15:.2f} PFLOP, {hours:.1f} hours of processes that"
+        f" shared the machine{noise}."
     )
 
 
@@ -283,14 +304,14 @@ def _runs(arm: ArmResult) -> list[Run]:
     return list(arm.runs.values())
 
 
-def _index_table(scale: str, ablations: dict[str, list[ArmResult]]) -> str:
+def _index_table(name: str, scale: Scale) -> str:
     rows = [["ablation", "paper's finding", "ours", "verdict"]]
-    for name, arms in ablations.items():
+    for ablation, arms in scale.ablations.items():
         compared = [arm for arm in arms if arm.name != arm.versus and arm.runs]
         rows.append(
             [
-                f"[{name}]({scale}/{name}.md)",
-                ABLATIONS[name].finding,
+                f"[{ablation}]({name}/{ablation}.md)",
+                ABLATIONS[ablation].finding,
                 "<br>".join(f"{arm.name} {arm.difference}".strip() for arm in compared),
                 "<br>".join(arm.verdict for arm in compared),
             ]
@@ -298,58 +319,100 @@ def _index_table(scale: str, ablations: dict[str, list[ArmResult]]) -> str:
     return markdown_table(rows)
 
 
-def _order(folder: Path) -> tuple[int, str]:
-    """Puts scales in their own order, and other corpora after a scale's own."""
-    scale = folder.name.partition("_")[0]
-    return list(scales.SCALES).index(scale) if scale in scales.SCALES else 99, folder.name
+def _scale_folders(results: Path) -> list[Path]:
+    """Returns the folders with runs: scales in their own order, each before its other corpora.
+
+    Raises:
+      RecordsError: a folder whose name begins with no scale.
+    """
+    folders = {path.parent.parent.parent for path in results.glob("*/*/*/seed_*.jsonl")}
+    for folder in folders:
+        if _scale(folder) not in scales.SCALES:
+            known = ", ".join(scales.SCALES)
+            raise RecordsError(f"{folder}: holds runs, and its name must begin with one of {known}")
+    return sorted(folders, key=lambda f: (scales.SCALES.index(_scale(f)), f.name))
 
 
-def _hash(ablation: str, arm: str, folder: Path) -> str:
-    """Returns the hash of an arm's configuration on the corpus that a folder is of."""
-    values = configuration(ablation, arm, folder.name.partition("_")[0])
-    if (corpus := folder / records.CORPUS).exists():
-        corpora.take(values, **json.loads(corpus.read_text()))
-    return records.config_hash(values)
+def _scale(folder: Path) -> str:
+    return folder.name.partition("_")[0]
+
+
+def _corpus(folder: Path) -> dict[str, Any] | None:
+    """Returns the corpus that the runs of a folder are of; None: the scale's own."""
+    path = folder / records.CORPUS
+    if not path.exists():
+        return None
+    lines = records.read_lines(path)
+    if len(lines) != 1 or lines[0].keys() != {"corpus", "vocab_size"}:
+        raise RecordsError(f"{path}: must be one line with corpus and vocab_size")
+    return lines[0]
+
+
+def _read_scale(folder: Path) -> Scale:
+    stored, corpus = records.Stored(folder), _corpus(folder)
+    ablations: dict[str, list[ArmResult]] = {}
+    single: dict[str, str] = {}
+    known: set[Path] = set()
+    for name, entry in ABLATIONS.items():
+        runs: dict[str, dict[int, Run]] = {}
+        for arm in entry.arms:
+            values = configuration(name, arm, _scale(folder))
+            if corpus is not None:
+                corpora.take(values, **corpus)
+            if found := stored.find(values):
+                runs[arm] = found
+                known.update(stored.paths(values).values())
+        if len(runs) > 1:
+            ablations[name] = compare(entry, runs)
+        elif runs:  # as of a baseline that other ablations share
+            (single[name],) = runs
+    if not known:
+        raise RecordsError(_no_arm(folder, stored))
+    return Scale(ablations, single, list(stored.runs.values()), len(stored.runs) - len(known))
+
+
+def _no_arm(folder: Path, stored: records.Stored) -> str:
+    """Says that no run of a folder is of an arm, and in what one of them differs from its own."""
+    text = f"{folder}: none of its {len(stored.runs)} runs is of a configuration that an arm has"
+    for path, run in stored.runs.items():
+        name, arm = path.parts[-3:-1]
+        if name in ABLATIONS and arm in ABLATIONS[name].arms:
+            now = records.plain(configuration(name, arm, _scale(folder)))
+            changes = ", ".join(records.differences(run.head["config"], now)[:3])
+            return f"{text}; {name}/{arm}, stored and now: {changes}"
+    return text
 
 
 def write_all(results: Path) -> str:
     """Writes the pages and pictures of all scales, and returns the index.
 
     Raises:
-      ValueError: a file among the runs that is not the records of one.
+      RecordsError: there are no runs, or a file among them is not the records of one; nothing is
+        written.
+      FileError: a page cannot be written.
     """
-    by_scale: dict[str, dict[str, list[ArmResult]]] = {}
-    unknown: dict[str, int] = {}
-    for folder in sorted({path.parent for path in results.glob("*/runs")}, key=_order):
-        stored = records.read_all(folder)
-        scale = folder.name
-        known: set[str] = set()
-        by_scale[scale] = {}
-        for name, entry in ABLATIONS.items():
-            hashes = {arm: _hash(name, arm, folder) for arm in entry.arms}
-            runs = {arm: stored[key] for arm, key in hashes.items() if key in stored}
-            known |= set(hashes.values())
-            if len(runs) < 2:  # a baseline that other ablations share says nothing
-                continue
-            arms = compare(entry, runs)
+    folders = _scale_folders(results)
+    if not folders:
+        raise RecordsError(f"{results}: has no runs; python -m experiments.run makes them")
+    by_scale = {folder.name: _read_scale(folder) for folder in folders}
+    for folder, scale in zip(folders, by_scale.values(), strict=True):
+        for name, arms in scale.ablations.items():
             notes = folder / "notes" / f"{name}.md"
-            text = page(name, scale, arms, notes.read_text().strip() if notes.exists() else "")
-            (folder / f"{name}.md").write_text(text)
-            figures.draw_ablation(entry, arms, folder / f"{name}.png")
-            by_scale[scale][name] = arms
-        unknown[scale] = sum(len(seeds) for key, seeds in stored.items() if key not in known)
-        figures.draw_overview(by_scale[scale], folder / "overview.png")
-    text = index(by_scale, unknown)
-    (results / "README.md").write_text(text)
+            with files.errors(notes, "cannot be read"):
+                text = notes.read_text(encoding="utf-8").strip() if notes.exists() else ""
+            files.write_text(folder / f"{name}.md", page(name, folder.name, arms, text))
+            figures.draw_ablation(ABLATIONS[name], arms, folder / f"{name}.png")
+        if scale.ablations:
+            figures.draw_overview(scale.ablations, folder / "overview.png")
+    text = index(by_scale)
+    files.write_text(results / "README.md", text)
     return text
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Writes all pages and shows the index."""
-    if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]}: unexpected argument; options are written --name=value")
-    print(write_all(Path(records.FOLDER.value)))
+    print(write_all(cli.path(records.FOLDER)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

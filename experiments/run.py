@@ -9,85 +9,104 @@ cores or GPUs to share the work (`taskset -c 0 python -m ...` keeps each on its 
 finds an arm locked takes the next. `--corpus=site_packages --vocab_size=16384` trains all arms on
 another text than the scale's, and keeps them apart.
 
-RESULTS/SCALE/runs/HASH/seed_N.jsonl gets a line about the run (configuration, versions, budget),
-one for every logged step, and one about its end, all at once when it ends. A run that diverges has
-a result too: where.
+RESULTS/SCALE/ABLATION/ARM/seed_N.jsonl gets a line about the run (configuration, versions, budget),
+one for every logged step, and one about its end, all at once when it ends. Of the arms of equal
+configuration the first in the catalogue names the file. A run that diverges has a result, too.
 """
 
-import contextlib
 import datetime
-import fcntl
-import json
 import platform
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
-from experiments import corpora, records, scales
-from experiments.ablations import ABLATIONS, configuration
+from experiments import cli, corpora, records, scales
+from experiments.ablations import ABLATIONS, configuration, require
+from umv2 import files
+from umv2.schema import ConfigError
 
 _ABLATIONS = flags.DEFINE_list("ablation", None, "Ablations to run, or all.")
 _ARMS = flags.DEFINE_list("arms", [], "Arms of it to run; default: all.")
 _SCALE = flags.DEFINE_enum("scale", "cpu", list(scales.SCALES), "Sizes and length.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0 to SEEDS - 1 of each arm.", 1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0 to SEEDS - 1 of each arm.", 1, 1000)
 _CORPUS = flags.DEFINE_string(
     "corpus", None, "standard_library, site_packages or globs of text; default: the scale's."
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 8192, "Of the byte-pair encoding that is trained on --corpus.", 258
+    "vocab_size", None, "Of the byte-pair encoding trained on --corpus; default: 8192.", 258
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Folder of checkpoints and corpora.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep the checkpoints of finished runs.")
 
 
-def arms_to_run(
-    ablations: list[str], arms: list[str], scale: str, corpus: dict[str, Any] | None = None
-) -> dict[str, "Job"]:
-    """Returns the distinct configurations of arms, by hash, in the order of the ablations.
+class Job:
+    """One configuration, the arms of the catalogue that it is, and whether they ask questions."""
+
+    def __init__(self, values: ConfigDict):
+        self.values = values
+        self.names: list[str] = []  # the first names its files
+        self.answers = False
+
+
+def jobs_of(scale: str, corpus: dict[str, Any] | None = None) -> dict[str, Job]:
+    """Returns the job of every arm of the catalogue, by ABLATION/ARM; equal ones are one job.
 
     Args:
-      ablations: names, or "all".
+      scale: of experiments/scales.py.
+      corpus: arguments of `corpora.take`; None: the scale's own corpus.
+    """
+    jobs: dict[str, Job] = {}
+    by_arm: dict[str, Job] = {}
+    for ablation, entry in ABLATIONS.items():
+        for arm in entry.arms:
+            values = configuration(ablation, arm, scale)
+            if corpus is not None:
+                corpora.take(values, **corpus)
+            job = jobs.setdefault(records.identity(values), Job(values))
+            job.names.append(f"{ablation}/{arm}")
+            job.answers |= entry.measure == "answer_accuracy"
+            by_arm[job.names[-1]] = job
+    return by_arm
+
+
+def arms_to_run(
+    ablations: Sequence[str], arms: Sequence[str], scale: str, corpus: dict[str, Any] | None = None
+) -> list[Job]:
+    """Returns the jobs of arms, in the order of the ablations.
+
+    Args:
+      ablations: names, "all" among them for every one.
       arms: some of their arms; none: all.
       scale: of experiments/scales.py.
       corpus: arguments of `corpora.take`; None: the scale's own corpus.
 
     Raises:
-      app.UsageError: an ablation or an arm that there is not.
+      ConfigError: an ablation or an arm that there is not, or none.
     """
-    if ablations == ["all"]:
-        ablations = list(ABLATIONS)
-    known = [arm for name in ablations if name in ABLATIONS for arm in ABLATIONS[name].arms]
-    for flag, given, choices in (("ablation", ablations, list(ABLATIONS)), ("arms", arms, known)):
-        for name in given:
-            if name not in choices:
-                raise app.UsageError(f"--{flag}={name}: must be among {', '.join(choices)}, or all")
-    jobs: dict[str, Job] = {}
+    if not ablations:
+        raise ConfigError(f"--ablation: must name one of {', '.join(ABLATIONS)}, or all")
     for name in ablations:
-        for arm in ABLATIONS[name].arms:
-            if arms and arm not in arms:
-                continue
-            values = configuration(name, arm, scale)
-            if corpus is not None:
-                corpora.take(values, **corpus)
-            job = jobs.setdefault(records.config_hash(values), Job(values))
-            job.names.append(f"{name}/{arm}")
-            job.answers |= ABLATIONS[name].measure == "answer_accuracy"
-    return jobs
-
-
-class Job:
-    """One configuration, the arms that it is, and whether it is asked questions at its end."""
-
-    def __init__(self, values: ConfigDict):
-        self.values = values
-        self.names: list[str] = []
-        self.answers = False
+        require(f"--ablation={name}", name, [*ABLATIONS, "all"])
+    if "all" in ablations:
+        ablations = list(ABLATIONS)
+    known = [arm for name in ablations for arm in ABLATIONS[name].arms]
+    for arm in arms:
+        require(f"--arms={arm}", arm, dict.fromkeys(known))
+    jobs = jobs_of(scale, corpus)
+    asked = [
+        jobs[f"{name}/{arm}"]
+        for name in ablations
+        for arm in ABLATIONS[name].arms
+        if not arms or arm in arms
+    ]
+    return list(dict.fromkeys(asked))
 
 
 def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
@@ -96,7 +115,7 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
     The seed is that of the parameters and of the order of the data.
 
     Raises:
-      SystemExit: SIGTERM has stopped the training; its state is saved.
+      KeyboardInterrupt: a signal has stopped the training; its state is saved.
     """
     from umv2 import modes
     from umv2.config import from_config_dict
@@ -108,14 +127,12 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
     start = time.monotonic()
     diverged = None
     try:
-        modes.train(config, workdir)
+        if not modes.train(config, workdir):
+            raise KeyboardInterrupt
     except TrainingDiverged as error:
         diverged = str(error)
         logging.warning("%s, seed %d: %s", job.names[0], seed, diverged)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    last = lines[-1]["step"] if lines else 0
-    if diverged is None and last < config.train.num_steps:
-        sys.exit(f"{job.names[0]}, seed {seed}: stopped after step {last}; start again to go on")
+    lines = records.read_lines(workdir / "metrics.jsonl")
     logged = [line for line in lines if "loss" in line]
     health = logged[-1] if logged else {}
     end = {
@@ -142,8 +159,7 @@ def _head(job: Job, seed: int, config: Any) -> dict[str, Any]:
         "kind": "run",
         "arms": job.names,
         "seed": seed,
-        "config_hash": records.config_hash(job.values),
-        "config": json.loads(job.values.to_json()),
+        "config": records.plain(job.values),
         "corpus": corpora.fingerprint(config),
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()} | records.versions(PACKAGES),
@@ -191,79 +207,101 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Holds a file while an arm is run; gives False where another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 class Sweep:
     """All runs that are asked for, and how far they are."""
 
     def __init__(
         self,
-        jobs: dict[str, Job],
+        jobs: Sequence[Job],
         seeds: int,
         results: Path,
         workdir: Path,
         *,
         keep_checkpoints: bool = False,
     ):
+        """Takes the runs of `jobs` in hand; `results` is the folder of their scale.
+
+        Raises:
+          RecordsError: a file that is not the records of a run, or is where one of another
+            configuration belongs.
+          FileError: a folder that cannot be written to.
+        """
         self.jobs, self.results, self.workdir = jobs, results, workdir
         self._keep_checkpoints = keep_checkpoints
         self.seeds = range(seeds)
         self._speed: list[tuple[float, float]] = []  # FLOPs and seconds of runs of this process
+        for folder in (results, workdir):  # now, and not when the first run has ended
+            files.make_folder(folder)
+            with files.errors(folder), tempfile.TemporaryFile(dir=folder):
+                pass
+        for job, seed in self.unfinished():
+            self._require_free(job, seed)
 
-    def file(self, config_hash: str, seed: int) -> Path:
-        """Returns where the records of a run are stored."""
-        return records.run_file(self.results, config_hash, seed)
+    def _require_free(self, job: Job, seed: int) -> None:
+        path = self.file(job, seed)
+        if path.exists():
+            stored = records.read(path).head["config"]
+            changes = records.differences(stored, records.plain(job.values))
+            raise records.RecordsError(
+                f"{path}: is of another configuration than {job.names[0]} has now"
+                f" ({', '.join(changes) or 'another seed'}); move it away to run that"
+            )
 
-    def unfinished(self) -> list[tuple[str, int]]:
+    def file(self, job: Job, seed: int) -> Path:
+        """Returns where the records of a run will be stored."""
+        return records.run_file(self.results, job.names[0], seed)
+
+    def unfinished(self) -> list[tuple[Job, int]]:
         """Returns the runs that have no records yet, arm by arm."""
-        return [(h, s) for h in self.jobs for s in self.seeds if not self.file(h, s).exists()]
+        stored = records.Stored(self.results)
+        return [
+            (job, seed)
+            for job in self.jobs
+            for seed in self.seeds
+            if seed not in stored.paths(job.values)
+        ]
 
     def run(self) -> None:
         """Runs what nobody else has run or is running, until nothing is left for this process.
 
         Says before each run how far the sweep is; on a terminal a bar over all runs stands above
         that of the run.
+
+        Raises:
+          KeyboardInterrupt: a signal has stopped it; what is finished is stored, what is not goes
+            on from its checkpoint.
         """
         from tqdm import tqdm
 
         total = len(self.jobs) * len(self.seeds)
         finished = total - len(self.unfinished())
         with tqdm(desc="sweep", total=total, initial=finished, unit="run", disable=None) as bar:
-            for config_hash, job in self.jobs.items():
-                with locked(self.workdir / config_hash / "lock") as mine:
-                    if not mine:
-                        tqdm.write(f"{job.names[0]}: another process runs it")
-                        continue
-                    for seed in self.seeds:
-                        if self.file(config_hash, seed).exists():
-                            continue
-                        tqdm.write(f"{self.progress()}: {', '.join(job.names)}, seed {seed}")
-                        sys.stdout.flush()
-                        self._run(config_hash, job, seed)
-                        bar.n = total - len(self.unfinished())
-                        bar.refresh()
+            for job in self.jobs:
+                name = job.names[0]
+                try:
+                    with files.locked(self.workdir / name / "lock", f"the sweep's {name}"):
+                        for seed in self.seeds:
+                            if (job, seed) not in self.unfinished():
+                                continue
+                            tqdm.write(f"{self.progress()}: {', '.join(job.names)}, seed {seed}")
+                            sys.stdout.flush()
+                            self._run(job, seed)
+                            bar.n = total - len(self.unfinished())
+                            bar.refresh()
+                except files.InUse as error:
+                    tqdm.write(f"{name}: {error}")
 
-    def _run(self, config_hash: str, job: Job, seed: int) -> None:
+    def _run(self, job: Job, seed: int) -> None:
         import jax
 
-        workdir = self.workdir / config_hash / f"seed_{seed}"
+        workdir = self.workdir / job.names[0] / f"seed_{seed}"
         start = time.monotonic()
         found = run(job, seed, workdir)
-        records.write(self.file(config_hash, seed), found)
+        records.write(self.file(job, seed), found)
         self._speed.append((found[0]["training_flops"], time.monotonic() - start))
         if not self._keep_checkpoints:
-            shutil.rmtree(workdir)
+            with files.errors(workdir, "cannot be removed"):
+                shutil.rmtree(workdir)
         jax.clear_caches()  # hundreds of programs would fill the memory
 
     def progress(self) -> str:
@@ -274,7 +312,7 @@ class Sweep:
         if not self._speed:
             return text
         flops, seconds = map(sum, zip(*self._speed, strict=True))
-        left = sum(_flops(self.jobs[config_hash].values) for config_hash, _ in unfinished)
+        left = sum(_flops(job.values) for job, _ in unfinished)
         minutes = left * seconds / flops / 60
         return f"{text}, {minutes:.0f} min left for one process"
 
@@ -287,38 +325,44 @@ def _flops(values: ConfigDict) -> float:
     return accounting.training_flops_per_token(config) * _tokens(config)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Runs the sweep."""
-    if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]}: unexpected argument; options are written --name=value")
-    import jax
-
-    from umv2.schema import UserError
-
-    corpus: dict[str, Any] | None = None
-    if _CORPUS.value:
-        corpus = {"corpus": _CORPUS.value, "vocab_size": _VOCAB_SIZE.value}
+    corpus = _corpus()
     jobs = arms_to_run(_ABLATIONS.value or [], _ARMS.value, _SCALE.value, corpus)
     folder = _SCALE.value
     if corpus is not None:
         folder += "_" + corpora.take(scales.smoke(), **corpus)
-        records.write(Path(records.FOLDER.value) / folder / records.CORPUS, [corpus])
-    workdir = Path(_WORKDIR.value) / folder
+    results = cli.path(records.FOLDER) / folder
+    workdir = cli.path(_WORKDIR) / folder
+    sweep = Sweep(jobs, _SEEDS.value, results, workdir, keep_checkpoints=_KEEP.value)
+    import jax
+
     # The seeds of an arm share their programs.
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
-    results = Path(records.FOLDER.value) / folder
-    sweep = Sweep(jobs, _SEEDS.value, results, workdir, keep_checkpoints=_KEEP.value)
     if not sys.stderr.isatty():  # without a terminal there is no bar, but a line a logged step
         logging.set_verbosity(logging.WARNING)
     try:
-        for job in jobs.values():
+        for job in jobs:
             corpora.prepare(job.values)
+        if corpus is not None:
+            records.write(results / records.CORPUS, [corpus])
         sweep.run()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"{sweep.progress()} finished; the same command goes on", flush=True)
+        raise
     print(sweep.progress())
+
+
+def _corpus() -> dict[str, Any] | None:
+    """Returns what the flags say of another corpus, as arguments of `corpora.take`."""
+    if not _CORPUS.present:
+        if _VOCAB_SIZE.present:
+            raise ConfigError(f"--vocab_size={_VOCAB_SIZE.value}: is for --corpus")
+        return None
+    corpus = corpora.named(_CORPUS.value or "", "--corpus")
+    return {"corpus": corpus, "vocab_size": _VOCAB_SIZE.value or 8192}
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("ablation")
-    app.run(main)
+    cli.run(main)

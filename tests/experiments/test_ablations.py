@@ -14,6 +14,7 @@ from experiments.ablations import ABLATIONS, configuration
 from experiments.arms import apply, evenly_spaced, layers, row_split, skips, times, top_m
 from umv2.config import from_config_dict
 from umv2.cost import matching
+from umv2.schema import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 EVERYTHING = [(name, scale) for name in ABLATIONS for scale in scales.SCALES]
@@ -189,14 +190,15 @@ def test_an_arm_is_named_with_its_scale() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("head/two", "ablation 'head': must be one of value_processing,"),
+        ("head/two", r"ablation 'head': must be one of value_processing,.* \(nearest: heads\)"),
         ("heads", "arm of heads '': must be one of one, two"),
-        ("heads/two/tpu", "scale 'tpu': must be one of smoke, cpu, gpu, paper"),
+        ("heads/twoo", r"arm of heads 'twoo': must be one of one, two \(nearest: two\)"),
+        ("heads/two/tpu", r"scale 'tpu': must be one of smoke, cpu, gpu, paper \(nearest: gpu\)"),
         ("heads/two/cpu/0", "must be ABLATION/ARM"),
     ],
 )
 def test_a_name_that_there_is_not_is_refused(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         ablations.get_config(name)
 
 

@@ -1,5 +1,7 @@
 """Pages and pictures from stored runs: every number on them is one of the files'."""
 
+import filecmp
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,11 @@ def store(
     values = configuration(ablation, arm, "smoke")
     if corpus is not None:
         corpora.take(values, **corpus)
-    config_hash = records.config_hash(values)
     head: dict[str, Any] = {
         "kind": "run",
         "arms": [f"{ablation}/{arm}"],
         "seed": seed,
-        "config_hash": config_hash,
-        "config": values.to_dict(),
+        "config": records.plain(values),
         "corpus": {"source": "standard_library", "hash": "c0ffee"},
         "date": "2026-11-25",
         "versions": {"jax": "0.12.0", "python": "3.12.1"},
@@ -53,7 +53,8 @@ def store(
         "answers": None,
         "seconds_shared_machine": 90.0,
     }
-    records.write(records.run_file(results, config_hash, seed), [head, *steps, evaluation, end])
+    path = records.run_file(results, f"{ablation}/{arm}", seed)
+    records.write(path, [head, *steps, evaluation, end])
 
 
 @pytest.fixture
@@ -66,11 +67,8 @@ def results(tmp_path: Path) -> Path:
 
 
 def arms(results: Path) -> Any:
-    stored = records.read_all(results / "smoke")
-    runs = {
-        arm: stored[records.config_hash(configuration("heads", arm, "smoke"))]
-        for arm in ("one", "two")
-    }
+    stored = records.Stored(results / "smoke")
+    runs = {arm: stored.find(configuration("heads", arm, "smoke")) for arm in ("one", "two")}
     return compare(ABLATIONS["heads"], runs)
 
 
@@ -95,11 +93,14 @@ def test_tables_line_up() -> None:
 
 
 def test_the_index_counts_what_no_arm_has_any_more(results: Path) -> None:
-    text = report.index({"smoke": {"heads": arms(results)}}, {"smoke": 2})
+    runs = list(records.Stored(results / "smoke").runs.values())
+    scale = report.Scale({"heads": arms(results)}, {"selection": "1"}, runs, 2)
+    text = report.index({"smoke": scale})
     assert "6 runs, 12.00 PFLOP, 0.1 hours" in text
     assert "median half width of an interval 0.0248" in text
     assert "2 stored runs are of configurations that no arm has any more." in text
     assert "[heads](smoke/heads.md)" in text
+    assert "One arm alone has runs, and nothing to be compared with: selection (1)." in text
     assert "Not run at this scale: value_processing," in text
 
 
@@ -114,7 +115,7 @@ def test_all_pages_are_written(results: Path) -> None:
     store(results / "smoke", "tucker_penalty", "with", 0, 4.1)
     report.write_all(results)
     written = {
-        str(path.relative_to(results)) for path in results.rglob("*.*") if "runs" not in str(path)
+        str(path.relative_to(results)) for path in results.rglob("*.*") if path.suffix != ".jsonl"
     }
     # The base of heads is that of others too; those with a second arm that has runs get a page.
     assert written == {
@@ -138,3 +139,101 @@ def test_runs_on_another_corpus_are_a_scale_of_their_own(results: Path) -> None:
     assert "## Scale smoke_site_packages_bpe_8192" in text
     assert (folder / "heads.md").exists()
     assert "1 stored runs are of configurations that no arm has any more." in text
+
+
+def test_one_arm_of_two_with_one_seed(tmp_path: Path) -> None:
+    store(tmp_path / "smoke", "heads", "two", 0, 4.2)
+    text = report.write_all(tmp_path)
+    assert "1 runs, 2.00 PFLOP" in text
+    assert "nothing to be compared with: heads (two)." in text
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
+    for arm in ("one", "two"):
+        store(tmp_path / "smoke", "heads", arm, 0, 4.2)
+    report.write_all(tmp_path)
+    page = (tmp_path / "smoke" / "heads.md").read_text()
+    assert "| one | 1     | 4.2000 " in page
+    assert "nan" not in page
+
+
+def test_pages_of_runs_that_diverged_or_are_no_numbers(tmp_path: Path) -> None:
+    store(tmp_path / "smoke", "heads", "one", 0, 4.2)
+    store(tmp_path / "smoke", "heads", "two", 0, float("nan"))
+    report.write_all(tmp_path)
+    page = (tmp_path / "smoke" / "heads.md").read_text()
+    assert "nan" not in page
+    assert "too few seeds" in page
+
+
+def test_pictures_are_drawn_again_only_where_what_they_show_has_changed(results: Path) -> None:
+    report.write_all(results)
+    pictures = {path: path.read_bytes() for path in results.rglob("*.png")}
+    for path, content in pictures.items():
+        path.write_bytes(content + b"drawn by another version")
+    report.write_all(results)
+    assert all(path.read_bytes() != content for path, content in pictures.items())
+    store(results / "smoke", "heads", "two", 3, 4.1)
+    store(results / "smoke", "heads", "one", 3, 4.1)
+    report.write_all(results)
+    for path, content in pictures.items():
+        assert path.read_bytes() != content
+        assert b"another version" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("content", [None, "seed_0.json"])
+def test_no_index_is_written_where_there_are_no_runs(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / content).write_text("")
+    (tmp_path / "README.md").write_text("committed")
+    with pytest.raises(records.RecordsError, match=f"{tmp_path}: has no runs"):
+        report.write_all(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "committed"
+
+
+def test_no_index_is_written_where_no_run_is_an_arms(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (results / "README.md").write_text("committed")
+
+    def changed(ablation: str, arm: str, scale: str) -> Any:
+        values = configuration(ablation, arm, scale)
+        values.train.num_steps = 7
+        return values
+
+    monkeypatch.setattr(report, "configuration", changed)
+    message = r"none of its 6 runs .*; heads/one, stored and now: train.num_steps: 6 -> 7"
+    with pytest.raises(records.RecordsError, match=message):
+        report.write_all(results)
+    assert (results / "README.md").read_text() == "committed"
+
+
+def test_a_folder_of_runs_is_named_after_a_scale(results: Path) -> None:
+    (results / "smoke").rename(results / "smok")
+    with pytest.raises(records.RecordsError, match=r"smok: .* must begin with one of smoke, cpu"):
+        report.write_all(results)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"corpus": "site_packages"}\n'])
+def test_a_damaged_corpus_is_named(results: Path, text: str) -> None:
+    path = results / "smoke" / records.CORPUS
+    path.write_text(text)
+    with pytest.raises(records.RecordsError, match=str(path)):
+        report.write_all(results)
+
+
+def test_the_committed_pages_are_those_of_the_committed_runs(tmp_path: Path) -> None:
+    """Where this fails, `python -m experiments.report` writes what is to be committed."""
+    committed = Path(records.__file__).parent / "results" / "ablations"
+    copy = tmp_path / "ablations"
+    shutil.copytree(committed, copy)
+    report.write_all(copy)
+    written = {path.relative_to(copy) for path in copy.rglob("*") if path.is_file()}
+    assert written == {
+        path.relative_to(committed) for path in committed.rglob("*") if path.is_file()
+    }
+    different = [
+        path for path in written if not filecmp.cmp(committed / path, copy / path, shallow=False)
+    ]
+    assert not different

@@ -1,6 +1,5 @@
 """Sweeps: what is run, what is not run again, and what is stored of it."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,16 +7,16 @@ from typing import Any
 
 import jax
 import pytest
-from absl import app
 from ml_collections import ConfigDict
 
 from configs import base
 from experiments import records, run
 from experiments.ablations import ABLATIONS
 from tests import tiny_run
-from umv2 import modes
+from umv2 import files, modes
 from umv2.config import from_config_dict
 from umv2.cost import accounting
+from umv2.schema import ConfigError
 
 
 def values(paths: str, **changes: Any) -> ConfigDict:
@@ -31,11 +30,14 @@ def values(paths: str, **changes: Any) -> ConfigDict:
 
 
 def sweep(folder: Path, configs: list[ConfigDict], *, seeds: int = 1) -> run.Sweep:
-    jobs = {}
-    for index, config in enumerate(configs):
-        jobs[records.config_hash(config)] = job = run.Job(config)
+    jobs = [run.Job(config) for config in configs]
+    for index, job in enumerate(jobs):
         job.names.append(f"test/arm_{index}")
     return run.Sweep(jobs, seeds, folder / "results", folder / "work")
+
+
+def stored(folder: Path) -> records.Stored:
+    return records.Stored(folder / "results")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,9 @@ def test_a_run_is_stored_whole_and_not_repeated(
     assert swept.unfinished() == []
     assert swept.progress() == "2/2 runs, 0 min left for one process"
 
-    stored = records.read_all(tmp_path / "results")
-    (by_seed,) = stored.values()
-    first, second = by_seed[0], by_seed[1]
+    first, second = stored(tmp_path).find(config).values()
+    assert (tmp_path / "results" / "test" / "arm_0" / "seed_1.jsonl").exists()
+    assert [first.seed, second.seed] == [0, 1]
     counts = accounting.parameter_counts(from_config_dict(config).model)
     assert first.head["arms"] == ["test/arm_0"]
     assert first.head["config"]["model"]["hidden_size"] == 16
@@ -75,7 +77,7 @@ def test_a_run_is_stored_whole_and_not_repeated(
     assert 0 < first.end["health"]["coverage/layer_1"] <= 1
     # A seed is of the parameters and of the data.
     assert first.losses[0] != second.losses[0]
-    assert not list((tmp_path / "work").glob("*/seed_*"))  # checkpoints are gone
+    assert not list((tmp_path / "work").glob("*/*/seed_*"))  # checkpoints are gone
 
     def never(*_: object) -> None:
         raise AssertionError("a finished run is run again")
@@ -97,7 +99,7 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(
         patched.setattr(records, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             swept.run()
-    (metrics,) = (tmp_path / "work").glob("*/seed_0/metrics.jsonl")
+    (metrics,) = (tmp_path / "work").glob("*/*/seed_0/metrics.jsonl")
     before = [json.loads(line)["wall_time"] for line in metrics.read_text().splitlines()]
     assert len(swept.unfinished()) == 1
 
@@ -108,34 +110,59 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(
     assert not swept.unfinished()
 
 
-def test_a_run_that_was_told_to_stop_is_not_taken_for_finished(
+def test_a_run_that_a_signal_stops_is_not_taken_for_finished(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(_: object, workdir: Path) -> None:
-        workdir.mkdir(parents=True)
-        (workdir / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
-
-    monkeypatch.setattr(modes, "train", stopped)
-    swept = sweep(tmp_path, [values(paths)])
-    with pytest.raises(SystemExit, match=r"arm_0, seed 0: stopped after step 4; start again"):
+    monkeypatch.setattr(modes, "train", lambda config, workdir: False)
+    swept = sweep(tmp_path, [values(paths)], seeds=2)
+    with pytest.raises(KeyboardInterrupt):
         swept.run()
-    assert len(swept.unfinished()) == 1
+    assert len(swept.unfinished()) == 2
 
 
-def test_an_arm_that_another_process_runs_is_left_to_it(paths: str, tmp_path: Path) -> None:
+def test_an_arm_that_another_process_runs_is_left_to_it(
+    paths: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken, free = values(paths), values(paths, model__ffn_size=17)
     swept = sweep(tmp_path, [taken, free])
-    lock = tmp_path / "work" / records.config_hash(taken) / "lock"
-    lock.parent.mkdir(parents=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.locked(tmp_path / "work" / "test" / "arm_0" / "lock", "another sweep"):
         swept.run()
-    assert swept.unfinished() == [(records.config_hash(taken), 0)]
+    assert swept.unfinished() == [(swept.jobs[0], 0)]
+    assert "test/arm_0: " in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_end_a_sweep_before_it_trains(
+    paths: str, tmp_path: Path
+) -> None:
+    (tmp_path / "results").write_text("")
+    with pytest.raises(files.FileError, match=f"{tmp_path / 'results'}: cannot be made a folder"):
+        sweep(tmp_path, [values(paths)])
+
+
+def test_a_full_disk_loses_no_training(
+    paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = values(paths)
+    swept = sweep(tmp_path, [config])
+
+    def full(*_: object) -> None:
+        raise files.FileError("seed_0.jsonl: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_text", full)
+        with pytest.raises(files.FileError, match="No space left"):
+            swept.run()
+    (metrics,) = (tmp_path / "work").glob("*/*/seed_0/metrics.jsonl")
+    trained = metrics.read_text()
+    monkeypatch.setattr(run.shutil, "rmtree", lambda path: None)
+    swept.run()
+    assert metrics.read_text() == trained
+    assert not swept.unfinished()
 
 
 def test_a_run_that_diverges_has_a_result(paths: str, tmp_path: Path) -> None:
     sweep(tmp_path, [values(paths, optimizer__learning_rate=1e30)]).run()
-    ((found,),) = [list(s.values()) for s in records.read_all(tmp_path / "results").values()]
+    (found,) = stored(tmp_path).runs.values()
     assert found.diverged is not None
     assert "loss nan" in found.diverged or "gradient norm nan" in found.diverged
     assert found.end["answers"] is None
@@ -143,43 +170,41 @@ def test_a_run_that_diverges_has_a_result(paths: str, tmp_path: Path) -> None:
 
 def test_bookkeeping_does_not_make_another_configuration(paths: str) -> None:
     config = values(paths)
-    assert records.config_hash(config) == records.config_hash(
+    assert records.identity(config) == records.identity(
         values(paths, train__log_interval_steps=3, train__checkpoint_interval_steps=5)
     )
-    assert records.config_hash(config) != records.config_hash(values(paths, train__num_steps=13))
+    assert records.identity(config) != records.identity(values(paths, train__num_steps=13))
 
 
 def test_arms_of_equal_configuration_are_one_job() -> None:
-    jobs = run.arms_to_run(["heads", "families"], [], "smoke")
-    names = [job.names for job in jobs.values()]
-    assert names[0] == ["heads/one", "families/ultramem_v2"]
-    assert sum(map(len, names)) == len(ABLATIONS["heads"].arms) + len(ABLATIONS["families"].arms)
-    (only,) = run.arms_to_run(["heads"], ["two"], "smoke").values()
+    jobs = run.arms_to_run(["families", "heads"], [], "smoke")
+    assert "families/ultramem_v2" in jobs[0].names
+    assert "heads/one" in jobs[0].names
+    # The first of the catalogue, whichever ablation asks: two sweeps meet at one file.
+    assert jobs[0].names[0] == run.arms_to_run(["heads"], ["one"], "smoke")[0].names[0]
+    assert len(jobs) == len(ABLATIONS["heads"].arms) + len(ABLATIONS["families"].arms) - 1
+    (only,) = run.arms_to_run(["heads"], ["two"], "smoke")
     assert only.names == ["heads/two"]
-    everything = run.arms_to_run(["all"], [], "smoke")
-    assert sum(len(job.names) for job in everything.values()) == sum(
+    everything = run.arms_to_run(["heads", "all"], [], "smoke")
+    assert sum(len(job.names) for job in everything) == sum(
         len(entry.arms) for entry in ABLATIONS.values()
     )
+
+
+def test_an_arm_that_is_asked_questions_anywhere_is_asked_them_at_its_end() -> None:
+    jobs = run.jobs_of("smoke")
+    assert jobs["multi_hop/moe"].answers
+    assert not jobs["heads/two"].answers
 
 
 @pytest.mark.parametrize(
     ("ablations", "arms", "message"),
     [
-        (["head"], [], r"--ablation=head: must be among value_processing,"),
-        (["heads"], ["three"], r"--arms=three: must be among one, two"),
+        ([], [], r"--ablation: must name one of value_processing,"),
+        (["head"], [], r"--ablation=head: must be one of value_processing,.*\(nearest: heads\)"),
+        (["heads"], ["tow"], r"--arms=tow: must be one of one, two \(nearest: two\)"),
     ],
 )
 def test_what_there_is_not_is_refused(ablations: list[str], arms: list[str], message: str) -> None:
-    with pytest.raises(app.UsageError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run.arms_to_run(ablations, arms, "cpu")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "not JSON\n", '{"kind": "run"}\n', '{"kind": "run"}\n{"loss": 1}\n']
-)
-def test_damaged_records_are_named(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "runs" / "0" / "seed_0.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"{path}: not the records"):
-        records.read_all(tmp_path)

@@ -40,14 +40,14 @@ def test_an_ablation_runs_from_the_command_line(tmp_path: Path) -> None:
     page = tmp_path / "results" / "smoke" / "heads.md"
     assert "[heads](smoke/heads.md)" in command("experiments.report", results)
     assert "| two | 2     |" in page.read_text()
-    before = [path.stat().st_mtime_ns for path in page.parent.glob("runs/*/*")]
+    before = [path.stat().st_mtime_ns for path in page.parent.glob("*/*/seed_*.jsonl")]
     assert command("experiments.run", *flags).startswith("4/4 runs")
-    assert [path.stat().st_mtime_ns for path in page.parent.glob("runs/*/*")] == before
+    assert [path.stat().st_mtime_ns for path in page.parent.glob("*/*/seed_*.jsonl")] == before
 
 
 @pytest.mark.slow(minutes=4)
 def test_the_training_step_of_every_arm_traces() -> None:
-    for job in run.arms_to_run(["all"], [], "smoke").values():
+    for job in run.arms_to_run(["all"], [], "smoke"):
         config = from_config_dict(job.values)
         mesh = parallel.create_mesh(config.mesh, config.train.batch_size, devices=jax.devices()[:1])
         with jax.set_mesh(mesh):

@@ -1,0 +1,105 @@
+"""What the commands of experiments/ have in common: their start, and the flags of some of them."""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from umv2 import command, files
+from umv2.schema import ConfigError, UserError
+
+_configs: list[str] = []  # flags that name a configuration
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags, calls `main` and exits, as `command.run` does; refuses other arguments."""
+
+    def alone(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise ConfigError(
+                f"{arguments[1]}: unexpected argument; options are written --name=value"
+            )
+        main(arguments)
+
+    command.run(alone, parse=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """Reads the flags; every --config.FIELD=VALUE becomes one."""
+    for argument in arguments[1:]:
+        override = re.match(r"--?((\w+)\.[^=]*)", argument)
+        if override and override[2] in _configs and override[1] not in flags.FLAGS:
+            flags.DEFINE_multi_string(override[1], None, "Replaces the value of the field.")
+    rest: list[str] = flags.FLAGS(arguments)
+    return rest
+
+
+def path(flag: flags.FlagHolder[Any]) -> Path:
+    """Returns the path that a flag gives.
+
+    Raises:
+      FileError: one that no file of this machine has.
+    """
+    return files.user_path(flag.value, f"--{flag.name}")
+
+
+def define_config(name: str, text: str) -> flags.FlagHolder[Any]:
+    """Defines a flag that names a configuration, as main.py's --config does."""
+    _configs.append(name)
+    return flags.DEFINE_string(name, None, text)
+
+
+def configuration(flag: flags.FlagHolder[Any]) -> ConfigDict:
+    """Returns the configuration that a flag names, with the values that other flags override.
+
+    Raises:
+      ConfigError: there is none, or it has no such field.
+    """
+    from umv2 import config_files
+
+    values = config_files.load(flag.value, f"--{flag.name}")
+    prefix = f"{flag.name}."
+    texts: dict[str, list[str]] = {
+        name.removeprefix(prefix): flags.FLAGS[name].value or []
+        for name in flags.FLAGS
+        if name.startswith(prefix)
+    }
+    overrides = {path: config_files.parse(path, given) for path, given in texts.items() if given}
+    config_files.override(values, overrides)
+    return values
+
+
+def sizes_of_families(flag: flags.FlagHolder[Any]) -> Any:
+    """Returns the sizes of all families at the scale of the configuration that a flag names.
+
+    Raises:
+      ConfigError: the file gives none, or the flag names another family than the reference.
+    """
+    from umv2 import config_files
+
+    label = config_files.label(flag.value)
+    stem, colon, _ = label.partition(":")
+    if colon:
+        raise ConfigError(f"--{flag.name}={flag.value}: is the reference; leave out the colon")
+    file = config_files.named_folder() / f"{stem}.py"
+    if stem in config_files.names() and flag.value in (stem, f"configs/{stem}.py", str(file)):
+        sizes = getattr(importlib.import_module(f"configs.{stem}"), "SIZES", None)
+        if sizes is not None:
+            return sizes
+    raise ConfigError(
+        f"--{flag.name}={flag.value}: must be a file of configs/ that has the sizes of families"
+    )
+
+
+def require_installed(extras: str, *packages: str) -> None:
+    """Raises a UserError where a package of the optional ones is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}: not installed; pip install -e '.[{extras}]' in the clone"
+        )
