@@ -8,6 +8,7 @@ Every file of a published or matched size takes a family as its argument:
 found by `python -m experiments.match`.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,8 +29,11 @@ def switch(config: ConfigDict, family: str, sizes: Sizes) -> ConfigDict:
       ValueError: a family that there is not, or not at this scale.
     """
     if family not in FAMILIES or (family != REFERENCE and family not in sizes):
-        known = ", ".join([REFERENCE, *sizes])
-        raise ValueError(f"family {family!r}: must be one of {known}")
+        known = [REFERENCE, *sizes]
+        nearest = "".join(
+            f" (nearest: {name})" for name in difflib.get_close_matches(family, known, 1)
+        )
+        raise ValueError(f"family {family!r}: must be one of {', '.join(known)}{nearest}")
     FAMILIES[family](config)
     for path, value in sizes.get(family, {}).items():
         *sections, name = path.split(".")

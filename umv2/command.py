@@ -58,7 +58,7 @@ def run(
     def guarded(arguments: list[str]) -> None:
         with one_line_errors():
             main(arguments)
-            sys.stdout.flush()
+            write("", end="")  # what it printed
 
     app.run(guarded, flags_parser=parse_flags)
 
@@ -71,9 +71,8 @@ def one_line_errors() -> Iterator[None]:
     except (UserError, flags.Error, app.UsageError) as error:
         _exit_with(str(error))
     except BrokenPipeError:
-        # Nobody reads any more (`| head`). The interpreter would flush once more, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_CLOSED)
+        _settle_output()
+        sys.exit(_CLOSED)  # nobody reads any more (`| head`)
     except OSError as error:
         if error.errno not in _ENVIRONMENT:
             raise
@@ -86,14 +85,45 @@ def one_line_errors() -> Iterator[None]:
         _exit_with("out of memory")
 
 
+def write(text: str, end: str = "\n") -> None:
+    """Writes to standard output, at once.
+
+    Raises:
+      FileError: it cannot be written, as where the disk of its file is full.
+      BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise files.FileError(f"standard output: {files.reason(error)}") from error
+
+
 def _exit_with(message: str) -> None:
+    _settle_output()
     sys.exit("error: " + " ".join(message.split()))
 
 
+def _settle_output() -> None:
+    """Writes out what was printed; where that fails, the interpreter shall not try once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _set_up_streams() -> None:
-    """Lets text out whatever the encoding of the terminal: what it cannot show is escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # text streams
+    """Lets text out whatever the encoding of the terminal: what it cannot show is escaped.
+
+    What is written to a closed stream is thrown away.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    logging.get_absl_handler().python_handler.setStream(sys.stderr)
 
 
 def set_up_logging(speaker: str = "") -> None:
