@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -14,7 +16,9 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from tests.interop.comparison import assert_same_bits
 from tests.model.drawn import drawn
+from tests.tiny_run import logged
 from umv2.config import Config, ModelConfig, from_config_dict
+from umv2.data.tokenizers import ByteTokenizer, Tokenizer
 from umv2.interop import model_files, olmoe
 from umv2.interop.tensor_files import InteropError
 from umv2.training.state import merge_model, model_structure
@@ -39,7 +43,7 @@ def small_config(**changes: Any) -> Config:
         "compute_dtype": "float32",
         "moe.num_experts": 3,
         "moe.top_k": 2,
-        "moe.expert_size": 5,
+        "moe.expert_size": 8,
     }
     fields = {f"model.{name}": value for name, value in (sizes | changes).items()}
     config.update_from_flattened_dict(fields)
@@ -122,6 +126,15 @@ def test_the_configuration_is_that_of_the_file(tmp_path: Path) -> None:
         ({"rms_norm_eps": 1e-6}, {"norm_epsilon": 1e-6}),
         ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
         ({"attention_dropout": ..., "clip_qkv": ..., "architectures": ...}, {}),
+        ({"architectures": None, "hidden_act": None, "tie_word_embeddings": None}, {}),
+        ({"architectures": [], "hidden_act": "swish", "partial_rotary_factor": 1.0}, {}),
+        ({"torch_dtype": ..., "dtype": ..., "transformers_version": ..., "use_cache": True}, {}),
+        ({"rope_scaling": None}, {}),
+        ({"rope_scaling": {}}, {}),
+        ({"rope_scaling": {"type": "default"}}, {}),
+        ({"rope_scaling": {"rope_type": "default", "factor": 1.0}}, {}),
+        ({"rope_parameters": ..., "rope_scaling": {"rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        ({"_name_or_path": "x", "task_specific_params": {"a": [1]}, "id2label": {"0": "a"}}, {}),
     ],
 )
 def test_keys_are_read_under_all_their_names(
@@ -141,18 +154,33 @@ def test_keys_are_read_under_all_their_names(
         ({"clip_qkv": 8.0}, "clip_qkv=8.0: must be None: queries, keys and values"),
         ({"attention_bias": True}, "attention_bias=True: must be False"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
-        ({"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2}: must be None"),
+        ({"rope_scaling": {"factor": 2}}, r"rope_scaling\.factor=2: must be 1: rotary"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_scaling\.type='linear': must"),
+        ({"rope_scaling": "default"}, "rope_scaling='default': must be a mapping"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5: must be 1"),
         ({"sliding_window": 128}, "sliding_window=128: must be None"),
         ({"quantization_config": {}}, "quantization_config={}: must be None"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters\.rope_type='yarn': must"),
         ({"rope_parameters": 3}, "rope_parameters=3: must be a mapping"),
         ({"rope_theta": 7.0}, r"rope_theta=7\.0: must be rope_parameters\.rope_theta = 10000\.0"),
         ({"head_dim": 32}, "head_dim=32: must be hidden_size / num_attention_heads"),
-        ({"hidden_size": ...}, "hidden_size: missing; must be an integer >= 1"),
-        ({"num_experts": "8"}, "num_experts='8': must be an integer >= 1"),
-        ({"num_experts": True}, "num_experts=True: must be an integer >= 1"),
-        ({"rms_norm_eps": -1}, "rms_norm_eps=-1: must be a number > 0"),
+        ({"hidden_size": ...}, "hidden_size: missing; must be an integer from 1"),
+        ({"num_experts": "8"}, "num_experts='8': must be an integer from 1"),
+        ({"num_experts": True}, "num_experts=True: must be an integer from 1"),
+        ({"num_experts": 8.0}, r"num_experts=8\.0: must be an integer from 1"),
+        ({"num_experts": [8]}, r"num_experts=\[8\]: must be an integer from 1"),
+        ({"vocab_size": 0}, "vocab_size=0: must be an integer from 1"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers=-2: must be an integer from 1"),
+        ({"intermediate_size": 10**30}, "intermediate_size=10{30}: must be an integer from 1 to"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps=-1: must be a finite number > 0"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf: must be a finite number > 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan: must be a finite number > 0"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps=10{400}: must be a finite number > 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5': must be a finite number > 0"),
+        ({"rope_parameters": {"rope_theta": 0.5}}, r"as our model\.rope_theta=0\.5: must be > 1"),
         ({"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
+        ({"num_attention_heads": 3}, r"head_dim|as our model\.num_heads=3: must divide"),
+        ({"num_key_value_heads": 3}, r"as our model\.num_key_value_heads=3: must divide"),
         ({"num_experts_per_tok": 9}, r"as our model\.moe\.top_k=9: must be at most"),
     ],
 )
@@ -187,16 +215,63 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_tied_model_has_no_head_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["not", "twice"])
+def test_a_tied_model_has_no_head_of_its_own(tmp_path: Path, written: str) -> None:
+    def tie(tensors: Tensors) -> None:
+        del tensors["lm_head.weight"]
+        if written == "twice":
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+
     folder = edit(published(tmp_path / "model"), tie_word_embeddings=True)
-    with pytest.raises(InteropError, match=r"not of this model: lm_head\.weight"):
+    with pytest.raises(InteropError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+        load(folder)
+    model, params = load(edit_tensors(folder, tie))
+    assert model.tie_embeddings
+    assert "head" not in params
+    np.testing.assert_array_equal(
+        params["embedding"], load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    )
+
+
+@pytest.mark.parametrize("of", ["model.layers.1.self_attn", "model"])
+def test_frequencies_of_rotary_positions_are_skipped(tmp_path: Path, of: str) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors[f"{of}.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+
+    plain = load(published(tmp_path / "plain"))
+    with_buffer = load(edit_tensors(published(tmp_path / "model"), add))
+    assert plain[0] == with_buffer[0]
+    assert_same_bits(plain[1], with_buffer[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_model_that_is_not_finite_is_refused(tmp_path: Path, layout: str, value: float) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] = value
+
+    folder = edit_tensors(published(tmp_path / "model", layout), spoil)
+    named = r"model\.safetensors: model\.layers\.1\.self_attn\.k_proj\.weight: holds NaN or"
+    with pytest.raises(InteropError, match=named):
         load(folder)
 
-    def remove_head(tensors: Tensors) -> None:
-        del tensors["lm_head.weight"]
 
-    params = load(edit_tensors(folder, remove_head))[1]
-    assert "head" not in params
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 2**31 - 1},
+        {"num_experts": 2**31 - 1, "num_experts_per_tok": 1},
+        {"vocab_size": 2**31 - 1},
+        {"intermediate_size": 2**31 - 1},
+        {"hidden_size": 2**30, "num_attention_heads": 1, "num_key_value_heads": 1},
+    ],
+)
+def test_a_model_out_of_all_proportion_is_refused_before_it_is_made(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = edit(published(tmp_path / "model"), **changes)
+    with pytest.raises(InteropError, match=r"config\.json: describes a far larger model than"):
+        load(folder)
 
 
 def test_what_is_exported_is_what_is_published(tmp_path: Path) -> None:
@@ -217,6 +292,74 @@ def test_what_is_exported_is_what_is_published(tmp_path: Path) -> None:
     assert written.items() >= of_training.items()
     missing = golden.keys() - of_others - of_training.keys()
     assert {name: written[name] for name in missing} == {name: golden[name] for name in missing}
+
+
+@pytest.mark.parametrize("size", [1, 5, 49])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_padded_to_what_transformers_can_run(
+    tmp_path: Path, size: int, dtype: olmoe.Dtype
+) -> None:
+    config = small_config(**{"moe.expert_size": size})
+    params = draw_params(config)
+    with logged() as messages:
+        olmoe.export_olmoe(tmp_path / "out", config, params, dtype=dtype)
+    model, loaded = load(tmp_path / "out")
+    width = model.moe.expert_size
+    assert width % 8 == 0
+    assert 0 < width - size < 8
+    assert f"experts are padded with zeros from {size} to {width}" in messages[0]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == width
+    for name, array in loaded["sparse"].items():
+        given = params["sparse"][name].astype(dtype).astype("float32")
+        np.testing.assert_array_equal(array[tuple(map(slice, given.shape))], given)
+        assert np.count_nonzero(array) == np.count_nonzero(given)
+
+
+def test_padded_experts_give_the_same_logits(tmp_path: Path) -> None:
+    config = small_config(**{"moe.expert_size": 5})
+    params = draw_params(config)
+    olmoe.export_olmoe(tmp_path / "out", config, params)
+    model, loaded = load(tmp_path / "out")
+    run = jax.jit(lambda m: m(jnp.arange(11)[None], store=None).logits)
+    narrow = run(merge_model(model_structure(config.model), params, {}))
+    wide = run(merge_model(model_structure(model), jax.tree.map(jnp.asarray, loaded), {}))
+    np.testing.assert_allclose(wide, narrow, atol=1e-5 * np.abs(narrow).max())
+
+
+def test_a_hidden_size_that_transformers_may_not_run_is_told(tmp_path: Path) -> None:
+    config = small_config(hidden_size=12, num_heads=2)
+    with logged() as messages:
+        olmoe.export_olmoe(tmp_path / "out", config, draw_params(config))
+    assert any("model.hidden_size=12 is no multiple of 8" in message for message in messages)
+    with logged() as messages:
+        olmoe.export_olmoe(tmp_path / "other", small_config(), draw_params(small_config()))
+    assert not messages
+
+
+@pytest.mark.parametrize(
+    ("given", "tokenizer", "wanted"),
+    [(-1, None, None), (7, None, 7), (-1, ByteTokenizer(), 256), (256, ByteTokenizer(), 256)],
+)
+def test_the_end_of_text_is_the_tokenizers(
+    given: int, tokenizer: Tokenizer | None, wanted: int | None
+) -> None:
+    config = small_config()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, end_of_text_id=given)
+    )
+    described = olmoe.describe(config, "float32", tokenizer)
+    assert described["eos_token_id"] == described["bos_token_id"] == wanted
+    assert described["pad_token_id"] is None
+
+
+def test_what_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    params = draw_params(small_config())
+    params["blocks"]["attention"]["query"] = (
+        params["blocks"]["attention"]["query"].at[1].set(np.inf)
+    )
+    with pytest.raises(InteropError, match=r"^model\.layers\.1\.self_attn\.q_proj\.weight: holds"):
+        olmoe.export_olmoe(tmp_path / "out", small_config(), params)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -4,6 +4,7 @@
 reaches; all as the train state has them. `config.json` holds the whole resolved configuration.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 
 from umv2.config import Config, ModelConfig, from_config_dict, to_dict
+from umv2.cost.accounting import parameter_counts
+from umv2.data.tokenizers import Tokenizer
 from umv2.interop.tensor_files import (
     CONFIG,
     MAX_SHARD_BYTES,
@@ -19,6 +22,7 @@ from umv2.interop.tensor_files import (
     read_json,
     write_folder,
 )
+from umv2.interop.tokenizer_files import files_of
 from umv2.schema import ConfigError
 from umv2.training.checkpoint import Restored
 from umv2.training.state import create_model, split_model
@@ -29,12 +33,17 @@ PREFIXES = {"params": "model", "store": "store", "buffers": "buffers"}
 
 
 def export_model(
-    folder: Path, config: Config, model: Restored, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    config: Config,
+    model: Restored,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model of any family, in its own dtypes.
+    """Writes a model of any family, in its own dtypes, and the tokenizer that goes along.
 
     Raises:
-      InteropError: the folder is in use, or cannot be written.
+      InteropError: the folder is in use, or cannot be written, or a tensor holds NaN or infinity.
     """
     parts = {"params": model.params, "store": model.store, "buffers": model.buffers}
     description = {
@@ -44,14 +53,20 @@ def export_model(
         "config": to_dict(config),
     }
     tensors = {name: np.asarray(leaf) for name, leaf in named_tensors(parts).items()}
-    write_folder(folder, description, tensors, max_shard_bytes=max_shard_bytes)
+    write_folder(
+        folder,
+        description,
+        tensors,
+        others=files_of(tokenizer, config.data),
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
-def load_model(folder: Path) -> tuple[Config, Restored]:
-    """Returns what `export_model` wrote: the configuration, and the model in host memory.
+def read_config(folder: Path) -> tuple[Config, int]:
+    """Returns the configuration that `export_model` wrote, and the step.
 
     Raises:
-      InteropError: the folder holds something else, or tensors that are not of its configuration.
+      InteropError: the folder holds something else.
     """
     path = folder / CONFIG
     description = read_json(path)
@@ -68,8 +83,19 @@ def load_model(folder: Path) -> tuple[Config, Restored]:
     step = description.get("step")
     if type(step) is not int:
         raise InteropError(f"{path}: step={step!r}: must be an integer")
+    return config, step
+
+
+def load_model(folder: Path) -> tuple[Config, Restored]:
+    """Returns what `export_model` wrote: the configuration, and the model in host memory.
+
+    Raises:
+      InteropError: the folder holds something else, or tensors that are not of its configuration.
+    """
+    (config, step), tensors = read_config(folder), TensorFolder(folder)
+    require_numbers(tensors, config.model)
     abstract = abstract_model(config.model)
-    wanted, tensors = named_tensors(abstract), TensorFolder(folder)
+    wanted = named_tensors(abstract)
     tensors.check(
         {name: leaf.shape for name, leaf in wanted.items()},
         {name: (str(leaf.dtype),) for name, leaf in wanted.items()},
@@ -77,6 +103,21 @@ def load_model(folder: Path) -> tuple[Config, Restored]:
     arrays = dict(tensors)
     leaves = [arrays[name] for name in wanted]
     return config, Restored(step=step, **jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+
+
+def require_numbers(tensors: TensorFolder, config: ModelConfig) -> None:
+    """Refuses a folder whose configuration is that of a far larger model, before it is made.
+
+    Raises:
+      InteropError: the configuration needs more than twice the numbers that the tensors hold.
+    """
+    held = sum(math.prod(shape) for shape in tensors.shapes.values())
+    # Counting takes time and memory for each layer.
+    if config.num_layers > held or parameter_counts(config).total > 2 * held:
+        raise InteropError(
+            f"{tensors.folder / CONFIG}: describes a far larger model than the tensors, which hold"
+            f" {held:,} numbers"
+        )
 
 
 def abstract_model(config: ModelConfig) -> dict[str, Any]:

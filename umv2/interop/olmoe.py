@@ -6,15 +6,19 @@ of a layer, gate above up, which is how newer transformers keep them.
 """
 
 import dataclasses
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
+from absl import logging
 
 from umv2.config import Config, ModelConfig
-from umv2.interop.model_files import abstract_model
+from umv2.data.tokenizers import Tokenizer
+from umv2.interop.model_files import abstract_model, require_numbers
 from umv2.interop.tensor_files import (
     CONFIG,
     MAX_SHARD_BYTES,
@@ -23,16 +27,18 @@ from umv2.interop.tensor_files import (
     read_json,
     write_folder,
 )
-from umv2.schema import ConfigError
+from umv2.interop.tokenizer_files import files_of
+from umv2.schema import ConfigError, build
 
 MODEL_TYPE, ARCHITECTURE = "olmoe", "OlmoeForCausalLM"
 Dtype = Literal["float32", "bfloat16"]
 Layout = Literal["published", "stacked"]
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Our names of what the files call ...
 _OUTSIDE = {
-    "model.embed_tokens.weight": "embedding",
-    "lm_head.weight": "head",
+    _EMBEDDING: "embedding",
+    _HEAD: "head",
     "model.norm.weight": "final_norm/weight",
 }
 # ... `model.layers.{layer}.` and this.
@@ -53,14 +59,19 @@ _EXPERT = {
     "down_proj": "sparse/down",
 }
 _BY_VOCABULARY = ("embedding", "head")  # [vocabulary, hidden] here as there
+# Frequencies of rotary positions, which older versions of transformers saved; newer ones skip them.
+_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# transformers multiplies all experts by one kernel, whose rows must begin at multiples of 16 bytes:
+# of eight numbers in bfloat16.
+_WIDTH_MULTIPLE = 8
+_MAX_INTEGER = 2**31 - 1
 
 # What a configuration may not ask for, and what it must leave it at.
 _FIXED: dict[str, tuple[Any, str]] = {
     "clip_qkv": (None, "queries, keys and values are not clipped here"),
+    "partial_rotary_factor": (1, "whole heads are rotated here"),
     "attention_bias": (False, "the attention has no biases here"),
     "attention_dropout": (0, "the attention has no dropout here"),
-    "hidden_act": ("silu", "experts are SwiGLU here"),
-    "rope_scaling": (None, "rotary positions are not scaled here"),
     "sliding_window": (None, "attention reaches all earlier positions here"),
     "use_sliding_window": (False, "attention reaches all earlier positions here"),
     "quantization_config": (None, "weights are not quantised here"),
@@ -69,7 +80,7 @@ _FIXED_ROPE: dict[str, tuple[Any, str]] = {
     "rope_type": ("default", "rotary positions are not scaled here"),
     "type": ("default", "rotary positions are not scaled here"),
     "partial_rotary_factor": (1, "whole heads are rotated here"),
-    "factor": (None, "rotary positions are not scaled here"),
+    "factor": (1, "rotary positions are not scaled here"),
 }
 
 
@@ -86,7 +97,8 @@ def read_config(folder: Path, base: ModelConfig) -> ModelConfig:
     path = folder / CONFIG
     given = _Values(path, read_json(path))
     given.require("model_type", (MODEL_TYPE,), f"must be {MODEL_TYPE!r}")
-    given.require("architectures", (None, [ARCHITECTURE]), f"must be [{ARCHITECTURE!r}]")
+    given.require("architectures", (None, [], [ARCHITECTURE]), f"must be [{ARCHITECTURE!r}]")
+    given.require("hidden_act", (None, "silu", "swish"), "must be 'silu': experts are SwiGLU here")
     for key, (value, rule) in _FIXED.items():
         given.require(key, (None, value), f"must be {value!r}: {rule}")
     hidden, heads = given.integer("hidden_size"), given.integer("num_attention_heads")
@@ -117,7 +129,7 @@ def read_config(folder: Path, base: ModelConfig) -> ModelConfig:
         ),
     )
     try:
-        model.validate()
+        build(ModelConfig, dataclasses.asdict(model), "model.").validate()
     except ConfigError as error:
         raise InteropError(f"{path}: as our {error}") from error
     return model
@@ -138,10 +150,19 @@ def load_olmoe(
       tensor at a time.
 
     Raises:
-      InteropError: not a model that we can compute, or tensors that are missing, unknown or of
-        another shape.
+      InteropError: not a model that we can compute, or tensors that are missing, unknown, of
+        another shape, or not finite.
     """
     model, files = read_config(folder, base), TensorFolder(folder)
+    require_numbers(files, model)
+    files.leave_out([name for name in files.shapes if _DERIVED.fullmatch(name)])
+    if model.tie_embeddings and files.shapes.keys() >= {_EMBEDDING, _HEAD}:
+        if not np.array_equal(files.read(_EMBEDDING), files.read(_HEAD)):
+            raise InteropError(
+                f"{folder}: {_HEAD} differs from {_EMBEDDING}, though {CONFIG} says"
+                " tie_word_embeddings"
+            )
+        files.leave_out([_HEAD])
     abstract = abstract_model(model)["params"]
     arrays = {name: np.empty(leaf.shape, dtype) for name, leaf in _named(abstract).items()}
     stacked = "model.layers.0.mlp.experts.gate_up_proj" in files.shapes
@@ -164,23 +185,51 @@ def export_olmoe(
     config: Config,
     params: dict[str, Any],
     *,
+    tokenizer: Tokenizer | None = None,
     dtype: Dtype = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a model of family `moe` in the published layout, of which transformers reads all.
 
+    Experts whose width is no multiple of 8 are filled up with zeros, which changes no output:
+    transformers could load them as they are, and not run them.
+
     Raises:
-      InteropError: OLMoE has no place for something in this model, or the folder is in use.
+      InteropError: OLMoE has no place for something in this model, the folder is in use or cannot
+        be written, or a tensor holds NaN or infinity.
     """
+    described = describe(config, dtype, tokenizer)
     arrays = {name: np.asarray(leaf) for name, leaf in _named(params).items()}
-    described = describe(config, dtype)
+    width, padded = config.model.moe.expert_size, described["intermediate_size"]
+    if padded != width:
+        logging.info(
+            "experts are padded with zeros from %d to %d, as %s says", width, padded, CONFIG
+        )
+        for name, axis in zip(_EXPERT.values(), (-1, -1, -2), strict=True):
+            widths = [(0, 0)] * arrays[name].ndim
+            widths[axis] = (0, padded - width)
+            arrays[name] = np.pad(arrays[name], widths)
+    if config.model.hidden_size % _WIDTH_MULTIPLE:
+        logging.warning(
+            "model.hidden_size=%d is no multiple of %d: transformers may run this model only with"
+            " from_pretrained(..., experts_implementation='eager')",
+            config.model.hidden_size,
+            _WIDTH_MULTIPLE,
+        )
     views = _views(arrays, config.model, "published")
     tensors = {name: view for name, (view,) in views.items()}
-    write_folder(folder, described, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    write_folder(
+        folder,
+        described,
+        tensors,
+        others=files_of(tokenizer, config.data),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
-def describe(config: Config, dtype: Dtype) -> dict[str, Any]:
-    """Returns the `config.json` of a model of family `moe`.
+def describe(config: Config, dtype: Dtype, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """Returns the `config.json` of a model of family `moe`, with the ids of its tokenizer.
 
     Raises:
       InteropError: OLMoE has no place for something in this model.
@@ -195,12 +244,14 @@ def describe(config: Config, dtype: Dtype) -> dict[str, Any]:
     ):
         if value != needed:
             raise InteropError(f"model.{name}={value!r}: must be {needed!r} to export: {rule}")
+    end_of_text_id = tokenizer.end_of_text_id if tokenizer else config.data.end_of_text_id
+    end_of_text = end_of_text_id if end_of_text_id >= 0 else None
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
-        "intermediate_size": model.moe.expert_size,
+        "intermediate_size": -(-model.moe.expert_size // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_key_value_heads,
@@ -223,8 +274,9 @@ def describe(config: Config, dtype: Dtype) -> dict[str, Any]:
         "attention_dropout": 0.0,
         # transformers' default for padding, 1, would be one of our tokens.
         "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": config.data.end_of_text_id if config.data.end_of_text_id >= 0 else None,
+        # What precedes a document in training ends another one.
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
     }
 
 
@@ -247,14 +299,14 @@ class _Values:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
-        if type(value) is not int or value < 1:
-            self.reject(key, "must be an integer >= 1")
+        if type(value) is not int or not 1 <= value <= _MAX_INTEGER:
+            self.reject(key, f"must be an integer from 1 to {_MAX_INTEGER}")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self._value(key, default)
-        if type(value) not in (int, float) or value <= 0:
-            self.reject(key, "must be a number > 0")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            self.reject(key, "must be a finite number > 0")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -269,18 +321,20 @@ class _Values:
 
 
 def _read_rope_theta(given: _Values) -> float:
-    """Reads the base of rotary positions under its old name, its new one, or both."""
-    parameters = given.given.get("rope_parameters") or {}
-    if not isinstance(parameters, dict):
-        given.reject("rope_parameters", "must be a mapping")
-    nested = _Values(given.path, parameters, "rope_parameters.")
-    for key, (value, rule) in _FIXED_ROPE.items():
-        nested.require(key, (None, value), f"must be {value!r}: {rule}")
-    old = given.number("rope_theta", 10000.0)
-    new = nested.number("rope_theta", old)
-    if "rope_theta" in given.given and new != old:
-        given.reject("rope_theta", f"must be rope_parameters.rope_theta = {new!r}")
-    return new
+    """Reads the base of rotary positions under all its names, and refuses scaled positions."""
+    theta = given.number("rope_theta", 10000.0)
+    for section in ("rope_scaling", "rope_parameters"):
+        parameters = given.given.get(section) or {}
+        if not isinstance(parameters, dict):
+            given.reject(section, "must be a mapping")
+        nested = _Values(given.path, parameters, f"{section}.")
+        for key, (value, rule) in _FIXED_ROPE.items():
+            nested.require(key, (None, value), f"must be {value!r}: {rule}")
+        new = nested.number("rope_theta", theta)
+        if "rope_theta" in given.given and new != theta:
+            given.reject("rope_theta", f"must be {section}.rope_theta = {new!r}")
+        theta = new
+    return theta
 
 
 def _views(

@@ -1,16 +1,24 @@
 """Training runs as models in other formats, and such models as runs to continue from."""
 
 import dataclasses
+import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
+from umv2 import files
 from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
-from umv2.interop import model_files, olmoe
-from umv2.interop.tensor_files import CONFIG, MAX_SHARD_BYTES, InteropError, read_json
+from umv2.interop import model_files, olmoe, tokenizer_files
+from umv2.interop.tensor_files import (
+    CONFIG,
+    MAX_SHARD_BYTES,
+    InteropError,
+    read_json,
+    require_new,
+)
 from umv2.training import checkpoint, optim
 from umv2.training.state import TrainState, abstract_state
 
@@ -24,26 +32,37 @@ def export_run(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the model of a run's newest good checkpoint to a new folder.
+    """Writes the model of a run's newest good checkpoint, and its tokenizer, to a new folder.
 
     Raises:
       CheckpointError: there is no checkpoint that can be read.
-      InteropError: the format has no place for such a model, or the folder is in use.
+      InteropError: the format has no place for such a model, the folder is in use or cannot be
+        written, or the model holds NaN or infinity.
     """
+    require_new(output)
     checkpoints = workdir / "checkpoints"
     config = from_config_dict(checkpoint.saved_config(checkpoints))
     if format == "olmoe":
         olmoe.describe(config, "float32")  # refuses before the arrays are read
+    trained_on = checkpoint.saved_data(checkpoints) or {}
+    tokenizer = tokenizer_files.exportable(config.data, trained_on.get("tokenizer", ""))
     model = checkpoint.restore_for_inference(checkpoints, config)
     if format == "olmoe":
-        olmoe.export_olmoe(output, config, model.params, max_shard_bytes=max_shard_bytes)
+        olmoe.export_olmoe(
+            output, config, model.params, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes
+        )
     else:
-        model_files.export_model(output, config, model, max_shard_bytes=max_shard_bytes)
+        model_files.export_model(
+            output, config, model, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes
+        )
     logging.info("wrote the model of step %d to %s", model.step, output)
 
 
 def import_model(folder: Path, workdir: Path, config: Config | None) -> None:
     """Writes a run whose checkpoint, of step 0, is the model in a folder of either format.
+
+    The run uses the folder's tokenizer, of which it keeps a copy where its configuration names
+    another one, or one that is not there.
 
     Args:
       folder: what `export_run` writes, or OLMoE as published.
@@ -55,16 +74,77 @@ def import_model(folder: Path, workdir: Path, config: Config | None) -> None:
       ConfigError: the folder holds no configuration of ours and none is given, or it does not suit
         the folder's model.
       InteropError: the folder cannot be read, or `workdir` has checkpoints already.
+      FileError: `workdir` is in use, or cannot be a run's.
     """
-    config, model = _read(folder, config)
-    config.validate()
+    checkpoint.check_name(workdir)
+    _require_no_checkpoints(workdir)
+    description = read_json(folder / CONFIG)
+    config, tokenizer = _run_config(folder, workdir, config, description)
+    with files.locked(workdir / "lock", "import"):
+        _require_no_checkpoints(workdir)
+        if _is_ours(description):
+            _, model = model_files.load_model(folder)
+        else:
+            _, params = olmoe.load_olmoe(folder, config.model)
+            model = checkpoint.Restored(step=0, params=params, store=None, buffers={})
+        if tokenizer is not None:
+            with files.replacing(Path(config.data.tokenizer)) as unfinished:
+                shutil.copyfile(tokenizer, unfinished)
+        _save(model, workdir, config)
+    logging.info("wrote the model of %s to %s, as step 0 of a run", folder, workdir)
+
+
+def _require_no_checkpoints(workdir: Path) -> None:
+    checkpoints = workdir / "checkpoints"
+    with files.errors(checkpoints, "cannot be read"):
+        if checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
+            raise InteropError(f"{workdir}: has checkpoints already; name a new folder")
+
+
+def _run_config(
+    folder: Path, workdir: Path, config: Config | None, description: dict[str, Any]
+) -> tuple[Config, Path | None]:
+    """Returns the configuration of the run to be, and the tokenizer that it keeps a copy of."""
+    if _is_ours(description):
+        saved, _ = model_files.read_config(folder)
+        if config is not None:
+            checkpoint.check_config(
+                {"model": to_dict(saved)["model"]}, {"model": to_dict(config)["model"]}
+            )
+        config = config or saved
+        end_of_text_id: Any = saved.data.end_of_text_id
+    elif config is None:
+        raise ConfigError(f"--config: needed, since {folder} says nothing of data and training")
+    else:
+        merged = dataclasses.replace(config, model=olmoe.read_config(folder, config.model))
+        # The run can only go on under this configuration, so whoever asked for another is told.
+        for line in differing_fields(to_dict(config)["model"], to_dict(merged)["model"], "model."):
+            logging.info("%s says %s", folder / CONFIG, line)
+        config, end_of_text_id = merged, description.get("eos_token_id")
+    data, tokenizer = tokenizer_files.adopted(
+        config.data, folder, end_of_text_id, config.model.vocab_size
+    )
+    if tokenizer is not None:
+        # A copy, for the folder may go.
+        data = dataclasses.replace(data, tokenizer=str(workdir.absolute() / tokenizer.name))
+    adopted = dataclasses.replace(config, data=data)
+    for line in differing_fields(to_dict(config)["data"], to_dict(adopted)["data"], "data."):
+        logging.info("%s has the tokenizer: %s", folder, line)
+    adopted.validate()
+    return adopted, tokenizer
+
+
+def _is_ours(description: dict[str, Any]) -> bool:
+    return description.get("format") == model_files.FORMAT
+
+
+def _save(model: checkpoint.Restored, workdir: Path, config: Config) -> None:
+    """Writes the only checkpoint of a run that starts from a model."""
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
     )
     with checkpointer:
-        if checkpointer.latest_step() is not None:
-            raise InteropError(f"{workdir}: has checkpoints already; name a new folder")
         params, store, buffers = jax.tree.map(
             jnp.asarray, (model.params, model.store, model.buffers)
         )
@@ -78,23 +158,3 @@ def import_model(folder: Path, workdir: Path, config: Config | None) -> None:
             usage=None if usage is None else jnp.zeros(usage.shape, usage.dtype),
         )
         checkpointer.save(0, state)
-    logging.info("wrote the model of %s to %s, as step 0 of a run", folder, workdir)
-
-
-def _read(folder: Path, config: Config | None) -> tuple[Config, checkpoint.Restored]:
-    """Returns the configuration of the run to be, and the model."""
-    if read_json(folder / CONFIG).get("format") == model_files.FORMAT:
-        saved, model = model_files.load_model(folder)
-        if config is not None:
-            checkpoint.check_config(
-                {"model": to_dict(saved)["model"]}, {"model": to_dict(config)["model"]}
-            )
-        return config or saved, model
-    if config is None:
-        raise ConfigError(f"--config: needed, since {folder} says nothing of data and training")
-    section, params = olmoe.load_olmoe(folder, config.model)
-    merged = dataclasses.replace(config, model=section)
-    # The run can only go on under this configuration, so whoever asked for another is told.
-    for line in differing_fields(to_dict(config)["model"], to_dict(merged)["model"], "model."):
-        logging.info("%s says %s", folder / CONFIG, line)
-    return merged, checkpoint.Restored(step=0, params=params, store=None, buffers={})

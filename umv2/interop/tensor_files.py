@@ -5,8 +5,9 @@ that memory holds no more than the caller's arrays and one tensor (reading) or o
 """
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from umv2 import files
 from umv2.schema import UserError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -28,6 +30,7 @@ DTYPES = {
     "I64": "int64",
 }
 _NAMED_IN_ERRORS = 3
+_BLOCK = 1 << 16  # numbers that are looked at together
 
 
 class InteropError(UserError):
@@ -38,40 +41,72 @@ class TensorFolder:
     """The tensors of a folder: their names, shapes and dtypes at once, their values by iteration.
 
     Raises:
-      InteropError: there is no model, a file is missing or damaged, or the index does not say what
-        the shards hold.
+      InteropError: there is no model, a file is missing or damaged, the index does not say what the
+        shards hold, or it stands beside a single file with another model.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        index = folder / INDEX
-        if index.is_file():
-            weight_map = _read_weight_map(index)
-            self._files = [folder / name for name in sorted(set(weight_map.values()))]
-        elif (folder / SINGLE).is_file():
-            weight_map, self._files = None, [folder / SINGLE]
-        else:
+        index, single = folder / INDEX, folder / SINGLE
+        if not index.is_file() and not single.is_file():
             raise InteropError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-        found: dict[str, str] = {}
-        for path in self._files:
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118, the file is no mapping
-                    tensor = file.get_slice(name)
-                    found[name] = path.name
-                    self.shapes[name] = tuple(tensor.get_shape())
-                    self.dtypes[name] = DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
-        if weight_map is not None and weight_map != found:
-            wrong = [n for n in {**weight_map, **found} if weight_map.get(n) != found.get(n)]
-            raise InteropError(f"{index}: disagrees with its shards about {several(wrong)}")
+        weight_map = _read_weight_map(index) if index.is_file() else {}
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        paths = [single] if single.is_file() else shards
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise InteropError(f"{index}: names shards that are missing: {several(missing)}")
+        headers = _read_headers(paths)
+        self._paths = {name: path for name, (path, _, _) in headers.items()}
+        self.shapes = {name: shape for name, (_, shape, _) in headers.items()}
+        self.dtypes = {name: dtype for name, (_, _, dtype) in headers.items()}
+        if paths == shards:
+            held = {name: path.name for name, path in self._paths.items()}
+            wrong = [n for n in {**weight_map, **held} if weight_map.get(n) != held.get(n)]
+            if wrong:
+                raise InteropError(f"{index}: disagrees with its shards about {several(wrong)}")
+        elif weight_map:
+            self._require_same(weight_map, [path for path in shards if path.is_file()])
+
+    def _require_same(self, weight_map: Mapping[str, str], shards: list[Path]) -> None:
+        """Refuses an index, and what is there of its shards, beside a file that differs."""
+        differing = self.shapes.keys() ^ weight_map.keys()
+        headers = _read_headers(shards)
+        differing |= headers.keys() - self.shapes.keys()
+        for name in headers.keys() & self.shapes.keys():
+            path, *held = headers[name]
+            if held != [self.shapes[name], self.dtypes[name]]:
+                differing.add(name)
+            elif self.dtypes[name] in DTYPES.values():  # others are in no model that we read
+                ours, theirs = self.read(name), _read_tensor(path, name)
+                if not np.array_equal(ours.reshape(-1).view("u1"), theirs.reshape(-1).view("u1")):
+                    differing.add(name)
+        if differing:
+            raise InteropError(
+                f"{self.folder}: {SINGLE} and {INDEX} disagree about {several(sorted(differing))};"
+                " remove the one that is not the model"
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor."""
+        return _read_tensor(self._paths[name], name)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forgets tensors that are of no use."""
+        for name in names:
+            del self._paths[name], self.shapes[name], self.dtypes[name]
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields every tensor with its name, file by file."""
-        for path in self._files:
+        """Yields every tensor with its name, file by file.
+
+        Raises:
+          InteropError: a tensor holds NaN or infinity.
+        """
+        for path in dict.fromkeys(self._paths.values()):
             with _opened(path) as file:
                 for name in file.offset_keys():
-                    yield name, file.get_tensor(name)
+                    if name in self._paths:
+                        # Not held here, or two would be while the next one is read.
+                        yield name, _finite(file.get_tensor(name), f"{path}: {name}")
 
     def check(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, tuple[str, ...]]
@@ -110,6 +145,7 @@ def write_folder(
     config: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     *,
+    others: Mapping[str, bytes] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -119,25 +155,48 @@ def write_folder(
       folder: must not exist, or be empty.
       config: what becomes `config.json`.
       tensors: arrays or views of arrays, which are copied shard by shard.
+      others: the content of further files, by name.
       dtype: of the files; None: that of each array.
       max_shard_bytes: a larger tensor has a shard to itself.
 
     Raises:
-      InteropError: the folder is in use, or cannot be written.
+      InteropError: the folder is in use, or cannot be written, or a tensor holds NaN or infinity.
+      InUse: another process writes it.
     """
-    target = folder.absolute()
+    require_new(folder)
+    target = Path(os.path.realpath(folder))
     partial = target.with_name(f".{target.name}.partial")
+    lock = partial / "lock"
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InteropError(f"{folder}: exists already; name a new or empty folder")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
-        _write_shards(partial, tensors, dtype, max_shard_bytes)
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        partial.rename(target)
+        with files.locked(lock, "export"):
+            try:
+                for left in set(partial.iterdir()) - {lock}:  # by a process that was killed
+                    left.unlink()
+                _write_shards(partial, tensors, dtype, max_shard_bytes)
+                (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+                for name, content in (others or {}).items():
+                    (partial / name).write_bytes(content)
+                lock.unlink()
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except files.InUse:
+        raise
     except (SafetensorError, OSError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InteropError(f"{folder}: cannot be written: {error}") from error
+        reason = files.reason(error) if isinstance(error, OSError) else str(error)
+        raise InteropError(f"{folder}: cannot be written: {reason}") from error
+
+
+def require_new(folder: Path) -> None:
+    """Refuses a folder that holds something, or a file in its place.
+
+    Raises:
+      InteropError: the folder is in use, or cannot be looked into.
+    """
+    with files.errors(folder, "cannot be used"):
+        in_use = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if in_use:
+        raise InteropError(f"{folder}: exists already; name a new or empty folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,11 +206,13 @@ def read_json(path: Path) -> dict[str, Any]:
       InteropError: the file cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InteropError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InteropError(f"{path}: cannot be read: {files.reason(error)}") from error
     except ValueError as error:  # also for bytes that are no text
         raise InteropError(f"{path}: damaged: {error}") from error
+    except RecursionError as error:
+        raise InteropError(f"{path}: damaged: nested too deep") from error
     if not isinstance(content, dict):
         raise InteropError(f"{path}: damaged: holds no mapping")
     return content
@@ -166,22 +227,53 @@ def several(names: Any) -> str:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        # A plain name: an index may not reach out of its folder.
-        isinstance(file, str) and Path(file).name == file
-        for file in weight_map.values()
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(
+            # A plain name: an index may not reach out of its folder. Links may: the cache of the
+            # hub consists of them.
+            isinstance(file, str) and file not in ("", "..") and Path(file).name == file
+            for file in weight_map.values()
+        )
     ):
         raise InteropError(f"{index}: weight_map must give each tensor the name of a file here")
-    if missing := sorted({f for f in weight_map.values() if not (index.parent / f).is_file()}):
-        raise InteropError(f"{index}: names shards that are missing: {several(missing)}")
     return weight_map
+
+
+def _read_headers(paths: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Returns the file, the shape and the dtype of each tensor."""
+    headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    for path in paths:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118, the file is no mapping
+                if name in headers:
+                    raise InteropError(f"{path}: {name} is in {headers[name][0].name} as well")
+                tensor = file.get_slice(name)
+                dtype = DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
+                headers[name] = (path, tuple(tensor.get_shape()), dtype)
+    return headers
+
+
+def _read_tensor(path: Path, name: str) -> np.ndarray:
+    with _opened(path) as file:
+        return file.get_tensor(name)
 
 
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InteropError(f"{path}: cannot be read: {files.reason(error)}") from error
+    except SafetensorError as error:
         raise InteropError(f"{path}: damaged: {error}") from error
+
+
+def _finite(tensor: np.ndarray, name: str) -> np.ndarray:
+    blocks = np.array_split(tensor.reshape(-1), 1 + tensor.size // _BLOCK)
+    if not all(np.isfinite(block).all() for block in blocks):
+        raise InteropError(f"{name}: holds NaN or infinity")
+    return tensor
 
 
 def _write_shards(
@@ -196,17 +288,25 @@ def _write_shards(
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > max_shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    files = [SINGLE]
+    file_names = [SINGLE]
     if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        file_names = [
+            f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+        ]
         weight_map = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
+            name: file for file, names in zip(file_names, shards, strict=True) for name in names
         }
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for file, names in zip(files, shards, strict=True):
+    for file, names in zip(file_names, shards, strict=True):
         # The format stores rows in order, whatever the strides of the views.
         shard = {
-            n: np.ascontiguousarray(tensors[n], dtype).reshape(tensors[n].shape) for n in names
+            n: _finite(np.ascontiguousarray(tensors[n], dtype).reshape(tensors[n].shape), n)
+            for n in names
         }
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        path = folder / file
+        path.touch()  # with the mode that the umask gives; what the library makes has 0600
+        mode = path.stat().st_mode
+        save_file(shard, path, metadata={"format": "pt"})
+        if path.stat().st_mode != mode:
+            path.chmod(mode)
