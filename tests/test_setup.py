@@ -23,7 +23,8 @@ import umv2.model
 from tests.test_import_rules import imports, sources
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 PIN_FILES = ("requirements.txt", "requirements-dev.txt")
 
 
@@ -172,3 +173,90 @@ def test_the_environment_follows_the_pins_whatever_came_before(project: Path) ->
 def test_make_help_names_every_target(project: Path) -> None:
     targets = {line.split()[0] for line in make(project, "help")[1].splitlines()}
     assert targets >= {"train", "test", "test-all", "lint", "format", "venv", "clean"}
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    folders = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for name in ("umv2", "kernels_pallas")
+        for path in (ROOT / name).rglob("__init__.py")
+    }
+    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(folders | {"umv2.configs"})
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an environment where the wheel is installed beside what it requires."""
+    folder = tmp_path_factory.mktemp("installed")
+    tree = folder / "tree"
+    for name in ("umv2", "kernels_pallas", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "kernels_pallas" / "tuned").mkdir(exist_ok=True)
+    (tree / "kernels_pallas" / "tuned" / "some_device.json").write_text("{}")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    options = ["--quiet", "--no-deps", "--no-index"]
+    wheel = [*pip, "wheel", *options, "--no-build-isolation", f"--wheel-dir={folder}", str(tree)]
+    subprocess.run(wheel, check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python, (built,) = folder / "venv/bin/python", folder.glob("*.whl")
+    subprocess.run([*pip, "--python", python, "install", *options, built], check=True)
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    # What umv2 requires is here already. The .pth files there, of an editable umv2, do not count.
+    (site / "requirements.pth").write_text(f"{Path(jax.__file__).parent.parent}\n")
+    return folder
+
+
+def of_installed(folder: Path, cwd: Path, *command: str) -> str:
+    result = subprocess.run(
+        [folder / "venv/bin" / command[0], *command[1:]],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_the_command_the_configurations_and_its_types(
+    installed: Path, tmp_path: Path
+) -> None:
+    assert "--mode" in of_installed(installed, tmp_path, "umv2", "--help")
+    (tmp_path / "mine.py").write_text(
+        "from configs import tiny\n\ndef get_config(family):\n    return tiny.get_config(family)\n"
+    )
+    (tmp_path / "configs").mkdir()  # somebody else's
+    by_name, of_user = (
+        of_installed(installed, tmp_path, "umv2", f"--config={given}:moe", "--mode=inspect")
+        for given in ("tiny", "mine.py")
+    )
+    assert 'model.family = "moe"' in by_name
+    assert of_user == by_name
+    program = (
+        "import importlib.resources, umv2; from umv2.configs import paper_1b_7b;"
+        "print(umv2.__file__, paper_1b_7b.get_config().train.num_steps > 0);"
+        "read = lambda *n: importlib.resources.files(n[0]).joinpath(*n[1:]).read_text();"
+        "print(read('umv2', 'py.typed'), read('kernels_pallas', 'py.typed'),"
+        " read('kernels_pallas', 'tuned', 'some_device.json'))"
+    )
+    printed = of_installed(installed, tmp_path, "python", "-c", program).split()
+    assert printed == [
+        f"{next(installed.glob('venv/lib/*/site-packages'))}/umv2/__init__.py",
+        "True",
+        "{}",
+    ]
+
+
+@pytest.mark.slow
+def test_the_wheel_adds_two_names_to_the_environment(installed: Path) -> None:
+    (site,) = installed.glob("venv/lib/*/site-packages")
+    names = {path.name for path in site.iterdir() if path.suffix not in (".dist-info", ".pth")}
+    assert names - {"__pycache__"} == {"umv2", "kernels_pallas"}
+    found = metadata.Distribution.at(next(site.glob("umv2-*.dist-info"))).metadata
+    assert found["License-Expression"] == "Apache-2.0"
+    assert found["Project-URL"].startswith("Paper, https://arxiv.org/abs/")
+    assert len(found.get_all("Classifier") or []) >= 5
