@@ -11,12 +11,12 @@ import jax
 from absl import logging
 
 from umv2 import parallel
-from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
+from umv2.config import Config, ConfigError, from_config_dict, to_dict
 from umv2.cost import exchange
 from umv2.cost import plan as cost_plan
 from umv2.cost import report as cost_report
 from umv2.cost import search as plan_search
-from umv2.data import pipeline, tokenizers
+from umv2.data import kept_tokenizer, pipeline, tokenizers
 from umv2.data import prepare as data_preparation
 from umv2.evaluation import downstream, long_context_scores, perplexity, report
 from umv2.evaluation.answers import Respondent
@@ -274,9 +274,9 @@ def train_tokenizer(config: Config, output_dir: Path, vocab_size: int) -> Path:
 def _run_config(config: Config | None, workdir: Path) -> Config:
     """Returns the run's own configuration, with what `config` may change of it."""
     saved = from_config_dict(checkpoint.saved_config(workdir / "checkpoints"))
-    if config is None:
-        return saved
-    differences = differing_fields(to_dict(saved)["model"], to_dict(config)["model"], "model.")
-    if differences:
-        raise ConfigError(f"--config: not the model of {workdir}: " + "; ".join(differences))
-    return config
+    if config is not None:
+        theirs, given = ({"model": to_dict(each)["model"]} for each in (saved, config))
+        if differences := checkpoint.essential_differences(theirs, given):
+            raise ConfigError(f"--config: not the model of {workdir}: " + "; ".join(differences))
+    config = config or saved
+    return dataclasses.replace(config, data=kept_tokenizer.found(config.data, workdir))

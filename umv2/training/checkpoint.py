@@ -327,6 +327,19 @@ def restore_for_inference(directory: Path, config: Config) -> Restored:
         return _newest(manager, read)
 
 
+def essential_differences(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    runtime_fields: Sequence[str] = RUNTIME_FIELDS,
+) -> list[str]:
+    """Lists 'path: saved -> current' for the fields that differ and may not (patterns may)."""
+    return [
+        line
+        for line in differing_fields(saved, current)
+        if not any(fnmatch.fnmatchcase(line.partition(":")[0], field) for field in runtime_fields)
+    ]
+
+
 def check_config(
     saved: Mapping[str, Any],
     current: Mapping[str, Any],
@@ -337,12 +350,7 @@ def check_config(
     Raises:
       ConfigError: they differ in more than the runtime fields (patterns); one line for each field.
     """
-    differences = [
-        line
-        for line in differing_fields(saved, current)
-        if not any(fnmatch.fnmatchcase(line.partition(":")[0], field) for field in runtime_fields)
-    ]
-    if differences:
+    if differences := essential_differences(saved, current, runtime_fields):
         raise ConfigError(
             "the checkpoint has another configuration (saved -> given):\n  "
             + "\n  ".join(differences)

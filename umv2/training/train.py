@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from umv2 import distributed, parallel
 from umv2.config import Config, to_dict
 from umv2.cost import accounting, exchange
-from umv2.data import pipeline
+from umv2.data import kept_tokenizer, pipeline
 from umv2.evaluation import perplexity
 from umv2.model.transformer import ModelStats
 from umv2.schema import UserError
@@ -132,7 +132,8 @@ def train(config: Config, workdir: Path) -> bool:
     """
     checkpoint.check_name(workdir)
     with distributed.only_job(workdir, "training"):
-        corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
+        data = kept_tokenizer.found(config.data, workdir)
+        corpus = pipeline.open_corpus(data, config.model.vocab_size)
         microbatch_size = config.train.batch_size // config.train.gradient_accumulation
         mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
         config = exchange.with_layout(
@@ -151,6 +152,8 @@ def train(config: Config, workdir: Path) -> bool:
         # The signal is a wish as long as something may be on its way to the disk.
         with distributed.StopSignal() as stop, jax.set_mesh(mesh), checkpointer:
             state = _restore_or_create(config, optimizer, checkpointer)
+            if jax.process_index() == 0:  # now that the checkpoint, if any, agrees
+                kept_tokenizer.keep(data, workdir)
             step = int(state.step)
             evaluate_first = _evaluation_is_missing(config, workdir, step)
             if step >= config.train.num_steps and not evaluate_first:
