@@ -9,17 +9,19 @@ A run that is finished is not repeated; one that was stopped goes on.
 import concurrent.futures
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from configs import families, long_context_tiny
+from experiments import cli
+from umv2 import files
 
 CONFIG = "configs/long_context_tiny.py"
 RESULTS = Path("experiments/results/long_context")
@@ -36,7 +38,7 @@ _REPORT = flags.DEFINE_bool(
 
 
 def run(family: str, seed: int, folder: Path) -> None:
-    """Trains and asks one model; keeps its answers and its picture among the results."""
+    """Trains and asks one model; keeps its answers among the results."""
     kept = RESULTS / f"{family}_{seed}.jsonl"
     if kept.exists():
         return
@@ -53,16 +55,14 @@ def run(family: str, seed: int, folder: Path) -> None:
         )
         if done.returncode:
             raise RuntimeError(f"{family}, seed {seed}:\n{done.stderr[-2000:]}")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    if seed == 0:
-        shutil.copy(folder / "long_context.png", RESULTS / f"{family}.png")
-    kept.write_text(summary(folder / "long_context.jsonl"))
+    files.write_text(kept, summary(folder / "long_context.jsonl"))
 
 
 def summary(path: Path) -> str:
     """Returns the answers of a run by task, length and fifth of depth, a line each, as JSON.
 
-    Every answer takes megabytes, and a line each of those stays in the folder of the run.
+    Every answer takes megabytes, and a line each of those stays in the folder of the run. A
+    likelihood that is not finite is null, there and here.
     """
     from umv2.evaluation.long_context_scores import depth_bin
 
@@ -78,12 +78,17 @@ def summary(path: Path) -> str:
             "answers": len(found),
             "exact": sum(answer["exact"] for answer in found),
             "chance": statistics.mean(answer["chance"] for answer in found),
-            "log_likelihood": sum(answer["log_likelihood"] for answer in found),
+            "log_likelihood": _sum(answer["log_likelihood"] for answer in found),
             "num_tokens": sum(answer["num_tokens"] for answer in found),
         }
         for (task, length, fifth), found in cells.items()
     ]
     return "\n".join([heading, *map(json.dumps, records)]) + "\n"
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    listed = list(values)
+    return None if None in listed else sum(filter(None, listed))
 
 
 def budget(family: str) -> dict[str, Any]:
@@ -118,12 +123,17 @@ def accuracies(path: Path) -> dict[tuple[str, int], tuple[float, float]]:
 
 
 def report() -> None:
-    """Writes `README.md` and `accuracy.png` from the answers of all runs."""
+    """Writes `README.md`, `accuracy.png` and FAMILY.png from the answers of all runs.
+
+    Raises:
+      FileError: there is no run to report, or a file cannot be written.
+    """
     runs: dict[str, list[dict[tuple[str, int], tuple[float, float]]]] = {
-        family: [accuracies(path) for path in sorted(RESULTS.glob(f"{family}_[0-9]*.jsonl"))]
-        for family in _NAMES.value
+        family: [accuracies(path) for path in _stored(family).values()] for family in _NAMES.value
     }
     runs = {family: found for family, found in runs.items() if found}
+    if not runs:
+        raise files.FileError(f"{RESULTS}: no run of {', '.join(_NAMES.value)} is stored there")
     keys = list(next(iter(runs.values()))[0])
     tasks = list(dict.fromkeys(task for task, _ in keys))
     keys.sort(key=lambda key: (tasks.index(key[0]), key[1]))
@@ -158,37 +168,67 @@ def report() -> None:
         lines.append(f"| {key[0]} | {key[1]:,} | {chance:.1f} | {' | '.join(cells)} |")
     lines += ["", "![accuracy](accuracy.png)", ""]
     for family in runs:
-        lines += [f"## Depth and length: {family}, seed 0", "", f"![{family}]({family}.png)", ""]
+        seed, path = next(iter(_stored(family).items()))
+        lines += [f"## Depth and length: {family}, seed {seed}", ""]
+        lines += [f"![{family}]({family}.png)", ""]
+        _draw_depths(path, RESULTS / f"{family}.png")
     notes = RESULTS / "notes.md"
     if notes.exists():
         lines += [notes.read_text().rstrip(), ""]
-    (RESULTS / "README.md").write_text("\n".join(lines))
+    files.write_text(RESULTS / "README.md", "\n".join(lines))
     _draw(runs, tasks, RESULTS / "accuracy.png")
 
 
-def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:
-    from matplotlib.figure import Figure
+def _stored(family: str) -> dict[int, Path]:
+    """Returns the files of a family's runs by seed."""
+    found = {path.stem: path for path in RESULTS.glob("*.jsonl")}
+    seeds = [int(s) for stem in found if (s := stem.removeprefix(f"{family}_")).isdecimal()]
+    return {seed: found[f"{family}_{seed}"] for seed in sorted(seeds)}
 
-    figure = Figure(figsize=(2.4 * len(tasks), 3), layout="constrained")
-    for axes, task in zip(
-        figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True
-    ):
-        for index, (family, found) in enumerate(runs.items()):
+
+def _draw_depths(path: Path, image: Path) -> None:
+    """Draws the answers of one run by length and depth."""
+    from umv2.evaluation import long_context_scores
+
+    percent: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
+    answers, chances = Counter[str](), Counter[str]()
+    for cell in map(json.loads, path.read_text().splitlines()[1:]):
+        task, count = cell["task"], cell["answers"]
+        percent[task][cell["length"], cell["fifth"]] = 100 * cell["exact"] / count
+        answers[task] += count
+        chances[task] += 100 * count * cell["chance"]
+    chance = {task: chances[task] / count for task, count in answers.items()}
+    long_context_scores.draw_shares(percent, chance, image)
+
+
+def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:
+    from umv2 import pictures
+
+    num_columns = min(4, len(tasks))
+    num_rows = -(-len(tasks) // num_columns)
+    figure = pictures.new(2.9 * num_columns, 2.6 * num_rows + 0.6)
+    grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    styles = pictures.curve_styles(len(runs))
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        curves = []
+        for found, style in zip(runs.values(), styles, strict=True):
             lengths = sorted(length for name, length in found[0] if name == task)
             every = [[100 * run[task, length][0] for run in found] for length in lengths]
             middle = [statistics.mean(values) for values in every]
-            axes.plot(lengths, middle, marker="o", color=f"C{index}", label=family)
-            axes.fill_between(lengths, [min(v) for v in every], [max(v) for v in every], alpha=0.2)
+            lowest, highest = [min(values) for values in every], [max(values) for values in every]
+            axes.fill_between(lengths, lowest, highest, color=style["color"], alpha=0.15, zorder=1)
+            curves += axes.plot(lengths, middle, **style)
         chance = [100 * found[0][task, length][1] for length in lengths]
-        axes.plot(lengths, chance, color="gray", linestyle="--", label="chance")
+        curves += axes.plot(lengths, chance, color="gray", linestyle="--")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.set(title=task, ylim=(0, 100))
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set(title=task, xlabel="tokens", ylim=(-5, 105))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("exact answers, %")
-    figure.axes[0].legend(fontsize=7)
-    figure.supxlabel("length, tokens", fontsize=10)
-    figure.savefig(image, dpi=120)
+    figure.supylabel("exact answers, %", fontsize=10)
+    pictures.legend_below(figure, curves, [*runs, "chance"])
+    pictures.save(figure, image)
 
 
 def main(_: list[str]) -> None:
@@ -198,7 +238,7 @@ def main(_: list[str]) -> None:
         jobs = [(family, seed) for seed in range(_SEEDS.value) for family in _NAMES.value]
         with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
             running = {
-                pool.submit(run, family, seed, Path(_RUNS.value) / f"{family}_{seed}"): (
+                pool.submit(run, family, seed, cli.path(_RUNS) / f"{family}_{seed}"): (
                     f"{family}, seed {seed}"
                 )
                 for family, seed in jobs
@@ -210,4 +250,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

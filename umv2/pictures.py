@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 _COLORS = ("C0", "C1", "C2", "C3", "C4", "black", "C6", "C8", "C9", "C7")
 _MARKERS = "osD^vP*Xp<"
+_DPI = 144
 _LEGEND_SIZE = 9  # points
-_LETTER = 0.62  # of the size of the font: the width of an average letter, with some to spare
+_LETTER = 0.66  # of the size of the font: the width of an average letter, with some to spare
 
 
 def new(width: float, height: float) -> "Figure":
@@ -31,7 +32,7 @@ def curve_styles(count: int) -> list[dict[str, Any]]:
     Each is thinner than the one before and has its own colour and marker, so that curves of equal
     values are all seen, one within the other.
     """
-    thinnest, step = 1.2, min(1.0, 6 / max(1, count - 1))
+    thinnest, step = 1.2, min(1.2, 9 / max(1, count - 1))
     styles = []
     for index in range(count):
         above = count - 1 - index
@@ -81,4 +82,4 @@ def save(figure: "Figure", path: Path) -> None:
       FileError: the file cannot be written.
     """
     with files.replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
+        figure.savefig(unfinished, dpi=_DPI, format="png", metadata={"Software": None})

@@ -132,7 +132,7 @@ def test_a_report_lines_up_in_the_order_of_tasks_and_lengths() -> None:
     scores = (score(length=128), score(), score(task="memorize", exact=False))
     report = LongContextReport(step=3, trained_length=64, extrapolation="ntk", scores=scores)
     assert list(report.cells()) == [("memorize", 64), ("needle", 64), ("needle", 128)]
-    _, *lines = report.table().splitlines()
+    _, *lines = report.table(200).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [cell["accuracy"] for cell in report.metrics()["cells"]] == [0, 1, 1]
 

@@ -6,10 +6,12 @@ import lzma
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from umv2 import files
 from umv2.data.documents import InMemoryDocuments
 from umv2.data.pipeline import Corpus, Identity
 from umv2.data.tokenizers import ByteTokenizer
@@ -84,3 +86,115 @@ def test_without_bits_per_byte_nothing_is_compared_or_drawn(tmp_path: Path) -> N
     assert written.compressors == {}
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
     assert "bits per byte" not in written.table()
+
+
+@pytest.mark.parametrize("texts", [(b"",), (b"", b"")])
+def test_a_text_without_a_byte_has_no_bits_per_byte(
+    texts: tuple[bytes, ...], tmp_path: Path
+) -> None:
+    assert report.write(tmp_path, 3, held_out(2.0), corpus(texts)).compressors == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (1e300, "1.000e+300")]
+)
+def test_figures_of_a_model_that_diverged_are_shown_and_null_in_json(
+    value: float, shown: str, tmp_path: Path
+) -> None:
+    broken = HeldOut(
+        loss_nats_per_token=value, perplexity=value, bits_per_byte=value, num_tokens=1, num_bytes=1
+    )
+    written = report.write(tmp_path, 3, broken, corpus())
+    assert shown in written.table(60)
+    text = (tmp_path / "evaluation.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    expected = value if math.isfinite(value) else None
+    assert json.loads(text)["held_out_perplexity"] == written.metrics()["held_out_loss"] == expected
+
+
+GOOD = b'{"step": 1, "tokens": 100, "loss": 2.0, "held_out_bits_per_byte": 3.0}\n'
+DAMAGED = {
+    "torn": (GOOD + GOOD[:30], 1),
+    "torn in a character": (GOOD + '{"note": "é'.encode()[:-1], 1),
+    "blank": (GOOD + b"\n\n" + GOOD, 2),
+    "null bytes": (GOOD + b"\0" * 4096, 1),
+    "not UTF-8": (GOOD + b'{"\xff\xfe": 1}\n', 1),
+    "a list": (GOOD + b"[1, 2]\n", 1),
+    "nested too deep": (GOOD + b"[" * 200_000 + b"\n", 1),
+    "numbers as text": (GOOD + b'{"tokens": "100", "loss": "2"}\n', 0),
+    "no tokens": (GOOD + b'{"loss": 2.0}\n', 0),
+    "not finite": (GOOD + b'{"tokens": 2, "loss": NaN}\n{"tokens": 3, "loss": 1e999}\n', 0),
+    "beyond floats": (GOOD + b'{"tokens": 1' + b"0" * 400 + b', "loss": 1}\n', 0),
+    "nothing but damage": (b"}\n", 1),
+    "empty": (b"", 0),
+}
+
+
+@pytest.mark.parametrize(("content", "damaged"), DAMAGED.values(), ids=DAMAGED)
+def test_records_are_read_beside_damaged_lines(
+    content: bytes, damaged: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    records = report.read_records(path)
+    assert len(records) == len(content.splitlines()) - damaged
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == bool(damaged)
+    assert all(f"{path}: {damaged} of " in warning for warning in warnings)
+    for name in ("loss", "held_out_bits_per_byte"):
+        tokens, values = report._curve(records, name)
+        assert np.isfinite([*tokens, *values]).all()
+
+
+@pytest.mark.parametrize("content", [b"", DAMAGED["not finite"][0] + b"}"])
+def test_a_curve_is_drawn_whatever_the_records_are(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    report.write(tmp_path, 3, held_out(2.25), corpus())
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_points_that_are_no_numbers_are_left_out() -> None:
+    records: list[dict[str, Any]] = [
+        {"tokens": 10**6, "loss": 1},
+        {"tokens": None, "loss": 2},
+        {"tokens": 1, "loss": "a"},
+    ]
+    records += [{"tokens": 2e6, "loss": 3.5}, {"tokens": 10**400, "loss": 1}, {}]
+    assert report._curve(records, "loss") == ([1.0, 2.0], [1.0, 3.5])
+
+
+def test_the_name_of_a_folder_is_a_title_and_no_formula(tmp_path: Path) -> None:
+    workdir = tmp_path / ("$\\frac$" + "a" * 150)
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_bytes(GOOD)
+    report.write(workdir, 3, held_out(2.25), corpus())
+    assert (workdir / "loss.png").exists()
+
+
+def test_the_same_curve_is_the_same_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(GOOD)
+    images = []
+    for _ in range(2):
+        report.write(tmp_path, 3, held_out(2.25), corpus())
+        images.append((tmp_path / "loss.png").read_bytes())
+    assert images[0] == images[1]
+    assert b"Software" not in images[0]
+
+
+@pytest.mark.parametrize("place", ["evaluation.json", "loss.png"])
+def test_a_result_that_cannot_be_written_is_in_the_log(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(GOOD)
+    (tmp_path / place / "occupied").mkdir(parents=True)  # a folder that no file can replace
+    with pytest.raises(files.FileError, match=place):
+        report.write(tmp_path, 3, held_out(2.25), corpus())
+    assert "bits per byte  2.2500" in caplog.text
+
+
+def test_records_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(files.FileError, match=r"metrics\.jsonl: cannot be read"):
+        report.write(tmp_path, 3, held_out(2.25), corpus())
+    assert json.loads((tmp_path / "evaluation.json").read_text())["step"] == 3

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from experiments import latency_report, long_context
+from umv2.schema import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,35 @@ def test_a_campaign_is_reported_as_mean_and_range_over_seeds(
     assert rows[0] == "| needle | 256 | 25.0 | 30.0 (20.0 to 40.0) |"
     assert [row.split("|")[2].strip() for row in rows] == ["256", "512"] * 2
     assert "| moe | 2 |" in text
-    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+    assert "![moe](moe.png)" in text
+    images = [(tmp_path / name).read_bytes() for name in ("accuracy.png", "moe.png")]
+    long_context.report()
+    assert images == [(tmp_path / name).read_bytes() for name in ("accuracy.png", "moe.png")]
+
+
+def test_runs_of_a_family_are_not_those_of_one_whose_name_begins_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_context, "RESULTS", tmp_path)
+    for name in ("moe_10", "moe_2", "moe_2_of_16_0", "moe_x", "dense_0"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert list(long_context._stored("moe")) == [2, 10]
+    assert list(long_context._stored("moe_2_of_16")) == [0]
+    assert not long_context._stored("pkm")
+
+
+def test_a_campaign_without_a_run_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_context, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match="no run of ultramem_v2, moe, dense is stored there"):
+        long_context.report()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_likelihood_that_is_not_finite_is_null_in_a_sum() -> None:
+    assert long_context._sum([1.0, None]) is None
+    assert long_context._sum([1.0, -2.0, 0.0]) == -1.0
 
 
 def record(family: str, seconds: list[float], **changes: Any) -> dict[str, Any]:

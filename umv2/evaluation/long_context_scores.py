@@ -8,7 +8,8 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from umv2 import files, pictures, tables
 from umv2.config import Config, LongContextConfig, ModelConfig
 from umv2.data.tokenizers import Tokenizer
 from umv2.evaluation.answers import Questions, Respondent
@@ -96,35 +98,41 @@ class LongContextReport:
         return {key: Cell.of([s for s in self.scores if (s.task, s.length) == key]) for key in keys}
 
     def metrics(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
+        """Returns plain values for JSON; None for what is not finite, which JSON cannot say."""
         return {
             "step": self.step,
             "trained_length": self.trained_length,
             "extrapolation": self.extrapolation,
             "cells": [
-                {"task": task, "length": length} | dataclasses.asdict(cell)
+                {"task": task, "length": length} | _json_values(cell)
                 for (task, length), cell in self.cells().items()
             ],
         }
 
-    def table(self) -> str:
-        """Returns accuracies in percent, with 95 % intervals, as lines of text."""
-        lines = [
-            f"long-context suite after step {self.step:,}: exact answers in %, 95 % interval;"
-            f" trained at {self.trained_length:,} tokens, beyond: {self.extrapolation}",
-            f"  {'task':<12} {'tokens':>7} {'exact':>6}  {'interval':>13} {'chance':>7}"
-            f" {'nats/token':>11} {'answers':>8}",
-        ]
+    def table(self, width: int | None = None) -> str:
+        """Returns accuracies in percent, with 95 % intervals, as lines of text.
+
+        Args:
+          width: columns that they take at most; None: as many as the terminal has.
+        """
+        rows = [("  task", "tokens", "exact", "interval", "chance", "nats/token", "answers")]
         for (task, length), cell in self.cells().items():
             interval = f"{100 * cell.low:.1f} - {100 * cell.high:.1f}"
-            lines.append(
-                f"  {task:<12} {length:>7,} {100 * cell.accuracy:>6.1f}  {interval:>13}"
-                f" {100 * cell.chance:>7.1f} {cell.nats_per_token:>11.3f} {cell.num_answers:>8,}"
-            )
-        return "\n".join(lines)
+            shares = f"{100 * cell.accuracy:.1f}", interval, f"{100 * cell.chance:.1f}"
+            nats, answers = f"{cell.nats_per_token:.3f}", f"{cell.num_answers:,}"
+            rows.append((f"  {task}", f"{length:,}", *shares, nats, answers))
+        heading = (
+            f"long-context suite after step {self.step:,}: exact answers in %, 95 % interval;"
+            f" trained at {self.trained_length:,} tokens, beyond: {self.extrapolation}"
+        )
+        return f"{tables.paragraph(heading, width)}\n{tables.table(rows, width)}"
 
     def write(self, folder: Path, config: Config) -> None:
-        """Writes `long_context.jsonl`, an answer a line below a heading, and `long_context.png`."""
+        """Writes `long_context.jsonl`, an answer a line below a heading, and `long_context.png`.
+
+        Raises:
+          FileError: a file cannot be written; the log then has the table.
+        """
         heading = {
             "step": self.step,
             "trained_length": self.trained_length,
@@ -132,10 +140,14 @@ class LongContextReport:
             "settings": dataclasses.asdict(config.evaluation.long_context),
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
         }
-        records = [heading, *(dataclasses.asdict(score) for score in self.scores)]
-        lines = (json.dumps(record) for record in records)
-        (folder / "long_context.jsonl").write_text("\n".join(lines) + "\n")
-        draw_heat_maps(self.scores, folder / "long_context.png")
+        records = [heading, *map(_json_values, self.scores)]
+        lines = (json.dumps(record, allow_nan=False) for record in records)
+        try:
+            files.write_text(folder / "long_context.jsonl", "\n".join(lines) + "\n")
+            draw_heat_maps(self.scores, folder / "long_context.png")
+        except files.FileError:
+            logging.error("%s", self.table())
+            raise
 
 
 def evaluate(
@@ -247,39 +259,79 @@ def _scores(
 
 
 def draw_heat_maps(scores: Sequence[Score], image: Path) -> None:
-    """Draws for each task how many answers are exact, by length and by depth of the evidence."""
-    from matplotlib.figure import Figure
+    """Draws for each task how many answers are exact, by length and by depth of the evidence.
 
-    tasks = sorted({s.task for s in scores}, key=list(TASKS).index)
-    lengths = sorted({s.length for s in scores})
-    figure = Figure(figsize=(2.3 * len(tasks) + 1, 3.2), layout="constrained")
-    every = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
-    picture = None
-    for axes, task in zip(every, tasks, strict=True):
-        shares = np.full((_DEPTH_BINS, len(lengths)), np.nan)
-        for column, length in enumerate(lengths):
-            for depth in range(_DEPTH_BINS):
-                inside = [
-                    s.exact
-                    for s in scores
-                    if (s.task, s.length) == (task, length) and depth_bin(s.depth) == depth
-                ]
-                if inside:
-                    shares[depth, column] = 100 * np.mean(inside)
-                    axes.text(column, depth, f"{shares[depth, column]:.0f}", ha="center", size=8)
-        picture = axes.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        chance = 100 * np.mean([s.chance for s in scores if s.task == task])
-        axes.set_title(f"{task}\nchance {chance:.0f} %", fontsize=10)
+    Raises:
+      FileError: the file cannot be written.
+    """
+    shares: dict[str, dict[tuple[int, int], list[bool]]] = defaultdict(lambda: defaultdict(list))
+    chances: dict[str, list[float]] = defaultdict(list)
+    for score in scores:
+        shares[score.task][score.length, depth_bin(score.depth)].append(score.exact)
+        chances[score.task].append(score.chance)
+    percent = {
+        task: {place: 100 * float(np.mean(exact)) for place, exact in found.items()}
+        for task, found in shares.items()
+    }
+    chance = {task: 100 * float(np.mean(found)) for task, found in chances.items()}
+    draw_shares(percent, chance, image)
+
+
+def draw_shares(
+    percent: Mapping[str, Mapping[tuple[int, int], float]],
+    chance: Mapping[str, float],
+    image: Path,
+) -> None:
+    """Draws exact answers in percent as a heat map for each task; nothing without any.
+
+    Args:
+      percent: by task, then by (length, fifth of the depth); what nobody asked for is missing.
+      chance: in percent, by task.
+      image: to write.
+
+    Raises:
+      FileError: the file cannot be written.
+    """
+    if not percent:
+        return
+    tasks = sorted(percent, key=list(TASKS).index)
+    lengths = sorted({length for found in percent.values() for length, _ in found})
+    num_columns = min(4, len(tasks))
+    num_rows = math.ceil(len(tasks) / num_columns)
+    width = max(2.3, 0.55 * len(lengths)) * num_columns + 1.5
+    figure = pictures.new(width, 2.9 * num_rows + 0.3)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        cells = np.full((_DEPTH_BINS, len(lengths)), np.nan)
+        for (length, depth), value in percent[task].items():
+            column = lengths.index(length)
+            cells[depth, column] = value
+            # Both ends of the scale are dark.
+            color = "black" if 15 < value < 85 else "white"
+            style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8, "color": color}
+            axes.text(column, depth, f"{value:.0f}", **style)
+        picture = axes.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axes.set_title(f"{task}\nchance {chance[task]:.0f} %", fontsize=10)
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
+        axes.tick_params(axis="x", labelrotation=45 if len(lengths) > 4 else 0)
     edges = [
         f"{100 * i // _DEPTH_BINS}-{100 * (i + 1) // _DEPTH_BINS} %" for i in range(_DEPTH_BINS)
     ]
-    every[0].set_yticks(range(_DEPTH_BINS), edges)
-    every[0].set_ylabel("depth of the evidence")
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(_DEPTH_BINS), edges)
+    figure.supylabel("depth of the evidence", fontsize=10)
     figure.supxlabel("length, tokens", fontsize=10)
-    if picture is not None:
-        figure.colorbar(picture, ax=list(every), label="exact answers, %", shrink=0.9)
-    figure.savefig(image, dpi=120)
+    figure.colorbar(picture, ax=list(grid.flat), label="exact answers, %", shrink=0.9)
+    pictures.save(figure, image)
+
+
+def _json_values(record: Score | Cell) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in dataclasses.asdict(record).items()
+    }
 
 
 def _order(key: tuple[str, int]) -> tuple[int, int]:

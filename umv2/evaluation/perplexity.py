@@ -23,7 +23,7 @@ from umv2.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """How well a model predicts a text; what needs the number of bytes is None without it."""
+    """How well a model predicts a text; what is of bytes is None where none are known."""
 
     loss_nats_per_token: float
     perplexity: float
@@ -96,7 +96,7 @@ def evaluate(
     return HeldOut(
         loss_nats_per_token=loss,
         perplexity=float(np.exp(loss)),  # math.exp would raise for a model that diverged
-        bits_per_byte=None if num_bytes is None else total_nats / (math.log(2) * num_bytes),
+        bits_per_byte=total_nats / (math.log(2) * num_bytes) if num_bytes else None,
         num_tokens=round(total_weight),
         num_bytes=num_bytes,
     )

@@ -6,11 +6,14 @@ import gzip
 import json
 import lzma
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
+from umv2 import files, pictures, tables
 from umv2.data import pipeline
 from umv2.evaluation.perplexity import HeldOut
 
@@ -24,25 +27,40 @@ class Report:
     compressors: dict[str, float]
 
     def metrics(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
-        return {"step": self.step, **self.held_out.metrics(), "compressors": self.compressors}
+        """Returns plain values for JSON; None for what is not finite, which JSON cannot say."""
+        measures = {
+            name: value if math.isfinite(value) else None
+            for name, value in self.held_out.metrics().items()
+        }
+        return {"step": self.step, **measures, "compressors": self.compressors}
 
-    def table(self) -> str:
-        """Returns the figures as lines of text."""
+    def table(self, width: int | None = None) -> str:
+        """Returns the figures as lines of text.
+
+        Args:
+          width: columns that they take at most; None: as many as the terminal has.
+        """
         held_out = self.held_out
-        lines = [
-            f"held-out after step {self.step:,}: {held_out.num_tokens:,} tokens",
-            f"  loss           {held_out.loss_nats_per_token:8.4f} nats per token",
-            f"  perplexity     {held_out.perplexity:8.3f}",
+        rows = [
+            ("  loss", _figure(held_out.loss_nats_per_token), "nats per token"),
+            ("  perplexity", _figure(held_out.perplexity, digits=3), ""),
         ]
         if held_out.bits_per_byte is not None:
-            lines.append(f"  bits per byte  {held_out.bits_per_byte:8.4f}")
-        lines += [f"  {name:<13}  {bits:8.4f}" for name, bits in self.compressors.items()]
-        return "\n".join(lines)
+            rows.append(("  bits per byte", _figure(held_out.bits_per_byte), ""))
+        rows += [(f"  {name}", _figure(bits), "") for name, bits in self.compressors.items()]
+        heading = f"held-out after step {self.step:,}: {held_out.num_tokens:,} tokens"
+        return f"{tables.paragraph(heading, width)}\n{tables.table(rows, width, left=(0, 2))}"
+
+
+def _figure(value: float, digits: int = 4) -> str:
+    """Shows a number; those of a model that diverged may have hundreds of digits."""
+    return f"{value:.{digits}f}" if value < 1e6 else f"{value:.{digits}e}"
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Returns what general compressors at their strongest need for a text."""
+    """Returns what general compressors at their strongest need for a text, unless it is empty."""
+    if not text:
+        return {}
     sizes = {
         "gzip -9": len(gzip.compress(text, 9, mtime=0)),
         "bzip2 -9": len(bz2.compress(text, 9)),
@@ -52,16 +70,25 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def write(workdir: Path, step: int, held_out: HeldOut, corpus: pipeline.Corpus) -> Report:
-    """Compares a result with compressors; process 0 writes `evaluation.json` and `loss.png`."""
+    """Compares a result with compressors; process 0 writes `evaluation.json` and `loss.png`.
+
+    Raises:
+      FileError: a file cannot be written; the log then has the result.
+    """
     comparable = held_out.bits_per_byte is not None
     compressors = compressed_bits_per_byte(corpus.held_out_text()) if comparable else {}
     report = Report(step=step, held_out=held_out, compressors=compressors)
     if jax.process_index() != 0:
         return report
-    (workdir / "evaluation.json").write_text(json.dumps(report.metrics(), indent=2) + "\n")
     metrics_file = workdir / "metrics.jsonl"
-    if metrics_file.exists():
-        plot_loss(metrics_file, workdir / "loss.png", compressors)
+    try:
+        text = json.dumps(report.metrics(), indent=2, allow_nan=False)
+        files.write_text(workdir / "evaluation.json", text + "\n")
+        if metrics_file.exists():
+            plot_loss(metrics_file, workdir / "loss.png", compressors)
+    except files.FileError:
+        logging.error("%s", report.table())
+        raise
     return report
 
 
@@ -69,36 +96,64 @@ def plot_loss(metrics_file: Path, image: Path, compressors: dict[str, float]) ->
     """Draws training and held-out loss over tokens, in bits per byte where known.
 
     Training loss is in bits per token; the two scales are one for byte-level tokens.
-    """
-    from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
-    held_out = [
-        (r["tokens"], r["held_out_bits_per_byte"])
-        for r in records
-        if r.get("held_out_bits_per_byte") is not None
-    ]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    Raises:
+      FileError: a file cannot be read or written.
+    """
+    records = read_records(metrics_file)
+    figure = pictures.new(8.0, 5.0)
     axes = figure.subplots()
-    axes.plot(
-        [tokens / 1e6 for tokens, _ in training],
-        [loss / math.log(2) for _, loss in training],
-        linewidth=0.8,
-        label="training, bits per token",
-    )
-    if held_out:
-        axes.plot(
-            [tokens / 1e6 for tokens, _ in held_out],
-            [bits for _, bits in held_out],
-            marker="o",
-            markersize=3,
-            label=f"held-out, bits per byte ({held_out[-1][1]:.3f})",
-        )
-    for index, (name, bits) in enumerate(compressors.items()):
-        axes.axhline(bits, linestyle="--", color=f"C{index + 2}", label=f"{name} ({bits:.3f})")
-    axes.set(xlabel="million tokens", ylabel="bits", title=metrics_file.parent.name)
+    names = ["training, bits per token"]
+    tokens, losses = _curve(records, "loss")
+    curves = axes.plot(tokens, [loss / math.log(2) for loss in losses], linewidth=0.8)
+    tokens, bits = _curve(records, "held_out_bits_per_byte")
+    if bits:
+        curves += axes.plot(tokens, bits, marker="o", markersize=3)
+        names.append(f"held-out, bits per byte ({bits[-1]:.3f})")
+    for index, (name, size) in enumerate(compressors.items()):
+        style = ("--", "-.", ":")[index % 3]
+        curves.append(axes.axhline(size, linestyle=style, color=f"C{index + 2}"))
+        names.append(f"{name} ({size:.3f})")
+    title = pictures.literal(metrics_file.absolute().parent.name, 70)
+    axes.set(xlabel="million tokens", ylabel="bits", title=title)
     axes.set_ylim(0, None)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(image, dpi=120)
+    pictures.legend_below(figure, curves, names)
+    pictures.save(figure, image)
+
+
+def read_records(metrics_file: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run.
+
+    Lines that are none, as a writer that was killed leaves them, are left out with a warning.
+
+    Raises:
+      FileError: the file cannot be read.
+    """
+    with files.errors(metrics_file, "cannot be read"):
+        lines = metrics_file.read_bytes().splitlines()
+    records = [record for line in lines if (record := _record(line)) is not None]
+    if damaged := len(lines) - len(records):
+        logging.warning("%s: %d of %d lines are no records", metrics_file, damaged, len(lines))
+    return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _curve(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Returns millions of tokens and the values of a measure, where both are finite numbers."""
+    pairs = [(_finite(record.get("tokens")), _finite(record.get(name))) for record in records]
+    points = [(x / 1e6, y) for x, y in pairs if x is not None and y is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _finite(value: Any) -> float | None:
+    # An integer beyond the range of a float is none, either.
+    largest = sys.float_info.max
+    return float(value) if isinstance(value, int | float) and -largest <= value <= largest else None
