@@ -1,13 +1,27 @@
+import ast
 import dataclasses
+import errno
 import json
+import os
 import pickle
+import re
+import resource
+import shlex
+import signal
 import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from tests.tiny_run import logged
+from umv2 import files
 from umv2.config import DataConfig
 from umv2.data.documents import Documents
 from umv2.data.paths import DataError
@@ -89,7 +103,7 @@ def test_a_finished_folder_is_left_alone(
 
 def test_a_folder_of_another_job_is_refused(text: DataConfig, tmp_path: Path) -> None:
     prepare(text, tmp_path, num_processes=1)
-    with pytest.raises(DataError, match="belongs to another job: origin is"):
+    with pytest.raises(DataError, match=r"another job: origin\.text_field: 'text' -> 'body'"):
         prepare(dataclasses.replace(text, text_field="body"), tmp_path, num_processes=1)
 
 
@@ -102,8 +116,200 @@ def test_text_that_changed_between_runs_is_noticed(
         prepare(text, tmp_path / "out", num_processes=1, shard_bytes=SHARD_BYTES)
     last.write_bytes(b"good")
     (text_folder / "00.txt").write_text("x" * SHARD_BYTES)
-    with pytest.raises(DataError, match=r"shard-00000.array_record: holds \d documents, but"):
+    with pytest.raises(DataError, match=r"shard-00000.array_record: the text gives other"):
         prepare(text, tmp_path / "out", num_processes=1, shard_bytes=SHARD_BYTES)
+
+
+def finished_folder(text: DataConfig, folder: Path) -> ShardManifest:
+    return prepare(text, folder, num_processes=1, shard_bytes=SHARD_BYTES)
+
+
+def test_what_was_written_and_how_to_train_on_it_is_said(text: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "a [b] 'c'"
+    with logged() as messages:
+        manifest = finished_folder(dataclasses.replace(text, end_of_text_id=256), folder)
+    said = f"{folder}: holds 40 documents, 3,145 tokens in {manifest.num_shards} shards"
+    assert said in messages
+    (recipe,) = (message for message in messages if message.startswith("to train on it: "))
+    flags = dict(flag.split("=", 1) for flag in shlex.split(recipe.partition(": ")[2]))
+    paths = ast.literal_eval(flags.pop("--config.data.paths"))
+    assert flags == {
+        "--config.data.source": "array_record",
+        "--config.data.tokenizer": "bytes",
+        "--config.data.end_of_text_id": "256",
+        "--config.model.vocab_size": "257",
+    }
+    recipe_config = dataclasses.replace(text, source="array_record", paths=paths)
+    corpus = load_corpus(recipe_config, ByteTokenizer(), vocab_size=257)
+    assert corpus.identity.description["documents"] == 40
+
+
+def edit(folder: Path) -> None:
+    (folder / "07.txt").write_text("edited")
+
+
+def add(folder: Path) -> None:
+    (folder / "50.txt").write_text("added")
+
+
+def remove_last(folder: Path) -> None:
+    (folder / "39.txt").unlink()
+
+
+def rename_first(folder: Path) -> None:
+    (folder / "00.txt").rename(folder / "99.txt")
+
+
+def edit_in_place(folder: Path) -> None:
+    path = folder / "07.txt"
+    path.write_bytes(path.read_bytes().replace(b"document", b"DOCUMENT"))
+
+
+@pytest.mark.parametrize("folder_is", ["finished", "without a list of files", "interrupted"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (edit, r"1 file was changed \(.*07\.txt\)"),
+        (edit_in_place, r"1 file was changed \(.*07\.txt\)"),
+        (add, r"1 file was added \(.*50\.txt\)"),
+        (remove_last, r"1 file was removed \(.*39\.txt\)"),
+        (rename_first, r"1 file was added \(.*99.txt\), 1 file was removed \(.*00\.txt\)"),
+    ],
+)
+def test_text_that_changed_since_is_noticed(
+    text: DataConfig,
+    text_folder: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    said: str,
+    folder_is: str,
+) -> None:
+    out = tmp_path / "out"
+    manifest = finished_folder(text, out)
+    if folder_is == "without a list of files":
+        dataclasses.replace(manifest, sources={}).write(out)
+        said = "; choose another folder"
+    elif folder_is == "interrupted":
+        dataclasses.replace(manifest, num_shards=0).write(out)
+    change(text_folder)
+    before = shards(out)
+    if change is add and folder_is == "interrupted":  # the last shard was full
+        assert finished_folder(text, out).num_documents == 41
+        return
+    with pytest.raises(DataError, match=f"shard-.*: the text gives other documents now.*{said}"):
+        finished_folder(text, out)
+    assert shards(out) == before
+
+
+def test_files_that_were_only_touched_change_nothing(
+    text: DataConfig, text_folder: Path, tmp_path: Path
+) -> None:
+    first = finished_folder(text, tmp_path / "out")
+    os.utime(text_folder / "07.txt", (0, 0))
+    with logged() as messages:
+        second = finished_folder(text, tmp_path / "out")
+    assert any("made before 1 file was changed" in message for message in messages)
+    assert dataclasses.replace(second, sources=first.sources) == first
+    assert second.sources != first.sources
+    with logged() as messages:
+        assert finished_folder(text, tmp_path / "out") == second
+    assert any("already holds all 40 documents" in message for message in messages)
+
+
+def test_a_shard_that_was_lost_is_written_again(text: DataConfig, tmp_path: Path) -> None:
+    finished_folder(text, tmp_path / "out")
+    before = shards(tmp_path / "out")
+    (tmp_path / "out" / "shard-00002.array_record").unlink()
+    finished_folder(text, tmp_path / "out")
+    assert shards(tmp_path / "out") == before
+
+
+def test_two_at_a_time_are_refused(text: DataConfig, tmp_path: Path) -> None:
+    with (
+        files.locked(tmp_path / "out" / ".lock", "prepare"),
+        pytest.raises(files.InUse, match=r"out: process \d+ on .* \(prepare\) works there"),
+    ):
+        finished_folder(text, tmp_path / "out")
+
+
+def test_what_a_killed_run_left_is_removed(text: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".unfinished_99_shard-00000.array_record").write_text("half")
+    finished_folder(text, tmp_path / "out")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {"", ".json", ".array_record"}
+    assert not list((tmp_path / "out").glob(".unfinished_*"))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_full_disk_is_one_line_and_keeps_what_is_finished(
+    text: DataConfig, text_folder: Path, tmp_path: Path, num_processes: int
+) -> None:
+    # So large that the limit on the size of files, which stands for a full disk, refuses it.
+    (text_folder / "30.txt").write_bytes(np.random.default_rng(0).bytes(400_000).hex().encode())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(files.FileError, match=r"out/shard-.*: cannot be written: File too"):
+            prepare(text, tmp_path / "out", num_processes=num_processes, shard_bytes=SHARD_BYTES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = shards(tmp_path / "out")
+    assert len(kept) > 3
+    finished_folder(text, tmp_path / "out")
+    assert kept.items() <= shards(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    text: DataConfig, tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(files.FileError, match=r"file.*: cannot be made a folder"):
+        finished_folder(text, tmp_path / folder)
+
+
+def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(
+    text: DataConfig, text_folder: Path, tmp_path: Path
+) -> None:
+    """The terminal sends it to all processes; without traces, and what is finished stays."""
+    for number in range(40, 80):
+        (text_folder / f"{number}.txt").write_text(f"{number} " * 40_000)
+    (tmp_path / "config").write_bytes(pickle.dumps(text))
+    program = f"""
+import pickle
+from pathlib import Path
+from umv2 import command
+from umv2.data.prepare import prepare
+
+def main(arguments):
+    config = pickle.loads(Path("config").read_bytes())
+    prepare(config, Path("out"), num_processes=2, shard_bytes={SHARD_BYTES})
+
+if __name__ == "__main__":
+    command.run(main)
+"""
+    (tmp_path / "program.py").write_text(program)
+    process = subprocess.Popen(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and len(shards(tmp_path / "out")) < 3:
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr and process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    lines = said.splitlines()
+    assert lines[-1] == "interrupted", said
+    assert lines[-2].endswith("out: what is finished stays; the same command goes on from there")
+    assert "Traceback" not in said
+    kept = shards(tmp_path / "out")
+    finished_folder(text, tmp_path / "out")
+    assert kept.items() < shards(tmp_path / "out").items()
 
 
 def test_tokens_cannot_be_prepared(text: DataConfig, tmp_path: Path) -> None:
@@ -113,11 +319,21 @@ def test_tokens_cannot_be_prepared(text: DataConfig, tmp_path: Path) -> None:
         prepare(dataclasses.replace(text, tokenizer="none"), tmp_path, num_processes=1)
 
 
-def test_train_tokenizer_sees_the_training_side_alone(config: DataConfig, tmp_path: Path) -> None:
+def test_train_tokenizer_sees_the_training_side_alone(
+    config: DataConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for letter in string.ascii_lowercase:
         (tmp_path / f"{letter}.txt").write_text(f"qz{letter} " * 50)
     config = dataclasses.replace(config, paths=(f"{tmp_path}/*.txt",))
-    train_tokenizer(config, tmp_path / "bpe.json", 1000)
+    with logged() as messages:
+        train_tokenizer(config, tmp_path / "bpe.json", 1000)
+    assert re.search(
+        r"bpe\.json: a tokenizer of \d+ ids, for --config\.data\.tokenizer=.*bpe\.json"
+        r" --config\.model\.vocab_size=\d+$",
+        messages[-1],
+    )
+    captured = capfd.readouterr()
+    assert captured.out == "" and "\n\n" not in captured.err
     tokenizer = load_tokenizer(str(tmp_path / "bpe.json"))
     corpus = load_corpus(config, ByteTokenizer(), vocab_size=257)
     decode = ByteTokenizer().decode
@@ -167,12 +383,67 @@ def test_a_truncated_or_damaged_shard_is_named(shard_folder: Path) -> None:
         open_shards(shard_folder)
 
 
+def test_a_shard_that_is_missing_or_foreign_is_named(
+    text: DataConfig, text_folder: Path, shard_folder: Path, tmp_path: Path
+) -> None:
+    _, second, third = sorted(shard_folder.glob("*.array_record"))[:3]
+    away = tmp_path / "away"
+    second.rename(away)
+    with pytest.raises(DataError, match=r"of \d+ shards, shard-00001\.array_record is missing"):
+        open_shards(shard_folder)
+    away.rename(shard_folder / "renamed.array_record")
+    with pytest.raises(DataError, match=r"renamed\.array_record: not among its \d+ shards"):
+        open_shards(shard_folder)
+    (shard_folder / "renamed.array_record").unlink()
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(DataError, match=r"shard-00001\.array_record: holds other documents than"):
+        open_shards(shard_folder)
+
+
+def test_some_shards_of_a_folder_are_a_smaller_corpus(text: DataConfig, shard_folder: Path) -> None:
+    paths = sorted(shard_folder.glob("*.array_record"))
+    few = dataclasses.replace(text, source="array_record", paths=tuple(map(str, paths[:4])))
+    with logged() as messages:
+        corpus = load_corpus(few, ByteTokenizer(), vocab_size=257)
+    assert f"{shard_folder}: data.paths names 4 of {len(paths)} shards" in messages
+    assert 4 <= corpus.identity.description["documents"] < 40
+    paths[-1].unlink()
+    with pytest.raises(DataError, match=f"{paths[-1].name} is missing"):
+        load_corpus(few, ByteTokenizer(), vocab_size=257)
+
+
+def test_shards_of_an_older_version_can_be_read(shard_folder: Path) -> None:
+    path = shard_folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    for name in ("num_tokens", "sources", "shards"):
+        del manifest[name]
+    path.write_text(json.dumps(manifest))
+    assert len(open_shards(shard_folder).lengths) == 40
+
+
+def test_an_unreadable_shard_is_not_called_damaged(
+    shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".array_record":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"shard-.*: cannot be read: Too many open files"):
+        open_shards(shard_folder)
+
+
 def write_records(folder: Path, *records: bytes) -> None:
     path = folder / "shard-00000.array_record"
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for record in records:
         writer.write(record)
     writer.close()
+    # A folder that says nothing of the content of its shards.
+    dataclasses.replace(ShardManifest.read(folder), shards={}).write(folder)
 
 
 def test_a_bad_record_is_named(shard_folder: Path) -> None:
@@ -222,7 +493,14 @@ def test_shards_of_another_tokenizer_are_refused(
 def test_a_missing_or_damaged_manifest_is_named(shard_folder: Path) -> None:
     path = shard_folder / MANIFEST_NAME
     whole = json.loads(path.read_text())
-    for damaged in ("", "[]", json.dumps(whole | {"colour": 1}), json.dumps({"dtype": "uint16"})):
+    damages = (
+        *("", "[]", "[" * 99_999, json.dumps({"dtype": "uint16"})),
+        *(
+            json.dumps(whole | {field: value})
+            for field, value in (("colour", 1), ("dtype", "int8"), ("num_shards", "9"))
+        ),
+    )
+    for damaged in damages:
         path.write_text(damaged)
         with pytest.raises(DataError, match=r"tokens\.json: token shards need this file"):
             open_shards(shard_folder)

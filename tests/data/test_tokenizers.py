@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from umv2 import files
 from umv2.data.paths import DataError
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
@@ -104,6 +106,54 @@ def test_any_text_is_counted_in_bytes_by_a_byte_level_bpe(bpe_path: Path, text: 
     assert tokenizer.decode(ids) == text
 
 
+@pytest.fixture
+def with_added_tokens(bpe_path: Path, tmp_path: Path) -> Tokenizer:
+    """Some that the vocabulary has: as whole words, and as the piece of a lone byte."""
+    library = tokenizers.Tokenizer.from_file(str(bpe_path))
+    library.add_tokens(["世界", "née", " ", "\n\n", "ĠĠx", "ü", "é", "the", "Ġthe"])
+    library.add_special_tokens(["<|spé|>"])
+    path = tmp_path / "tokenizer.json"
+    library.save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("aüb", "ü", "née, 世界!", "the end\n\nof the é", "ĠĠx", "<|spé|> spelled out"),
+        *(UNSEEN, *TEXTS[:3]),
+    ],
+)
+def test_added_tokens_come_out_as_they_are(with_added_tokens: Tokenizer, text: str) -> None:
+    ids = with_added_tokens.encode(text)
+    assert with_added_tokens.decode(ids) == text
+    assert with_added_tokens.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_a_byte_that_has_a_name_is_still_a_byte(with_added_tokens: Tokenizer) -> None:
+    text = "額 and é"  # the first begins with the byte that the vocabulary writes as é
+    assert with_added_tokens.decode(with_added_tokens.encode(text)) == text
+    lone = with_added_tokens.encode("é")
+    assert with_added_tokens.decode(np.concatenate([lone, lone])) == "éé"
+
+
+def test_special_tokens_decode_to_nothing(with_added_tokens: Tokenizer, tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    special = library.get_vocab()["<|spé|>"]
+    assert with_added_tokens.decode([special, *with_added_tokens.encode("a"), special]) == "a"
+    assert with_added_tokens.token_bytes()[special] == 0
+
+
+@given(st.lists(st.integers(0, 299), max_size=12))
+def test_any_ids_decode_as_the_library_decodes_them(bpe_path: Path, ids: list[int]) -> None:
+    tokenizer = load_tokenizer(str(bpe_path))
+    assert tokenizer is not None
+    library = tokenizers.Tokenizer.from_file(str(bpe_path))
+    assert tokenizer.decode(ids) == library.decode(ids)
+
+
 def test_bytes_are_their_own_ids() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("aü").tolist() == [97, 195, 188]
@@ -120,9 +170,37 @@ def test_a_trained_bpe_merges_and_knows_every_byte(bpe_path: Path) -> None:
     assert tokenizer.token_bytes()[257:].min() > 1
 
 
-def test_a_bpe_needs_room_for_the_bytes(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="vocab_size=256: a byte-level BPE needs at least 257"):
-        train_bpe(TEXTS, 256, tmp_path / "tokenizer.json")
+@pytest.mark.parametrize("vocab_size", [-1, 256, 2**31, 2**70])
+def test_a_bpe_needs_room_for_the_bytes(tmp_path: Path, vocab_size: int) -> None:
+    with pytest.raises(DataError, match=f"vocab_size={vocab_size}: a byte-level BPE needs at leas"):
+        train_bpe(TEXTS, vocab_size, tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(files.FileError, match=r"file: cannot be made a folder"):
+        train_bpe(TEXTS, 300, tmp_path / "file" / "tokenizer.json")
+
+
+def test_an_error_in_the_text_ends_training(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        yield "one"
+        raise DataError("a.txt: not UTF-8")
+
+    with pytest.raises(DataError, match=r"a\.txt: not UTF-8"):
+        train_bpe(texts(), 300, tmp_path / "tokenizer.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_any_case_and_of_the_home_folder_is_found(
+    bpe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "BPE.JSON").write_bytes(bpe_path.read_bytes())
+    home, given = load_tokenizer("~/BPE.JSON"), load_tokenizer(str(bpe_path))
+    assert home and given and home.fingerprint == given.fingerprint
+    with pytest.raises(files.FileError, match=r"data\.tokenizer=gs://bucket/tokenizer\.json: must"):
+        load_tokenizer("gs://bucket/tokenizer.json")
 
 
 def test_fingerprints_tell_tokenizers_apart(bpe_path: Path, metaspace_path: Path) -> None:

@@ -26,7 +26,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
-from umv2 import distributed
+from umv2 import distributed, files
 from umv2.config import DataConfig
 from umv2.data import tasks
 from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
@@ -236,32 +236,66 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     return distributed.everywhere(load)
 
 
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umv2"
+def _default_cache_dir() -> Path | None:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "umv2"
+    try:
+        return Path.home() / ".cache" / "umv2"
+    except RuntimeError:  # a user without a home
+        return None
 
 
-def _tokenize(texts: Sequence[bytes], tokenizer: Tokenizer, cache_dir: Path) -> InMemoryDocuments:
+def _tokenize(
+    texts: Sequence[bytes], tokenizer: Tokenizer, cache_dir: Path | None
+) -> InMemoryDocuments:
     hashes = content_hashes(texts)
     if isinstance(tokenizer, ByteTokenizer):
         lengths = np.array([len(text) for text in texts], np.int64)
         return InMemoryDocuments(np.frombuffer(b"".join(texts), np.uint8), lengths, hashes)
-    key = content_hash(hashes.tobytes() + tokenizer.fingerprint.encode())
-    path = cache_dir / f"tokens-{key:016x}.npz"
-    if path.exists():
-        with np.load(path) as cached:
-            return InMemoryDocuments(cached["tokens"], cached["lengths"], hashes)
+    key = np.uint64(content_hash(hashes.tobytes() + tokenizer.fingerprint.encode()))
+    path = cache_dir / f"tokens-{key:016x}.npz" if cache_dir else None
+    cached = _cached_tokens(path, key, len(texts), tokenizer.vocab_size) if path else None
+    if cached:
+        return InMemoryDocuments(*cached, hashes)
     # Shown on a terminal (None), and not by processes that are to be quiet.
     disable = None if logging.level_info() else True
     bar = tqdm(texts, "tokenizing", unit=" documents", disable=disable)
     encoded = [tokenizer.encode(text.decode()) for text in bar]
     lengths = np.array([len(tokens) for tokens in encoded], np.int64)
     tokens = np.concatenate(encoded)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    # Of its own process and renamed, because several may tokenize the same text at once.
-    temporary = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(temporary, tokens=tokens, lengths=lengths)
-    temporary.replace(path)
+    if path:
+        try:
+            with files.replacing(path) as unfinished:
+                np.savez(unfinished, key=key, tokens=tokens, lengths=lengths)
+        except files.FileError as error:
+            logging.warning("tokens are not kept for the next run: %s", error)
     return InMemoryDocuments(tokens, lengths, hashes)
+
+
+def _cached_tokens(
+    path: Path, key: np.uint64, num_documents: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Reads tokens and lengths of documents; None, and a warning, where the file does not do."""
+    try:
+        with np.load(path) as cached:
+            tokens, lengths, its_key = cached["tokens"], cached["lengths"], cached["key"]
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # of zip, of zlib, of the header's parser: any for a damaged file
+        logging.warning("%s: the text is tokenized again: %s", path, error)
+        return None
+    if not (
+        its_key == key
+        and (tokens.dtype, lengths.dtype) == (np.int32, np.int64)
+        and tokens.ndim == 1
+        and lengths.shape == (num_documents,)
+        and lengths.min() >= 0
+        and lengths.sum() == len(tokens)
+        and (not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab_size))
+    ):
+        logging.warning("%s: the text is tokenized again: not its tokens", path)
+        return None
+    return tokens, lengths
 
 
 class PackedStream:

@@ -1,31 +1,55 @@
 """Tokenizes text into ArrayRecord shards, once, in parallel; trains a tokenizer on it."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import multiprocessing
-from collections.abc import Iterable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 from absl import logging
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import UInt64
 from tqdm import tqdm
 
+from umv2 import files
 from umv2.config import DataConfig
+from umv2.data.documents import little_endian
 from umv2.data.paths import DataError
-from umv2.data.shards import MANIFEST_NAME, ShardManifest, encode_record
-from umv2.data.sources import content_hashes, text_documents
+from umv2.data.shards import (
+    MANIFEST_NAME,
+    ShardManifest,
+    encode_record,
+    scan_shard,
+    shard_name,
+    some,
+)
+from umv2.data.sources import content_hashes, hash_of_all, source_files, text_documents
 from umv2.data.split import training_texts
 from umv2.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from umv2.schema import UserError, differing_fields
 
 _SHARD_BYTES = 64 << 20
+_LOCK_NAME = ".lock"
+
+Job = tuple[Path, list[bytes], UInt64[np.ndarray, "n"]]  # a shard to write, its texts, their hashes
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What has been written, or found."""
+
+    num_documents: int = 0
+    num_tokens: int = 0
+    shards: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def prepare(
@@ -33,15 +57,17 @@ def prepare(
 ) -> ShardManifest:
     """Tokenizes a text source into ArrayRecord shards that `data.source="array_record"` reads.
 
-    A shard is the documents that make up `shard_bytes` of text, written under a temporary name and
-    renamed, so that a run that was interrupted reads the text again but tokenizes only what is
-    missing. Nothing trains on the folder until every shard is there.
+    A shard is the documents that make up `shard_bytes` of text, and appears as a whole or not at
+    all, so that a run that was interrupted reads the text again but tokenizes only what is missing.
+    Nothing trains on the folder until every shard is there. A folder that is complete is left as it
+    is; if files of text were changed since, what they say now is compared with it.
 
     Raises:
-      DataError: for text that cannot be read, or a folder that another job has filled.
+      DataError: for text that cannot be read, or a folder of another job or of other text.
+      files.FileError: what the disk or the folder refuses, or another process that works there.
     """
     tokenizer = _text_tokenizer(config.tokenizer, config.end_of_text_id)
-    manifest = ShardManifest(
+    wanted = ShardManifest(
         dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         vocab_size=tokenizer.vocab_size,
         end_of_text_id=tokenizer.end_of_text_id,
@@ -57,44 +83,79 @@ def prepare(
         },
         num_shards=0,
         num_documents=0,
+        sources={
+            name: [status.st_size, status.st_mtime_ns]
+            for name, status in ((n, path.stat()) for n, path in source_files(config).items())
+        },
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if (output_dir / MANIFEST_NAME).exists():
-        existing = ShardManifest.read(output_dir)
-        _require_same_job(output_dir, existing, manifest)
-        if existing.num_shards:
-            logging.info("%s: already holds all %d shards", output_dir, existing.num_shards)
+    with files.locked(output_dir / _LOCK_NAME, "prepare"):
+        manifest = _prepare(config, wanted, output_dir, num_processes)
+    recipe = {
+        "data.source": "array_record",
+        "data.paths": f"({json.dumps(f'{output_dir}/*.array_record', ensure_ascii=False)},)",
+        "data.tokenizer": config.tokenizer,
+        "model.vocab_size": str(manifest.vocab_size),
+    }
+    if config.end_of_text_id >= 0:
+        recipe["data.end_of_text_id"] = str(config.end_of_text_id)
+    logging.info("to train on it: %s", shlex.join(f"--config.{k}={v}" for k, v in recipe.items()))
+    return manifest
+
+
+def _prepare(
+    config: DataConfig, wanted: ShardManifest, folder: Path, num_processes: int
+) -> ShardManifest:
+    existing = ShardManifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
+    changes = ""
+    if existing:
+        _require_same_job(folder, existing, wanted)
+        changes = _changes(existing.sources, wanted.sources)
+        is_there = all((folder / name).exists() for name in existing.shard_names())
+        if existing.num_shards and is_there and existing.sources == wanted.sources:
+            logging.info("%s: already holds all %s", folder, _amount(existing))
             return existing
-    manifest.write(output_dir)
-    write = functools.partial(
-        _write_shard,
-        tokenizer_name=config.tokenizer,
-        end_of_text_id=config.end_of_text_id,
-        dtype=manifest.dtype,
-    )
-    running: set[Future[int]] = set()
-    num_shards = num_documents = 0
-    bar = tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None)
-    with bar, _executor(num_processes) as executor:
-        for texts in _group(text_documents(config), shard_bytes):
-            path = output_dir / f"shard-{num_shards:05d}.array_record"
-            num_shards += 1
-            num_documents += len(texts)
-            if path.exists():
-                _require_same_length(path, len(texts))
-                bar.update(sum(map(len, texts)))
-                continue
-            # Two shards a process in flight keep all busy and bound the text in memory.
-            if len(running) >= 2 * num_processes:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                bar.update(sum(future.result() for future in done))
-            running.add(executor.submit(write, path, texts))
-        for future in running:
-            bar.update(future.result())
-    if not num_shards:
+        if existing.num_shards and changes:
+            logging.info("%s: made before %s; reading the text again", folder, changes)
+    else:
+        wanted.write(folder)
+    for left in folder.glob(".unfinished_*"):  # by a process that was killed
+        with files.errors(left, "cannot be deleted"):
+            left.unlink()
+    progress = _Progress()
+    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
+
+        def on_written(num_bytes: int, num_tokens: int) -> None:
+            progress.num_tokens += num_tokens
+            bar.update(num_bytes)
+
+        write = functools.partial(
+            _write_shard,
+            tokenizer_name=config.tokenizer,
+            end_of_text_id=config.end_of_text_id,
+            dtype=wanted.dtype,
+        )
+        texts = _group(text_documents(config), wanted.origin["shard_bytes"])
+        finished = existing if existing and existing.num_shards else None
+        jobs = _missing_shards(texts, folder, wanted, finished, progress, on_written, changes)
+        try:
+            _run(write, jobs, num_processes, on_written)
+        except KeyboardInterrupt:
+            logging.info("%s: what is finished stays; the same command goes on from there", folder)
+            raise
+    if not progress.shards:
         raise DataError(f"data.source={config.source!r}: holds no text")
-    manifest = dataclasses.replace(manifest, num_shards=num_shards, num_documents=num_documents)
-    manifest.write(output_dir)
+    left_over = {path.name for path in folder.glob("*.array_record")} - progress.shards.keys()
+    if left_over:
+        raise _other_text(folder / min(left_over), changes)
+    manifest = dataclasses.replace(
+        wanted,
+        num_shards=len(progress.shards),
+        num_documents=progress.num_documents,
+        num_tokens=progress.num_tokens,
+        shards=progress.shards,
+    )
+    manifest.write(folder)
+    logging.info("%s: holds %s", folder, _amount(manifest))
     return manifest
 
 
@@ -103,35 +164,148 @@ def train_tokenizer(config: DataConfig, output_path: Path, vocab_size: int) -> N
 
     Raises:
       DataError: for text that cannot be read, or a vocabulary too small for the bytes.
+      files.FileError: the file cannot be written.
     """
     texts = training_texts(text_documents(config), config.held_out_fraction)
     train_bpe(texts, vocab_size, output_path)
 
 
+def _amount(manifest: ShardManifest) -> str:
+    tokens = f", {manifest.num_tokens:,} tokens" if manifest.num_tokens else ""
+    return f"{manifest.num_documents:,} documents{tokens} in {manifest.num_shards:,} shards"
+
+
 def _require_same_job(folder: Path, existing: ShardManifest, wanted: ShardManifest) -> None:
-    for field in dataclasses.fields(ShardManifest):
-        there, here = getattr(existing, field.name), getattr(wanted, field.name)
-        if field.name not in ("num_shards", "num_documents") and there != here:
-            raise DataError(
-                f"{folder / MANIFEST_NAME}: belongs to another job: {field.name} is {there}, not"
-                f" {here}; choose another folder or delete this one"
-            )
-
-
-def _require_same_length(path: Path, num_documents: int) -> None:
-    num_records = ArrayRecordReader(str(path)).num_records()
-    if num_records != num_documents:
+    progress = ("num_shards", "num_documents", "num_tokens", "sources", "shards")
+    there, here = (
+        {
+            name: value
+            for name, value in dataclasses.asdict(manifest).items()
+            if name not in progress
+        }
+        for manifest in (existing, wanted)
+    )
+    if differences := differing_fields(there, here):
         raise DataError(
-            f"{path}: holds {num_records} documents, but the text now gives {num_documents}: it"
-            " has changed since; delete the folder and start again"
+            f"{folder / MANIFEST_NAME}: belongs to another job: {'; '.join(differences)}; choose"
+            " another folder or delete this one"
         )
 
 
-def _executor(num_processes: int) -> Executor:
+def _changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
+    """Says how files differ from those of an earlier run; "" where it left no list."""
+    if not before:
+        return ""
+    kinds = {
+        "added": [name for name in now if name not in before],
+        "removed": [name for name in before if name not in now],
+        "changed": [name for name in now if name in before and now[name] != before[name]],
+    }
+    said = [f"{len(n)} files were {kind} ({some(n)})" for kind, n in kinds.items() if n]
+    return ", ".join(said).replace("1 files were", "1 file was")
+
+
+def _other_text(path: Path, changes: str) -> DataError:
+    return DataError(
+        f"{path}: the text gives other documents now"
+        f"{': since then ' + changes if changes else ''}; choose another folder or delete this one"
+    )
+
+
+def _missing_shards(
+    groups: Iterable[list[bytes]],
+    folder: Path,
+    wanted: ShardManifest,
+    finished: ShardManifest | None,
+    progress: _Progress,
+    on_written: Callable[[int, int], None],
+    changes: str,
+) -> Iterator[Job]:
+    """Yields the shards that are not there yet; checks the documents of those that are.
+
+    Where the folder was `finished`, the text must give the shards that it had.
+    """
+    for number, texts in enumerate(groups):
+        path, hashes = folder / shard_name(number), content_hashes(texts)
+        progress.shards[path.name] = digest = hash_of_all(hashes)
+        progress.num_documents += len(texts)
+        if finished and (
+            number >= finished.num_shards or finished.shards.get(path.name, digest) != digest
+        ):
+            raise _other_text(path, changes)
+        if path.exists():
+            lengths, found = scan_shard(path, little_endian(wanted.dtype), wanted.vocab_size)
+            if not np.array_equal(found, hashes):
+                raise _other_text(path, changes)
+            on_written(sum(map(len, texts)), int(lengths.sum()))
+        else:
+            yield path, texts, hashes
+
+
+def _run(
+    write: Callable[..., tuple[int, int]],
+    jobs: Iterable[Job],
+    num_processes: int,
+    on_written: Callable[[int, int], None],
+) -> None:
+    """Calls `write` for every job, in processes if there are several.
+
+    An error ends the work after the shards that are being written; Ctrl-C ends it at once.
+    """
     if num_processes == 1:
-        return ThreadPoolExecutor(1)
+        for job in jobs:
+            on_written(*write(*job))
+        return
     # A fork would copy the locks of JAX's threads.
-    return ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(num_processes, spawn, initializer=_end_with_parent)
+    others = multiprocessing.active_children()
+    running: set[Future[tuple[int, int]]] = set()
+    try:
+        for job in jobs:
+            # Two shards a process in flight keep all busy and bound the text in memory.
+            if len(running) >= 2 * num_processes:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    on_written(*future.result())
+            with _interrupts_blocked():
+                running.add(executor.submit(write, *job))
+        for future in running:
+            on_written(*future.result())
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenizes was killed, as systems do that are out of memory; what is"
+            " finished stays, and the same command goes on from there"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Starts processes that Ctrl-C, which a terminal sends to all, leaves to this one."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is killed, and gives it no more work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _group(texts: Iterable[str], shard_bytes: int) -> Iterator[list[bytes]]:
@@ -157,15 +331,27 @@ def _text_tokenizer(name: str, end_of_text_id: int) -> Tokenizer:
 
 
 def _write_shard(
-    path: Path, texts: list[bytes], *, tokenizer_name: str, end_of_text_id: int, dtype: str
-) -> int:
-    """Writes one shard and returns its bytes of text; runs in a worker process."""
+    path: Path,
+    texts: list[bytes],
+    hashes: UInt64[np.ndarray, "n"],
+    *,
+    tokenizer_name: str,
+    end_of_text_id: int,
+    dtype: str,
+) -> tuple[int, int]:
+    """Writes one shard and returns its bytes of text and tokens; runs in a worker process."""
     tokenizer = _text_tokenizer(tokenizer_name, end_of_text_id)
-    temporary = path.with_name(path.name + ".tmp")
-    # Records are read one at a time, in any order.
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for text, text_hash in zip(texts, content_hashes(texts), strict=True):
-        writer.write(encode_record(tokenizer.encode(text.decode("utf-8")), int(text_hash), dtype))
-    writer.close()
-    temporary.replace(path)
-    return sum(map(len, texts))
+    num_tokens = 0
+    with files.replacing(path) as unfinished:
+        try:
+            # Records are read one at a time, in any order.
+            writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+            for text, text_hash in zip(texts, hashes, strict=True):
+                tokens = tokenizer.encode(text.decode("utf-8"))
+                num_tokens += len(tokens)
+                writer.write(encode_record(tokens, int(text_hash), dtype))
+            writer.close()
+        except RuntimeError as error:  # what the operating system refuses the library
+            said = str(error).split(";")[0].removeprefix("write() failed: ")
+            raise files.FileError(f"{path}: cannot be written: {said}") from error
+    return sum(map(len, texts)), num_tokens

@@ -2,22 +2,26 @@
 
 import dataclasses
 import json
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32, Int64, Integer, UInt64
 
+from umv2 import files
 from umv2.data.documents import EvenlyWeighted, little_endian, map_files, unknown_id
 from umv2.data.paths import DataError
-from umv2.data.sources import HASH_BYTES
+from umv2.data.sources import HASH_BYTES, hash_of_all
 
 MANIFEST_NAME = "tokens.json"
 
 _SCAN_RECORDS = 1 << 10
+_NAMES_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,12 @@ class ShardManifest:
     # 0 until every shard is written.
     num_shards: int
     num_documents: int
+    # What is below is missing where an older version wrote the file.
+    num_tokens: int = 0
+    # Size and time of the last change, in ns, of every file of text.
+    sources: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    # One hash of the content of the documents of every shard.
+    shards: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "ShardManifest":
@@ -47,17 +57,38 @@ class ShardManifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
+            for name, hint in typing.get_type_hints(cls).items():
+                kind = typing.get_origin(hint) or hint
+                if not isinstance(getattr(manifest, name), kind):
+                    raise TypeError(f"{name} is no {kind.__name__}")
+            if manifest.dtype not in ("uint16", "uint32"):
+                raise ValueError(f"dtype={manifest.dtype!r}")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: token shards need this file, which prepare writes: {error}"
             ) from error
+        return manifest
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest in one move, so that it is never seen half-written."""
-        temporary = folder / f"{MANIFEST_NAME}.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        temporary.replace(folder / MANIFEST_NAME)
+        """Writes the manifest as a whole, so that it is never seen half-written."""
+        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        files.write_text(folder / MANIFEST_NAME, text)
+
+    def shard_names(self) -> list[str]:
+        """Returns the names of all shards, in order."""
+        return [shard_name(number) for number in range(self.num_shards)]
+
+
+def shard_name(number: int) -> str:
+    """Returns the name of the file of one shard."""
+    return f"shard-{number:05d}.array_record"
+
+
+def some(names: Sequence[str]) -> str:
+    """Writes the first few of many names."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def encode_record(tokens: Integer[np.ndarray, "tokens"], text_hash: int, dtype: str) -> bytes:
@@ -71,8 +102,9 @@ class ArrayRecordDocuments(EvenlyWeighted):
     Opening reads each shard once to check it; in memory stay 16 bytes a document.
 
     Raises:
-      DataError: for a damaged or unfinished shard, shards of several tokenizers or of another one,
-        or a token id that is not below `vocab_size`.
+      DataError: for a damaged or unfinished shard, one that is missing from its folder or does not
+        belong there, shards of several tokenizers or of another one, or a token id that is not
+        below `vocab_size`. Some shards of a folder, if the others are there, are a smaller corpus.
     """
 
     def __init__(
@@ -88,6 +120,8 @@ class ArrayRecordDocuments(EvenlyWeighted):
         for folder in sorted({path.parent for path in paths}):
             manifests[folder] = ShardManifest.read(folder)
             _require_match(folder, manifests[folder], end_of_text_id, tokenizer_fingerprint)
+            names = [path.name for path in paths if path.parent == folder]
+            _require_all_shards(folder, manifests[folder], names)
         (first, manifest), *others = manifests.items()
         for folder, other in others:
             if other.tokenizer_fingerprint != manifest.tokenizer_fingerprint:
@@ -99,7 +133,9 @@ class ArrayRecordDocuments(EvenlyWeighted):
         self._dtype = little_endian(manifest.dtype)
 
         def scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
-            return _scan_shard(path, self._dtype, vocab_size)
+            lengths, hashes = scan_shard(path, self._dtype, vocab_size)
+            _require_own_documents(path, manifests[path.parent], hashes)
+            return lengths, hashes
 
         scans = map_files(scan, paths)
         self.lengths = np.concatenate([lengths for lengths, _ in scans])
@@ -127,10 +163,40 @@ def _require_match(
         raise DataError(f"{path}: the shards were made with another tokenizer than data.tokenizer")
 
 
-def _scan_shard(path: Path, dtype: np.dtype, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns length and hash of each record."""
+def _require_all_shards(folder: Path, manifest: ShardManifest, named: Sequence[str]) -> None:
+    """Checks that the shards that `data.paths` names are the folder's, and the others are there."""
+    path, expected = folder / MANIFEST_NAME, manifest.shard_names()
+    if foreign := sorted(set(named) - set(expected)):
+        raise DataError(f"{path}: {some(foreign)}: not among its {len(expected)} shards")
+    if missing := [name for name in expected if not (folder / name).exists()]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise DataError(f"{path}: of {len(expected)} shards, {some(missing)} {verb} missing")
+    if len(named) < len(expected):
+        logging.info("%s: data.paths names %d of %d shards", folder, len(named), len(expected))
+
+
+def _require_own_documents(
+    path: Path, manifest: ShardManifest, hashes: UInt64[np.ndarray, "n"]
+) -> None:
+    if manifest.shards and hash_of_all(hashes) != manifest.shards.get(path.name):
+        raise DataError(
+            f"{path}: holds other documents than {MANIFEST_NAME} beside it says: it is of another"
+            " folder; run prepare again"
+        )
+
+
+def scan_shard(
+    path: Path, dtype: np.dtype, vocab_size: int
+) -> tuple[Int64[np.ndarray, "n"], UInt64[np.ndarray, "n"]]:
+    """Returns length and content hash of each document, and checks their tokens.
+
+    Raises:
+      DataError: for a damaged or unfinished shard, or a token id that is not below `vocab_size`.
+    """
     lengths, hashes = [], []
     try:
+        # The library says of a file that cannot be opened what it says of a damaged one.
+        path.open("rb").close()
         reader = ArrayRecordReader(str(path))
         # A file cut short is not reported by an exception but by a reader that is not ok.
         if not reader.ok() or not reader.num_records():
@@ -150,6 +216,8 @@ def _scan_shard(path: Path, dtype: np.dtype, vocab_size: int) -> tuple[np.ndarra
                 lengths.append(tokens.size)
                 hashes.append(int.from_bytes(record[:HASH_BYTES], "little"))
         reader.close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {files.reason(error)}") from error
     except RuntimeError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     return np.array(lengths, np.int64), np.array(hashes, np.uint64)

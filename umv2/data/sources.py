@@ -61,14 +61,14 @@ def text_documents(config: DataConfig) -> Iterator[str]:
         case "hugging_face":
             yield from _hugging_face_documents(config)
         case _:
-            raise DataError(f"data.source={config.source!r} holds tokens, not text")
+            raise _no_text(config)
 
 
 def source_files(config: DataConfig) -> dict[str, Path]:
     """Returns the files of a text source, in order, by names; none for a data set of the Hub.
 
     Raises:
-      DataError: there are none, or what `data.paths` names is no file.
+      DataError: there are none, or what `data.paths` names is no file, or a source of tokens.
     """
     match config.source:
         case "standard_library":
@@ -85,12 +85,18 @@ def source_files(config: DataConfig) -> dict[str, Path]:
             found = {str(path): path for root in roots for path in _python_files(root).values()}
         case "text":
             return {str(path): path for path in matching_files(config.paths)}
-        case _:
+        case "hugging_face":
             return {}
+        case _:
+            raise _no_text(config)
     if not found:
         places = ", ".join(map(str, roots))
         raise DataError(f"data.source={config.source!r}: no Python sources in {places}")
     return found
+
+
+def _no_text(config: DataConfig) -> DataError:
+    return DataError(f"data.source={config.source!r} holds tokens, not text")
 
 
 def _python_files(root: Path) -> dict[str, Path]:

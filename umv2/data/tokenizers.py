@@ -1,18 +1,24 @@
 """Tokenizers behind one protocol: bytes, Hugging Face `tokenizers` files, SentencePiece models."""
 
+import functools
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from absl import logging
 from jaxtyping import Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
+from umv2 import files
 from umv2.data.paths import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -95,6 +101,8 @@ class HuggingFaceTokenizer:
         own = next((i for i in known if i is not None), -1)
         self.end_of_text_id = _end_of_text(path, end_of_text_id, own, self.vocab_size)
         self.fingerprint = _fingerprint(content, self.end_of_text_id, own)
+        # Where a decoder is byte-level, it reads the bytes even of what is written in plain text.
+        self._bytes = self._byte_pieces() if self._decoders <= {"ByteLevel", "Sequence"} else None
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         """Returns the ids of a text, without what the file's post-processor would add."""
@@ -103,18 +111,101 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Ids) -> str:
         """Returns the text of ids."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.end_of_text_id]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
+        if self._bytes is None:
+            return self._tokenizer.decode(known, skip_special_tokens=True)
+        pieces = [self._bytes.get(i, _NOTHING) for i in known]
+        starts = itertools.accumulate(len(piece.content) for piece in pieces[:-1])
+        named = {
+            start: piece.name
+            for start, piece in zip(itertools.chain([0], starts), pieces, strict=False)
+            if piece.name is not None
+        }
+        return _decode(b"".join(piece.content for piece in pieces), named)
 
     def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
         """Returns the bytes of each piece; special tokens stand for 0."""
         sizes = np.zeros(self.vocab_size, np.int32)
-        for piece, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            # The GPT-2 alphabet writes each byte as one character.
-            sizes[index] = len(piece) if "ByteLevel" in self._decoders else _piece_bytes(piece)
-        for index, added in self._tokenizer.get_added_tokens_decoder().items():
-            sizes[index] = 0 if added.special else len(added.content.encode("utf-8"))
+        if self._bytes is not None:
+            for index, piece in self._bytes.items():
+                sizes[index] = len(piece.content if piece.name is None else piece.name.encode())
+        else:
+            for spelled, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+                sizes[index] = _piece_bytes(spelled)
+            for index, added in self._tokenizer.get_added_tokens_decoder().items():
+                sizes[index] = 0 if added.special else len(added.content.encode("utf-8"))
         sizes[self.end_of_text_id] = 0
         return sizes
+
+    def _byte_pieces(self) -> "dict[int, _BytePiece]":
+        """Returns what each id stands for; special tokens stand for nothing."""
+        ordinary = {
+            index: _BytePiece(_alphabet_bytes(piece))
+            for piece, index in self._tokenizer.get_vocab(with_added_tokens=False).items()
+        }
+        pieces = dict(ordinary)
+        for index, added in self._tokenizer.get_added_tokens_decoder().items():
+            content = added.content.encode("utf-8")
+            if added.special:
+                pieces[index] = _NOTHING
+            elif index not in ordinary:
+                pieces[index] = _BytePiece(content)
+            elif not _is_text(ordinary[index].content):
+                pieces[index] = _BytePiece(ordinary[index].content, added.content)
+        return pieces
+
+
+class _BytePiece(NamedTuple):
+    """The bytes of a piece.
+
+    A name that is added to a vocabulary which has it as a piece, such as `ü`, the piece of byte
+    0xFC, has no id of its own: it is meant where the byte makes no character.
+    """
+
+    content: bytes
+    name: str | None = None
+
+
+_NOTHING = _BytePiece(b"")
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decode(content: bytes, named: Mapping[int, str]) -> str:
+    """Decodes UTF-8; a byte that makes no character is U+FFFD, or what it is named."""
+    text = ""
+    while content:
+        try:
+            return text + content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            name = named.get(error.start)
+            stop = error.end if name is None else error.start + 1
+            text += content[: error.start].decode("utf-8") + (name or "\ufffd")
+            content = content[stop:]
+            named = {place - stop: name for place, name in named.items()}
+    return text
+
+
+@functools.cache
+def _alphabet() -> dict[str, int]:
+    """Returns GPT-2's characters of bytes: those that print are themselves, others from 256 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(_NUM_BYTES) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {
+        chr(_NUM_BYTES + place): byte for place, byte in enumerate(others)
+    }
+
+
+def _alphabet_bytes(piece: str) -> bytes:
+    alphabet = _alphabet()
+    if all(character in alphabet for character in piece):
+        return bytes(alphabet[character] for character in piece)
+    return piece.encode("utf-8")
 
 
 class SentencePieceTokenizer:
@@ -176,6 +267,7 @@ def load_tokenizer(name: str, end_of_text_id: int = -1) -> Tokenizer | None:
 
     Raises:
       DataError: for another name, an unreadable file or an impossible end-of-text id.
+      files.FileError: for a URL.
     """
     if name == "none":
         return None
@@ -186,11 +278,12 @@ def load_tokenizer(name: str, end_of_text_id: int = -1) -> Tokenizer | None:
                 f" {ByteTokenizer.end_of_text_id} (or -1)"
             )
         return ByteTokenizer()
-    match Path(name).suffix:
+    path = files.user_path(name, "data.tokenizer")
+    match path.suffix.lower():
         case ".json":
-            return HuggingFaceTokenizer(name, end_of_text_id)
+            return HuggingFaceTokenizer(path, end_of_text_id)
         case ".model":
-            return SentencePieceTokenizer(name, end_of_text_id)
+            return SentencePieceTokenizer(path, end_of_text_id)
         case _:
             raise DataError(
                 f"data.tokenizer={name!r}: must be 'bytes', 'none' or a path that ends in .json"
@@ -204,13 +297,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
     Id 0 is `<|endoftext|>`, ids 1 to 256 are the bytes, so that no text is unknown.
 
     Raises:
-      DataError: for a vocabulary too small to hold those.
+      DataError: for a vocabulary too small to hold those, or too large for ids of 32 bits.
+      files.FileError: the file cannot be written.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
+    if not len(alphabet) < vocab_size < 2**31:
         raise DataError(
             f"vocab_size={vocab_size}: a byte-level BPE needs at least {len(alphabet) + 1}, the"
-            f" bytes and {END_OF_TEXT}"
+            f" bytes and {END_OF_TEXT}, and at most 2^31 - 1"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -219,18 +313,37 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(alphabet),
-        show_progress=True,
+        show_progress=False,  # its bars leave empty lines where there is no terminal
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path))
+    num_bytes = 0
+
+    def read() -> Iterator[str]:
+        nonlocal num_bytes
+        with tqdm(desc="reading text", unit="B", unit_scale=True, disable=None) as bar:
+            for text in texts:
+                size = len(text.encode("utf-8"))
+                num_bytes += size
+                bar.update(size)
+                yield text
+        logging.info("merging pairs of %s bytes of text", f"{num_bytes:,}")
+
+    tokenizer.train_from_iterator(read(), trainer)
+    files.write_text(Path(path), tokenizer.to_str(pretty=True))
+    logging.info(
+        "%s: a tokenizer of %d ids, for --config.data.tokenizer=%s --config.model.vocab_size=%d",
+        path,
+        tokenizer.get_vocab_size(),
+        shlex.quote(str(path)),
+        tokenizer.get_vocab_size(),
+    )
 
 
 def _read(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"data.tokenizer={str(path)!r}: cannot be read: {error}") from error
+        reason = files.reason(error)
+        raise DataError(f"data.tokenizer={str(path)!r}: cannot be read: {reason}") from error
 
 
 def _fingerprint(content: bytes, end_of_text_id: int, own: int) -> str:
