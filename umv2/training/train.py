@@ -159,6 +159,7 @@ def train(config: Config, workdir: Path) -> bool:
             if step >= config.train.num_steps and not evaluate_first:
                 logging.info("%s has already taken its %d steps", workdir, step)
                 return True
+            stopped: _Stopped | None = None
             try:
                 _run(
                     config,
@@ -171,11 +172,13 @@ def train(config: Config, workdir: Path) -> bool:
                     stop,
                     evaluate_first=evaluate_first,
                 )
-            except _Stopped as stopped:
+            except _Stopped as caught:
+                stopped = caught
+            with working("writing the last checkpoint"):
                 checkpointer.wait()
+            if stopped is not None:
                 logging.info("stopped by %s after step %s; the state is saved", stop.name, stopped)
-                return False
-    return True
+    return stopped is None
 
 
 class _Stopped(Exception):
