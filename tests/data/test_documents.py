@@ -1,7 +1,10 @@
 import dataclasses
+import gzip
+import lzma
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -111,6 +114,97 @@ def test_a_real_npy_counts_its_header_in_offsets(tmp_path: Path) -> None:
 def test_a_real_npy_of_another_type_is_named(tmp_path: Path, tokens: np.ndarray) -> None:
     np.save(tmp_path / "a.npy", tokens)
     with pytest.raises(DataError, match=f"a.npy: holds {tokens.dtype} of shape"):
+        MemmapDocuments([tmp_path / "a.npy"], "uint16", END, vocab_size=10)
+
+
+def tokens_like_text(vocab_size: int, end: int, count: int = 6_000) -> np.ndarray:
+    """Few ids often and many seldom, as in text, and documents of some 300 tokens."""
+    rng = np.random.default_rng(vocab_size)
+    tokens = np.minimum(rng.zipf(1.2, count), vocab_size) - 1
+    return np.where(rng.random(count) < 1 / 300, end, tokens)
+
+
+NAMES = {
+    "<u2": "uint16",
+    ">u2": "big-endian uint16",
+    "<u4": "uint32",
+    ">u4": "big-endian uint32",
+    "<u8": "uint64",
+}
+
+
+@pytest.mark.parametrize("vocab_size", [257, 2_000, 50_304, 65_536, 128_256])
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("declared", ["uint16", "uint32"])
+def test_tokens_of_another_type_are_not_read_as_noise(
+    tmp_path: Path, vocab_size: int, is_last: bool, declared: Literal["uint16", "uint32"]
+) -> None:
+    end = vocab_size - 1 if is_last else 0
+    tokens = tokens_like_text(vocab_size, end)
+    for kind, name in NAMES.items():
+        if kind.endswith("u2") and vocab_size > 1 << 16:
+            continue
+        path = tmp_path / "a.bin"
+        tokens.astype(kind).tofile(path)
+        if name == declared:
+            read = MemmapDocuments([path], declared, end, vocab_size)
+            assert read.lengths.sum() == (tokens != end).sum()
+            continue
+        with pytest.raises(
+            DataError, match=rf"a\.bin: (its tokens are {name} by|.*; as (big-endian )?uint16 the)"
+        ):
+            MemmapDocuments([path], declared, end, vocab_size)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [5, 0] * 500,  # documents of one token
+        [0, 5, 0, 7] * 500,
+        [*range(8), END] * 1_000,
+        [0, 1] * 30 + [END],
+    ],
+)
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_tokens_of_the_right_type_are_read_however_odd(
+    tmp_path: Path, tokens: list[int], dtype: str
+) -> None:
+    end = END if END in tokens else 0
+    path = write_raw(tmp_path / "a.bin", tokens, dtype)
+    documents = MemmapDocuments([path], dtype, end, vocab_size=51_200)
+    assert documents.lengths.sum() == sum(token != end for token in tokens)
+
+
+@pytest.mark.parametrize("kind", [">u2", "<u8", ">i4", "<f4"])
+def test_a_header_of_another_type_is_named(tmp_path: Path, kind: str) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, END], kind))
+    with pytest.raises(DataError, match=r"a\.npy: holds .* of shape \(2,\), not a row of data"):
+        MemmapDocuments([tmp_path / "a.npy"], "uint16", END, vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("gzip", gzip.compress(b"x")),
+        ("xz", lzma.compress(b"x")),
+        ("Parquet", b"PAR1" * 9),
+        ("zip", b"PK\x03\x04" * 9),
+    ],
+)
+def test_a_file_of_another_format_is_no_token_file(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.bin: begins as {name} does; token files are raw"):
+        MemmapDocuments([tmp_path / "a.bin"], "uint16", END, vocab_size=65_536)
+
+
+@pytest.mark.parametrize(
+    "header", [b"{'descr'", b"\x01\x00\xff\xff", b"\x01\x00v\x00{" + b"(" * 117]
+)
+def test_a_damaged_header_is_one_line(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY" + header)
+    with pytest.raises(DataError, match=r"a\.npy: cannot be read: "):
         MemmapDocuments([tmp_path / "a.npy"], "uint16", END, vocab_size=10)
 
 

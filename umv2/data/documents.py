@@ -14,10 +14,21 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer, UInt64
 from tqdm import tqdm
 
-from umv2.data.paths import DataError
+from umv2.data.paths import DataError, format_of
 from umv2.data.sources import content_hashes
 
 _SCAN_TOKENS = 1 << 22
+_FEWEST_FOR_ENTROPY = 1 << 12
+_NPY = b"\x93NUMPY"
+# The types that raw files of tokens may be of, the widest first: the wider, the less by chance.
+_TYPE_NAMES = {
+    "<u8": "uint64",
+    ">u8": "big-endian uint64",
+    "<u4": "uint32",
+    ">u4": "big-endian uint32",
+    "<u2": "uint16",
+    ">u2": "big-endian uint16",
+}
 
 
 @runtime_checkable
@@ -146,8 +157,9 @@ class MemmapDocuments(EvenlyWeighted):
     ids; in memory stay 28 bytes a document.
 
     Raises:
-      DataError: for a file that is empty, unreadable, not of `dtype`, not a whole number of tokens
-        long or without any end-of-text, or a token id that is not below `vocab_size`.
+      DataError: for a file that is empty, unreadable, not of `dtype` by its header or its values,
+        not a multiple of it long or without any end-of-text, or a token id that is not below
+        `vocab_size`.
     """
 
     def __init__(
@@ -184,11 +196,15 @@ def _open_token_file(path: Path, dtype: str) -> np.ndarray:
     expected = little_endian(dtype)
     try:
         with path.open("rb") as file:
-            has_header = file.read(6) == b"\x93NUMPY"
-        mapped = np.load(path, mmap_mode="r") if has_header else np.memmap(path, np.uint8, "r")
-    except (OSError, EOFError, ValueError) as error:
+            head = file.read(64)
+        has_header = head.startswith(_NPY)
+        mapped = np.memmap(path, np.uint8, "r") if not has_header else _mapped_npy(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if not has_header:
+        # Two bytes may well be a token.
+        if found := format_of(head, min_bytes=3):
+            raise DataError(f"{path}: begins as {found} does; token files are raw or .npy")
         if mapped.nbytes % expected.itemsize:
             raise DataError(
                 f"{path}: truncated at byte offset {mapped.nbytes}: the size is not a multiple of"
@@ -197,10 +213,65 @@ def _open_token_file(path: Path, dtype: str) -> np.ndarray:
         return mapped.view(expected)
     if mapped.dtype != expected or mapped.ndim != 1 or not mapped.size:
         raise DataError(
-            f"{path}: holds {mapped.dtype} of shape {mapped.shape}, not a row of"
-            f" data.memmap_dtype={dtype!r}"
+            f"{path}: holds {_TYPE_NAMES.get(mapped.dtype.str, mapped.dtype)} of shape"
+            f" {mapped.shape}, not a row of data.memmap_dtype={dtype!r}"
         )
     return mapped
+
+
+def _mapped_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except Exception as error:  # of the header's parser: any for a damaged file
+        raise ValueError(str(error)) from error
+
+
+def _other_type(tokens: np.ndarray, end_of_text_id: int, vocab_size: int) -> np.dtype | None:
+    """Returns a type of which the same bytes are token ids, with end-of-text among them."""
+    content = tokens[: _SCAN_TOKENS - _SCAN_TOKENS % 8].view(np.uint8)
+    for dtype in map(np.dtype, _TYPE_NAMES):
+        if dtype != tokens.dtype and tokens.nbytes % dtype.itemsize == 0:
+            others = content.view(dtype)
+            if unknown_id(others, vocab_size) is None and (others == end_of_text_id).any():
+                return dtype
+    return None
+
+
+def _require_type(path: Path, tokens: np.ndarray, end_of_text_id: int, vocab_size: int) -> None:
+    """Refuses a raw file whose tokens are of another type, if all but certain.
+
+    In any tokens, odd and even positions are alike, and the lower bytes say more than the higher.
+    """
+    other = _other_type(tokens, end_of_text_id, vocab_size)
+    if other is None:
+        return
+    width = tokens.dtype.itemsize
+    if other.itemsize > width:
+        # No higher part is above this; were that chance, half of the lower were not either.
+        highest = (vocab_size - 1) >> (8 * width)
+        rows = tokens[:_SCAN_TOKENS].reshape(-1, other.itemsize // width)
+        low = rows[:, 0 if other.byteorder != ">" else -1]
+        is_other = len(rows) >= 64 and bool(np.mean(low <= highest) < 0.5)
+    else:
+        low, high = (tokens[:_SCAN_TOKENS].view(np.uint8)[byte::width] for byte in (0, width - 1))
+        is_other = (
+            other.itemsize == width
+            and len(low) >= _FEWEST_FOR_ENTROPY
+            and _entropy(high) > _entropy(low) + 1
+        )
+    if is_other:
+        name = _TYPE_NAMES[other.str]
+        raise DataError(
+            f"{path}: its tokens are {name} by their values, not data.memmap_dtype="
+            f"{_TYPE_NAMES[tokens.dtype.str]!r}"
+        )
+
+
+def _entropy(values: np.ndarray) -> float:
+    """Returns the entropy of bytes, in bits."""
+    shares = np.bincount(values) / len(values)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log2(shares)).sum())
 
 
 def _scan_token_file(
@@ -208,22 +279,29 @@ def _scan_token_file(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns start, length and hash of each document that is not empty."""
     tokens = _open_token_file(path, dtype)
+    header_bytes = path.stat().st_size - tokens.nbytes
+    if not header_bytes:
+        _require_type(path, tokens, end_of_text_id, vocab_size)
+
+    def hint() -> str:
+        other = None if header_bytes else _other_type(tokens, end_of_text_id, vocab_size)
+        return f"; as {_TYPE_NAMES[other.str]} the ids would fit" if other else ""
+
     ends = []
     for start in range(0, len(tokens), _SCAN_TOKENS):
         chunk = tokens[start : start + _SCAN_TOKENS]
         if (position := unknown_id(chunk, vocab_size)) is not None:
-            header_bytes = path.stat().st_size - tokens.nbytes
             offset = header_bytes + (start + position) * tokens.itemsize
             raise DataError(
                 f"{path}: byte offset {offset} (token {start + position}): token id"
-                f" {chunk[position]} is not below vocab_size={vocab_size}"
+                f" {chunk[position]} is not below vocab_size={vocab_size}{hint()}"
             )
         ends.append(np.flatnonzero(chunk == end_of_text_id) + start)
     boundaries = np.concatenate(ends)
     if not boundaries.size:
         raise DataError(
             f"{path}: no token is end_of_text_id={end_of_text_id}, so its documents cannot be told"
-            " apart (data.end_of_text_id)"
+            f" apart (data.end_of_text_id){hint()}"
         )
     starts = np.concatenate([[0], boundaries + 1])
     lengths = np.concatenate([boundaries, [len(tokens)]]) - starts

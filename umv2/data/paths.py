@@ -32,9 +32,12 @@ class DataError(UserError, ValueError):
     """Data that cannot be trained on; the message names the file and the place in it."""
 
 
-def format_of(head: bytes) -> str | None:
-    """Returns the format that begins as `head` does; None for text, tokens and what is unknown."""
-    return next((name for start, name in _SIGNATURES if head.startswith(start)), None)
+def format_of(head: bytes, *, min_bytes: int = 1) -> str | None:
+    """Returns the format that begins as `head` does, by `min_bytes` or more; None if unknown."""
+    return next(
+        (name for start, name in _SIGNATURES if len(start) >= min_bytes and head.startswith(start)),
+        None,
+    )
 
 
 def matching_files(patterns: Sequence[str]) -> list[Path]:
