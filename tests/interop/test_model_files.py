@@ -1,7 +1,9 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -111,3 +113,52 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
         " not of this model: model/head; model/embedding has shape [15, 8], not [16, 8];"
         " store/values is float64, not float32"
     )
+
+
+@pytest.mark.parametrize("part", ["params", "store"])
+def test_a_model_that_is_not_finite_is_not_exported(part: str, tmp_path: Path) -> None:
+    config = small_config()
+    model = small_model(config)
+    with_nan = jax.tree.map(lambda leaf: leaf.at[..., -1].set(np.nan), getattr(model, part))
+    with pytest.raises(InteropError, match=r"^(model|store)/\w+.*: holds NaN or infinity$"):
+        model_files.export_model(
+            tmp_path / "out", config, dataclasses.replace(model, **{part: with_nan})
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_finite_is_not_read(tmp_path: Path) -> None:
+    path = exported(tmp_path / "out") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["store/values"][0, 1, 2] = np.inf
+    save_file(tensors, path)
+    with pytest.raises(InteropError, match=rf"{path}: store/values: holds NaN or infinity"):
+        model_files.load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("dense", "num_layers"),
+        ("dense", "ffn_size"),
+        ("moe", "num_layers"),
+        ("dense", "vocab_size"),
+        ("memory", "memory.key_dim"),
+        ("moe", "moe.expert_size"),
+    ],
+)
+def test_a_model_out_of_all_proportion_is_refused_before_it_is_made(
+    family: str, field: str, tmp_path: Path
+) -> None:
+    config = small_config(family)
+    model_files.export_model(tmp_path / "out", config, small_model(config))
+    path = tmp_path / "out" / "config.json"
+    description = json.loads(path.read_text())
+    section = description["config"]["model"]
+    *names, last = field.split(".")
+    for name in names:
+        section = section[name]
+    section[last] = 10**12
+    path.write_text(json.dumps(description))
+    with pytest.raises(InteropError, match=r"config\.json: describes a far larger model"):
+        model_files.load_model(tmp_path / "out")

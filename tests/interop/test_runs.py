@@ -7,8 +7,9 @@ import pytest
 from tests import tiny_run
 from tests.interop.comparison import assert_same_bits
 from tests.tiny_run import Run, logged
-from umv2 import modes
+from umv2 import files, modes
 from umv2.config import Config, ConfigError, to_dict
+from umv2.data.tokenizers import load_tokenizer, train_bpe
 from umv2.interop import model_files, olmoe, runs
 from umv2.interop.tensor_files import InteropError
 from umv2.training import checkpoint
@@ -75,12 +76,95 @@ def test_another_model_than_that_of_the_folder_is_refused(finished: Run, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_exists_is_left_alone(finished: Run, tmp_path: Path) -> None:
+def test_a_run_that_exists_is_left_alone(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs.export_run(finished.workdir, tmp_path / "out")
     shutil.copytree(finished.workdir, tmp_path / "run")
-    with pytest.raises(InteropError, match="has checkpoints already"):
-        runs.import_model(tmp_path / "out", tmp_path / "run", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "read_json", pytest.fail)  # before anything is read
+        with pytest.raises(InteropError, match="has checkpoints already"):
+            runs.import_model(tmp_path / "out", tmp_path / "run", None)
     assert restored(tmp_path / "run", finished.config).step == 12
+
+
+def test_a_folder_that_exists_is_left_alone(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "saved_config", pytest.fail)  # before anything is read
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InteropError, match="exists already; name a new or empty folder"):
+        runs.export_run(finished.workdir, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("run[1]", "the path of a run may not hold"),
+        ("file", "file: cannot be made a folder"),
+        ("file/run", "cannot be made a folder: Not a directory"),
+        ("busy", r"\(training\) works there"),
+    ],
+)
+def test_a_place_that_cannot_be_a_run_is_named(
+    finished: Run, tmp_path: Path, name: str, message: str
+) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    with (
+        files.locked(tmp_path / "busy" / "lock", "training"),
+        pytest.raises(files.FileError, match=message),
+    ):
+        runs.import_model(tmp_path / "out", tmp_path / name, None)
+    assert not (tmp_path / name / "checkpoints").exists()
+
+
+def test_a_damaged_model_leaves_no_checkpoint(finished: Run, tmp_path: Path) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InteropError, match=r"model\.safetensors: damaged"):
+        runs.import_model(tmp_path / "out", tmp_path / "run", None)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    path.write_bytes(whole)
+    runs.import_model(tmp_path / "out", tmp_path / "run", None)
+    assert restored(tmp_path / "run", finished.config).step == 0
+
+
+def test_the_tokenizer_goes_along_and_comes_back(finished: Run, tmp_path: Path) -> None:
+    runs.export_run(finished.workdir, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    runs.import_model(tmp_path / "out", tmp_path / "same", None)
+    assert saved_tokenizer(tmp_path / "same") == "bytes"
+
+    # As if the run had been trained with another one, whose file is not on this machine.
+    train_bpe(["a text", "of few words"], 257, tmp_path / "out" / "tokenizer.json")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["config"]["data"]["tokenizer"] = "/elsewhere/bpe.json"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with logged() as messages:
+        runs.import_model(tmp_path / "out", tmp_path / "run", None)
+    copy = tmp_path / "run" / "tokenizer.json"
+    assert (
+        f"{tmp_path / 'out'} has the tokenizer: data.tokenizer: '/elsewhere/bpe.json' -> '{copy}'"
+    ) in messages
+    shutil.rmtree(tmp_path / "out")
+    assert saved_tokenizer(tmp_path / "run") == str(copy)
+    assert load_tokenizer(str(copy)) is not None
+
+
+def saved_tokenizer(workdir: Path) -> str:
+    config = checkpoint.saved_config(workdir / "checkpoints")
+    tokenizer = config["data"]["tokenizer"]
+    assert isinstance(tokenizer, str)
+    return tokenizer
 
 
 def test_a_run_of_another_family_is_no_olmoe(finished: Run, tmp_path: Path) -> None:
@@ -100,6 +184,7 @@ def test_olmoe_becomes_a_run_and_comes_back(tmp_path: Path) -> None:
     with logged() as messages:
         runs.import_model(folder, tmp_path / "run", config)
     assert f"{folder / 'config.json'} says model.family: 'memory' -> 'moe'" in messages
+    assert f"{folder} holds no tokenizer; data.tokenizer stays 'bytes'" in messages
     runs.export_run(tmp_path / "run", tmp_path / "out", "olmoe")
     theirs, ours = (olmoe.load_olmoe(path, config.model) for path in (folder, tmp_path / "out"))
     assert theirs[0] == ours[0]

@@ -212,6 +212,7 @@ def _converted(content: bytes, original: SentencePieceTokenizer) -> tokenizers.T
     proto = schema.ModelProto.FromString(content)
     kinds, trainer, spec = type(proto.pieces[0]), proto.trainer_spec, proto.normalizer_spec
     unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == kinds.UNKNOWN)
+    unknown_piece = proto.pieces[unknown].piece
     if trainer.model_type == trainer.UNIGRAM:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
         tokenizer = tokenizers.Tokenizer(models.Unigram(scores, unknown, trainer.byte_fallback))
@@ -220,7 +221,7 @@ def _converted(content: bytes, original: SentencePieceTokenizer) -> tokenizers.T
             models.BPE(
                 {piece.piece: i for i, piece in enumerate(proto.pieces)},
                 _merges(proto) if trainer.model_type == trainer.BPE else [],
-                unk_token=proto.pieces[unknown].piece,
+                unk_token=unknown_piece,
                 fuse_unk=True,
                 byte_fallback=trainer.byte_fallback,
             )
@@ -235,7 +236,7 @@ def _converted(content: bytes, original: SentencePieceTokenizer) -> tokenizers.T
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
-    steps = [decoders.Replace(_SPACE, " ")]
+    steps = [decoders.Replace(unknown_piece, trainer.unk_surface), decoders.Replace(_SPACE, " ")]
     if trainer.byte_fallback:
         steps.append(decoders.ByteFallback())
     steps.append(decoders.Fuse())
@@ -257,7 +258,7 @@ def _converted(content: bytes, original: SentencePieceTokenizer) -> tokenizers.T
         ids = original.encode(text).tolist()
         if tokenizer.encode(text, add_special_tokens=False).ids != ids:
             return None
-        if unknown not in ids and tokenizer.decode(ids) != original.decode(ids):
+        if tokenizer.decode(ids, skip_special_tokens=False) != original.decode(ids):
             return None
     return tokenizer
 
