@@ -95,7 +95,9 @@ def get_config() -> ConfigDict:
     # standard_library and site_packages (what is installed beside it): Python sources | text |
     # array_record | memmap | hugging_face
     data.source = "standard_library"
-    data.paths = ()  # globs, for text (text, JSONL, Parquet), array_record and memmap
+    # Globs, for array_record, memmap and text: one document a file, a line of .jsonl, .ndjson and
+    # .json, a row of .parquet; all but the last may be .gz, .bz2, .xz or .zst.
+    data.paths = ()
     data.text_field = "text"  # key of the text in JSONL, Parquet and Hugging Face records
     data.memmap_dtype = "uint16"  # of token files: uint16 | uint32
     # Data set, its configuration and split, streamed by --mode=prepare.
@@ -105,7 +107,7 @@ def get_config() -> ConfigDict:
     data.tokenizer = "bytes"  # | path of a tokenizers .json or SentencePiece .model | none
     data.end_of_text_id = -1  # -1: the tokenizer's own
     data.sequence_length = 256  # tokens a sequence
-    data.held_out_fraction = 0.05  # share of documents kept for evaluation
+    data.held_out_fraction = 0.05  # of documents, for evaluation; of the end of each, if few
     long_context = data.long_context = ConfigDict()
     # Tasks of umv2/evaluation/long_context whose documents train beside those of a text source.
     long_context.tasks = ()
