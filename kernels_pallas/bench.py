@@ -15,27 +15,60 @@ looks for better block sizes instead, and writes them where calls find them: see
 """
 
 import argparse
+import errno
+import io
 import itertools
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import jax
 
+from kernels_pallas import arguments as operator_arguments
 from kernels_pallas import tuned
 from kernels_pallas.benchmark import measure, report, tune
+from kernels_pallas.benchmark.measure import reason_of
 from kernels_pallas.benchmark.workloads import OPERATORS, PLAIN, Pass, Workload, named_shapes
+from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.value_aggregation.shapes import Ids
 
 _DTYPES = ("float32", "bfloat16")
+_INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
+_CLOSED = 141  # and of one whose reader went away
+# A file or a folder that cannot be used: a mistake, or the machine's state, but no bug.
+_UNUSABLE = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with one line, and without the usage, where an argument is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; lists become tuples, and their entries are checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_pallas.bench", description=__doc__.partition("\n")[0]
-    )
+    parser = _Parser(prog="python -m kernels_pallas.bench", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--op", required=True, choices=OPERATORS, help="operator to measure")
     add("--implementation", default="all", help="names parted by commas, of which one may be plain")
@@ -44,13 +77,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ids", help="uniform, zipf, equal, ends: of value_aggregation; default: uniform,zipf")
     add("--dtype", default="float32", help="float32, bfloat16: of tables, or of query and keys")
     add("--repeats", type=int, default=15, help="rounds of measurements")
-    add("--output", type=Path, help="folder for records and plot; none: print only")
+    add("--output", help="folder for records and plot; none: print only")
     add("--tune", action="store_true", help="look for block sizes instead, and keep them")
     options = parser.parse_args(argv)
 
+    try:
+        jax.devices()
+    except RuntimeError as error:  # a platform that there is not
+        parser.error(" ".join(str(error).split()))
     operator = OPERATORS[options.op]
     if options.op == "value_aggregation":
-        options.ids = _names(parser, "ids", options.ids or "uniform,zipf", get_args(Ids))
+        ids = "uniform,zipf" if options.ids is None else options.ids
+        options.ids = _names(parser, "ids", ids, get_args(Ids))
     elif options.ids is None:
         options.ids = (None,)
     else:
@@ -65,13 +103,26 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--repeats: got {options.repeats}, must be at least 1")
     if options.tune and PLAIN in options.implementation:
         parser.error("--tune: the plain form has no block sizes")
-    if options.output is not None and not options.tune and not report.plot_is_possible():
-        parser.error("--output: the plot needs matplotlib: pip install matplotlib")
+    if options.output is not None:
+        options.output = _output_folder(parser, options)
     try:
         options.shapes = named_shapes(operator, options.shapes)
+        if operator_arguments.ids_are_checked():
+            raise ValueError("KERNELS_PALLAS_CHECK_IDS=1: checks would be measured; unset it")
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def _output_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path:
+    """Returns the folder for records and a plot, if there is a use for it and it can be one."""
+    if options.tune:
+        parser.error("--output: --tune writes to the folder of KERNELS_PALLAS_TUNED alone")
+    if not report.plot_is_possible():
+        parser.error("--output: the plot needs matplotlib: pip install matplotlib")
+    if not options.output or "://" in options.output:
+        parser.error(f"--output: got {options.output!r}, must be a folder of this machine")
+    return Path(options.output).expanduser()
 
 
 def _names(
@@ -135,9 +186,15 @@ def run_tuning(options: argparse.Namespace) -> None:
     """Looks for block sizes and keeps those that beat the heuristic's."""
     for workload, name in itertools.product(workloads(options), options.implementation):
         case = f"{options.op} {workload.shape.name} {workload.dtype} {workload.ids or ''} {name}"
-        for request in tune.requests(workload, name):
+        try:
+            requests = tune.requests(workload, name)
+        except UnsupportedError as error:
+            print(f"{case}: no: {reason_of(error, name)}")
+            continue
+        for request in requests:
             kind = tuned.device_kind(request.platform)
             assert kind is not None  # the default device is attached
+            prepare_folder(tuned.file_of(kind).parent)
             print(f"{case} {request.key.pass_name}, from {request.default}", flush=True)
             best, found = tune.fastest(workload, name, request, options.repeats, print)
             if best == request.default:
@@ -148,29 +205,64 @@ def run_tuning(options: argparse.Namespace) -> None:
             print(f"  {best}, {found['speedup_over_heuristic']:.2f} times as fast, in {path}")
 
 
+def prepare_folder(folder: Path) -> None:
+    """Makes a folder, and finds out before anything is measured that files can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        error.filename = str(folder)  # not the name of the temporary file
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and records."""
     options = arguments(argv)
     if options.tune:
         run_tuning(options)
         return
+    if options.output is not None:
+        prepare_folder(options.output)
     environment = report.environment()
+    if options.output is not None:
+        environment["matrix_flops_per_second"] = measure.matrix_flops_per_second()
     records: list[dict[str, Any]] = []
     for workload, pass_name in itertools.product(workloads(options), options.passes):
         for found in measured(workload, pass_name, options.implementation, options.repeats):
             record = found | environment
             records.append(record)
             if options.output is not None:
-                options.output.mkdir(parents=True, exist_ok=True)
                 with (options.output / f"{options.op}.jsonl").open("a") as file:
                     file.write(json.dumps(record) + "\n")
     print(f"{options.op} on {jax.local_devices()[0].device_kind}, {options.repeats} rounds")
     print(report.table(records))
     if options.output is not None:
         path = options.output / f"{options.op}.png"
-        report.roofline(records, path, matrix_flops=measure.matrix_flops_per_second())
+        report.roofline(records, path)
         print(f"records and roofline in {options.output}")
 
 
+def run() -> None:
+    """The command: what a user can mend, and Ctrl-C, end it in one line; a bug shows its trace."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+    except tuned.TunedFileError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except BrokenPipeError:
+        # Nobody reads any more (`| head`). Python would flush once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_CLOSED)
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+
+
 if __name__ == "__main__":
-    main()
+    run()

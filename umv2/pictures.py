@@ -29,8 +29,8 @@ def new(width: float, height: float) -> "Figure":
 def curve_styles(count: int) -> list[dict[str, Any]]:
     """Returns the styles of curves in the order of drawing.
 
-    Each is thinner than the one before and has its own colour and marker, so that curves of equal
-    values are all seen, one within the other.
+    Each is thinner than the one before and has its own colour, and markers of its own at points
+    where no other has them, so that curves of equal values are all seen, one within the other.
     """
     thinnest, step = 1.2, min(1.2, 9 / max(1, count - 1))
     styles = []
@@ -42,8 +42,10 @@ def curve_styles(count: int) -> list[dict[str, Any]]:
                 "color": _COLORS[index % len(_COLORS)],
                 "linewidth": width,
                 "marker": _MARKERS[index % len(_MARKERS)],
-                "markersize": 3 + width,
-                "markeredgewidth": 0,
+                "markersize": 9,
+                "markeredgecolor": "white",
+                "markeredgewidth": 0.7,
+                "markevery": (index, count),
             }
         )
     return styles

@@ -1,9 +1,12 @@
 """Records of measurements as an aligned table and as a roofline plot."""
 
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import platform
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +51,40 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def _fitted(rows: Sequence[Sequence[str]], width: int | None, num_names: int) -> str:
+    """Lines up cells where the terminal is wide enough; else each row becomes a paragraph.
+
+    Args:
+      rows: of which the first holds the titles.
+      width: columns of the terminal; None: as many as it or COLUMNS says, 100 where neither does.
+      num_names: cells of a row that say what was measured.
+    """
+    width = width or max(40, shutil.get_terminal_size((100, 0)).columns)
+    lines = aligned(rows).splitlines()
+    if max(map(len, lines)) > width:
+        lines = [line for row in rows[1:] for line in _paragraph(rows[0], row, width, num_names)]
+    return "\n".join(lines)
+
+
+def _paragraph(titles: Sequence[str], row: Sequence[str], width: int, num_names: int) -> list[str]:
+    name = " ".join(row[:num_names])
+    if len(row) == len(titles):
+        named = zip(titles[num_names:], row[num_names:], strict=True)
+        values = ", ".join(f"{title} {cell}" for title, cell in named if cell)
+    else:
+        values = " ".join(row[num_names:])
+    fill = functools.partial(textwrap.wrap, width=width, subsequent_indent="  ")
+    return [*fill(name), *fill(values, initial_indent="  ")]
+
+
 def _is_number(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in "-+."
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The measurements of one operator as lined-up columns, refusals with their reasons."""
-    titles = ("shape", "ids", "dtype", "pass", "implementation", "ms", "quartiles", "GB/s")
+def table(records: Sequence[dict[str, Any]], width: int | None = None) -> str:
+    """The measurements of one operator, refusals with their reasons, in lines that fit `width`."""
+    case_titles = ("shape", "ids", "dtype", "pass", "implementation")
+    titles = (*case_titles, "ms", "quartiles", "GB/s")
     rows: list[tuple[str, ...]] = [
         (*titles, "of copy", "GFLOP/s", "x xla", "x plain", "difference", "temp MiB", "compile s")
     ]
@@ -85,7 +115,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 f"{record['compile_seconds']:.1f}",
             )
         )
-    return aligned(rows)
+    return _fitted(rows, width, len(case_titles))
 
 
 def _ratio(record: dict[str, Any], name: str) -> str:
@@ -112,51 +142,20 @@ def plot_is_possible() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def roofline(records: Sequence[dict[str, Any]], path: Path, *, matrix_flops: float) -> None:
+def roofline(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws FLOP/s over FLOP/byte of every measurement, under what copies and matrices reach.
 
     The slope is the copy's bandwidth, the ceiling a product of float32 matrices of the same run.
+    Numbers beside the points stand for shapes, and are explained beside the axes.
     """
     # The package itself imports jax alone.
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     measured = [record for record in records if "reason" not in record]
     if not measured:
         return
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    copy = max(record["copy_bytes_per_second"] for record in measured)
-    intensities = [record["flops"] / record["bytes"] for record in measured]
-    ridge = matrix_flops / copy
-    ends = [min(*intensities, ridge) / 2, ridge, max(*intensities, ridge) * 2]
-    roof = [min(matrix_flops, copy * x) for x in ends]
-    axes.plot(ends, roof, color="black", label=f"copy {copy / 1e9:.3g} GB/s, float32 matrices")
-
-    names = list(dict.fromkeys(record["implementation"] for record in measured))
-    markers = {"forward": "o", "backward": "s", "both": "D"}
-    seen: set[tuple[str, str]] = set()
-    for record, intensity in zip(measured, intensities, strict=True):
-        kind = (record["implementation"], record["pass"])
-        axes.plot(
-            intensity,
-            record["flops_per_second"],
-            linestyle="none",
-            marker=markers[record["pass"]],
-            color=f"C{names.index(record['implementation'])}",
-            label=None if kind in seen else ", ".join(kind),
-        )
-        seen.add(kind)
-        point = (intensity, record["flops_per_second"])
-        axes.annotate(
-            _label(record, measured),
-            point,
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=6,
-        )
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
     operator, device = measured[0]["operator"], measured[0]["device"]
     axes.set(
         xscale="log",
@@ -166,6 +165,59 @@ def roofline(records: Sequence[dict[str, Any]], path: Path, *, matrix_flops: flo
         title=f"{operator} on {device}",
     )
     axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    copy = max(record["copy_bytes_per_second"] for record in measured)
+    matrices = max(record["matrix_flops_per_second"] for record in measured)
+    intensities = [record["flops"] / record["bytes"] for record in measured]
+    ends = [min(intensities) / 1.5, max(intensities) * 1.5]
+    if ends[0] < matrices / copy < ends[1]:
+        ends.insert(1, matrices / copy)
+    roof = [min(matrices, copy * x) for x in ends]
+    handles = axes.plot(ends, roof, color="black")
+    names = [f"copy {copy / 1e9:.3g} GB/s,\nmatrices {matrices / 1e9:.3g} GFLOP/s"]
+
+    implementations = list(dict.fromkeys(record["implementation"] for record in measured))
+    cases = list(dict.fromkeys(_label(record, measured) for record in measured))
+    markers = {"forward": "o", "backward": "s", "both": "D"}
+    labelled = []
+    for record, intensity in zip(measured, intensities, strict=True):
+        point = (intensity, record["flops_per_second"])
+        color = f"C{implementations.index(record['implementation'])}"
+        # Later points are smaller, so that those of equal speed are all seen.
+        size = 4 + 2 * (len(implementations) - implementations.index(record["implementation"]))
+        style: dict[str, Any] = {"color": color, "markersize": size, "linestyle": "none"}
+        (drawn,) = axes.plot(*point, marker=markers[record["pass"]], **style)
+        name = f"{record['implementation']}, {record['pass']}"
+        if name not in names:
+            handles.append(drawn)
+            names.append(name)
+        labelled.append((point, str(1 + cases.index(_label(record, measured)))))
+    for number, case in enumerate(cases, start=1):
+        handles += axes.plot([], [], marker=f"${number}$", color="black", linestyle="none")
+        names.append(case)
+    figure.legend(handles, names, loc="outside right upper", fontsize=8)
+    figure.draw_without_rendering()  # points have their places now
+    _annotate(axes, labelled)
+    # The same measurements are the same file.
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+
+
+def _annotate(axes: Any, labelled: Sequence[tuple[tuple[float, float], str]]) -> None:
+    """Writes labels right of their points, moved down where one would cover another."""
+    size = 7  # points
+    pixels = size * axes.figure.dpi / 72
+    taken: list[tuple[float, float]] = []
+    places = [(*axes.transData.transform(point), point, label) for point, label in labelled]
+    for x, y, point, label in sorted(places, key=lambda place: -place[1]):
+        below = y
+        while any(abs(x - i) < 2 * pixels and abs(below - j) < pixels for i, j in taken):
+            below -= pixels / 4
+        taken.append((x, below))
+        axes.annotate(
+            label,
+            point,
+            xytext=(10, 72 * (below - y) / axes.figure.dpi),
+            textcoords="offset points",
+            va="center",
+            fontsize=size,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "shrinkA": 0, "shrinkB": 0},
+        )

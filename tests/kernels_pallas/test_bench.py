@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from kernels_pallas import bench, tuned
-from kernels_pallas.benchmark import measure, tune
+from kernels_pallas.benchmark import measure, report, tune
 from kernels_pallas.benchmark.measure import Program, Times
 from kernels_pallas.benchmark.workloads import OPERATORS, Workload, named_shapes
 from kernels_pallas.value_aggregation.shapes import Shape, draw_ids
@@ -102,6 +104,69 @@ def test_records_a_table_and_a_plot_come_of_a_run(
     assert xla["versions"]["jax"] == jax.__version__
     assert "no: it compiles for TPU, not for cpu" in capsys.readouterr().out
     assert (tmp_path / "value_aggregation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"operator": "value_aggregation", "device": "cpu", "dtype": "float32"}
+    values |= {"shape": {"name": "cpu_384", "ids": "uniform"}, "pass": "forward"}
+    values |= {
+        "implementation": "xla",
+        "quartiles_seconds": (1e-3, 2e-3),
+        "bytes": 100,
+        "flops": 50,
+    }
+    values |= {"median_seconds": 1e-3, "bytes_per_second": 1e9, "share_of_copy": 0.5}
+    values |= {"flops_per_second": 1e9, "temporary_bytes": 2**20, "compile_seconds": 1.0}
+    values |= {"copy_bytes_per_second": 1e10, "matrix_flops_per_second": 1e12}
+    return values | changes
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_table_fits_the_terminal_and_says_everything(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = record(implementation="pallas_tpu", reason="it compiles for TPU, " * 20)
+    for records in ([record()], [refused], [record(), refused, record(dtype="bfloat16")], []):
+        text = report.table(records, width)
+        assert all(len(line) <= width for line in text.splitlines())
+        squeezed = "".join(text.split())
+        for one in records:
+            assert one["implementation"] in squeezed
+            expected = "it compiles for TPU" if "reason" in one else "1-2"
+            assert "".join(expected.split()) in squeezed
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert report.table(records) == text
+
+
+def test_points_of_a_roofline_have_labels_that_cover_no_other(tmp_path: Path) -> None:
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    points = [(2.0, 5.0)] * 6 + [(2.0, 5.1), (7.0, 5.0)]
+    report._annotate(axes, [(point, str(number)) for number, point in enumerate(points)])
+    figure.savefig(tmp_path / "labels.png")
+    boxes = [
+        Text.get_window_extent(label) for label in axes.texts
+    ]  # without the lines to the points
+    assert len(boxes) == len(points)
+    for i, one in enumerate(boxes):
+        assert not any(one.overlaps(other) for other in boxes[:i])
+
+
+def test_a_roofline_of_the_same_records_is_the_same_file(tmp_path: Path) -> None:
+    shapes = [{"name": name, "ids": "uniform"} for name in ("small", "large")]
+    records = [
+        record(shape=shape, implementation=name, flops_per_second=1e9 * factor)
+        for factor, shape in enumerate(shapes, start=1)
+        for name in ("xla", "plain")
+    ]
+    for name in ("one.png", "two.png"):
+        report.roofline(records, tmp_path / name)
+    content = (tmp_path / "one.png").read_bytes()
+    assert content == (tmp_path / "two.png").read_bytes()
+    assert b"Software" not in content
+    report.roofline([record(reason="no")], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_program_that_needs_more_memory_than_there_is_is_not_run(
