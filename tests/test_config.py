@@ -106,6 +106,7 @@ OUT_OF_RANGE = {
         2**31,
         "seed data.seed generate.seed data.long_context.seed evaluation.long_context.seed",
     ),
+    "must be >= 1 and <= 100000": (10**12, "model.num_layers"),
     "must be > 0 and <= 1": (0.0, "optimizer.values_decay_fraction generate.top_p"),
 }
 

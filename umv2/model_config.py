@@ -190,7 +190,7 @@ class ModelConfig:
     family: Literal["dense", "memory", "moe"]
     vocab_size: Positive
     hidden_size: Positive
-    num_layers: Positive
+    num_layers: Annotated[int, Interval(1), Interval(1, 100_000)]  # a list of them is made early
     num_heads: Positive
     num_key_value_heads: Positive
     ffn_size: Natural

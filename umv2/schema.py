@@ -122,7 +122,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             reject(path, value, f"must be a tuple of {getattr(element, '__name__', 'names')}")
         return tuple(_convert(element, item, path) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            reject(path, value, "must be a number that a float can hold")
     # bool is a subclass of int, so isinstance would let `top_m=True` pass.
     if type(value) is not hint:
         reject(path, value, f"must be of type {hint.__name__}, not {type(value).__name__}")

@@ -11,6 +11,7 @@ from absl import logging
 
 from umv2 import files
 from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
+from umv2.data import kept_tokenizer
 from umv2.interop import model_files, olmoe, tokenizer_files
 from umv2.interop.tensor_files import (
     CONFIG,
@@ -45,7 +46,8 @@ def export_run(
     if format == "olmoe":
         olmoe.describe(config, "float32")  # refuses before the arrays are read
     trained_on = checkpoint.saved_data(checkpoints) or {}
-    tokenizer = tokenizer_files.exportable(config.data, trained_on.get("tokenizer", ""))
+    data = kept_tokenizer.found(config.data, workdir)
+    tokenizer = tokenizer_files.exportable(data, trained_on.get("tokenizer", ""))
     model = checkpoint.restore_for_inference(checkpoints, config)
     if format == "olmoe":
         olmoe.export_olmoe(
