@@ -122,7 +122,9 @@ INSPECT, COST = "--mode=inspect", "--mode=cost"
         ([TINY, COST, "--workdir=gs://bucket/cost"], "--workdir=gs://bucket/cost: must be a path"),
         ([TINY, COST, "--context=0"], "context=0"),
         ([TINY, COST, "--context=1.5"], "context=1.5"),
-        ([TINY, COST, f"--context={'9' * 5000}"], "context="),
+        ([TINY, COST, f"--context={10**19}"], "context=10000000000000000000"),
+        ([TINY, COST, f"--context={'9' * 5000}"], "context=9999"),
+        ([TINY, "--workdir=x", f"--process_id={2**31}"], "process_id=2147483648"),
         (["--mode=import", "--workdir=x"], "--folder: mode 'import' needs the folder"),
         (
             ["--mode=import", "--workdir=x", "--folder=y", "--config.seed=1"],

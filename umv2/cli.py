@@ -59,6 +59,7 @@ _FLAG_MODES = {
     "vocab_size": ("train_tokenizer",),
 }
 _MAY_BE_EMPTY = ("prompt",)
+_MOST = 2**31 - 1  # of numbers that become int32 somewhere
 _OVERRIDE = "config."  # begins the names of flags that set a field
 
 _CONFIG = flags.DEFINE_string(
@@ -81,10 +82,10 @@ _SUITE = flags.DEFINE_list(
     " lm-evaluation-harness, such as arc_easy,hellaswag.",
 )
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Examples before each question (--suite of the harness).", 0
+    "num_fewshot", None, "Examples before each question (--suite of the harness).", 0, _MOST
 )
 _LIMIT = flags.DEFINE_integer(
-    "limit", None, "Questions of each task (--suite of the harness); default: all.", 1
+    "limit", None, "Questions of each task (--suite of the harness); default: all.", 1, _MOST
 )
 _INCLUDE_PATH = flags.DEFINE_string(
     "include_path", None, "Folder of local task files (--suite of the harness)."
@@ -97,7 +98,11 @@ _COMPARE = flags.DEFINE_list(
     "compare", [], "Other configurations, named as in --config, with commas between them (cost)."
 )
 _CONTEXT = flags.DEFINE_integer(
-    "context", None, "Positions that a token attends to (cost); default: the sequence length.", 1
+    "context",
+    None,
+    "Positions that a token attends to (cost); default: the sequence length.",
+    1,
+    _MOST,
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices to plan for: v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h200:8."
@@ -106,7 +111,9 @@ _PLAN_STEP = flags.DEFINE_enum(
     "plan_step", "train", ["train", "decode"], "What to plan; decode: with a full cache (plan)."
 )
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, rank those that fit (plan).")
-_SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 8, "Programs that --search compiles.", 1)
+_SEARCH_LIMIT = flags.DEFINE_integer(
+    "search_limit", 8, "Programs that --search compiles.", 1, _MOST
+)
 _FOLDER = flags.DEFINE_string("folder", None, "Folder of an exchanged model (export, import).")
 _FORMAT = flags.DEFINE_enum(
     "format", "umv2", ["umv2", "olmoe"], "umv2: any family | olmoe: of Hugging Face (export)."
@@ -115,11 +122,13 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, where JAX cannot tell (docs/pods.md)."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the job; 1: this one alone, whatever started it.", 1
+    "num_processes", None, "Processes of the job; 1: this one alone, whatever started it.", 1, _MOST
 )
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", 0)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0.", 0, _MOST
+)
 _VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 8192, "Entries to train, of at least all bytes (train_tokenizer).", 256
+    "vocab_size", 8192, "Entries to train, of at least all bytes (train_tokenizer).", 256, _MOST
 )
 
 
