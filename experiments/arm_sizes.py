@@ -12,11 +12,12 @@ import json
 import math
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import scales
-from experiments.ablations import ABLATIONS, SIZES_FILE, configuration
+from experiments import cli, scales
+from experiments.ablations import ABLATIONS, SIZES_FILE, configuration, require
 from experiments.arms import field
+from umv2 import files
 
 _CHECK = flags.DEFINE_bool("check", False, "Print the stored sizes' deviations, solve nothing.")
 _SCALES = flags.DEFINE_list("scales", list(scales.SCALES), "Scales to solve or to check.")
@@ -103,18 +104,19 @@ def table(names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Solves and stores, or checks what is stored."""
-    del argv
+    for scale in _SCALES.value or [""]:
+        require(f"--scales={scale}", scale, scales.SCALES)
     if not _CHECK.value:
         stored = json.loads(SIZES_FILE.read_text()) if SIZES_FILE.exists() else {}
         for scale in _SCALES.value:
             stored[scale] = {}
             for ablation in ABLATIONS:
                 stored[scale] |= solve(ablation, scale)
-        SIZES_FILE.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+            files.write_text(SIZES_FILE, json.dumps(stored, indent=1, sort_keys=True) + "\n")
     print(table(_SCALES.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

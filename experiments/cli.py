@@ -1,15 +1,19 @@
 """What the commands of experiments/ have in common: their start, and the flags of some of them."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs.families import REFERENCE
+from experiments import json_lines
+from experiments.ablations import require
 from umv2 import command, files
 from umv2.schema import ConfigError, UserError
 
@@ -96,6 +100,44 @@ def sizes_of_families(flag: flags.FlagHolder[Any]) -> Any:
     )
 
 
+def families(flag: flags.FlagHolder[Any], sizes: Mapping[str, Any]) -> list[str]:
+    """Returns the families that a flag names; by default all that have sizes.
+
+    Raises:
+      ConfigError: one that has none, and is not the reference.
+    """
+    for name in flag.value or ():
+        require(f"--{flag.name}={name}", name, [REFERENCE, *sizes])
+    return flag.value or list(sizes)
+
+
+def integers(flag: flags.FlagHolder[Any], least: int) -> list[int]:
+    """Returns the numbers that a flag lists.
+
+    Raises:
+      ConfigError: it lists none, or what is no integer of at least `least`.
+    """
+    found = []
+    for text in flag.value or [""]:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < least:
+            raise ConfigError(f"--{flag.name}={text}: must be an integer of at least {least}")
+        found.append(int(text))
+    return found
+
+
+def output(flag: flags.FlagHolder[Any], name: str) -> Path | None:
+    """Returns the file of results in the folder that a flag gives; None where it gives none.
+
+    Raises:
+      FileError: it cannot be written.
+    """
+    if flag.value is None:
+        return None
+    file = path(flag) / name
+    json_lines.require_writable(file)
+    return file
+
+
 def require_installed(extras: str, *packages: str) -> None:
     """Raises a UserError where a package of the optional ones is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -103,3 +145,8 @@ def require_installed(extras: str, *packages: str) -> None:
         raise UserError(
             f"{', '.join(missing)}: not installed; pip install -e '.[{extras}]' in the clone"
         )
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the installed versions of packages."""
+    return {name: importlib.metadata.version(name) for name in packages}

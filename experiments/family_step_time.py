@@ -7,40 +7,38 @@ OUTPUT/step_time.json holds medians, quartiles, memory, and ratios to UltraMemV2
 step of the same round.
 """
 
-import importlib
 import json
-from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from configs import families
+from experiments import cli
 from experiments.compiled_step import Step, in_turns
+from umv2 import files
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the reference.")
+_CONFIG = cli.define_config("config", "Configuration of the reference.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of step_time.json; none: print only.")
 _FAMILIES = flags.DEFINE_list("families", None, "Families to time; default: all of the scale.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Steps of each family that are timed.", 1)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Compiles the steps, takes turns with them, prints and stores."""
-    del argv
-    file = Path(str(config_flags.get_config_filename(flags.FLAGS["config"])))
-    sizes = importlib.import_module(f"configs.{file.stem}").SIZES
+    config, sizes = cli.configuration(_CONFIG), cli.sizes_of_families(_CONFIG)
+    names = cli.families(_FAMILIES, sizes)
+    output = cli.output(_OUTPUT, "step_time.json")
     steps = {
-        family: Step(families.switch(_CONFIG.value.copy_and_resolve_references(), family, sizes))
-        for family in _FAMILIES.value or [families.REFERENCE, *sizes]
+        family: Step(families.switch(config.copy_and_resolve_references(), family, sizes))
+        for family in dict.fromkeys([families.REFERENCE, *names])
     }
     results = in_turns(steps, _ROUNDS.value, base=families.REFERENCE, label="reference")
     for family, timing in results["variants"].items():
         low, high = timing["ratio_quartiles"]
         print(f"{family:<13}{timing['ratio_to_reference']:>6.2f} ({low:.2f}-{high:.2f})")
-    if _OUTPUT.value:
-        path = Path(_OUTPUT.value) / "step_time.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
+    if output:
+        files.write_text(output, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

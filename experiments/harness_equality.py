@@ -7,15 +7,14 @@ whole texts, greedy generation, and every token after some prompts, few of which
 Needs the extra `eval`, torch, transformers and accelerate.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from configs import tiny
-from experiments import records
+from experiments import cli, json_lines
 
 TASKS = ("umv2_choices", "umv2_texts", "umv2_prompts")
 TASK_FILES = "tests/evaluation/tasks"
@@ -162,9 +161,9 @@ def run(folder: Path) -> list[dict[str, Any]]:
     """Makes the model below a folder and compares the two."""
     write_olmoe(folder / "olmoe")
     models = ours(folder / "olmoe", folder / "run"), hugging_face(folder / "olmoe")
-    lines = Path(TASK_FILES, "prompts.jsonl").read_text().splitlines()
+    lines = json_lines.read(Path(TASK_FILES, "prompts.jsonl"))
     # Without white space at the end: the harness would count it as part of the token.
-    prompts = [json.loads(line)["prompt"].rstrip() for line in lines[:_PROMPTS]]
+    prompts = [line["prompt"].rstrip() for line in lines[:_PROMPTS]]
     tokenizer = models[1].tokenizer
     # Whole characters. And no name of a special token: to us that is text like any other.
     ids = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
@@ -174,9 +173,12 @@ def run(folder: Path) -> list[dict[str, Any]]:
 
 def main(_: list[str]) -> None:
     """Compares, prints, and writes a line a task."""
+    path = cli.path(_OUTPUT)
+    cli.require_installed("eval,reference", "lm_eval", "torch", "transformers", "accelerate")
+    json_lines.require_writable(path)
     with tempfile.TemporaryDirectory() as folder:
         compared = run(Path(folder))
-    versions = records.versions(("jax", "lm_eval", "torch", "transformers"))
+    versions = cli.versions(("jax", "lm_eval", "torch", "transformers"))
     for record in compared:
         print(f"{record['task']}: {record['requests']} requests")
         for side in ("ours", "hugging_face"):
@@ -186,10 +188,8 @@ def main(_: list[str]) -> None:
             f"  log-likelihoods differ by at most {record['greatest_difference_nats']:.2e} nats,"
             f" {record['unequal_texts_and_flags']} of {record['texts_and_flags']} texts and flags"
         )
-    path = Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r | {"versions": versions}) + "\n" for r in compared))
+    json_lines.write(path, [record | {"versions": versions} for record in compared])
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

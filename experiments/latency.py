@@ -12,17 +12,18 @@ PyTorch (torch, transformers), of the sizes of moe.
 import datetime
 import functools
 import importlib
-import json
 import platform
 import time
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import records
+from configs import families
+from experiments import cli, json_lines
+from experiments.ablations import require
+from umv2.schema import ConfigError
 
 _SIZE = flags.DEFINE_enum("size", "227m_1b2", ["227m_1b2", "1b_7b"], "Of configs/paper_*.py.")
 _FAMILIES = flags.DEFINE_list(
@@ -45,19 +46,14 @@ _READ_BYTES = 1 << 29
 class Family:
     """One of our families, with random weights, ready to decode."""
 
-    def __init__(self, label: str, size: str):
+    def __init__(self, label: str, config: Any):
         import jax
 
-        from umv2.config import from_config_dict
         from umv2.inference import serving
         from umv2.inference.sampling import Sampling
         from umv2.training.state import create_model
 
-        name, _, dtype = label.partition(":")
-        values = importlib.import_module(f"configs.paper_{size}").get_config(name)
-        values.model.compute_dtype = dtype or "bfloat16"
-        values.model.remat = "none"
-        self.label, self.config = label, from_config_dict(values).model
+        self.label, self.config = label, config
         abstract = jax.eval_shape(
             lambda: serving.serve(*create_model(self.config, jax.random.key(0)))
         )
@@ -79,8 +75,8 @@ class Family:
         from umv2.inference import decode
 
         rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        key = jax.random.key(0)
-        arguments = (self.served, cache, rows, rows, key)
+        keys = jax.random.split(jax.random.key(0), batch)
+        arguments = (self.served, cache, rows, rows, keys)
         program = decode.decode.lower(*arguments, sampling=self.sampling).compile()
         memory = program.memory_analysis()
         assert memory is not None
@@ -88,7 +84,7 @@ class Family:
         needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
 
         def step(cache: Any, tokens: Any, positions: Any) -> Any:
-            tokens, positions, cache = program(self.served, cache, tokens, positions, key)
+            tokens, positions, cache = program(self.served, cache, tokens, positions, keys)
             return cache, tokens, positions
 
         return step, {"needed": needed, "temporary": memory.temp_size_in_bytes}
@@ -120,18 +116,30 @@ def random_array(path: Any, leaf: Any) -> Any:
     return jnp.asarray(np.resize(numbers, leaf.shape))
 
 
+def model_config(label: str, size: str) -> Any:
+    """Returns the configuration of the model that an entry of --families asks for.
+
+    Raises:
+      ConfigError: a family or a data type that there is not.
+    """
+    from umv2.config import from_config_dict
+
+    name, _, dtype = label.partition(":")
+    module = importlib.import_module(f"configs.paper_{size}")
+    require(f"--families={label}", name, [families.REFERENCE, *module.SIZES, "hugging_face"])
+    values = module.get_config("moe" if name == "hugging_face" else name)
+    values.model.compute_dtype = dtype or "bfloat16"
+    values.model.remat = "none"
+    return from_config_dict(values).model
+
+
 class HuggingFaceOlmoe:
     """OLMoE of transformers, of the sizes of our moe, in PyTorch."""
 
-    def __init__(self, size: str):
+    def __init__(self, model: Any):
         import torch
         import transformers
 
-        from umv2.config import from_config_dict
-
-        model = from_config_dict(
-            importlib.import_module(f"configs.paper_{size}").get_config("moe")
-        ).model
         self.label, self.config = "hugging_face", model
         config = transformers.OlmoeConfig(
             vocab_size=model.vocab_size,
@@ -197,7 +205,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def measure_decode(
-    families: list[Family], reference: HuggingFaceOlmoe | None, batch: int, context: int
+    ours: list[Family], reference: HuggingFaceOlmoe | None, batch: int, context: int
 ) -> list[dict[str, Any]]:
     """Times decode steps of all families in turns; returns a record of each."""
     import jax.numpy as jnp
@@ -209,14 +217,14 @@ def measure_decode(
     positions = jnp.full(batch, context, jnp.int32)
     caches: dict[str, Any] = {}
     programs, memory = {}, {}
-    for family in families:
+    for family in ours:
         dtype = family.config.compute_dtype
         if dtype not in caches:  # one for all families of a data type
             caches[dtype] = family.empty_cache(batch, context + steps)
         programs[family.label], memory[family.label] = family.compiled(caches[dtype], batch)
         print(f"  compiled {family.label}, batch {batch}, context {context:,}", flush=True)
     read = read_program()
-    seconds: dict[str, list[float]] = {family.label: [] for family in families}
+    seconds: dict[str, list[float]] = {family.label: [] for family in ours}
     rates: list[float] = []
 
     def turn(family: Family) -> float:
@@ -238,7 +246,7 @@ def measure_decode(
         run_reference = reference.compiled(context, batch, steps)
         seconds[reference.label] = []
     for number in range(rounds + 1):  # the first warms up
-        order = families[number % len(families) :] + families[: number % len(families)]
+        order = ours[number % len(ours) :] + ours[: number % len(ours)]
         durations = {family.label: turn(family) for family in order}
         if run_reference is not None:
             durations["hugging_face"] = run_reference()
@@ -248,7 +256,7 @@ def measure_decode(
             for label, duration in durations.items():
                 seconds[label].append(duration)
     found = []
-    everyone: list[Any] = [*families, *([reference] if reference else [])]
+    everyone: list[Any] = [*ours, *([reference] if reference else [])]
     for family in everyone:
         precision = traffic.Precision(*3 * (family.config.compute_dtype,))
         needed = traffic.decode_bytes(family.config, batch, context + 1, precision=precision)
@@ -268,9 +276,9 @@ def measure_decode(
     return found
 
 
-def measure_prefill(families: list[Family], length: int) -> list[dict[str, Any]]:
+def measure_prefill(ours: list[Family], length: int) -> list[dict[str, Any]]:
     """Times the prefill of one prompt in turns."""
-    programs = {family.label: family.prefill(length) for family in families}
+    programs = {family.label: family.prefill(length) for family in ours}
     seconds: dict[str, list[float]] = {label: [] for label in programs}
     for number in range(min(3, _ROUNDS.value) + 1):
         for label, program in programs.items():
@@ -285,6 +293,14 @@ def measure_prefill(families: list[Family], length: int) -> list[dict[str, Any]]
 
 def main(_: list[str]) -> None:
     """Measures what the flags ask for, and appends a record to the file as soon as there is one."""
+    path, labels = cli.path(_RESULTS), dict.fromkeys(_FAMILIES.value)
+    contexts, batches = cli.integers(_CONTEXTS, least=1), cli.integers(_BATCHES, least=1)
+    configs = {label: model_config(label, _SIZE.value) for label in labels}
+    if not configs.keys() - {"hugging_face"}:
+        raise ConfigError("--families: must name one of ours")
+    if "hugging_face" in configs:
+        cli.require_installed("reference", "torch", "transformers")
+    json_lines.require_writable(path)
     import jax
 
     device = jax.devices()[0]
@@ -292,37 +308,33 @@ def main(_: list[str]) -> None:
         "size": _SIZE.value,
         "device": device.device_kind if device.platform != "cpu" else platform.processor() or "CPU",
         "platform": device.platform,
-        "versions": records.versions(("jax", "jaxlib")),
+        "versions": cli.versions(("jax", "jaxlib")),
         "date": datetime.date.today().isoformat(),
         "steps": _STEPS.value,
     }
-    path = Path(_RESULTS.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    families = []
-    for label in _FAMILIES.value:
+    ours = []
+    for label, config in configs.items():
         if label != "hugging_face":
-            families.append(Family(label, _SIZE.value))
+            ours.append(Family(label, config))
             print(f"made {label}", flush=True)
-    reference = HuggingFaceOlmoe(_SIZE.value) if "hugging_face" in _FAMILIES.value else None
-    with path.open("a") as file:
+    reference = HuggingFaceOlmoe(configs["hugging_face"]) if "hugging_face" in configs else None
 
-        def keep(found: list[dict[str, Any]]) -> None:
-            for record in found:
-                file.write(json.dumps(about | record) + "\n")
-                middle = sorted(record["seconds"])[len(record["seconds"]) // 2]
-                print(
-                    f"{record['kind']:<8} batch {record['batch']:>4} context"
-                    f" {record['context']:>6,} {record['family']:<24} {1e3 * middle:>9.1f} ms",
-                    flush=True,
-                )
-            file.flush()
+    def keep(found: list[dict[str, Any]]) -> None:
+        json_lines.append(path, [about | record for record in found])
+        for record in found:
+            middle = sorted(record["seconds"])[len(record["seconds"]) // 2]
+            print(
+                f"{record['kind']:<8} batch {record['batch']:>4} context"
+                f" {record['context']:>6,} {record['family']:<24} {1e3 * middle:>9.1f} ms",
+                flush=True,
+            )
 
-        for context in map(int, _CONTEXTS.value):
-            for batch in map(int, _BATCHES.value):
-                keep(measure_decode(families, reference, batch, context))
-        if _PREFILL.value:
-            keep(measure_prefill(families, _PREFILL.value))
+    for context in contexts:
+        for batch in batches:
+            keep(measure_decode(ours, reference, batch, context))
+    if _PREFILL.value:
+        keep(measure_prefill(ours, _PREFILL.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -7,18 +7,17 @@ the sizes that configs/ ships: Table 10 of the paper where it has the family, wh
 where it has not.
 """
 
-import importlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 from configs import families
+from experiments import cli
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the reference.")
+_CONFIG = cli.define_config("config", "Configuration of the reference.")
 _FAMILIES = flags.DEFINE_list("families", None, "Families to size; default: all that exist.")
 
 
@@ -77,14 +76,12 @@ def _value(model: Any, path: str) -> Any:
     return model
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Prints the report of one configuration file."""
-    del argv
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    sizes = importlib.import_module(f"configs.{Path(path).stem}").SIZES
-    print(report(_CONFIG.value, sizes, _FAMILIES.value or list(sizes)))
+    config, sizes = cli.configuration(_CONFIG), cli.sizes_of_families(_CONFIG)
+    print(report(config, sizes, cli.families(_FAMILIES, sizes)))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

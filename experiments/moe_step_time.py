@@ -10,20 +10,19 @@ all alike; what counts are the ratios within a round. Appends a JSON line to
 OUTPUT/moe_step_time.jsonl and prints a table.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
-from experiments import compiled_step
+from experiments import cli, compiled_step, json_lines
+from umv2.schema import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration to measure.")
-_REFERENCE = config_flags.DEFINE_config_file("reference", None, "Configuration to compare with.")
+_CONFIG = cli.define_config("config", "Configuration to measure.")
+_REFERENCE = cli.define_config("reference", "Configuration to compare with; none: no other.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; none: print only.")
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.", 1)
 
 
 def plain_mixture(x: Any, weights: Any, dispatch: Any, into: Any, down: Any) -> Any:
@@ -59,7 +58,7 @@ def plain_step(config: ConfigDict) -> compiled_step.Step:
 def measure(config: ConfigDict, reference: ConfigDict | None, rounds: int) -> dict[str, Any]:
     """Returns medians, quartiles, ratios to the configuration's step, and memory of all steps."""
     if config.model.family != "moe":
-        raise app.UsageError(f"--config has model.family={config.model.family!r}: must be 'moe'")
+        raise ConfigError(f"model.family={config.model.family!r}: must be 'moe' in --config")
     steps = {"moe": compiled_step.Step(config), "moe, plain": plain_step(config)}
     if reference is not None:
         steps[f"reference, {reference.model.family}"] = compiled_step.Step(reference)
@@ -86,19 +85,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Measures, prints and records."""
-    del argv
-    results = measure(_CONFIG.value, _REFERENCE.value, _ROUNDS.value)
+    given = [flag for flag in (_CONFIG, _REFERENCE) if flag.value is not None]
+    config, *reference = map(cli.configuration, given)
+    output = cli.output(_OUTPUT, "moe_step_time.jsonl")
+    results = measure(config, reference[0] if reference else None, _ROUNDS.value)
     print(table(results))
-    if _OUTPUT.value:
-        names = {"config": config_flags.get_config_filename(flags.FLAGS["config"])}
-        if _REFERENCE.value is not None:
-            names["reference"] = config_flags.get_config_filename(flags.FLAGS["reference"])
-        with (Path(_OUTPUT.value) / "moe_step_time.jsonl").open("a") as file:
-            file.write(json.dumps(names | results) + "\n")
+    if output:
+        json_lines.append(output, [{flag.name: flag.value for flag in given} | results])
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

@@ -12,11 +12,15 @@ import dataclasses
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
+
+from experiments import cli, json_lines
+from umv2 import files
+from umv2.schema import ConfigError
 
 RESULTS = Path("experiments/results/plans/plans.jsonl")
 ARITHMETIC = Path("experiments/results/plans/arithmetic.jsonl")
@@ -150,13 +154,29 @@ def estimate(case: Case) -> dict[str, Any]:
 
 
 def stored(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns what is stored, by the names of cases."""
+    """Returns what is stored, by the names of cases.
+
+    Raises:
+      RecordsError: a line that is no record of a case.
+      FileError: the file cannot be read.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            found.setdefault(record["case"], []).append(record)
+    for number, record in enumerate(json_lines.read(path) if path.exists() else [], start=1):
+        if "case" not in record:
+            raise json_lines.RecordsError(f"{path}: line {number} names no case")
+        found.setdefault(record["case"], []).append(record)
     return found
+
+
+def store(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Adds records to a file.
+
+    Raises:
+      FileError: the file cannot be written.
+    """
+    files.make_folder(path.parent)
+    with files.errors(path), path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def document(
@@ -329,14 +349,14 @@ def _time(seconds: float | None) -> str:
 def main(argv: list[str]) -> None:
     """Plans what is missing and writes the document."""
     del argv
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    if unknown := set(_ONLY.value) - {case.name for case in cases()}:
+        raise ConfigError(f"--only={sorted(unknown)[0]}: is no case; see experiments/plans.py")
     estimated = stored(ARITHMETIC)
-    with ARITHMETIC.open("a") as file:
-        for case in TABLE:
-            if case.name not in estimated:
-                logging.info("%s: arithmetic", case.name)
-                estimated[case.name] = [estimate(case)]
-                file.write(json.dumps(estimated[case.name][0]) + "\n")
+    for case in TABLE:
+        if case.name not in estimated:
+            logging.info("%s: arithmetic", case.name)
+            estimated[case.name] = [estimate(case)]
+            store(ARITHMETIC, estimated[case.name])
     known, planned = stored(RESULTS), 0
     for case in cases():
         if case.name in known or planned >= _LIMIT.value:
@@ -344,12 +364,10 @@ def main(argv: list[str]) -> None:
         if _ONLY.value and case.name not in _ONLY.value:
             continue
         logging.info("%s", case.name)
-        with RESULTS.open("a") as file:
-            for record in run(case):
-                file.write(json.dumps(record) + "\n")
+        store(RESULTS, run(case))
         planned += 1
-    DOCUMENT.write_text(document(stored(RESULTS), estimated))
+    files.write_text(DOCUMENT, document(stored(RESULTS), estimated))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""Records of finished runs: where they lie, how they are written, read and found.
+"""Records of finished runs: where they lie, and how they are found there.
 
 A run of a scale lies in ABLATION/ARM/seed_N.jsonl of its folder, under the first arm of the
 catalogue that has its configuration. It belongs to every arm of that configuration, and what tells
@@ -7,10 +7,9 @@ run. (The first runs also hold a `config_hash`, which nothing reads.)
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import base
-from umv2 import files
-from umv2.schema import UserError, differing_fields
+from experiments import json_lines
+from experiments.json_lines import RecordsError
+from umv2.schema import differing_fields
 
 FOLDER = flags.DEFINE_string(
     "results", "experiments/results/ablations", "Folder of the runs and pages of all ablations."
@@ -67,10 +67,6 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "seconds_shared_machine": _NUMBER,
     },
 }
-
-
-class RecordsError(UserError, ValueError):
-    """Stored records that are not what they should be; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +194,7 @@ def read(path: Path) -> Run:
     """
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
     try:
-        for number, line in enumerate(read_lines(path), start=1):
+        for number, line in enumerate(json_lines.read(path), start=1):
             kind = line.get("kind")
             if kind not in found:
                 raise RecordsError(
@@ -219,62 +215,3 @@ def read(path: Path) -> Run:
         text = str(error).removeprefix(f"{path}: ")
         raise RecordsError(f"{path}: not the records of a finished run: {text}") from error
     return Run(found["run"][0], found["step"], found["held_out"], found["end"][0])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON objects, one a line.
-
-    Raises:
-      RecordsError: a line that is not one.
-      FileError: a file that cannot be read.
-    """
-    with files.errors(path, "cannot be read"):
-        content = path.read_bytes()
-    lines = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RecordsError(f"{path}: line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise RecordsError(f"{path}: line {number} is not a JSON object")
-        lines.append(record)
-    return lines
-
-
-def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records, a line each, all or none.
-
-    Raises:
-      FileError: the file cannot be written.
-    """
-    files.write_text(path, "".join(map(_line, lines)))
-
-
-def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records, a line each, behind those that a file has; makes it where there is none.
-
-    Raises:
-      FileError: the file cannot be written.
-    """
-    files.make_folder(path.parent)
-    with files.errors(path), path.open("a") as file:
-        file.write("".join(map(_line, lines)))
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Puts None, which is null in JSON, for numbers that JSON has not: NaN and infinities."""
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the installed versions of packages."""
-    return {name: importlib.metadata.version(name) for name in packages}

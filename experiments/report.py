@@ -14,11 +14,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, corpora, figures, records, scales
+from experiments import cli, corpora, figures, json_lines, records, scales
 from experiments.ablations import ABLATIONS, configuration
 from experiments.arms import Ablation
 from experiments.comparison import ArmResult, compare, mean_and_deviation
-from experiments.records import RecordsError, Run
+from experiments.json_lines import RecordsError
+from experiments.records import Run
 from umv2 import files
 
 _MEASURES = {
@@ -342,7 +343,7 @@ def _corpus(folder: Path) -> dict[str, Any] | None:
     path = folder / records.CORPUS
     if not path.exists():
         return None
-    lines = records.read_lines(path)
+    lines = json_lines.read(path)
     if len(lines) != 1 or lines[0].keys() != {"corpus", "vocab_size"}:
         raise RecordsError(f"{path}: must be one line with corpus and vocab_size")
     return lines[0]
@@ -383,12 +384,19 @@ def _no_arm(folder: Path, stored: records.Stored) -> str:
     return text
 
 
+def _notes(path: Path) -> str:
+    try:
+        with files.errors(path, "cannot be read"):
+            return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise RecordsError(f"{path}: must be text in UTF-8") from error
+
+
 def write_all(results: Path) -> str:
     """Writes the pages and pictures of all scales, and returns the index.
 
     Raises:
-      RecordsError: there are no runs, or a file among them is not the records of one; nothing is
-        written.
+      RecordsError: there are no runs, and nothing is written; or a file is not what it should be.
       FileError: a page cannot be written.
     """
     folders = _scale_folders(results)
@@ -397,10 +405,8 @@ def write_all(results: Path) -> str:
     by_scale = {folder.name: _read_scale(folder) for folder in folders}
     for folder, scale in zip(folders, by_scale.values(), strict=True):
         for name, arms in scale.ablations.items():
-            notes = folder / "notes" / f"{name}.md"
-            with files.errors(notes, "cannot be read"):
-                text = notes.read_text(encoding="utf-8").strip() if notes.exists() else ""
-            files.write_text(folder / f"{name}.md", page(name, folder.name, arms, text))
+            notes = _notes(folder / "notes" / f"{name}.md")
+            files.write_text(folder / f"{name}.md", page(name, folder.name, arms, notes))
             figures.draw_ablation(ABLATIONS[name], arms, folder / f"{name}.png")
         if scale.ablations:
             figures.draw_overview(scale.ablations, folder / "overview.png")

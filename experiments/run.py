@@ -18,7 +18,6 @@ import datetime
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from experiments import cli, corpora, records, scales
+from experiments import cli, corpora, json_lines, records, scales
 from experiments.ablations import ABLATIONS, configuration, require
 from umv2 import files
 from umv2.schema import ConfigError
@@ -132,7 +131,7 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
     except TrainingDiverged as error:
         diverged = str(error)
         logging.warning("%s, seed %d: %s", job.names[0], seed, diverged)
-    lines = records.read_lines(workdir / "metrics.jsonl")
+    lines = json_lines.read(workdir / "metrics.jsonl")
     logged = [line for line in lines if "loss" in line]
     health = logged[-1] if logged else {}
     end = {
@@ -162,7 +161,7 @@ def _head(job: Job, seed: int, config: Any) -> dict[str, Any]:
         "config": records.plain(job.values),
         "corpus": corpora.fingerprint(config),
         "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | records.versions(PACKAGES),
+        "versions": {"python": platform.python_version()} | cli.versions(PACKAGES),
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "tokens": tokens,
@@ -230,10 +229,8 @@ class Sweep:
         self._keep_checkpoints = keep_checkpoints
         self.seeds = range(seeds)
         self._speed: list[tuple[float, float]] = []  # FLOPs and seconds of runs of this process
-        for folder in (results, workdir):  # now, and not when the first run has ended
-            files.make_folder(folder)
-            with files.errors(folder), tempfile.TemporaryFile(dir=folder):
-                pass
+        for folder in (results, workdir):
+            json_lines.require_writable(folder / "seed_0.jsonl")
         for job, seed in self.unfinished():
             self._require_free(job, seed)
 
@@ -242,7 +239,7 @@ class Sweep:
         if path.exists():
             stored = records.read(path).head["config"]
             changes = records.differences(stored, records.plain(job.values))
-            raise records.RecordsError(
+            raise json_lines.RecordsError(
                 f"{path}: is of another configuration than {job.names[0]} has now"
                 f" ({', '.join(changes) or 'another seed'}); move it away to run that"
             )
@@ -297,7 +294,7 @@ class Sweep:
         workdir = self.workdir / job.names[0] / f"seed_{seed}"
         start = time.monotonic()
         found = run(job, seed, workdir)
-        records.write(self.file(job, seed), found)
+        json_lines.write(self.file(job, seed), found)
         self._speed.append((found[0]["training_flops"], time.monotonic() - start))
         if not self._keep_checkpoints:
             with files.errors(workdir, "cannot be removed"):
@@ -345,7 +342,7 @@ def main(_: list[str]) -> None:
         for job in jobs:
             corpora.prepare(job.values)
         if corpus is not None:
-            records.write(results / records.CORPUS, [corpus])
+            json_lines.write(results / records.CORPUS, [corpus])
         sweep.run()
     except KeyboardInterrupt:
         print(f"{sweep.progress()} finished; the same command goes on", flush=True)

@@ -8,18 +8,17 @@ machine does meets all alike; what counts is the ratio of medians. Appends a JSO
 OUTPUT/step_time.jsonl and prints a table.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
+from experiments import cli, json_lines
 from experiments.compiled_step import Step, in_turns
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration to measure.")
+_CONFIG = cli.define_config("config", "Configuration to measure.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for step_time.jsonl; none: print only.")
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.", 1)
 
 
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -66,17 +65,15 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Measures, prints and records."""
-    del argv
-    results = measure(_CONFIG.value, _ROUNDS.value)
+    config, output = cli.configuration(_CONFIG), cli.output(_OUTPUT, "step_time.jsonl")
+    results = measure(config, _ROUNDS.value)
     print(table(results))
-    if _OUTPUT.value:
-        record = {"config": config_flags.get_config_filename(flags.FLAGS["config"]), **results}
-        with (Path(_OUTPUT.value) / "step_time.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    if output:
+        json_lines.append(output, [{"config": _CONFIG.value} | results])
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

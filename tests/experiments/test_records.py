@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments import records
-from experiments.ablations import ABLATIONS, configuration
+from experiments import json_lines, records, run
+from experiments.ablations import configuration
 
 COMMITTED = Path(records.__file__).parent / "results" / "ablations"
 HEAD: dict[str, Any] = {
@@ -41,7 +41,7 @@ HELD_OUT: dict[str, Any] = {"kind": "held_out", "held_out_loss": 4.0}
 def store(folder: Path, arm: str, values: ConfigDict, seed: int = 0) -> Path:
     path = records.run_file(folder, arm, seed)
     head = HEAD | {"seed": seed, "config": records.plain(values)}
-    records.write(path, [head, {"kind": "step", "tokens": 1, "loss": 4.0}, HELD_OUT, END])
+    json_lines.write(path, [head, {"kind": "step", "tokens": 1, "loss": 4.0}, HELD_OUT, END])
     return path
 
 
@@ -127,35 +127,20 @@ def test_a_run_is_found_wherever_it_lies(heads: ConfigDict, tmp_path: Path) -> N
 
 def test_two_files_of_one_run_are_named(heads: ConfigDict, tmp_path: Path) -> None:
     first, second = (store(tmp_path, arm, heads) for arm in ("heads/one", "heads/two"))
-    with pytest.raises(records.RecordsError, match=f"{second}: the same run as {first}"):
+    with pytest.raises(json_lines.RecordsError, match=f"{second}: the same run as {first}"):
         records.Stored(tmp_path)
 
 
-def test_every_committed_run_is_an_arms_and_lies_where_it_is_named() -> None:
+def test_every_committed_run_is_an_arms_and_lies_where_a_sweep_would_store_it() -> None:
     for folder in COMMITTED.iterdir():
-        if not folder.is_dir():
-            continue
-        stored = records.Stored(folder)
-        found = {
-            path
-            for name, entry in ABLATIONS.items()
-            for arm in entry.arms
-            for path in stored.paths(configuration(name, arm, folder.name)).values()
-        }
-        assert found == set(stored.runs)
-        for path, run in stored.runs.items():
-            assert "/".join(path.parts[-3:-1]) in {*run.head["arms"], _first_arm(run, folder.name)}
-
-
-def _first_arm(run: records.Run, scale: str) -> str:
-    return next(
-        f"{name}/{arm}"
-        for name, entry in ABLATIONS.items()
-        for arm in entry.arms
-        if not records.differences(
-            run.head["config"], records.plain(configuration(name, arm, scale))
-        )
-    )
+        if folder.is_dir():
+            stored = records.Stored(folder)
+            belong = {
+                path: records.run_file(folder, job.names[0], seed)
+                for job in dict.fromkeys(run.jobs_of(folder.name).values())
+                for seed, path in stored.paths(job.values).items()
+            }
+            assert belong == {path: path for path in stored.runs}
 
 
 def changed(record: dict[str, Any], **fields: Any) -> str:
@@ -194,7 +179,7 @@ def test_damaged_records_are_named(tmp_path: Path, lines: list[str], message: st
     path = tmp_path / "heads" / "one" / "seed_0.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text("".join(line + "\n" for line in lines), errors="surrogateescape")
-    with pytest.raises(records.RecordsError) as raised:
+    with pytest.raises(json_lines.RecordsError) as raised:
         records.Stored(tmp_path)
     text = str(raised.value)
     assert text.startswith(f"{path}: not the records of a finished run: ")
@@ -203,6 +188,8 @@ def test_damaged_records_are_named(tmp_path: Path, lines: list[str], message: st
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     path = tmp_path / "a" / "results.jsonl"
-    records.append(path, [{"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": -float("inf")}}])
-    records.append(path, [{"a": 1}])
-    assert records.read_lines(path) == [{"a": None, "b": [None, 1.5], "c": {"d": None}}, {"a": 1}]
+    json_lines.append(
+        path, [{"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": -float("inf")}}]
+    )
+    json_lines.append(path, [{"a": 1}])
+    assert json_lines.read(path) == [{"a": None, "b": [None, 1.5], "c": {"d": None}}, {"a": 1}]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import corpora, figures, records, report
+from experiments import corpora, figures, json_lines, records, report
 from experiments.ablations import ABLATIONS, configuration
 from experiments.comparison import compare
 
@@ -54,7 +54,7 @@ def store(
         "seconds_shared_machine": 90.0,
     }
     path = records.run_file(results, f"{ablation}/{arm}", seed)
-    records.write(path, [head, *steps, evaluation, end])
+    json_lines.write(path, [head, *steps, evaluation, end])
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_runs_on_another_corpus_are_a_scale_of_their_own(results: Path) -> None:
     for arm in ("one", "two"):
         store(folder, "heads", arm, 0, 3.0, corpus)
     store(folder, "heads", "one", 1, 3.0)  # of the scale's own corpus: it belongs elsewhere
-    records.write(folder / records.CORPUS, [corpus])
+    json_lines.write(folder / records.CORPUS, [corpus])
     text = report.write_all(results)
     assert "## Scale smoke_site_packages_bpe_8192" in text
     assert (folder / "heads.md").exists()
@@ -187,7 +187,7 @@ def test_no_index_is_written_where_there_are_no_runs(tmp_path: Path, content: st
     if content:
         (tmp_path / content).write_text("")
     (tmp_path / "README.md").write_text("committed")
-    with pytest.raises(records.RecordsError, match=f"{tmp_path}: has no runs"):
+    with pytest.raises(json_lines.RecordsError, match=f"{tmp_path}: has no runs"):
         report.write_all(tmp_path)
     assert (tmp_path / "README.md").read_text() == "committed"
 
@@ -204,14 +204,16 @@ def test_no_index_is_written_where_no_run_is_an_arms(
 
     monkeypatch.setattr(report, "configuration", changed)
     message = r"none of its 6 runs .*; heads/one, stored and now: train.num_steps: 6 -> 7"
-    with pytest.raises(records.RecordsError, match=message):
+    with pytest.raises(json_lines.RecordsError, match=message):
         report.write_all(results)
     assert (results / "README.md").read_text() == "committed"
 
 
 def test_a_folder_of_runs_is_named_after_a_scale(results: Path) -> None:
     (results / "smoke").rename(results / "smok")
-    with pytest.raises(records.RecordsError, match=r"smok: .* must begin with one of smoke, cpu"):
+    with pytest.raises(
+        json_lines.RecordsError, match=r"smok: .* must begin with one of smoke, cpu"
+    ):
         report.write_all(results)
 
 
@@ -219,7 +221,7 @@ def test_a_folder_of_runs_is_named_after_a_scale(results: Path) -> None:
 def test_a_damaged_corpus_is_named(results: Path, text: str) -> None:
     path = results / "smoke" / records.CORPUS
     path.write_text(text)
-    with pytest.raises(records.RecordsError, match=str(path)):
+    with pytest.raises(json_lines.RecordsError, match=str(path)):
         report.write_all(results)
 
 

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments import records, run
+from experiments import json_lines, records, run
 from experiments.ablations import ABLATIONS
 from tests import tiny_run
 from umv2 import files, modes
@@ -96,7 +96,7 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(records, "write", stop)
+        patched.setattr(json_lines, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             swept.run()
     (metrics,) = (tmp_path / "work").glob("*/*/seed_0/metrics.jsonl")

@@ -1,0 +1,273 @@
+"""Every command of experiments/, given what it cannot use: one line, and nothing is lost."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments import json_lines, records
+from experiments.ablations import configuration
+from tests.experiments.commands import TRACE, Commands, Ended
+from tests.experiments.test_records import store
+
+ROOT = Path(records.__file__).parent.parent
+ENTRIES = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+# Files and folders that the cases below find in their folder.
+WORKING = {
+    "file": "",
+    "own.py": "from configs import base\nget_config = base.get_config\n",
+    "syntax.py": "def get_config(:\n",
+    "without.py": "x = 1\n",
+    "failing.py": "def get_config():\n    return {}['a']\n",
+    "importing.py": "import no_such_package\n",
+    "damaged/smoke/heads/one/seed_0.jsonl": '{"kind": "run", "seed"',
+    "foreign/smoke/heads/one/seed_0.jsonl": '{"task": "needle", "answers": 3}\n',
+    "other/smoke/notes/heads.md": "nothing was run",
+    "misnamed/smok/heads/one/seed_0.jsonl": "",
+    "corpus/smoke/corpus.json": "[]",
+    "latency/damaged.jsonl": '{"kind": "dec',
+    "latency/foreign.jsonl": '{"kind": "run"}\n',
+    "latency/empty.jsonl": "",
+    "folder/step_time.jsonl/x": "",
+}
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    started = Commands()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def working(tmp_path: Path) -> Path:
+    for name, content in WORKING.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return tmp_path
+
+
+def check_one_line(ended: Ended, message: str) -> None:
+    assert ended.status == 1, ended
+    assert TRACE not in ended.errors + ended.output
+    (line,) = ended.errors.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+
+
+# What a command needs to get as far as to look at its other flags.
+NEEDED = {
+    "run": ["--ablation=heads"],
+    "step_time": ["--config=tiny"],
+    "moe_step_time": ["--config=tiny:moe"],
+    "family_step_time": ["--config=tiny"],
+    "match": ["--config=tiny"],
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("extra", "extra: unexpected argument"),
+        ("--no_such_flag=1", "[Uu]nknown command line flag 'no_such_flag'"),
+    ],
+)
+def test_what_no_command_has(
+    commands: Commands, working: Path, entry: str, argument: str, message: str
+) -> None:
+    ended = commands.run(entry, *NEEDED.get(entry, []), argument, folder=working)
+    check_one_line(ended, message)
+
+
+@pytest.mark.parametrize("entry", NEEDED)
+def test_what_a_command_must_be_given(commands: Commands, working: Path, entry: str) -> None:
+    (needed,) = NEEDED[entry]
+    name = needed.partition("=")[0]
+    check_one_line(commands.run(entry, folder=working), f"[Ff]lag {name}")
+
+
+MISTAKES = [
+    ("run", "--ablation=head", r"--ablation=head: must be one of .*\(nearest: heads\)"),
+    ("run", "--ablation=", "--ablation: must name one of value_processing"),
+    ("run", "--ablation=heads --arms=tow", r"--arms=tow: must be one of one, two \(nearest: two\)"),
+    ("run", "--ablation=heads --arms=multi_projector", "--arms=multi_projector: must be one of"),
+    ("run", "--ablation=heads --scale=cpuu", "--scale=cpuu: .*smoke"),
+    ("run", "--ablation=heads --seeds=0", "--seeds=0: 0 is not an integer in the range"),
+    ("run", "--ablation=heads --seeds=three", "--seeds=three: "),
+    ("run", "--ablation=heads --seeds=1e3", "--seeds=1e3: "),
+    ("run", f"--ablation=heads --seeds={10**20}", "--seeds=1000.*: .* range"),
+    ("run", "--ablation=heads --vocab_size=5", "--vocab_size=5: "),
+    ("run", "--ablation=heads --vocab_size=300", "--vocab_size=300: is for --corpus"),
+    ("run", "--ablation=heads --corpus=standard_libary", r"--corpus=.*\(nearest: standard_library"),
+    ("run", "--ablation=heads --corpus=", "--corpus='': must not be empty"),
+    ("run", "--ablation=heads --corpus=none/*.txt", "--corpus=none/.*no text file matches"),
+    ("run", "--ablation=heads --corpus=gs://b/x", "--corpus=gs://b/x: must be a path"),
+    ("run", "--ablation=heads --results=gs://b/x", "--results=gs://b/x: must be a path"),
+    ("run", "--ablation=heads --results=", "--results='': must not be empty"),
+    ("run", "--ablation=heads --results=~nobody_here/x", "--results=~nobody_here/x: "),
+    ("run", "--ablation=heads --results=file", "file/cpu: cannot be made a folder"),
+    ("run", "--ablation=heads --results=/proc/x", "/proc/x/cpu: cannot be made a folder"),
+    ("run", f"--ablation=heads --results={'x' * 300}", "cannot be made a folder: File name too"),
+    ("run", "--ablation=heads --workdir=file/x", "file/x/cpu: cannot be made a folder"),
+    ("run", "--ablation=heads --workdir=hf://x", "--workdir=hf://x: must be a path"),
+    ("run", "--ablation=heads --scale=smoke --results=damaged", "damaged/.*seed_0.jsonl: not the"),
+    ("run", "--ablation=heads --scale=smoke --results=foreign", "foreign/.*seed_0.jsonl: not the"),
+    ("report", "--results=missing", "missing: has no runs"),
+    ("report", "--results=file", "file: has no runs"),
+    ("report", "--results=other", "other: has no runs"),
+    ("report", "--results=s3://b", "--results=s3://b: must be a path"),
+    (
+        "report",
+        "--results=damaged",
+        "damaged/.*seed_0.jsonl: not the records .* line 1 is not JSON",
+    ),
+    ("report", "--results=foreign", "foreign/.*seed_0.jsonl: not the records .* kind=None"),
+    ("report", "--results=misnamed", "misnamed/smok: holds runs, and its name must begin with"),
+    ("arm_sizes", "--scales=cpuu", r"--scales=cpuu: must be one of .*\(nearest: cpu\)"),
+    ("arm_sizes", "--check --scales=", "--scales=: must be one of"),
+    ("match", "--config=tinny", r"--config=tinny: no such file \(nearest: tiny\)"),
+    ("match", "--config=cpu_small --families=mo", r"--families=mo: must be .*\(nearest: moe\)"),
+    ("match", "--config=tiny:moe", "--config=tiny:moe: is the reference; leave out the colon"),
+    ("match", "--config=own.py", "--config=own.py: must be a file of configs/ that has"),
+    ("match", "--config=paper_2b5_25b", "must be a file of configs/ that has the sizes"),
+    ("step_time", "--config=missing.py", "--config=missing.py: no such file"),
+    ("step_time", "--config=.", "--config=.: is a folder"),
+    ("step_time", "--config=https://x/tiny.py", "--config=https://x/tiny.py: must be a path"),
+    ("step_time", "--config=tiny:mo", r"--config=tiny:mo: family 'mo': .*\(nearest: moe\)"),
+    ("step_time", "--config=syntax.py", r"--config=syntax.py: SyntaxError: .*syntax.py:1"),
+    ("step_time", "--config=without.py", "--config=without.py: .* defines no function get_config"),
+    ("step_time", "--config=failing.py", r"KeyError: a \(failing.py:2\)"),
+    ("step_time", "--config=importing.py", "No module named 'no_such_package'"),
+    ("step_time", "--config=tiny --config.model.memory.top=3", r"--config.model.memory.top: unkn"),
+    ("step_time", "--config=tiny --config.model.memory.top_m=x", "top_m='x': must be an integer"),
+    ("step_time", "--config=tiny --config.model=3", "--config.model: is a section"),
+    ("step_time", "--config=tiny --config.no=3", "--config.no: unknown field"),
+    ("step_time", "--config=tiny --rounds=0", "--rounds=0: "),
+    ("step_time", "--config=tiny --output=file", "file: cannot be made a folder"),
+    ("step_time", "--config=tiny --output=folder", "folder/step_time.jsonl: .*Is a directory"),
+    ("step_time", "--config=tiny --output=", "--output='': must not be empty"),
+    ("step_time", "--config=tiny --output=gs://b", "--output=gs://b: must be a path"),
+    ("step_time", "--config=tiny --output=/proc/x", "/proc/x: cannot be made a folder"),
+    ("moe_step_time", "--config=tiny", "model.family='memory': must be 'moe'"),
+    ("moe_step_time", "--config=tiny:moe --reference=tinny", "--reference=tinny: no such file"),
+    ("moe_step_time", "--config=tiny:moe --output=file", "file: cannot be made a folder"),
+    ("moe_step_time", "--config=tiny:moe --rounds=-1", "--rounds=-1: "),
+    ("family_step_time", "--config=tiny --families=mo", r"--families=mo: .*\(nearest: moe\)"),
+    ("family_step_time", "--config=tiny --output=file/x", "file/x: cannot be made a folder"),
+    ("family_step_time", "--config=own.py", "--config=own.py: must be a file of configs/"),
+    (
+        "harness_equality",
+        "--equality_output=gs://b/x",
+        "--equality_output=gs://b/x: must be a path",
+    ),
+    ("latency", "--size=1b", "--size=1b: "),
+    ("latency", "--families=mo", r"--families=mo: must be one of .*\(nearest: moe\)"),
+    ("latency", "--families=moe:int8", "model.compute_dtype='int8': must be one of"),
+    ("latency", "--families=", "--families: must name one of ours"),
+    ("latency", "--families=hugging_face", "--families: must name one of ours"),
+    ("latency", "--batches=x", "--batches=x: must be an integer of at least 1"),
+    ("latency", "--batches=0", "--batches=0: must be an integer of at least 1"),
+    ("latency", "--batches=1,,2", "--batches=: must be an integer of at least 1"),
+    ("latency", "--contexts=-1", "--contexts=-1: must be an integer of at least 1"),
+    ("latency", "--contexts=1e3", "--contexts=1e3: must be an integer of at least 1"),
+    ("latency", "--rounds=0", "--rounds=0: "),
+    ("latency", "--latency_output=folder", "folder: .*Is a directory"),
+    ("latency", "--latency_output=gs://b/x", "--latency_output=gs://b/x: must be a path"),
+]
+
+
+@pytest.mark.parametrize(("entry", "arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_line(
+    commands: Commands, working: Path, entry: str, arguments: str, message: str
+) -> None:
+    before = {path: path.read_bytes() for path in working.rglob("*") if path.is_file()}
+    check_one_line(commands.run(entry, *arguments.split(), folder=working), message)
+    assert {path: path.read_bytes() for path in working.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "arguments", "package", "extra"),
+    [
+        ("harness_equality", "", "lm_eval", "eval,reference"),
+        ("harness_equality", "", "torch", "eval,reference"),
+        ("latency", "--families=moe,hugging_face", "transformers", "reference"),
+    ],
+)
+def test_a_package_that_is_missing(
+    commands: Commands, working: Path, entry: str, arguments: str, package: str, extra: str
+) -> None:
+    ended = commands.run(entry, *arguments.split(), folder=working, missing=[package])
+    check_one_line(ended, rf"{package}.*: not installed; pip install -e '\.\[{extra}\]'")
+
+
+def test_a_stored_run_of_another_configuration_is_not_overwritten(
+    commands: Commands, tmp_path: Path
+) -> None:
+    values = configuration("heads", "two", "smoke")
+    values.train.num_steps = 7
+    path = store(tmp_path / "results" / "smoke", "heads/two", values)
+    before = path.read_bytes()
+    flags = ("--ablation=heads", "--arms=two", "--scale=smoke", "--results=results", "--workdir=w")
+    message = rf"{path.relative_to(tmp_path)}: is of another .*\(train.num_steps: 7 -> 6\); move it"
+    check_one_line(commands.run("run", *flags, folder=tmp_path), message)
+    assert path.read_bytes() == before
+
+
+def write_runs(folder: Path) -> None:
+    for seed in range(2):
+        for arm in ("one", "two"):
+            values = configuration("heads", arm, "smoke")
+            store(folder / "smoke", f"heads/{arm}", values, seed)
+
+
+@pytest.mark.parametrize("page", ["README.md", "smoke/heads.md", "smoke/heads.png"])
+def test_a_page_that_cannot_be_written(commands: Commands, tmp_path: Path, page: str) -> None:
+    write_runs(tmp_path)
+    (tmp_path / page).mkdir()
+    message = f"{page}: cannot be (written|read): Is a directory"
+    check_one_line(commands.run("report", f"--results={tmp_path}", folder=tmp_path), message)
+
+
+def test_notes_that_are_no_text(commands: Commands, tmp_path: Path) -> None:
+    write_runs(tmp_path)
+    notes = tmp_path / "smoke" / "notes" / "heads.md"
+    notes.parent.mkdir()
+    notes.write_bytes(b"\xff\xfe")
+    ended = commands.run("report", f"--results={tmp_path}", folder=tmp_path)
+    check_one_line(ended, f"{notes}: must be text in UTF-8")
+
+
+def test_a_folder_of_results_in_the_home_folder(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_runs(tmp_path)
+    home = Path("~").expanduser()
+    relative = Path("~") / Path(*[".."] * (len(home.parts) - 1)) / tmp_path.relative_to("/")
+    ended = commands.run("report", f"--results={relative}", folder=tmp_path)
+    assert ended.status == 0, ended
+    assert "[heads](smoke/heads.md)" in ended.output
+    assert not (tmp_path / "~").exists()
+
+
+def test_standard_output_that_is_full_or_closed(commands: Commands, tmp_path: Path) -> None:
+    write_runs(tmp_path)
+    flag = f"--results={tmp_path}"
+    check_one_line(
+        commands.run("report", flag, folder=tmp_path, stdout="/dev/full"), "No space left on device"
+    )
+    ended = commands.run("report", flag, folder=tmp_path, stdout="closed")
+    assert (ended.status, ended.errors) == (141, "")
+
+
+def test_results_are_json_whatever_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "step_time.jsonl"
+    json_lines.append(path, [{"ratio": float("nan")}])
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"ratio": None}
