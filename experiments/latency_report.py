@@ -3,24 +3,42 @@
 python -m experiments.latency_report
 """
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+
+from experiments import cli, json_lines
+from umv2 import files
 
 _FILE = flags.DEFINE_string(
     "latency_file", "experiments/results/latency/latency.jsonl", "What was measured."
 )
 REFERENCE = "ultramem_v2"
+# That every record has.
+_FIELDS = ("kind", "size", "family", "context", "seconds", "device", "platform", "versions", "date")
 Cells = dict[tuple[str, int], dict[int, dict[str, dict[str, Any]]]]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Returns the records of a file.
+
+    Raises:
+      RecordsError: there are none, or a line that is none.
+      FileError: the file cannot be read.
+    """
+    records = json_lines.read(path)
+    if not records:
+        raise json_lines.RecordsError(f"{path}: has no measurements")
+    for number, record in enumerate(records, start=1):
+        if missing := [name for name in _FIELDS if name not in record]:
+            raise json_lines.RecordsError(
+                f"{path}: line {number} is no measurement of experiments.latency: has no"
+                f" {missing[0]!r}"
+            )
+    return records
 
 
 def decode_cells(records: list[dict[str, Any]]) -> Cells:
@@ -72,46 +90,66 @@ def table(cells: dict[int, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def draw(cells: Cells, image: Path) -> None:
-    """Draws, for each context, the ratios over the batch, measured and by traffic."""
-    from matplotlib.figure import Figure
+    """Draws, for each size and context, the ratios over the batch, measured and by traffic.
+
+    Raises:
+      FileError: the file cannot be written.
+    """
+    from matplotlib.lines import Line2D
+
+    from umv2 import pictures
 
     keys = sorted(cells)
-    figure = Figure(figsize=(5.2 * len(keys), 4.4), layout="constrained")
+    families = list(
+        dict.fromkeys(
+            name
+            for key in keys
+            for beside in cells[key].values()
+            for name in beside
+            if REFERENCE in beside and name != REFERENCE
+        )
+    )
+    # Measured values differ: none lies within another, and whiskers are to be seen.
+    measured = {"linewidth": 1.6, "markersize": 6, "markevery": None}
+    styles = {
+        family: style | measured
+        for family, style in zip(families, pictures.curve_styles(len(families)), strict=True)
+    }
+    figure = pictures.new(5.2 * len(keys), 5.0)
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         batches = sorted(batch for batch in cells[key] if REFERENCE in cells[key][batch])
-        families = [name for name in cells[key][batches[0]] if name != REFERENCE]
-        for index, family in enumerate(families):
+        for family, style in styles.items():
             at = [batch for batch in batches if family in cells[key][batch]]
             found = [ratio(cells[key][b][family], cells[key][b][REFERENCE]) for b in at]
             middle = [value for value, _, _ in found]
             low = [value - lowest for value, lowest, _ in found]
             high = [highest - value for value, _, highest in found]
-            color = f"C{index}"
-            axes.errorbar(at, middle, (low, high), marker="o", color=color, label=family)
+            axes.errorbar(at, middle, (low, high), elinewidth=1.2, capsize=3, **style)
             bytes_read = [
                 cells[key][b][family]["traffic_bytes"] / cells[key][b][REFERENCE]["traffic_bytes"]
                 for b in at
             ]
-            axes.plot(at, bytes_read, linestyle="--", linewidth=1, color=color)
+            axes.plot(at, bytes_read, linestyle="--", linewidth=1.2, color=style["color"])
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.set(xlabel="sequences", ylabel="times UltraMemV2's", ylim=(0, None))
-        axes.set_title(f"{key[0]}, {key[1]:,} positions in the cache")
+        axes.set_title(pictures.literal(f"{key[0]}, {key[1]:,} positions in the cache", 50))
         axes.grid(alpha=0.3)
-        axes.legend(title="solid: time of a step; dashed: bytes read", fontsize=8)
-    figure.savefig(image, dpi=120)
+    samples = [Line2D([], [], **style) for style in styles.values()]
+    samples.append(Line2D([], [], color="gray", linestyle="--", linewidth=1.2))
+    pictures.legend_below(figure, samples, [*families, "dashed: bytes read"])
+    pictures.save(figure, image)
 
 
 def main(_: list[str]) -> None:
     """Writes `README.md` and `latency.png` beside the file; `notes.md` there is taken over."""
-    path = Path(_FILE.value)
+    path = cli.path(_FILE)
     records = read(path)
     cells = decode_cells(records)
-    draw(
-        {key: value for key, value in cells.items() if _is_sweep(value)},
-        path.parent / "latency.png",
-    )
+    sweeps = {key: value for key, value in cells.items() if _is_sweep(value)}
+    if sweeps:
+        draw(sweeps, path.parent / "latency.png")
     first = records[0]
     lines = [
         "# Decode latency and traffic",
@@ -122,9 +160,9 @@ def main(_: list[str]) -> None:
         " in turns in one process, medians and quartiles of the rounds. Traffic is what a step must"
         " read (`umv2.cost.traffic`); a pass over memory sums an array of 512 MB in the same run.",
         "",
-        "![ratios](latency.png)",
-        "",
     ]
+    if sweeps:
+        lines += ["![ratios](latency.png)", ""]
     notes = path.parent / "notes.md"
     if notes.exists():
         lines += [notes.read_text().rstrip(), ""]
@@ -134,12 +172,13 @@ def main(_: list[str]) -> None:
     if prefills:
         lines += ["## Prefill", "", "| size | family | prompt | tokens/s | of UltraMemV2's time |"]
         lines += ["| --- | --- | ---: | ---: | ---: |"]
-        reference = next(record for record in prefills if record["family"] == REFERENCE)
+        reference = next((each for each in prefills if each["family"] == REFERENCE), None)
         for record in prefills:
             seconds = statistics.median(record["seconds"])
+            times = f"{ratio(record, reference)[0]:.2f}" if reference else ""
             lines.append(
                 f"| {record['size']} | {record['family']} | {record['context']:,} |"
-                f" {record['context'] / seconds:,.0f} | {ratio(record, reference)[0]:.2f} |"
+                f" {record['context'] / seconds:,.0f} | {times} |"
             )
         lines.append("")
     lines += ["## Memory of a decode step, GB", "", "| size | context | batch | family | needed |"]
@@ -152,7 +191,7 @@ def main(_: list[str]) -> None:
                 for family, record in batches[batch].items()
                 if record["memory"]
             ]
-    (path.parent / "README.md").write_text("\n".join(lines) + "\n")
+    files.write_text(path.parent / "README.md", "\n".join(lines) + "\n")
     print(f"wrote {path.parent / 'README.md'}")
 
 
@@ -161,4 +200,4 @@ def _is_sweep(cells: dict[int, dict[str, dict[str, Any]]]) -> bool:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from configs import families, long_context_tiny
-from experiments import cli
+from experiments import cli, json_lines
 from umv2 import files
 
 CONFIG = "configs/long_context_tiny.py"
@@ -110,8 +110,7 @@ def budget(family: str) -> dict[str, Any]:
 def accuracies(path: Path) -> dict[tuple[str, int], tuple[float, float]]:
     """Returns (accuracy, chance) of each task and length of one run."""
     cells: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for line in path.read_text().splitlines()[1:]:
-        cell = json.loads(line)
+    for cell in json_lines.read(path)[1:]:
         cells[cell["task"], cell["length"]].append(cell)
 
     def mean(found: list[dict[str, Any]]) -> tuple[float, float]:
@@ -192,7 +191,7 @@ def _draw_depths(path: Path, image: Path) -> None:
 
     percent: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     answers, chances = Counter[str](), Counter[str]()
-    for cell in map(json.loads, path.read_text().splitlines()[1:]):
+    for cell in json_lines.read(path)[1:]:
         task, count = cell["task"], cell["answers"]
         percent[task][cell["length"], cell["fifth"]] = 100 * cell["exact"] / count
         answers[task] += count

@@ -1,13 +1,17 @@
 """The reports of the long-context campaign and of decode latency, from made-up measurements."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
+from matplotlib.image import imread
 
-from experiments import latency_report, long_context
+from experiments import latency_report, long_context, plans, redraw
 from umv2.schema import UserError
 
 
@@ -108,3 +112,106 @@ def test_ratios_of_a_step_are_taken_round_by_round() -> None:
     assert rows[1].split(" | ")[2:4] == ["2.00 (2.00 to 2.00)", "1.50"]
     # 4 GB in 2.5 s where a pass over memory brings 8 GB a second.
     assert rows[0].split(" | ")[4:] == ["2500.0", "3", "1.6", "20 % |"]
+
+
+def written(folder: Path, records: list[dict[str, Any]]) -> str:
+    """The report of records."""
+    path = folder / "latency.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    with flagsaver.flagsaver(latency_file=str(path)):
+        latency_report.main([])
+    return (folder / "README.md").read_text()
+
+
+MACHINE = {"device": "cpu", "platform": "cpu", "versions": {"jax": "1"}, "date": "today"}
+
+
+def test_a_sweep_is_drawn_and_drawn_the_same_again(tmp_path: Path) -> None:
+    records = [
+        record(family, [seconds * batch], batch=batch, **MACHINE)
+        for batch in (1, 8)
+        for family, seconds in (("ultramem_v2", 1.0), ("moe", 2.0), ("$x_$", 2.0))
+    ]
+    records.append(record("dense", [1.0], batch=64, **MACHINE))  # without the reference beside it
+    assert "![ratios](latency.png)" in written(tmp_path, records)
+    image = (tmp_path / "latency.png").read_bytes()
+    written(tmp_path, records)
+    assert image == (tmp_path / "latency.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_a_report_of_one_measurement_has_no_picture(kind: str, tmp_path: Path) -> None:
+    text = written(tmp_path, [record("moe", [1.0], kind=kind, **MACHINE)])
+    assert "latency.png" not in text
+    assert "| moe |" in text
+    assert not (tmp_path / "latency.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no measurements"),
+        ('{"kind": "dec', "line 1 is not JSON"),
+        ('{"kind": "run"}', "line 1 is no measurement .*: has no 'size'"),
+    ],
+)
+def test_a_file_without_measurements_is_one_line(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "latency.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"latency\.jsonl: {message}"):
+        latency_report.read(path)
+    with pytest.raises(UserError, match=r"missing\.jsonl: cannot be read: No such file"):
+        latency_report.read(tmp_path / "missing.jsonl")
+
+
+def test_what_is_drawn_again_is_what_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = redraw.RESULTS.absolute()
+    for name in ("cpu_small", "kernels"):
+        shutil.copytree(kept / name, tmp_path / name)
+    images = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    redraw.loss(tmp_path / "cpu_small")
+    redraw.rooflines(tmp_path / "kernels" / "cpu")
+    assert images.keys() == set(tmp_path.rglob("*.png"))
+    # Other versions of matplotlib draw a little differently.
+    for path, content in images.items():
+        assert imread(path).shape == imread(io.BytesIO(content)).shape
+    redraw.cost("227m_1b2", tmp_path / "cost")
+    table = (tmp_path / "cost" / "table.txt").read_text()
+    assert table == (kept / "cost_227m_1b2" / "table.txt").read_text()
+    monkeypatch.setattr(redraw, "RESULTS", tmp_path / "none")
+    with pytest.raises(UserError, match="none: is no folder here"):
+        redraw.main([])
+
+
+def test_a_case_that_is_none_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ARITHMETIC", "RESULTS", "DOCUMENT"):
+        monkeypatch.setattr(plans, name, tmp_path / name)
+    with (
+        flagsaver.flagsaver(only=["paper_1b_7b@v6e:8x9"]),
+        pytest.raises(UserError, match=r"--only=paper_1b_7b@v6e:8x9: is no case"),
+    ):
+        plans.main([])
+    assert not list(tmp_path.iterdir())
+
+
+def test_stored_plans_are_read_back_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "plans.jsonl"
+    assert plans.stored(path) == {}
+    records: list[dict[str, Any]] = [{"case": "a", "x": 1}, {"case": "b"}, {"case": "a", "x": 2}]
+    plans.store(path, records[:1])
+    plans.store(path, records[1:])
+    assert plans.stored(path) == {"a": [records[0], records[2]], "b": [records[1]]}
+    plans.store(path, [{"other": 1}])
+    with pytest.raises(UserError, match=r"plans\.jsonl: line 4 names no case"):
+        plans.stored(path)
+
+
+def test_the_document_of_plans_is_that_of_what_is_stored() -> None:
+    document = plans.document(plans.stored(plans.RESULTS), plans.stored(plans.ARITHMETIC))
+    assert document == plans.DOCUMENT.read_text()
