@@ -345,7 +345,7 @@ def main(_: list[str]) -> None:
             json_lines.write(results / records.CORPUS, [corpus])
         sweep.run()
     except KeyboardInterrupt:
-        print(f"{sweep.progress()} finished; the same command goes on", flush=True)
+        print(f"{sweep.progress()}; the same command goes on with the rest", flush=True)
         raise
     print(sweep.progress())
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
 from configs import base
@@ -118,6 +120,26 @@ def test_a_run_that_a_signal_stops_is_not_taken_for_finished(
     with pytest.raises(KeyboardInterrupt):
         swept.run()
     assert len(swept.unfinished()) == 2
+
+
+def test_ctrl_c_says_how_to_go_on(
+    paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Sweep, "run", stop)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with flagsaver.flagsaver(
+        ablation=["heads"],
+        scale="smoke",
+        results=str(tmp_path / "results"),
+        workdir=str(tmp_path / "work"),
+    ):
+        flags.FLAGS.mark_as_parsed()
+        with pytest.raises(KeyboardInterrupt):
+            run.main([])
+    assert capsys.readouterr().out == "0/6 runs; the same command goes on with the rest\n"
 
 
 def test_an_arm_that_another_process_runs_is_left_to_it(

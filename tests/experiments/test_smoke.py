@@ -1,7 +1,9 @@
 """The smallest scale, as a user runs it."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -31,11 +33,32 @@ def command(module: str, *flags: str) -> str:
     return finished.stdout
 
 
-@pytest.mark.slow(minutes=3)
+def interrupt(folder: Path, *flags: str) -> None:
+    """Starts a sweep, and stops it by Ctrl-C in its first run."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(folder.glob("work/smoke/*/*/seed_0/metrics.jsonl")):
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    output, errors = started.communicate()
+    assert started.returncode == 130
+    assert output.splitlines()[-1] == "0/4 runs; the same command goes on with the rest"
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow(minutes=4)
 def test_an_ablation_runs_from_the_command_line(tmp_path: Path) -> None:
     results = f"--results={tmp_path / 'results'}"
     work = f"--workdir={tmp_path / 'work'}"
     flags = ("--ablation=heads", "--scale=smoke", "--seeds=2", results, work)
+    interrupt(tmp_path, *flags)
     assert "4/4 runs" in command("experiments.run", *flags)
     page = tmp_path / "results" / "smoke" / "heads.md"
     assert "[heads](smoke/heads.md)" in command("experiments.report", results)
