@@ -19,6 +19,7 @@ from umv2.data.tokenizers import ByteTokenizer
 from umv2.inference import decode, serving
 from umv2.model.memory import ValueStore
 from umv2.model.transformer import Transformer
+from umv2.schema import UserError
 from umv2.training.state import create_model, merge_model, split_model
 
 TOKENIZER = ByteTokenizer()
@@ -225,6 +226,95 @@ def test_a_divided_model_generates_what_a_whole_one_does(
     assert divided.generate_batch(prompts) == expected
 
 
+@pytest.mark.parametrize("family", ["memory", pytest.param("moe", marks=pytest.mark.slow)])
+def test_a_sample_is_a_function_of_its_prompt_and_number_whatever_the_batch(family: str) -> None:
+    model, store = small_model(family)
+    settings = dataclasses.replace(SAMPLED, max_new_tokens=8)
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=settings)
+    many = generator.generate_batch(["a"] * 6)
+    assert len(set(many)) == 6
+    assert "".join(generator.generate("a")) == many[0]
+    # Among others, longer and shorter, in another order.
+    among = generator.generate_batch(["import numpy as np\n" * 3, "a", "", "a"])
+    assert [among[1], among[3]] == many[:2]
+
+    context = [TOKENIZER.end_of_text_id, ord("a")]
+    complete = functools.partial(generator.complete, max_new_tokens=8, stop=())
+    assert complete([context] * 3, samples=[4, 1, 4]) == [many[4], many[1], many[4]]
+
+
+def test_prompts_that_the_model_does_not_tell_apart_get_different_samples() -> None:
+    model, store = small_model("memory")
+    model = jax.tree.map(jnp.zeros_like, model)  # every id is as likely as any other
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=SAMPLED)
+    assert len(set(generator.generate_batch(["a", "b", "c", "a"]))) == 4
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"), [("", []), ("aab", [0, 1, 0]), ("abaabb", [0, 0, 1, 2, 1, 2])]
+)
+def test_occurrences_count_equal_items_before(items: str, expected: list[int]) -> None:
+    assert decode.occurrences(items) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "place"), [("caf\udce9", 3), ("\ud83d", 0), ("x" * 99 + "\udc80", 99)]
+)
+def test_prompts_that_are_not_unicode_are_refused(prompt: str, place: int) -> None:
+    model, store = small_model("memory")
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    message = f"character {place} is a lone surrogate"
+    with pytest.raises(UserError, match=message):
+        next(generator.generate(prompt))
+    with pytest.raises(UserError, match=message):
+        generator.generate_batch(["a", prompt])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be >= 1"),
+        ({"max_new_tokens": -3}, "max_new_tokens=-3: must be >= 1"),
+        ({"stop": [""]}, r"stop=\[''\]: must be strings, none of them empty"),
+        ({"stop": "end"}, "stop='end': must be strings"),
+        ({"max_new_tokens": 2**31}, "1 x 2,147,483,680 tokens.* do not fit the memory"),
+        ({"max_new_tokens": 10**19}, "do not fit the memory"),
+    ],
+)
+def test_a_batch_that_cannot_be_generated_is_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    model, store = small_model("memory")
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    with pytest.raises(UserError, match=message):
+        generator.generate_batch(["a"], **arguments)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64000002048 bytes.",
+        "INTERNAL: Error dispatching computation: Out of memory allocating 64000002048 bytes.",
+        "INTERNAL: something else",
+    ],
+)
+@pytest.mark.parametrize("function", ["prefill", "decode"])
+def test_lack_of_memory_is_one_line_and_other_errors_are_not(
+    monkeypatch: pytest.MonkeyPatch, function: str, message: str
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise jax.errors.JaxRuntimeError(message)
+
+    model, store = small_model("memory")
+    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    monkeypatch.setattr(decode, function, failing)
+    known = "memory" in message
+    with pytest.raises(UserError if known else jax.errors.JaxRuntimeError) as caught:
+        generator.generate_batch(["a", "b", "c"])
+    if known:
+        assert str(caught.value).startswith("4 x 56 tokens")
+
+
 def test_a_seed_names_a_text() -> None:
     model, store = small_model("memory")
 
@@ -242,7 +332,7 @@ def test_generation_stops_before_end_of_text(monkeypatch: pytest.MonkeyPatch) ->
     script = iter([72, 105, TOKENIZER.end_of_text_id, 33, 34])
 
     def scripted(_: Any, cache: Any, tokens: Any, positions: Any, *__: Any, **___: Any) -> Any:
-        return np.array([next(script)], np.int32), positions + 1, cache
+        return jnp.array([next(script)], jnp.int32), positions + 1, cache
 
     monkeypatch.setattr(decode, "decode", scripted)
     generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)

@@ -41,6 +41,7 @@ def test_temperature_zero_takes_the_lower_of_equal_ids() -> None:
         ({"top_k": 3}, [0, 0.5, 0.25, 0, 0.25]),
         ({"top_k": 4}, [1 / 9, 4 / 9, 2 / 9, 0, 2 / 9]),
         ({"top_k": 9}, [0.1, 0.4, 0.2, 0.1, 0.2]),
+        ({"top_p": 1e-50}, [0, 1, 0, 0, 0]),  # 0 in float32
         ({"top_p": 0.01}, [0, 1, 0, 0, 0]),
         ({"top_p": 0.39}, [0, 1, 0, 0, 0]),
         ({"top_p": 0.41}, [0, 2 / 3, 1 / 3, 0, 0]),
@@ -60,6 +61,20 @@ def test_samples_follow_the_distribution_computed_by_hand(
     np.testing.assert_array_equal(frequencies == 0, np.array(expected) == 0)
     # Four standard deviations of a frequency are at most 4 sqrt(0.25 / 20000).
     np.testing.assert_allclose(frequencies, expected, atol=0.0142)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 4, "top_p": 0.5}])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-40, 1.1e-38, 1.2e-38, 1e-30, 1e-3])
+def test_small_temperatures_take_the_likeliest_id(temperature: float, cut: dict[str, Any]) -> None:
+    # Logits of which float32 cannot hold the quotients.
+    logits = jnp.array([[-80.0, 30.0, 80.0, 79.0, -0.0], [-3.0, -1.0, -2.0, -9.0, -4.0]])
+    settings: Any = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "vocab_size": 5} | cut
+    ids = Sampling(**settings).draw(logits, jax.random.split(jax.random.key(0), 2))
+    assert ids.tolist() == [2, 1]
+
+
+def test_great_temperatures_make_all_ids_alike() -> None:
+    np.testing.assert_allclose(draws(20_000, temperature=1e300), [0.2] * 5, atol=0.0142)
 
 
 def test_a_nucleus_reached_exactly_holds_no_further_id() -> None:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from umv2 import parallel
 from umv2.config import Config, MeshConfig, from_config_dict, to_dict
@@ -261,9 +261,9 @@ def _served(config: Config, mesh: Any, state: Any) -> dict[str, Any]:
         lambda leaf: _with_sharding(leaf, NamedSharding(mesh, leaf.sharding.spec)), (served, cache)
     )
     rows = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=parallel.batch_sharded(mesh))
-    whole = NamedSharding(mesh, PartitionSpec())
-    key = _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    return {"served": served, "cache": cache, "tokens": rows, "positions": rows, "key": key}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    keys = _with_sharding(keys, parallel.batch_sharded(mesh))
+    return {"served": served, "cache": cache, "tokens": rows, "positions": rows, "keys": keys}
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -5,15 +5,17 @@ cache; `decode` takes one step of every row, each at its own position. Neither r
 shapes stay the same: lengths of prompts are padded to powers of two, numbers of rows too.
 """
 
+import collections
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import re
+import zlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, UInt32
 
 from umv2 import parallel
 from umv2.config import ConfigError, GenerateConfig
@@ -24,6 +26,7 @@ from umv2.inference.streaming import TextStream
 from umv2.model.attention import KeyValueCache
 from umv2.model.memory import ValueStore
 from umv2.model.transformer import Transformer
+from umv2.schema import UserError, require
 
 # Prompts are padded to powers of two from here on: one compilation serves all lengths in between.
 _SMALLEST_BUCKET = 32
@@ -71,20 +74,20 @@ def decode(
     cache: Cache,
     tokens: Int[Array, " b"],
     positions: Int[Array, " b"],
-    key: Key[Array, ""],
+    keys: Key[Array, " b"],
     *,
     sampling: Sampling,
 ) -> tuple[Int[Array, " b"], Int[Array, " b"], Cache]:
     """Takes one step: reads a token of each row and draws the one that follows it.
 
-    A draw is a function of the key, the number of the row and the position.
+    A draw is a function of the row's key and its position.
 
     Args:
       served: the model.
       cache: of the positions before `positions`; its memory is used for the result.
       tokens: at `positions`, the last that is known of each row.
       positions: of the tokens.
-      key: of the whole generation.
+      keys: of each row, the same at every step.
       sampling: how ids are drawn.
 
     Returns:
@@ -94,23 +97,47 @@ def decode(
     output = model(tokens[:, None], store=store, cache=cache, position=positions)
     assert output.cache is not None  # because one was given
     logits = parallel.rows_whole(output.logits[:, 0])
-    rows = parallel.divided_like(jnp.arange(len(tokens), dtype=jnp.int32), logits)
 
-    def draw(logits: Array, rows: Array, positions: Array, key: Array) -> Array:
-        key_of = jax.vmap(lambda *numbers: functools.reduce(jax.random.fold_in, numbers, key))
-        return sampling.draw(logits, key_of(rows, positions))
+    def draw(logits: Array, positions: Array, keys: Array) -> Array:
+        return sampling.draw(logits, jax.vmap(jax.random.fold_in)(keys, positions))
 
     following = parallel.map_per_device(
-        draw, logits, rows, positions, key, out_specs=parallel.spec(rows)
+        draw, logits, positions, keys, out_specs=parallel.spec(positions)
     )
     return following, positions + 1, output.cache
+
+
+@jax.jit
+def row_keys(
+    key: Key[Array, ""], contexts: UInt32[Array, " b"], samples: UInt32[Array, " b"]
+) -> Key[Array, " b"]:
+    """Returns a key for each row: of the generation, what is continued, and which sample of it."""
+
+    def fold(key: Array, contexts: Array, samples: Array) -> Array:
+        fold_in = jax.random.fold_in
+        of_row = jax.vmap(lambda context, sample: fold_in(fold_in(key, context), sample))
+        return of_row(contexts, samples)
+
+    return parallel.map_per_device(fold, key, contexts, samples, out_specs=parallel.spec(contexts))
+
+
+def occurrences(items: Iterable[Hashable]) -> list[int]:
+    """Returns how many equal items come before each."""
+    seen = collections.Counter[Hashable]()
+    counts = []
+    for item in items:
+        counts.append(seen[item])
+        seen[item] += 1
+    return counts
 
 
 class Generator:
     """Continues prompts, one at a time or many together.
 
     A prompt is read as the beginning of a document, so end-of-text stands before it as it does in
-    training. The text is a function of model, prompt, its place in the batch and configuration.
+    training. The text is a function of model, prompt, configuration and the number of the sample,
+    and but for rounding not of the batch: equal prompts of a batch get samples 0, 1, 2 and so on,
+    and `generate` gives sample 0.
     """
 
     def __init__(
@@ -148,10 +175,14 @@ class Generator:
             self._served = jax.jit(serve)(model, store)
 
     def generate(self, prompt: str) -> Iterator[str]:
-        """Yields the continuation of a prompt piece by piece, each one whole characters."""
-        ids = self._tokenizer.encode(prompt)
-        stream = TextStream(self._tokenizer, ids.tolist(), self._config.stop)
-        for token in self.generate_ids(ids):
+        """Yields the continuation of a prompt piece by piece, each one whole characters.
+
+        Raises:
+          UserError: a prompt that is not Unicode, or too long for the device's memory.
+        """
+        ids = encode(self._tokenizer, prompt)
+        stream = TextStream(self._tokenizer, ids, self._config.stop)
+        for token in self.generate_ids(np.array(ids, np.int32)):
             if piece := stream.push(token):
                 yield piece
             if stream.stopped:
@@ -163,7 +194,7 @@ class Generator:
         """Yields the ids that continue a prompt: `max_new_tokens`, or those before end-of-text."""
         end_of_text_id = self._tokenizer.end_of_text_id
         known = [end_of_text_id, *prompt.tolist()]
-        for tokens in self._steps([known], self._config.max_new_tokens, self._sampling):
+        for tokens in self._steps([known], [0], self._config.max_new_tokens, self._sampling):
             if (token := int(tokens[0])) == end_of_text_id:
                 return
             yield token
@@ -178,14 +209,17 @@ class Generator:
         """Returns the continuation of every prompt, up to end-of-text or a stop string.
 
         Args:
-          prompts: of any lengths; they are padded to the longest.
+          prompts: of any lengths; they are padded to the longest. Equal ones get different samples.
           max_new_tokens: at most so many each; None: as configured.
           stop: strings that end a text and are left out; None: as configured.
+
+        Raises:
+          ConfigError: `max_new_tokens` below 1, or a stop string that is empty.
+          UserError: a prompt that is not Unicode, or more than the device's memory holds.
         """
         end_of_text_id = self._tokenizer.end_of_text_id
-        encoded = [self._tokenizer.encode(prompt).tolist() for prompt in prompts]
         return self.complete(
-            [[end_of_text_id, *ids] for ids in encoded],
+            [[end_of_text_id, *encode(self._tokenizer, prompt)] for prompt in prompts],
             max_new_tokens=self._config.max_new_tokens
             if max_new_tokens is None
             else max_new_tokens,
@@ -199,6 +233,7 @@ class Generator:
         max_new_tokens: int,
         stop: Sequence[str],
         sampling: Sampling | None = None,
+        samples: Sequence[int] | None = None,
     ) -> list[str]:
         """Does the same for contexts in ids, taken as they are: of one id or more each.
 
@@ -207,13 +242,22 @@ class Generator:
           max_new_tokens: at most so many each.
           stop: strings that end a text and are left out.
           sampling: how ids are drawn; None: as configured.
+          samples: which sample of its context each is; None: equal contexts count from 0.
+
+        Raises:
+          ConfigError: `max_new_tokens` below 1, or a stop string that is empty.
+          UserError: more than the device's memory holds.
         """
+        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be >= 1")
+        strings = not isinstance(stop, str) and all(stop)
+        require(strings, "stop", stop, "must be strings, none of them empty")
         if not contexts:
             return []
+        samples = occurrences(map(tuple, contexts)) if samples is None else samples
         streams = [TextStream(self._tokenizer, ids, stop) for ids in contexts]
         texts = [""] * len(contexts)
         running = set(range(len(contexts)))
-        for tokens in self._steps(contexts, max_new_tokens, sampling or self._sampling):
+        for tokens in self._steps(contexts, samples, max_new_tokens, sampling or self._sampling):
             for row in tuple(running):
                 if (token := int(tokens[row])) == self._tokenizer.end_of_text_id:
                     running.discard(row)
@@ -226,7 +270,11 @@ class Generator:
         return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
     def _steps(
-        self, known: Sequence[Sequence[int]], count: int, sampling: Sampling
+        self,
+        known: Sequence[Sequence[int]],
+        samples: Sequence[int],
+        count: int,
+        sampling: Sampling,
     ) -> Iterator[Int[np.ndarray, "_"]]:
         """Yields `count` times the ids that follow; the device is a step ahead of who reads them.
 
@@ -241,24 +289,29 @@ class Generator:
         padded = np.full((num_rows, bucket), end_of_text_id, np.int32)
         last = np.full(num_rows, end_of_text_id, np.int32)
         starts = np.zeros(num_rows, np.int32)
+        identities, numbers = (np.zeros(num_rows, np.uint32) for _ in range(2))
         for row, (ids, length) in enumerate(zip(known, lengths, strict=True)):
             padded[row, :length], last[row], starts[row] = ids[:-1], ids[-1], length
+            identities[row] = zlib.crc32(np.array(ids, "<i4").tobytes())
+            numbers[row] = samples[row]
 
-        key = jax.random.key(self._config.seed)
-        with self._on_mesh():
-            padded, tokens, positions = self._placed((padded, last, starts))
-            cache = prefill(self._served, padded, length=bucket + count)
-        waiting = None
-        for _ in range(count):
+        with _memory_errors(num_rows, bucket + count):
             with self._on_mesh():
-                tokens, positions, cache = decode(
-                    self._served, cache, tokens, positions, key, sampling=sampling
-                )
+                padded, tokens, positions = self._placed((padded, last, starts))
+                key = jax.random.key(self._config.seed)
+                keys = row_keys(key, *self._placed((identities, numbers)))
+                cache = prefill(self._served, padded, length=bucket + count)
+            waiting = None
+            for _ in range(count):
+                with self._on_mesh():
+                    tokens, positions, cache = decode(
+                        self._served, cache, tokens, positions, keys, sampling=sampling
+                    )
+                if waiting is not None:
+                    yield self._read(waiting)
+                waiting = tokens
             if waiting is not None:
-                yield np.asarray(waiting)
-            waiting = tokens
-        if waiting is not None:
-            yield np.asarray(waiting)
+                yield self._read(waiting)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -268,6 +321,45 @@ class Generator:
         if self._mesh is None:
             return batch
         return jax.device_put(batch, parallel.batch_sharded(self._mesh))
+
+    def _read(self, rows: Int[Array, " b"]) -> Int[np.ndarray, " b"]:
+        """Returns rows, those on other processes too."""
+        if self._mesh is None or rows.is_fully_addressable:
+            return np.asarray(rows)
+        return parallel.on_every_process(self._mesh, rows)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of a text.
+
+    Raises:
+      UserError: a lone surrogate, which bytes of a command line that are not UTF-8 become.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20]
+        raise UserError(
+            f"the text {around!r}: character {error.start} is a lone surrogate; text must be UTF-8"
+        ) from error
+    return tokenizer.encode(text).tolist()
+
+
+@contextlib.contextmanager
+def _memory_errors(num_rows: int, length: int) -> Iterator[None]:
+    """Raises UserError where a cache of so many rows and positions is more than fits."""
+    too_large = UserError(
+        f"{num_rows} x {length:,} tokens, prompts and what follows them, do not fit the memory:"
+        " shorten the prompts, lower max_new_tokens, or take fewer prompts at once"
+    )
+    if length > np.iinfo(np.int32).max:  # the type of positions
+        raise too_large
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
+            raise
+        raise too_large from error
 
 
 def padded_length(length: int) -> int:
