@@ -1,6 +1,9 @@
 """The adapter to lm-evaluation-harness: its arithmetic here, the harness itself where installed."""
 
+import dataclasses
 import functools
+import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +17,13 @@ import pytest
 
 from experiments import harness_equality
 from tests import meshes, tiny_run
+from umv2.config import GenerateConfig
+from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import downstream
 from umv2.evaluation.answers import Respondent
+from umv2.inference.decode import Generator
+from umv2.inference.sampling import Sampling
+from umv2.schema import UserError
 from umv2.training.state import create_model, split_model
 
 FILL = 256
@@ -116,6 +124,161 @@ def test_rolling_windows_predict_every_token_once(count: int) -> None:
     assert downstream.rolling_windows([], prefix=FILL, max_length=8) == []
 
 
+# --- settings of generation, and continuations ---
+
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, vocab_size=257)
+
+
+def settings_of(**given: Any) -> downstream.GenerationSettings:
+    return downstream.GenerationSettings.of_task(given, task="x", vocab_size=257, max_length=300)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        ({}, {}),
+        ({"temperature": 0}, {}),
+        ({"temperature": 0.0, "do_sample": False}, {}),
+        ({"temperature": 0.7, "do_sample": False}, {}),
+        ({"temperature": "0.7", "do_sample": "False"}, {}),
+        ({"do_sample": False, "top_k": -1, "top_p": 3, "min_p": 0.1}, {}),
+        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"temperature": "0.7"}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "do_sample": None}, {"temperature": 0.7}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": "true", "temperature": None}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": 1e-40}, {"temperature": 1e-40}),
+        ({"temperature": 1, "top_k": 0}, {"temperature": 1.0}),
+        ({"temperature": 1, "top_k": "50"}, {"temperature": 1.0, "top_k": 50}),
+        ({"temperature": 1, "top_k": 50.0}, {"temperature": 1.0, "top_k": 50}),
+        ({"temperature": 1, "top_k": None, "top_p": None}, {"temperature": 1.0}),
+        ({"temperature": 1, "top_p": 1}, {"temperature": 1.0}),
+        ({"temperature": 1, "top_p": "0.9"}, {"temperature": 1.0, "top_p": 0.9}),
+        # Nothing is left but the likeliest.
+        ({"temperature": 1, "top_p": 0}, {}),
+        ({"temperature": 1, "min_p": 0.0, "typical_p": 1.0}, {"temperature": 1.0}),
+        ({"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": "1.0"}, {}),
+        ({"num_return_sequences": 1, "early_stopping": False, "use_cache": True}, {}),
+        ({"no_repeat_ngram_size": 0, "min_length": None, "guidance_scale": None}, {}),
+    ],
+)
+def test_settings_of_a_task_mean_what_they_do_to_transformers(
+    given: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    settings = settings_of(**given)
+    assert settings.sampling == dataclasses.replace(GREEDY, **changes)
+    assert settings.max_new_tokens == 256
+    assert settings.stop == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ({"max_gen_toks": 24}, 24),
+        ({"max_gen_toks": "24"}, 24),
+        ({"max_gen_toks": 24.0}, 24),
+        ({"max_new_tokens": 24, "max_gen_toks": None}, 24),
+        ({"max_tokens": 24}, 24),
+        ({"max_completion_tokens": 24}, 24),
+        ({"max_completion_tokens": 9, "max_tokens": 8, "max_new_tokens": 24}, 24),
+        ({"max_new_tokens": 9, "max_gen_toks": 24}, 24),
+    ],
+)
+def test_the_limit_of_new_tokens_has_the_names_of_the_harness(
+    given: dict[str, Any], count: int
+) -> None:
+    assert settings_of(**given).max_new_tokens == count
+
+
+@pytest.mark.parametrize(
+    ("until", "stop"),
+    [("a", ("a",)), (["a", "", "b"], ("a", "b")), (None, ()), ([], ()), ("", ()), (("a",), ("a",))],
+)
+def test_texts_end_at_every_stop_string_that_is_one(until: Any, stop: tuple[str, ...]) -> None:
+    assert settings_of(until=until).stop == stop
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"do_sample": True, "temperature": 0}, r"temperature=0.0: must be > 0 with do_sample"),
+        ({"do_sample": True, "temperature": "0.0"}, r"temperature=0.0: must be > 0"),
+        ({"do_sample": True, "temperature": -1}, r"temperature=-1: must be a finite number >= 0"),
+        ({"temperature": float("nan")}, "temperature=nan: must be a finite number"),
+        ({"temperature": float("inf")}, "temperature=inf: must be a finite number"),
+        ({"temperature": "hot"}, "temperature='hot': must be a finite number"),
+        ({"temperature": True}, "temperature=True: must be a finite number"),
+        ({"temperature": [0.5]}, r"temperature=\[0.5\]: must be a finite number"),
+        ({"temperature": 10**400}, "temperature=10+: must be a finite number"),
+        ({"do_sample": "yes"}, "do_sample='yes': must be true or false"),
+        ({"do_sample": 1}, "do_sample=1: must be true or false"),
+        ({"do_sample": []}, r"do_sample=\[\]: must be true or false"),
+        ({"temperature": 1, "top_k": -1}, "top_k=-1: must be a whole number >= 0"),
+        ({"temperature": 1, "top_k": 2.5}, "top_k=2.5: must be a whole number >= 0"),
+        ({"temperature": 1, "top_k": "all"}, "top_k='all': must be a whole number >= 0"),
+        ({"temperature": 1, "top_k": float("inf")}, "top_k=inf: must be a whole number"),
+        ({"temperature": 1, "top_p": 1.5}, "top_p=1.5: must be a finite number >= 0 and <= 1"),
+        ({"temperature": 1, "top_p": -0.1}, "top_p=-0.1: must be"),
+        ({"temperature": 1, "top_p": {}}, r"top_p=\{\}: must be"),
+        ({"temperature": 1, "min_p": 0.1}, "min_p=0.1: not supported but for 0"),
+        ({"temperature": 1, "typical_p": 0.9}, "typical_p=0.9: not supported but for 1"),
+        ({"num_beams": 4}, "num_beams=4: not supported but for 1"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: not supported but for 1"),
+        ({"early_stopping": "never"}, "early_stopping='never': not supported but for False"),
+        ({"no_repeat_ngram_size": [3]}, "no_repeat_ngram_size="),
+        ({"temprature": 0.7}, r"temprature=0.7: unknown setting \(nearest: temperature\)"),
+        ({"bad_words_ids": [[1]]}, "bad_words_ids=.*: unknown setting"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0: must be a whole number >= 1"),
+        ({"max_new_tokens": -5}, "max_new_tokens=-5: must be a whole number >= 1"),
+        ({"max_gen_toks": True}, "max_gen_toks=True: must be a whole number >= 1"),
+        ({"max_gen_toks": 300}, "max_gen_toks=300: must be less than the 300 tokens"),
+        ({"max_gen_toks": 10**30}, "max_gen_toks=10+: must be less than the 300 tokens"),
+        ({"max_length": 64}, "max_length=64: depends on the prompt's length; set max_gen_toks"),
+        ({"until": 5}, "until=5: must be a string or a list of strings"),
+        ({"until": ["a", 5]}, r"until=\['a', 5\]: must be a string or a list of strings"),
+        ({"until": {"a": 1}}, "until=.*: must be a string or a list of strings"),
+    ],
+)
+def test_settings_that_cannot_be_kept_are_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^task 'x': generation_kwargs\.{message}") as caught:
+        settings_of(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_default_limit_that_the_model_cannot_read_is_said_to_be_one() -> None:
+    with pytest.raises(UserError, match="max_gen_toks=256: the default must be less than the 64"):
+        downstream.GenerationSettings.of_task({}, task=None, vocab_size=257, max_length=64)
+
+
+@functools.cache
+def generator() -> Generator:
+    model, store = small()
+    config = GenerateConfig(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, stop=(), seed=0)
+    return Generator(model, store, tokenizer=ByteTokenizer(), config=config)
+
+
+def request(text: str, task: str = "x", **given: Any) -> downstream.GenerationRequest:
+    settings = settings_of(**{"max_gen_toks": 6, "temperature": 20} | given)
+    return downstream.GenerationRequest(task, tuple(text.encode()), settings)
+
+
+def test_samples_of_a_prompt_differ_and_do_not_depend_on_batches_order_and_company() -> None:
+    sixteen = [request("2 + 2 =")] * 16
+    alone = downstream.continuations(generator(), sixteen, batch_size=16)
+    assert len(set(alone)) == 16
+    assert downstream.continuations(generator(), sixteen, batch_size=4) == alone
+    # Among requests that are longer, of other settings and of other tasks, which are sorted.
+    others = [request("longer than the other"), request("2 + 2 =", temperature=10)]
+    others += [request("2 + 2 =", task="y")]
+    among = downstream.continuations(generator(), [*others, *sixteen[:5]], batch_size=4)
+    assert among[-5:] == alone[:5]
+    assert among[2] == alone[0]  # the same question, in whichever task
+    assert downstream.continuations(generator(), [], batch_size=4) == []
+
+
+# --- reports ---
+
+
 def test_a_report_lines_its_figures_up() -> None:
     results = {
         "results": {"one": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "one"}},
@@ -129,9 +292,38 @@ def test_a_report_lines_its_figures_up() -> None:
     assert len(names) == len(row)
 
 
+def test_a_report_is_strict_json_whatever_a_task_returns(tmp_path: Path) -> None:
+    figures = {
+        "a,none": float("nan"),
+        "a_stderr,none": "N/A",
+        "b,none": np.float32(0.5),
+        "b_stderr,none": np.float64("inf"),
+        "c,none": np.bool(True),
+        "d,none": np.arange(2),
+        "e,none": {1: {"x"}, "function": len},
+    }
+    results = {"results": {"one": figures}, "n-samples": {}, "versions": {"lm_eval": "0"}}
+    report = downstream.DownstreamReport(step=7, results=results)
+    assert [(row[1], row[3]) for row in report.rows()] == [("a", None), ("b", math.inf)]
+    report.write(tmp_path)
+    written = json.loads((tmp_path / "downstream.json").read_text(), parse_constant=pytest.fail)
+    assert written == report.metrics()
+    one = written["results"]["one"]
+    assert [one[f"{name},none"] for name in "abcd"] == [None, 0.5, True, [0, 1]]
+    assert one["b_stderr,none"] is None
+    assert one["e,none"] == {"1": ["x"], "function": str(len)}
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    report = downstream.DownstreamReport(step=7, results={})
+    with pytest.raises(UserError, match="file: cannot be made a folder"):
+        report.write(tmp_path / "file")
+
+
 def test_without_the_harness_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downstream.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(downstream.UserError, match=r"pip install 'umv2\[eval\]'"):
+    with pytest.raises(downstream.UserError, match=r"pip install -e '.\[eval\]'"):
         downstream.require_harness()
 
 

@@ -1,23 +1,30 @@
 """Our models as lm-evaluation-harness wants them; the only importer of `lm_eval`."""
 
-from collections.abc import Sequence
+import contextlib
+import logging as std_logging
+import textwrap
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lm_eval
+from absl import logging
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences
+from lm_eval.api.registry import METRIC_REGISTRY
+from lm_eval.api.task import Task, TaskConfig
 from lm_eval.tasks import TaskManager
 
 from umv2.data.tokenizers import Tokenizer
 from umv2.evaluation import downstream
 from umv2.evaluation.answers import Respondent
-from umv2.evaluation.downstream import DownstreamReport
+from umv2.evaluation.downstream import DownstreamReport, GenerationRequest, GenerationSettings
+from umv2.inference import decode
 from umv2.inference.decode import Generator
-from umv2.inference.sampling import Sampling
 from umv2.schema import UserError, nearest_name
 
-_MAX_NEW_TOKENS = 256  # of the harness's Hugging Face backend
+_REASON_LENGTH = 500  # of a line that says why a task failed, in characters
 
 
 class HarnessModel(TemplateLM):
@@ -49,15 +56,22 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns the ids of a text; there are no special tokens to add."""
+        """Returns the ids of a text; there are no special tokens to add.
+
+        Raises:
+          UserError: text with a lone surrogate.
+        """
         del add_special_tokens, kwargs
-        return self._tokenizer.encode(string).tolist()
+        return decode.encode(self._tokenizer, string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._log_likelihoods(pairs)
+        # Of a context of white space nothing is left: the harness moves it to the continuation.
+        start = [self.eot_token_id]
+        return self._log_likelihoods(
+            [(context or start, wanted) for _, context, wanted in requests]
+        )
 
     def _log_likelihoods(self, pairs: Sequence[downstream.TokenPair]) -> list[tuple[float, bool]]:
         return downstream.log_likelihoods(
@@ -87,56 +101,60 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns what follows each context up to a stop string, greedily unless asked to sample.
 
+        A sample is a function of the seed (`generate.seed`), the context, and how many equal
+        requests of the same task come before it.
+
         Raises:
-          UserError: a request for a way to generate that is not here, or for more tokens than fit.
+          ConfigError: a setting that there is not, a value that it cannot have, or more tokens than
+            the model reads.
         """
         del disable_tqdm
-        texts = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
-        for numbers in groups.values():
-            settings = dict(requests[numbers[0]].args[1])
-            stop = handle_stop_sequences(settings.pop("until", None), eos=None)
-            count = int(settings.pop("max_gen_toks", _MAX_NEW_TOKENS))
-            if count >= self.max_length:
-                raise UserError(
-                    f"max_gen_toks={count}: must be less than the {self.max_length} tokens that"
-                    " the model reads (data.sequence_length)"
-                )
-            sampling = self._sampling(settings)
-            contexts = {
-                number: (self.tok_encode(requests[number].args[0]) or [self.eot_token_id])[
-                    -(self.max_length - count) :
-                ]
-                for number in numbers
-            }
-            order = sorted(numbers, key=lambda number: -len(contexts[number]))
-            for first in range(0, len(order), self.batch_size):
-                group = order[first : first + self.batch_size]
-                written = self._generator.complete(
-                    [contexts[number] for number in group],
-                    max_new_tokens=count,
-                    stop=[text for text in stop if text],
-                    sampling=sampling,
-                )
-                for number, text in zip(group, written, strict=True):
-                    texts[number] = text
-        return texts
+        settings: dict[tuple[str | None, str], GenerationSettings] = {}
+        wanted = []
+        for request in requests:
+            text, given = request.args
+            task = getattr(request, "task_name", None)
+            key = task, repr(given)
+            if key not in settings:
+                settings[key] = self.settings(given, task)
+            num_tokens = self.max_length - settings[key].max_new_tokens
+            context = (self.tok_encode(text) or [self.eot_token_id])[-num_tokens:]
+            wanted.append(GenerationRequest(task, tuple(context), settings[key]))
+        return downstream.continuations(self._generator, wanted, batch_size=self.batch_size)
 
-    def _sampling(self, settings: dict[str, Any]) -> Sampling:
-        """Reads what a request says about sampling, in the words of transformers."""
-        temperature = float(settings.pop("temperature", None) or 0.0)
-        do_sample = settings.pop("do_sample", temperature > 0)
-        sampling = Sampling(
-            temperature=(temperature or 1.0) if do_sample else 0.0,
-            top_k=int(settings.pop("top_k", None) or 0),
-            top_p=float(settings.pop("top_p", None) or 1.0),
-            vocab_size=self._tokenizer.vocab_size,
+    def settings(self, given: Mapping[str, Any], task: str | None) -> GenerationSettings:
+        """Reads a task's `generation_kwargs`; see `GenerationSettings.of_task`."""
+        return GenerationSettings.of_task(
+            given, task=task, vocab_size=self._tokenizer.vocab_size, max_length=self.max_length
         )
-        if settings.pop("num_beams", 1) != 1 or settings:
-            raise UserError(f"generation settings {settings or 'num_beams'}: there is none such")
-        return sampling
+
+
+class _TaskManager(TaskManager):
+    """Finds when tasks are loaded what would else end the run after hours of answers."""
+
+    def __init__(self, model: HarnessModel, include_path: Path | None):
+        super().__init__(include_path=None if include_path is None else str(include_path))
+        self._model = model
+
+    def load(self, task_list: Any) -> Any:
+        """Loads tasks; before 0.4.12 the harness has another method, and nothing is found early."""
+        loaded = super().load(task_list)
+        for name, task in loaded["tasks"].items():
+            for metric, aggregation in task.aggregation().items():
+                if aggregation is None:
+                    raise UserError(f"task {name!r}: metric {metric!r}: unknown aggregation")
+            if task.OUTPUT_TYPE == "generate_until":
+                self._check_generation(name, task)
+        return loaded
+
+    def _check_generation(self, name: str, task: Task) -> None:
+        given = task.get_config("generation_kwargs")
+        if isinstance(given, Mapping):
+            self._model.settings(given, name)
+        if task.get_config("process_results") is None:  # which takes the place of the functions
+            for metric, function in getattr(task, "_metric_fn_list", {}).items():
+                if function is None:
+                    raise UserError(f"task {name!r}: metric {metric!r}: unknown")
 
 
 def run(
@@ -159,24 +177,111 @@ def run(
       include_path: folder of local task files.
 
     Raises:
-      UserError: a task that there is not, or whose data cannot be had.
+      UserError: a task that there is not, that the harness cannot run, or whose data cannot be had.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for name in tasks:
-        if name not in manager.all_tasks:
-            raise UserError(f"--suite: no task {name!r}{nearest_name(name, manager.all_tasks)}")
+    tasks = list(dict.fromkeys(tasks))
+    suite = f"--suite={','.join(tasks)}"
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include_path={include_path}: must be a folder of task files")
     try:
+        with _skipped_files() as skipped:
+            manager = _TaskManager(model, include_path)
+        unusable = [
+            f"{path}: {reason}"
+            for path, reason in skipped
+            if include_path is not None and path.is_relative_to(include_path)
+        ]
+        for line in unusable:
+            logging.warning("no task is taken from %s", line)
+        for name in tasks:
+            if name not in manager.all_tasks:
+                reasons = f"; no task is taken from {'; '.join(unusable)}" if unusable else ""
+                nearest = nearest_name(name, manager.all_tasks)
+                raise UserError(f"--suite: no task {name!r}{nearest}{reasons}")
         found = lm_eval.simple_evaluate(
             model=model,
-            tasks=list(tasks),
+            tasks=tasks,
             num_fewshot=num_fewshot,
             limit=limit,
             task_manager=manager,
             log_samples=False,
         )
-    except (OSError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"--suite={','.join(tasks)}: the data cannot be had: {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # Tasks, their files, data sets and functions raise whatever they like; so may we, by a bug.
+        if _is_ours(error):
+            raise
+        logging.debug("%s failed", suite, exc_info=True)
+        raise UserError(f"{suite}: {_explanation(error)}") from error
     assert found is not None  # on the first process
     kept = {key: found[key] for key in ("results", "configs", "n-shot", "n-samples")}
     return DownstreamReport(step=step, results=kept | {"versions": downstream.versions()})
+
+
+@contextlib.contextmanager
+def _skipped_files() -> Iterator[list[tuple[Path, str]]]:
+    """Collects the task files that the harness cannot read, and why: it logs them for debugging."""
+    skipped: list[tuple[Path, str]] = []
+    logger = std_logging.getLogger("lm_eval.tasks._index")
+    level, shown = logger.level, logger.getEffectiveLevel()
+
+    def collect(record: std_logging.LogRecord) -> bool:
+        match record.args:
+            case (Path() as path, Exception() as error):
+                skipped.append((path, _reason(error)))
+        return record.levelno >= shown
+
+    logger.addFilter(collect)
+    logger.setLevel(std_logging.DEBUG)
+    try:
+        yield skipped
+    finally:
+        logger.removeFilter(collect)
+        logger.setLevel(level)
+
+
+def _frames(error: Exception) -> list[FrameType]:
+    """Returns who was at work when an error came up, innermost first."""
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error came up in our code, and not in that of the harness or of a task."""
+    packages = (frame.f_globals.get("__name__", "").partition(".")[0] for frame in _frames(error))
+    return next(package for package in packages if package in ("lm_eval", "umv2")) == "umv2"
+
+
+def _explanation(error: Exception) -> str:
+    """Says in one line which task failed, and why."""
+    for value in (value for frame in _frames(error) for value in frame.f_locals.values()):
+        if isinstance(value, Task | TaskConfig):
+            config = value if isinstance(value, TaskConfig) else getattr(value, "config", None)
+            if config is not None:
+                mistake = _mistake(config, getattr(value, "dataset", None))
+                return f"task {config.task!r}: {mistake}{_reason(error)}"
+    return f"lm-evaluation-harness: {_reason(error)}"
+
+
+def _mistake(config: TaskConfig, splits: Any) -> str:
+    """Says what is wrong with a task, where the harness's own error hardly does."""
+    if config.dataset_path is None and config.custom_dataset is None:
+        return "no dataset_path, which a group's member needs unless a task file has its name: "
+    for kind in ("training", "validation", "test", "fewshot"):
+        name = getattr(config, f"{kind}_split")
+        if isinstance(splits, Mapping) and name is not None and name not in splits:
+            return f"{kind}_split={name!r}: the data has {', '.join(map(repr, splits))}: "
+    for entry in config.metric_list if isinstance(config.metric_list, list) else ():
+        name = entry.get("metric") if isinstance(entry, Mapping) else None
+        if isinstance(name, str) and config.process_results is None and name not in METRIC_REGISTRY:
+            return f"metric={name!r}: unknown{nearest_name(name, METRIC_REGISTRY)}: "
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """Returns in one line what an error says, and what the one says that began it."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    said = [f"{type(x).__name__}: {x}" for x in ([error] if root is error else [error, root])]
+    return textwrap.shorten("; because of ".join(said), _REASON_LENGTH, placeholder=" ...")
