@@ -21,8 +21,11 @@ from absl import flags
 
 from configs import families, long_context_tiny
 from experiments import cli, json_lines
+from experiments.ablations import require
 from umv2 import files
+from umv2.schema import UserError
 
+_ROOT = Path(__file__).parent.parent
 CONFIG = "configs/long_context_tiny.py"
 RESULTS = Path("experiments/results/long_context")
 
@@ -38,23 +41,35 @@ _REPORT = flags.DEFINE_bool(
 
 
 def run(family: str, seed: int, folder: Path) -> None:
-    """Trains and asks one model; keeps its answers among the results."""
+    """Trains and asks one model; keeps its answers among the results.
+
+    Raises:
+      UserError: it was stopped, or ends in an error; the next time it goes on.
+    """
     kept = RESULTS / f"{family}_{seed}.jsonl"
     if kept.exists():
         return
-    command = [sys.executable, "main.py", f"--workdir={folder}"]
+    command = [sys.executable, str(_ROOT / "main.py"), f"--workdir={folder}"]
     # One core each: several runs side by side take less time than one after the other.
     flags_of_xla = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     environment = os.environ | {"XLA_FLAGS": flags_of_xla}
+    fields = [f"--config.seed={seed}", f"--config.data.seed={seed}"]
     for arguments in (
-        [f"--config={CONFIG}:{family}", f"--config.seed={seed}", f"--config.data.seed={seed}"],
+        [f"--config={_ROOT / CONFIG}:{family}", *fields],
         ["--mode=evaluate", "--suite=long_context"],
     ):
         done = subprocess.run(
             [*command, *arguments], env=environment, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise RuntimeError(f"{family}, seed {seed}:\n{done.stderr[-2000:]}")
+            *_, last = done.stderr.splitlines() or [f"status {done.returncode}"]
+            if not last.startswith(("error: ", "interrupted")):
+                raise RuntimeError(f"{family}, seed {seed}:\n{done.stderr[-2000:]}")
+            raise UserError(f"{family}, seed {seed}: {last.removeprefix('error: ')}")
+        # A signal lets the training save, and end well.
+        step = json_lines.read(folder / "metrics.jsonl")[-1]["step"]
+        if step < (needed := long_context_tiny.get_config(family).train.num_steps):
+            raise UserError(f"{family}, seed {seed}: stopped after step {step} of {needed}")
     files.write_text(kept, summary(folder / "long_context.jsonl"))
 
 
@@ -107,10 +122,29 @@ def budget(family: str) -> dict[str, Any]:
     }
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the answers of a run as `summary` writes them, without the heading.
+
+    Raises:
+      RecordsError: the file holds something else.
+      FileError: it cannot be read.
+    """
+    cells = json_lines.read(path)[1:]
+    if not cells:
+        raise json_lines.RecordsError(f"{path}: has no answers")
+    for number, cell in enumerate(cells, start=2):
+        for name in ("length", "fifth", "answers", "exact", "chance"):
+            if not isinstance(cell.get(name), int | float):
+                raise json_lines.RecordsError(f"{path}: line {number}: {name}={cell.get(name)!r}")
+        if not isinstance(cell.get("task"), str) or cell["answers"] < 1:
+            raise json_lines.RecordsError(f"{path}: line {number} holds no answers to a task")
+    return cells
+
+
 def accuracies(path: Path) -> dict[tuple[str, int], tuple[float, float]]:
     """Returns (accuracy, chance) of each task and length of one run."""
     cells: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for cell in json_lines.read(path)[1:]:
+    for cell in read(path):
         cells[cell["task"], cell["length"]].append(cell)
 
     def mean(found: list[dict[str, Any]]) -> tuple[float, float]:
@@ -125,6 +159,7 @@ def report() -> None:
     """Writes `README.md`, `accuracy.png` and FAMILY.png from the answers of all runs.
 
     Raises:
+      RecordsError: a file is not that of a run, or of other questions than another.
       FileError: there is no run to report, or a file cannot be written.
     """
     runs: dict[str, list[dict[tuple[str, int], tuple[float, float]]]] = {
@@ -134,6 +169,12 @@ def report() -> None:
     if not runs:
         raise files.FileError(f"{RESULTS}: no run of {', '.join(_NAMES.value)} is stored there")
     keys = list(next(iter(runs.values()))[0])
+    for family, found in runs.items():
+        for path, run in zip(_stored(family).values(), found, strict=True):
+            if run.keys() != set(keys):
+                raise json_lines.RecordsError(
+                    f"{path}: not of the same tasks and lengths as others"
+                )
     tasks = list(dict.fromkeys(task for task, _ in keys))
     keys.sort(key=lambda key: (tasks.index(key[0]), key[1]))
     lines = [
@@ -191,7 +232,7 @@ def _draw_depths(path: Path, image: Path) -> None:
 
     percent: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     answers, chances = Counter[str](), Counter[str]()
-    for cell in json_lines.read(path)[1:]:
+    for cell in read(path):
         task, count = cell["task"], cell["answers"]
         percent[task][cell["length"], cell["fifth"]] = 100 * cell["exact"] / count
         answers[task] += count
@@ -232,20 +273,35 @@ def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:
 
 def main(_: list[str]) -> None:
     """Runs what is missing, then writes the report."""
+    for family in _NAMES.value or [""]:
+        known = [families.REFERENCE, *long_context_tiny.SIZES]
+        require(f"--long_context_families={family}", family, known)
+    folder = cli.path(_RUNS)
     if not _REPORT.value:
-        # Seed by seed, so that all families have something to show early.
-        jobs = [(family, seed) for seed in range(_SEEDS.value) for family in _NAMES.value]
-        with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
-            running = {
-                pool.submit(run, family, seed, cli.path(_RUNS) / f"{family}_{seed}"): (
-                    f"{family}, seed {seed}"
-                )
-                for family, seed in jobs
-            }
+        files.make_folder(folder)
+        json_lines.require_writable(RESULTS / "README.md")
+        _run_all(folder)
+    report()
+
+
+def _run_all(folder: Path) -> None:
+    # Seed by seed, so that all families have something to show early.
+    jobs = [(family, seed) for seed in range(_SEEDS.value) for family in _NAMES.value]
+    with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
+        running = {
+            pool.submit(run, family, seed, folder / f"{family}_{seed}"): f"{family}, seed {seed}"
+            for family, seed in dict.fromkeys(jobs)
+        }
+        try:
             for number, done in enumerate(concurrent.futures.as_completed(running), start=1):
                 done.result()
-                print(f"{number} of {len(jobs)}: {running[done]}", flush=True)
-    report()
+                print(f"{number} of {len(running)}: {running[done]}", flush=True)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                finished = sum(job.done() and not job.cancelled() for job in running)
+                print(f"{finished} of {len(running)} runs; the same command goes on with the rest")
+            raise
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ WORKING = {
     "other/smoke/notes/heads.md": "nothing was run",
     "misnamed/smok/heads/one/seed_0.jsonl": "",
     "corpus/smoke/corpus.json": "[]",
-    "latency/damaged.jsonl": '{"kind": "dec',
-    "latency/foreign.jsonl": '{"kind": "run"}\n',
-    "latency/empty.jsonl": "",
+    "damaged.jsonl": '{"kind": "dec',
+    "foreign.jsonl": '{"kind": "run"}\n',
+    "empty.jsonl": "",
     "folder/step_time.jsonl/x": "",
 }
 
@@ -181,6 +181,23 @@ MISTAKES = [
     ("latency", "--rounds=0", "--rounds=0: "),
     ("latency", "--latency_output=folder", "folder: .*Is a directory"),
     ("latency", "--latency_output=gs://b/x", "--latency_output=gs://b/x: must be a path"),
+    ("latency_report", "--latency_file=missing.jsonl", "missing.jsonl: cannot be read: No such"),
+    ("latency_report", "--latency_file=folder", "folder: cannot be read: Is a directory"),
+    ("latency_report", "--latency_file=damaged.jsonl", "damaged.jsonl: line 1 is not JSON"),
+    ("latency_report", "--latency_file=foreign.jsonl", "foreign.jsonl: line 1 is no measurement"),
+    ("latency_report", "--latency_file=empty.jsonl", "empty.jsonl: has no measurements"),
+    ("latency_report", "--latency_file=s3://b/x", "--latency_file=s3://b/x: must be a path"),
+    ("long_context", "--long_context_families=mo", r"families=mo: must be .*\(nearest: moe\)"),
+    ("long_context", "--long_context_families=", "--long_context_families=: must be one of"),
+    ("long_context", "--long_context_seeds=0", "--long_context_seeds=0: "),
+    ("long_context", "--long_context_processes=-1", "--long_context_processes=-1: "),
+    ("long_context", "--long_context_runs=file", "file: cannot be made a folder"),
+    ("long_context", "--long_context_runs=gs://b", "--long_context_runs=gs://b: must be a path"),
+    ("long_context", "--long_context_report", "no run of ultramem_v2, moe, dense is stored there"),
+    ("plans", "--only=paper_1b", "--only=paper_1b: is no case"),
+    ("plans", "--limit=-1", "--limit=-1: "),
+    ("plans", "--tries=0", "--tries=0: "),
+    ("redraw", "", "experiments/results: is no folder here"),
 ]
 
 
