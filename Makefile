@@ -1,5 +1,5 @@
 # Every target first sets up what it needs in .venv, and writes nothing outside this folder.
-#   make train ARGS=--config.train.num_steps=20   more flags for main.py or pytest
+#   make train ARGS=--config.train.num_steps=60   more flags for main.py or pytest
 #   make train EXTRAS=gpu                         also installs extras of pyproject.toml
 #   make train PYTHON=/path/to/python3.13         another Python to build .venv with
 
