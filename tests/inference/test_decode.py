@@ -3,7 +3,12 @@
 import dataclasses
 import functools
 import itertools
+import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -313,6 +318,41 @@ def test_lack_of_memory_is_one_line_and_other_errors_are_not(
         generator.generate_batch(["a", "b", "c"])
     if known:
         assert str(caught.value).startswith("4 x 56 tokens")
+
+
+def texts_of_a_process(address: str, index: str) -> list[str]:
+    """What one of two processes gets that share a mesh; `python -c` calls it in each."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=2, process_id=int(index))
+    graphdef, *state = split_model(small_model("dense")[0])
+    mesh = meshes.create(fsdp=jax.device_count())
+    params, buffers = meshes.replicate(jax.tree.map(np.asarray, state), mesh)
+    model = merge_model(graphdef, params, buffers)
+    settings = dataclasses.replace(SAMPLED, max_new_tokens=6)
+    generator = decode.Generator(model, None, tokenizer=TOKENIZER, config=settings, mesh=mesh)
+    return generator.generate_batch(["a", "import", "a"])
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_mesh_each_get_all_texts() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = f"import json, sys; from {__name__} import texts_of_a_process as texts;"
+    code += " sys.stdout.write(json.dumps(texts(*sys.argv[1:])))"
+    command = [sys.executable, "-c", code, address]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen([*command, index], stdout=subprocess.PIPE, text=True, env=environment)
+        for index in "01"
+    ]
+    # The last line: those before are of Gloo.
+    outputs = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
+
+    settings = dataclasses.replace(SAMPLED, max_new_tokens=6)
+    model, store = small_model("dense")
+    alone = decode.Generator(model, store, tokenizer=TOKENIZER, config=settings)
+    assert list(map(json.loads, outputs)) == [alone.generate_batch(["a", "import", "a"])] * 2
 
 
 def test_a_seed_names_a_text() -> None:
