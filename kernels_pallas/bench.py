@@ -39,24 +39,24 @@ from kernels_pallas.value_aggregation.shapes import Ids
 _DTYPES = ("float32", "bfloat16")
 _INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 _CLOSED = 141  # and of one whose reader went away
-# A file or a folder that cannot be used: a mistake, or the machine's state, but no bug.
-_UNUSABLE = (
+# What a machine may come to while a command runs; no bug.
+_MACHINE = (
     errno.EACCES,
     errno.EDQUOT,
-    errno.EEXIST,
     errno.EFBIG,
     errno.EIO,
     errno.EISDIR,
-    errno.ELOOP,
     errno.EMFILE,
-    errno.ENAMETOOLONG,
     errno.ENFILE,
     errno.ENOMEM,
     errno.ENOSPC,
-    errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 )
+
+
+class FolderError(Exception):
+    """Nothing can be written to a folder that was named; the message says which and why."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -194,7 +194,7 @@ def run_tuning(options: argparse.Namespace) -> None:
         for request in requests:
             kind = tuned.device_kind(request.platform)
             assert kind is not None  # the default device is attached
-            prepare_folder(tuned.file_of(kind).parent)
+            prepare_folder(tuned.file_of(kind).parent, "KERNELS_PALLAS_TUNED")
             print(f"{case} {request.key.pass_name}, from {request.default}", flush=True)
             best, found = tune.fastest(workload, name, request, options.repeats, print)
             if best == request.default:
@@ -205,14 +205,21 @@ def run_tuning(options: argparse.Namespace) -> None:
             print(f"  {best}, {found['speedup_over_heuristic']:.2f} times as fast, in {path}")
 
 
-def prepare_folder(folder: Path) -> None:
-    """Makes a folder, and finds out before anything is measured that files can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare_folder(folder: Path, name: str) -> None:
+    """Makes a folder, and finds out before anything is measured whether it takes files.
+
+    Args:
+        folder: the folder.
+        name: of what gave it, for the message.
+
+    Raises:
+        FolderError: it takes none.
+    """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        error.filename = str(folder)  # not the name of the temporary file
-        raise
+        raise FolderError(f"{name}: cannot write to {folder}: {error.strerror}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_tuning(options)
         return
     if options.output is not None:
-        prepare_folder(options.output)
+        prepare_folder(options.output, "--output")
     environment = report.environment()
     if options.output is not None:
         environment["matrix_flops_per_second"] = measure.matrix_flops_per_second()
@@ -248,17 +255,18 @@ def run() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
-    except tuned.TunedFileError as error:
+        print(end="", flush=True)  # or Python would find out too late that it cannot be written
+    except (FolderError, tuned.TunedFileError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except BrokenPipeError:
         # Nobody reads any more (`| head`). Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_CLOSED)
     except OSError as error:
-        if error.errno not in _UNUSABLE:
+        if error.errno not in _MACHINE:
             raise
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}")
+        name = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {name}{error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(_INTERRUPTED)

@@ -103,7 +103,7 @@ def choose(
         UnsupportedError: the one asked for, or every one of the platform, cannot take the call.
     """
     if implementation is not None:
-        if implementation not in unsupported_reasons:
+        if implementation not in list(unsupported_reasons):
             known = ", ".join(unsupported_reasons)
             raise ValueError(
                 f"implementation: got {implementation!r}, must be None or one of {known}"

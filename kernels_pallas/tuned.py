@@ -147,41 +147,61 @@ def _processor() -> str:
 def file_of(kind: str) -> Path:
     """Where the blocks of a kind of device are kept."""
     default = Path(__file__).with_name("tuned")
-    folder = Path(os.environ.get("KERNELS_PALLAS_TUNED", default))
+    folder = Path(os.environ.get("KERNELS_PALLAS_TUNED") or default).expanduser()
     return folder / f"{re.sub('[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
 
 
 def load(path: Path, kind: str) -> dict[Key, dict[str, Any]]:
-    """The blocks in a file by key, as fields; none if there is no such file."""
-    if not path.exists():
+    """The blocks in a file by key, as fields; none if there is no such file.
+
+    Raises:
+        TunedFileError: the file cannot be read, or is not one of this kind of device and this code.
+    """
+    try:
+        return _load(path, kind, path.stat().st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return _load(path, kind, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise TunedFileError(f"{path}: {error.strerror}") from None
 
 
 @functools.cache
 def _load(path: Path, kind: str, changed: int) -> dict[Key, dict[str, Any]]:
     del changed  # only makes a rewritten file another one
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise TunedFileError(f"{path}: not JSON: {error}") from None
     _require(path, isinstance(content, dict), "it must hold an object")
     _require_fields(path, "the file", content, ("device_kind", "entries"))
     found = content["device_kind"]
     _require(path, found == kind, f"device_kind is {found!r}, the device is {kind!r}")
     blocks: dict[Key, dict[str, Any]] = {}
+    _require(path, isinstance(content["entries"], list), "entries must be a list")
     for number, entry in enumerate(content["entries"]):
         where = f"entry {number}"
+        _require(path, isinstance(entry, dict), f"{where} must be an object")
         _require_fields(path, where, entry, _ENTRY_FIELDS)
         for field, known in (("operator", get_args(Operator)), ("pass", get_args(Pass))):
             rule = f"{where}: {field} is {entry[field]!r}, must be one of {known}"
             _require(path, entry[field] in known, rule)
+        for field in ("shape", "blocks"):
+            _require(path, isinstance(entry[field], dict), f"{where}: {field} must be an object")
         names = (entry["operator"], entry["implementation"], entry["pass"])
-        key = Key.of(*names, entry["shape"], entry["dtype"])
+        try:
+            key = Key.of(*names, entry["shape"], entry["dtype"])
+        except TypeError:
+            raise TunedFileError(f"{path}: {where}: no dtype {entry['dtype']!r}") from None
         _require(path, key not in blocks, f"{where} repeats the key {key}")
         blocks[key] = entry["blocks"]
     return blocks
 
 
 def save(path: Path, kind: str, found: Mapping[Key, tuple[Any, Mapping[str, Any]]]) -> None:
-    """Adds blocks, with what was measured of them, to a file; a key that is there is replaced."""
+    """Adds blocks, with what was measured of them, to a file; a key that is there is replaced.
+
+    The file is written whole or stays as it was.
+    """
     load(path, kind)  # a file that is broken is not added to
     entries = json.loads(path.read_text())["entries"] if path.exists() else []
     by_key = {json.dumps([entry[f] for f in _ENTRY_FIELDS[:5]]): entry for entry in entries}
@@ -191,7 +211,12 @@ def save(path: Path, kind: str, found: Mapping[Key, tuple[Any, Mapping[str, Any]
         by_key[json.dumps([entry[f] for f in _ENTRY_FIELDS[:5]])] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"device_kind": kind, "entries": list(by_key.values())}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -57,8 +57,9 @@ LOAD_TIME_IMPORTS = {
 }
 # ... and these at any time. numpy comes with jax.
 IMPORTS = {
-    "kernels_pallas": ("kernels_pallas", "jax", "jaxtyping", "numpy"),
-    "kernels_pallas.benchmark": ("kernels_pallas", "jax", "jaxtyping", "numpy", "matplotlib"),
+    "kernels_pallas": ("kernels_pallas", "jax", "numpy"),
+    "kernels_pallas.array_types": ("jax", "jaxtyping", "numpy"),  # jaxtyping where it is installed
+    "kernels_pallas.benchmark": ("kernels_pallas", "jax", "numpy", "matplotlib"),
 }
 # Who alone imports it. Tests import what they like.
 ONLY_IMPORTERS = {

@@ -103,7 +103,7 @@ def program_of(
     try:
         result, _ = jax.eval_shape(function, chosen)  # the cheapest way to have it say no
     except UnsupportedError as error:
-        return str(error).rpartition(f"{implementation!r}: ")[2]
+        return reason_of(error, implementation)
     if pass_name == "forward":
         # Arrays are arguments, not constants of the program.
         call = workload.call(implementation)
@@ -126,6 +126,11 @@ def program_of(
         return forward
     _, vjp, _ = forward.run()
     return _within_memory(compiled(lambda vjp, cotangent: vjp(cotangent), vjp, cotangent))
+
+
+def reason_of(error: UnsupportedError, implementation: str) -> str:
+    """Returns what an implementation that was asked for by name says, without its name."""
+    return str(error).rpartition(f"{implementation!r}: ")[2]
 
 
 def _within_memory(program: Program) -> Program | str:

@@ -5,9 +5,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import dispatch, tuned
+from kernels_pallas import arguments, dispatch, tuned
+from kernels_pallas.arguments import Argument
+from kernels_pallas.array_types import AnyArray, Array, Float, Int32
 from kernels_pallas.common import check, chunk_tokens, vary_alike
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype
@@ -41,11 +42,11 @@ _ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
 
 def product_key_top_k(
-    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
-    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
-    u: Float[Array, "num_heads rank"] | None,
-    v: Float[Array, "num_heads rank"] | None,
-    cores: Float[Array, "num_cores num_heads rank rank"] | None,
+    query: Float[AnyArray, "query_heads 2 query_ranks num_tokens key_dim"],
+    keys: Float[AnyArray, "num_heads 2 rank num_keys key_dim"],
+    u: Float[AnyArray, "num_heads rank"] | None,
+    v: Float[AnyArray, "num_heads rank"] | None,
+    cores: Float[AnyArray, "num_cores num_heads rank rank"] | None,
     *,
     top_m: int,
     shortlist: int,
@@ -79,7 +80,9 @@ def product_key_top_k(
     Gradients reach query, keys and cores through the scores of the chosen pairs alone; u, v and the
     selection count as constants. They are accumulated like the scores, in a fixed order, and
     returned in the dtype of their argument. Reverse-mode differentiable only. Inside
-    `jax.shard_map` it works on the local arrays, which may vary over different manual axes.
+    `jax.shard_map` it works on the local arrays, which may vary over different manual axes;
+    outside, on a mesh with explicit axes, tokens may be sharded, and nothing else.
+    Arrays may be NumPy's.
 
     Args:
         query: of each head, side, rank and token; heads and ranks that share a query may be 1.
@@ -108,8 +111,9 @@ def product_key_top_k(
             the argument, what it got and the rule.
         UnsupportedError: the named implementation cannot take the call; the message says why.
     """
-    _check_arrays(query, keys, u, v, cores)
-    _check_options(keys, top_m, shortlist, chunk_size)
+    arrays = _checked_arrays(query, keys, u, v, cores)
+    query, keys, u, v, cores = arrays.values()
+    top_m, shortlist, chunk_size = _checked_options(keys, top_m, shortlist, chunk_size)
     target = dispatch.lowering_platform(platform)
     num_heads, num_sides, rank, num_keys, _ = keys.shape
     row = num_heads * num_sides * rank * num_keys * scores_dtype(query, keys).itemsize
@@ -123,7 +127,25 @@ def product_key_top_k(
         key = tuned.Key.of("product_key_top_k", "xla", "both", shape, query.dtype)
         chunks = tuned.lookup(default, key, platform=target) or default
         options = options._replace(chunk_size=chunks.chunk_size)
-    return _top_k(*vary_alike((query, keys, u, v, cores)), options, chosen)
+    return arguments.per_device(
+        "product_key_top_k",
+        _local_top_k,
+        arrays,
+        (options, chosen),
+        token_axes={"query": 3},
+    )
+
+
+def _local_top_k(
+    query: Array,
+    keys: Array,
+    u: Array | None,
+    v: Array | None,
+    cores: Array | None,
+    options: Options,
+    implementation: str,
+) -> tuple[Array, Array]:
+    return _top_k(*vary_alike((query, keys, u, v, cores)), options, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -169,26 +191,23 @@ def _top_k_bwd(
 _top_k.defvjp(_top_k_fwd, _top_k_bwd)
 
 
-def _check_arrays(
-    query: Array, keys: Array, u: Array | None, v: Array | None, cores: Array | None
-) -> None:
-    ranks = {
-        "query": (query, "[num_heads or 1, 2, rank or 1, num_tokens, key_dim]"),
-        "keys": (keys, "[num_heads, 2, rank, num_keys, key_dim]"),
-        "u": (u, "[num_heads, rank]"),
-        "v": (v, "[num_heads, rank]"),
-        "cores": (cores, "[num_cores, num_heads, rank, rank]"),
-    }
-    for name, (array, axes) in ranks.items():
-        if array is None:
-            continue
-        check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
-        floating = jnp.issubdtype(array.dtype, jnp.floating)
-        check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
-
+def _checked_arrays(query: Any, keys: Any, u: Any, v: Any, cores: Any) -> dict[str, Any]:
+    """Returns the arguments as arrays of JAX that fit together, by name."""
+    arrays = arguments.as_arrays(
+        {
+            "query": Argument(query, "[num_heads or 1, 2, rank or 1, num_tokens, key_dim]"),
+            "keys": Argument(keys, "[num_heads, 2, rank, num_keys, key_dim]"),
+            "u": Argument(u, "[num_heads, rank]", optional=True),
+            "v": Argument(v, "[num_heads, rank]", optional=True),
+            "cores": Argument(cores, "[num_cores, num_heads, rank, rank]", optional=True),
+        }
+    )
+    query, keys, u, v, cores = arrays.values()
     num_heads, num_sides, rank, num_keys, key_dim = keys.shape
     check(num_sides == 2, "keys.shape[1]", num_sides, "2, rows and columns")
     check(num_keys <= MAX_NUM_KEYS, "keys.shape[3]", num_keys, f"at most {MAX_NUM_KEYS}")
+    for axis in (0, 2, 4):
+        check(keys.shape[axis] >= 1, f"keys.shape[{axis}]", keys.shape[axis], "at least 1")
     rule = f"[{num_heads} or 1, 2, {rank} or 1, num_tokens, {key_dim}], as keys have it"
     fits = query.shape[0] in (1, num_heads) and query.shape[2] in (1, rank)
     fits = fits and query.shape[1] == num_sides and query.shape[4] == key_dim
@@ -202,7 +221,7 @@ def _check_arrays(
     check(together, "Tucker arrays", given, "all or none")
     if u is None or v is None or cores is None:
         check(rank == 1, "keys.shape[2]", rank, "1 without cores")
-        return
+        return arrays
     for name, vector in (("u", u), ("v", v)):
         rule = f"[num_heads, rank] = {(num_heads, rank)}"
         check(vector.shape == (num_heads, rank), f"{name}.shape", vector.shape, rule)
@@ -210,17 +229,17 @@ def _check_arrays(
     rule = f"[num_heads, rank, rank] = {expected}"
     check(cores.shape[1:] == expected, "cores.shape[1:]", cores.shape[1:], rule)
     check(cores.shape[0] >= 1, "cores.shape[0]", cores.shape[0], "at least 1")
+    return arrays
 
 
-def _check_options(
-    keys: Array,
-    top_m: int,
-    shortlist: int,
-    chunk_size: int | None,
-) -> None:
+def _checked_options(
+    keys: Array, top_m: Any, shortlist: Any, chunk_size: Any
+) -> tuple[int, int, int | None]:
     num_keys = keys.shape[3]
+    shortlist = arguments.whole_number("shortlist", shortlist)
     rule = f"from 1 to num_keys = {num_keys}"
     check(1 <= shortlist <= num_keys, "shortlist", shortlist, rule)
+    top_m = arguments.whole_number("top_m", top_m)
     rule = f"from 1 to shortlist squared = {shortlist**2}"
     check(1 <= top_m <= shortlist**2, "top_m", top_m, rule)
-    check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+    return top_m, shortlist, arguments.chunk_tokens(chunk_size)

@@ -39,9 +39,9 @@ import jax.numpy as jnp
 from jax import custom_batching, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
 
 from kernels_pallas import dispatch, tuned
+from kernels_pallas.array_types import Array, Float
 from kernels_pallas.common import padded, vary_alike
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.options import Options

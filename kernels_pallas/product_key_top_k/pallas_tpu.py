@@ -47,9 +47,9 @@ import jax.numpy as jnp
 from jax import custom_batching, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
 
 from kernels_pallas import tuned
+from kernels_pallas.array_types import Array, Float
 from kernels_pallas.common import add_up, check, padded
 from kernels_pallas.product_key_top_k import pallas_tpu_backward
 from kernels_pallas.product_key_top_k import pallas_tpu_select as select

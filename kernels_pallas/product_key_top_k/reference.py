@@ -6,7 +6,8 @@ only.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.array_types import Array, Float, Int32
 
 
 def scores_dtype(query: Array, keys: Array) -> jnp.dtype:

@@ -27,7 +27,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.array_types import Array, Float, Int32
 
 _WORD = 32  # candidates to a word of bits
 # Bisections until a block is given up. A float32 has 24 bits of precision.

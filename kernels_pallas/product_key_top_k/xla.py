@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.common import add_up, scan_chunks
 from kernels_pallas.product_key_top_k.options import Options
 from kernels_pallas.product_key_top_k.reference import scores_dtype

@@ -1,11 +1,13 @@
 """Activations of pre-scores: for XLA, and in operations that Pallas lowers everywhere."""
 
 import math
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.common import check
 from kernels_pallas.value_aggregation.reference import Activation
 
 # exp(x^2 / 2) * P(normal < -x) for 0 <= x < 15 is t * polynomial(t), t = 1 / (1 + _TAIL_SCALE * x).
@@ -26,7 +28,12 @@ _TAIL_COEFFICIENTS = (
 
 
 def activate(x: Array, activation: Activation | None) -> Array:
-    """The activation of pre-scores, to full precision; "gelu" is the exact one, with erf."""
+    """The activation of pre-scores, to full precision; "gelu" is the exact one, with erf.
+
+    Raises:
+        ValueError: there is no activation of that name.
+    """
+    check_activation(activation)
     match activation:
         case None:
             return x
@@ -36,6 +43,16 @@ def activate(x: Array, activation: Activation | None) -> Array:
             return jax.nn.silu(x)
         case "relu":
             return jax.nn.relu(x)
+
+
+def check_activation(activation: Any) -> None:
+    """Checks the name of an activation.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known = (None, *get_args(Activation))
+    check(activation in known, "activation", repr(activation), f"one of {known}")
 
 
 def activation_and_slope(x: Array, activation: Activation | None) -> tuple[Array, Array]:

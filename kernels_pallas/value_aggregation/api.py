@@ -5,10 +5,12 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import dispatch, tuned
+from kernels_pallas import arguments, dispatch, tuned
+from kernels_pallas.arguments import Argument
+from kernels_pallas.array_types import AnyArray, Array, Float, Integer
 from kernels_pallas.common import check, chunk_tokens, vary_alike
+from kernels_pallas.value_aggregation.activation import check_activation
 from kernels_pallas.value_aggregation.options import Options
 from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
 from kernels_pallas.value_aggregation.shapes import sizes
@@ -58,14 +60,14 @@ _ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
 
 def value_aggregation(
-    values: Float[Array, "num_values value_dim"],
-    indices: Int32[Array, "num_tokens top_m"],
-    scores: Float[Array, "num_tokens top_m num_cores"],
+    values: Float[AnyArray, "num_values value_dim"],
+    indices: Integer[AnyArray, "num_tokens top_m"],
+    scores: Float[AnyArray, "num_tokens top_m num_cores"],
     *,
-    pre_values: Float[Array, "num_values pre_value_dim"] | None = None,
-    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None = None,
+    pre_values: Float[AnyArray, "num_values pre_value_dim"] | None = None,
+    pre_inputs: Float[AnyArray, "num_tokens pre_value_dim"] | None = None,
     activation: Activation | None = None,
-    slots: Int32[Array, "num_tokens top_m"] | None = None,
+    slots: Integer[AnyArray, "num_tokens top_m"] | None = None,
     num_slots: int = 1,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
@@ -92,17 +94,19 @@ def value_aggregation(
     gradients to the device's atomics.
 
     Reverse-mode differentiable only. Inside `jax.shard_map` it works on the local arrays, which may
-    vary over different manual axes.
+    vary over different manual axes. Outside, on a mesh with explicit axes, tokens may be sharded,
+    and nothing else. Arrays may be NumPy's.
 
     Args:
         values: the table.
-        indices: ids of the selected rows. They must lie in [0, num_values): values are not seen
-            while tracing, so this is not checked, and the result is undefined otherwise.
+        indices: ids of the selected rows. They must lie in [0, num_values): the result is undefined
+            otherwise. KERNELS_PALLAS_CHECK_IDS=1 in the environment has them checked, and those of
+            `slots`: see `arguments.py`.
         scores: the weight of each selection and core.
         pre_values: rows that decide, with `pre_inputs`, how much each selection counts.
         pre_inputs: what each token brings to `pre_values`; both or neither.
         activation: applied to the pre-score; "gelu" is the exact one, with erf.
-        slots: where in its token's output each selection is added, in [0, num_slots), unchecked.
+        slots: where in its token's output each selection is added, in [0, num_slots).
         num_slots: outputs a token; 1 without `slots`.
         chunk_size: tokens that "xla" processes at once. By default what was measured (`tuned.py`),
             else a power of two, from a budget of bytes for the platform.
@@ -118,28 +122,29 @@ def value_aggregation(
             the argument, what it got and the rule.
         UnsupportedError: the named implementation cannot take the call; the message says why.
     """
-    chosen, options = _choose(
+    arrays = _checked_arrays(values, indices, scores, pre_values, pre_inputs, slots)
+    asked = _checked_options(arrays, activation, num_slots, chunk_size)
+    where = (implementation, platform)
+    chosen, options = choose("value_aggregation", tuple(arrays.values()), asked, where)
+    return arguments.per_device(
         "value_aggregation",
-        (values, indices, scores, pre_values, pre_inputs, slots),
-        (activation, num_slots, chunk_size),
-        (implementation, platform),
+        _local_aggregate,
+        arrays,
+        (options, chosen),
+        token_axes=dict.fromkeys(("indices", "scores", "pre_inputs", "slots"), 0),
     )
-    values, scores, pre_values, pre_inputs = vary_alike(
-        (values, scores, pre_values, pre_inputs), (indices, slots)
-    )
-    return _aggregate(values, indices, scores, pre_values, pre_inputs, slots, options, chosen)
 
 
 def value_aggregation_row_gradients(
-    values: Float[Array, "num_values value_dim"],
-    indices: Int32[Array, "num_tokens top_m"],
-    scores: Float[Array, "num_tokens top_m num_cores"],
-    output_grad: Float[Array, "num_tokens {num_slots}*value_dim"],
+    values: Float[AnyArray, "num_values value_dim"],
+    indices: Integer[AnyArray, "num_tokens top_m"],
+    scores: Float[AnyArray, "num_tokens top_m num_cores"],
+    output_grad: Float[AnyArray, "num_tokens {num_slots}*value_dim"],
     *,
-    pre_values: Float[Array, "num_values pre_value_dim"] | None = None,
-    pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None = None,
+    pre_values: Float[AnyArray, "num_values pre_value_dim"] | None = None,
+    pre_inputs: Float[AnyArray, "num_tokens pre_value_dim"] | None = None,
     activation: Activation | None = None,
-    slots: Int32[Array, "num_tokens top_m"] | None = None,
+    slots: Integer[AnyArray, "num_tokens top_m"] | None = None,
     num_slots: int = 1,
     max_rows: int | None = None,
     chunk_size: int | None = None,
@@ -154,7 +159,11 @@ def value_aggregation_row_gradients(
     rows of a few tokens at a cost that does not depend on num_values.
 
     Not differentiable. Inside `jax.shard_map` the gradients are those of the local tokens; what
-    other devices hold of a table that is the same on all of them is the caller's to add.
+    other devices hold of a table that is the same on all of them is the caller's to add. Outside,
+    on a mesh with explicit axes, all arrays must be replicated.
+
+    An id outside of the table counts as the nearest row, so that each of the first `num_rows` ids
+    that are returned is that of a row; the others are padding (`RowGradients`).
 
     Args:
         values: see `value_aggregation`, as for all arguments not listed here.
@@ -166,39 +175,62 @@ def value_aggregation_row_gradients(
     Raises:
         ValueError, UnsupportedError: as `value_aggregation`.
     """
-    chosen, options = _choose(
-        "value_aggregation_row_gradients",
-        (values, indices, scores, pre_values, pre_inputs, slots),
-        (activation, num_slots, chunk_size),
-        (implementation, platform),
-    )
-    expected = (indices.shape[0], num_slots * values.shape[1])
-    rule = f"[num_tokens, num_slots * value_dim] = {expected}"
-    check(output_grad.shape == expected, "output_grad.shape", output_grad.shape, rule)
-    floating = jnp.issubdtype(output_grad.dtype, jnp.floating)
-    check(floating, "output_grad.dtype", output_grad.dtype, "a floating-point dtype")
+    arrays = _checked_arrays(values, indices, scores, pre_values, pre_inputs, slots)
+    asked = _checked_options(arrays, activation, num_slots, chunk_size)
+    name = "value_aggregation_row_gradients"
+    chosen, options = choose(name, tuple(arrays.values()), asked, (implementation, platform))
+    values, indices = arrays["values"], arrays["indices"]
+    expected = (indices.shape[0], options.num_slots * values.shape[1])
+    axes = "[num_tokens, num_slots * value_dim]"
+    arrays |= arguments.as_arrays({"output_grad": Argument(output_grad, axes)})
+    shape = arrays["output_grad"].shape
+    check(shape == expected, "output_grad.shape", shape, f"{axes} = {expected}")
     if max_rows is None:
         max_rows = min(indices.size, values.shape[0])
+    max_rows = arguments.whole_number("max_rows", max_rows)
     check(max_rows >= 0, "max_rows", max_rows, "at least 0")
+    static = (max_rows, options, chosen)
+    return arguments.per_device(name, _local_row_gradients, arrays, static, {})
+
+
+def _local_aggregate(
+    values: Array,
+    indices: Array,
+    scores: Array,
+    pre_values: Array | None,
+    pre_inputs: Array | None,
+    slots: Array | None,
+    options: Options,
+    implementation: str,
+) -> Array:
+    values, scores, pre_values, pre_inputs = vary_alike(
+        (values, scores, pre_values, pre_inputs), (indices, slots)
+    )
+    return _aggregate(
+        values, indices, scores, pre_values, pre_inputs, slots, options, implementation
+    )
+
+
+def _local_row_gradients(
+    values: Array,
+    indices: Array,
+    scores: Array,
+    pre_values: Array | None,
+    pre_inputs: Array | None,
+    slots: Array | None,
+    output_grad: Array,
+    max_rows: int,
+    options: Options,
+    implementation: str,
+) -> RowGradients:
     values, scores, pre_values, pre_inputs, output_grad = vary_alike(
         (values, scores, pre_values, pre_inputs, output_grad), (indices, slots)
     )
-    return BACKENDS[chosen].row_gradients(
+    # What is returned names rows, whatever the ids are.
+    indices = jnp.clip(indices, 0, max(0, values.shape[0] - 1))
+    return BACKENDS[implementation].row_gradients(
         values, indices, scores, pre_values, pre_inputs, slots, output_grad, max_rows, options
     )
-
-
-def _choose(
-    operator: str,
-    arrays: tuple[Any, Any, Any, Any, Any, Any],
-    asked: tuple[Activation | None, int, int | None],
-    where: tuple[str | None, dispatch.Platform | None],
-) -> tuple[str, Options]:
-    """Checks arguments; which of the implementations gets the call, and with what options."""
-    activation, num_slots, chunk_size = asked
-    _check_arrays(*arrays)
-    _check_options(arrays[3], activation, arrays[5], num_slots, chunk_size)
-    return choose(operator, arrays, asked, where)
 
 
 def choose(
@@ -257,35 +289,24 @@ def _aggregate_bwd(
 _aggregate.defvjp(_aggregate_fwd, _aggregate_bwd)
 
 
-def _check_arrays(
-    values: Array,
-    indices: Array,
-    scores: Array,
-    pre_values: Array | None,
-    pre_inputs: Array | None,
-    slots: Array | None,
-) -> None:
-    ranks = {
-        "values": (values, "[num_values, value_dim]"),
-        "indices": (indices, "[num_tokens, top_m]"),
-        "scores": (scores, "[num_tokens, top_m, num_cores]"),
-        "pre_values": (pre_values, "[num_values, pre_value_dim]"),
-        "pre_inputs": (pre_inputs, "[num_tokens, pre_value_dim]"),
-        "slots": (slots, "[num_tokens, top_m]"),
-    }
-    for name, (array, axes) in ranks.items():
-        if array is None:
-            continue
-        check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
-        if name in ("indices", "slots"):
-            check(array.dtype == jnp.int32, f"{name}.dtype", array.dtype, "int32")
-        else:
-            floating = jnp.issubdtype(array.dtype, jnp.floating)
-            check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
-
+def _checked_arrays(
+    values: Any, indices: Any, scores: Any, pre_values: Any, pre_inputs: Any, slots: Any
+) -> dict[str, Any]:
+    """Returns the arguments as arrays of JAX that fit together, by name."""
+    arrays = arguments.as_arrays(
+        {
+            "values": Argument(values, "[num_values, value_dim]"),
+            "indices": Argument(indices, "[num_tokens, top_m]", "ids"),
+            "scores": Argument(scores, "[num_tokens, top_m, num_cores]"),
+            "pre_values": Argument(pre_values, "[num_values, pre_value_dim]", optional=True),
+            "pre_inputs": Argument(pre_inputs, "[num_tokens, pre_value_dim]", optional=True),
+            "slots": Argument(slots, "[num_tokens, top_m]", "ids", optional=True),
+        }
+    )
+    values, indices, scores, pre_values, pre_inputs, slots = arrays.values()
     num_values, value_dim = values.shape
     num_tokens, _, num_cores = scores.shape
-    check(num_values <= MAX_NUM_VALUES, "values rows", num_values, f"at most {MAX_NUM_VALUES}")
+    check_num_values("values", num_values, indices)
     rule = f"the shape of indices, {indices.shape}"
     check(scores.shape[:2] == indices.shape, "scores.shape[:2]", scores.shape[:2], rule)
     divides = num_cores > 0 and value_dim % num_cores == 0
@@ -301,22 +322,34 @@ def _check_arrays(
         expected = (num_tokens, pre_values.shape[1])
         rule = f"[num_tokens, pre_value_dim] = {expected}"
         check(pre_inputs.shape == expected, "pre_inputs.shape", pre_inputs.shape, rule)
+    arguments.check_ids("indices", indices, num_values)
+    return arrays
 
 
-def _check_options(
-    pre_values: Array | None,
-    activation: Activation | None,
-    slots: Array | None,
-    num_slots: int,
-    chunk_size: int | None,
-) -> None:
-    activations = (None, *get_args(Activation))
-    check(activation in activations, "activation", repr(activation), f"one of {activations}")
+def check_num_values(name: str, num_values: int, indices: Array) -> None:
+    """Checks that a table has rows where some are selected, and no more than ids can name.
+
+    Raises:
+        ValueError: it has not.
+    """
+    check(num_values <= MAX_NUM_VALUES, f"{name} rows", num_values, f"at most {MAX_NUM_VALUES}")
+    rule = f"at least 1, as indices, {indices.shape}, select some"
+    check(num_values > 0 or indices.size == 0, f"{name} rows", num_values, rule)
+
+
+def _checked_options(
+    arrays: dict[str, Any], activation: Activation | None, num_slots: Any, chunk_size: Any
+) -> tuple[Activation | None, int, int | None]:
+    pre_values, slots = arrays["pre_values"], arrays["slots"]
+    check_activation(activation)
     unused = activation is not None and pre_values is None
     check(not unused, "activation", repr(activation), "None without pre_values")
+    num_slots = arguments.whole_number("num_slots", num_slots)
     check(num_slots >= 1, "num_slots", num_slots, "at least 1")
     check(slots is not None or num_slots == 1, "num_slots", num_slots, "1 without slots")
-    check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+    if slots is not None:
+        arguments.check_ids("slots", slots, num_slots)
+    return activation, num_slots, arguments.chunk_tokens(chunk_size)
 
 
 def _presence(array: Array | None) -> str:

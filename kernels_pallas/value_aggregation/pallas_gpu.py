@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, tuned
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.value_aggregation import fetch_gpu as fetch
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.fetch_gpu import QUAD, columns_of

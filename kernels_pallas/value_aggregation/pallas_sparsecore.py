@@ -45,9 +45,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import tuned
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.value_aggregation import sparsecore_arithmetic as arithmetic
 from kernels_pallas.value_aggregation import sparsecore_pipeline as pipeline
 from kernels_pallas.value_aggregation import table_gradient_tpu

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax import custom_batching, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import tuned
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.value_aggregation import table_gradient_tpu
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.options import Options

@@ -7,7 +7,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.array_types import Array, Float, Int32
 
 Activation = Literal["gelu", "silu", "relu"]
 

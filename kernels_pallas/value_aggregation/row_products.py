@@ -14,15 +14,15 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import dispatch
+from kernels_pallas import arguments, dispatch
+from kernels_pallas.arguments import Argument
+from kernels_pallas.array_types import AnyArray, Array, Float, Integer
 from kernels_pallas.common import check, vary_alike
 from kernels_pallas.value_aggregation.api import (
     BACKENDS,
-    MAX_NUM_VALUES,
     Implementation,
+    check_num_values,
     choose,
 )
 from kernels_pallas.value_aggregation.options import Options
@@ -30,9 +30,9 @@ from kernels_pallas.value_aggregation.reference import accumulation_dtype
 
 
 def row_products(
-    table: Float[Array, "num_values dim"],
-    indices: Int32[Array, "num_tokens top_m"],
-    inputs: Float[Array, "num_tokens dim"],
+    table: Float[AnyArray, "num_values dim"],
+    indices: Integer[AnyArray, "num_tokens top_m"],
+    inputs: Float[AnyArray, "num_tokens dim"],
     *,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
@@ -51,11 +51,12 @@ def row_products(
     if an argument is. Gradients are accumulated likewise and returned in the dtype of their
     argument; that of the table is dense, with repeated ids summed in a fixed order except by "xla"
     on GPU. Reverse-mode differentiable only. Inside `jax.shard_map` it works on the local arrays,
-    which may vary over different manual axes.
+    which may vary over different manual axes; outside, and with NumPy's arrays, as
+    `value_aggregation` does.
 
     Args:
         table: rows of any width; the Pallas backends want those that value aggregation has there.
-        indices: ids of the selected rows, in [0, num_values), which is not checked.
+        indices: ids of the selected rows, in [0, num_values); see `value_aggregation`.
         inputs: what each token brings.
         chunk_size: see `value_aggregation`, as for the arguments that follow.
         implementation: of the forward and the backward pass, one of those of `value_aggregation`.
@@ -67,15 +68,28 @@ def row_products(
         UnsupportedError: the named implementation cannot take the call; the message says why, and
             calls the table "values", as value aggregation does.
     """
-    _check_arguments(table, indices, inputs, chunk_size)
+    arrays = _checked_arrays(table, indices, inputs)
+    table, indices, inputs = arrays.values()
     scores = jax.ShapeDtypeStruct((*indices.shape, 1), accumulation_dtype(table, inputs))
     chosen, options = choose(
         "row_products",
         (table, indices, scores, None, None, None),
-        (None, 1, chunk_size),
+        (None, 1, arguments.chunk_tokens(chunk_size)),
         (implementation, platform),
     )
-    return _multiply(*vary_alike((table, indices, inputs)), options, chosen)
+    return arguments.per_device(
+        "row_products",
+        _local_products,
+        arrays,
+        (options, chosen),
+        token_axes={"indices": 0, "inputs": 0},
+    )
+
+
+def _local_products(
+    table: Array, indices: Array, inputs: Array, options: Options, implementation: str
+) -> Array:
+    return _multiply(*vary_alike((table, indices, inputs)), options, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -103,21 +117,20 @@ def _multiply_bwd(
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
-def _check_arguments(table: Array, indices: Array, inputs: Array, chunk_size: int | None) -> None:
-    for name, array, axes in (
-        ("table", table, "[num_values, dim]"),
-        ("indices", indices, "[num_tokens, top_m]"),
-        ("inputs", inputs, "[num_tokens, dim]"),
-    ):
-        check(array.ndim == 2, f"{name}.shape", array.shape, axes)
-        if name == "indices":
-            check(array.dtype == jnp.int32, "indices.dtype", array.dtype, "int32")
-        else:
-            floating = jnp.issubdtype(array.dtype, jnp.floating)
-            check(floating, f"{name}.dtype", array.dtype, "a floating-point dtype")
+def _checked_arrays(table: Any, indices: Any, inputs: Any) -> dict[str, Any]:
+    """Returns the arguments as arrays of JAX that fit together, by name."""
+    arrays = arguments.as_arrays(
+        {
+            "table": Argument(table, "[num_values, dim]"),
+            "indices": Argument(indices, "[num_tokens, top_m]", "ids"),
+            "inputs": Argument(inputs, "[num_tokens, dim]"),
+        }
+    )
+    table, indices, inputs = arrays.values()
     num_values, dim = table.shape
-    check(num_values <= MAX_NUM_VALUES, "table rows", num_values, f"at most {MAX_NUM_VALUES}")
+    check_num_values("table", num_values, indices)
     expected = (indices.shape[0], dim)
     rule = f"[num_tokens, dim] = {expected}"
     check(inputs.shape == expected, "inputs.shape", inputs.shape, rule)
-    check(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+    arguments.check_ids("indices", indices, num_values)
+    return arrays

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.common import scan_chunks, vary_alike
 
 

@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.common import check, vary_alike
 from kernels_pallas.value_aggregation import fetch_gpu as fetch
 

@@ -29,9 +29,9 @@ from jax import custom_batching, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import tuned
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.common import vary_alike
 from kernels_pallas.value_aggregation.table_gradient import (
     RowGradients,

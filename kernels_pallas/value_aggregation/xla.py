@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.common import scan_chunks
 from kernels_pallas.value_aggregation.activation import activate
 from kernels_pallas.value_aggregation.options import Options

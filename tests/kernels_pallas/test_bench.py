@@ -1,7 +1,12 @@
 """The benchmark: what it counts, what it reports, and how it looks for block sizes."""
 
+import errno
 import functools
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +257,156 @@ def test_blocks_under_trial_are_those_that_are_compiled() -> None:
         assert isinstance(program, Program)
         temporary_bytes.add(program.temporary_bytes)
     assert len(temporary_bytes) == 2
+
+
+BENCH = (sys.executable, "-m", "kernels_pallas.bench")
+ONE_CASE = ["--op=value_aggregation", "--shapes=one_token", "--ids=uniform", "--implementation=xla"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --op"),
+        (["--op=sort"], "argument --op: invalid choice: 'sort'"),
+        (["--fast"], "unrecognized arguments: --fast"),
+        (["--repeats=many"], "argument --repeats: invalid int value: 'many'"),
+        (["--ids="], "--ids: got '', must be one of uniform"),
+        (["--output="], "--output: got '', must be a folder of this machine"),
+        (["--output=gs://bucket/x"], "--output: got 'gs://bucket/x', must be a folder of this"),
+        (["--tune", "--output=x"], "--output: --tune writes to the folder of KERNELS_PALLAS_TUNED"),
+        (["--tune", "--implementation=plain"], "--tune: the plain form has no block sizes"),
+    ],
+    ids=str,
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.arguments([*ONE_CASE, *arguments] if arguments else [])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_checks_are_not_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value, message in (("1", "checks would be measured"), ("yes", "got 'yes', must be 0 or 1")):
+        monkeypatch.setenv("KERNELS_PALLAS_CHECK_IDS", value)
+        with pytest.raises(SystemExit):
+            bench.arguments(ONE_CASE)
+        assert message in capsys.readouterr().err
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[Any, list[str]]:
+    """The status with which a command ends before it measures, and the lines that it writes."""
+    monkeypatch.setattr(sys, "argv", ["bench", *ONE_CASE, *arguments])
+    monkeypatch.setattr(bench, "measured", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(SystemExit) as stopped:
+        bench.run()
+    printed = capsys.readouterr().err.splitlines()
+    if isinstance(stopped.value.code, str):  # what Python prints, with status 1
+        return 1, [*printed, *stopped.value.code.splitlines()]
+    return stopped.value.code, printed
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/new", "long"])
+def test_a_folder_that_takes_no_files_is_refused_before_anything_is_measured(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / (place if place != "long" else "x" * 300))
+    status, (line,) = run(monkeypatch, capsys, f"--output={folder}")
+    assert status == 1
+    assert line.startswith(f"error: --output: cannot write to {folder}: ")
+    monkeypatch.setenv("KERNELS_PALLAS_TUNED", folder)
+    monkeypatch.setattr(tune, "fastest", lambda *_: pytest.fail("it measures"))
+    status, (line,) = run(monkeypatch, capsys, "--tune")
+    assert status == 1
+    assert line.startswith("error: ")
+    assert folder in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"not json", b"\xff\xfe", b"[]", b'{"device_kind": 1, "entries": []}', b'{"entries": 1}'],
+)
+def test_a_damaged_file_of_block_sizes_is_named_in_one_line(
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("KERNELS_PALLAS_TUNED", str(tmp_path))
+    kind = tuned.device_kind("cpu")
+    assert kind is not None
+    path = tuned.file_of(kind)
+    path.write_bytes(content)
+    status, (line,) = run(monkeypatch, capsys, "--tune")
+    assert status == 1
+    assert line.startswith(f"error: {path}: ")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device"),
+        (OSError(errno.EIO, "I/O error", "x.jsonl"), 1, "error: x.jsonl: I/O error"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_stops_a_measurement_is_one_line(
+    raised: BaseException,
+    status: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(bench, "main", stop)
+    assert run(monkeypatch, capsys) == (status, [line])
+
+
+def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (ValueError("a bug"), OSError(errno.EINVAL, "a bug")):
+        monkeypatch.setattr(bench, "main", lambda error=error: raise_(error))
+        with pytest.raises(type(error), match="a bug"):
+            bench.run()
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_tuning_says_why_a_backend_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main([*ONE_CASE, "--implementation=pallas_tpu", "--tune"])
+    assert capsys.readouterr().out.endswith("pallas_tpu: no: it compiles for TPU, not for cpu\n")
+
+
+@pytest.mark.parametrize(
+    ("variable", "redirection", "status", "lines"),
+    [
+        ("JAX_PLATFORMS=abacus", "", 2, 1),
+        ("PYTHONIOENCODING=ascii", "> /dev/full", 1, 1),
+        ("PYTHONIOENCODING=ascii", ">&-", 0, 0),
+        ("PYTHONIOENCODING=ascii", "| true", 141, 0),
+    ],
+)
+def test_the_command_minds_its_platform_and_its_output(
+    variable: str, redirection: str, status: int, lines: int
+) -> None:
+    arguments = [*ONE_CASE, "--repeats=1", "--passes=forward"]
+    command = f"set -o pipefail; {shlex.join([*BENCH, *arguments])} {redirection}"
+    name, value = variable.split("=")
+    environment = os.environ | {name: value}
+    finished = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert finished.returncode == status, finished.stderr
+    assert len(finished.stderr.splitlines()) == lines, finished.stderr
