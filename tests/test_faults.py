@@ -6,10 +6,7 @@ gave, write no trace, print no result, and leave the run that it was pointed at 
 
 import dataclasses
 import gzip
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,69 +15,15 @@ import numpy as np
 import pytest
 
 from tests import tiny_run
+from tests.commands import ROOT, TRACE, Commands, Ended
 from tests.tiny_run import Run
-
-ROOT = Path(__file__).parents[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Server:
-    """The process of fault_server.py."""
-
-    def __init__(self, environment: dict[str, str]):
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fault_server.py")],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(
-        self,
-        *arguments: str,
-        module: str = "umv2",
-        cwd: Path = ROOT,
-        env: dict[str, str] | None = None,
-        without: tuple[str, ...] = (),
-        file_size: int | None = None,
-        refused: dict[str, str] | None = None,
-    ) -> Ended:
-        request = {
-            "arguments": arguments,
-            "module": module,
-            "cwd": str(cwd),
-            "env": env or {},
-            "without": without,
-            "file_size": file_size,
-            "refused": refused or {},
-        }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
-def server(finished: Run) -> Iterator[Server]:
-    server = Server(tiny_run.environment(finished.cache) | {"JAX_PLATFORMS": "cpu"})
-    yield server
-    server.close()
+def commands(finished: Run) -> Iterator[Commands]:
+    started = Commands("umv2.modes", environment=tiny_run.environment(finished.cache))
+    yield started
+    started.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +65,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def check_one_line(ended: Ended, expected: str) -> None:
     assert ended.status != 0, ended
-    assert "Traceback" not in ended.err, ended.err
-    lines = ended.err.splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == 1, ended.err
-    assert lines[-1].startswith("error: "), ended.err
-    assert expected in lines[-1], ended.err
-    assert ended.out == ""
+    assert TRACE not in ended.errors, ended.errors
+    lines = ended.errors.splitlines()
+    assert sum(line.startswith("error: ") for line in lines) == 1, ended.errors
+    assert lines[-1].startswith("error: "), ended.errors
+    assert expected in lines[-1], ended.errors
+    assert ended.output == ""
 
 
 type Arguments = Callable[[Place], list[str]]
@@ -513,10 +456,12 @@ CASES: dict[str, tuple[Arguments, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_input_is_one_line(server: Server, place: Place, case: str) -> None:
+def test_a_bad_input_is_one_line(commands: Commands, place: Place, case: str) -> None:
     arguments, expected = CASES[case]
     before = contents(place.run)
-    check_one_line(server.run(*arguments(place), without=("datasets", "lm_eval")), expected)
+    check_one_line(
+        commands.run("main", *arguments(place), missing=("datasets", "lm_eval")), expected
+    )
     assert contents(place.run) == before
     assert not (place.tmp / "new" / "checkpoints").exists() or not list(
         (place.tmp / "new" / "checkpoints").iterdir()
@@ -543,12 +488,12 @@ def rename_newest(place: Place) -> None:
 @pytest.mark.parametrize("mode", ["evaluate", "generate", "export"])
 @pytest.mark.parametrize("spoil", [damage_all, rename_newest])
 def test_a_damaged_run_is_one_line(
-    server: Server, place: Place, mode: str, spoil: Callable[[Place], None]
+    commands: Commands, place: Place, mode: str, spoil: Callable[[Place], None]
 ) -> None:
     spoil(place)
     before = contents(place.run)
     folder = [f"--folder={place.tmp / 'out'}"] if mode == "export" else []
-    ended = server.run(f"--workdir={place.run}", f"--mode={mode}", *folder)
+    ended = commands.run("main", f"--workdir={place.run}", f"--mode={mode}", *folder)
     check_one_line(ended, "no checkpoint can be read")
     assert contents(place.run) == before
 
@@ -580,35 +525,41 @@ def test_a_damaged_run_is_one_line(
     ],
 )
 def test_a_folder_that_cannot_be_written_is_one_line(
-    server: Server, place: Place, number: str, arguments: Any
+    commands: Commands, place: Place, number: str, arguments: Any
 ) -> None:
     before = contents(place.run)
     disk = place.tmp / "disk"
-    ended = server.run(*arguments(place, disk / "out"), refused={str(disk): number})
+    ended = commands.run("main", *arguments(place, disk / "out"), refused={str(disk): number})
     check_one_line(ended, str(disk))
     assert contents(place.run) == before
 
 
 def test_results_of_an_evaluation_that_cannot_be_written_are_one_line(
-    server: Server, place: Place
+    commands: Commands, place: Place
 ) -> None:
     before = contents(place.run)
     arguments = [f"--workdir={place.run}", "--mode=evaluate"]
-    check_one_line(server.run(*arguments, refused={str(place.run): "ENOSPC"}), "No space left")
+    check_one_line(
+        commands.run("main", *arguments, refused={str(place.run): "ENOSPC"}), "No space left"
+    )
     assert contents(place.run) == before
 
 
-def test_a_token_cache_that_cannot_be_written_is_a_warning(server: Server, place: Place) -> None:
+@pytest.mark.slow
+def test_a_token_cache_that_cannot_be_written_is_a_warning(
+    commands: Commands, place: Place
+) -> None:
     cache = place.tmp / "cache"
-    ended = server.run(
+    ended = commands.run(
+        "main",
         *place.flags,
         f"--config.data.tokenizer={ROOT / 'experiments' / 'bpe_2048.json'}",
         "--config.model.vocab_size=2048",
         "--config.train.num_steps=3",
         f"--workdir={place.tmp / 'new'}",
-        env={"XDG_CACHE_HOME": str(cache)},
+        environment={"XDG_CACHE_HOME": str(cache)},
         refused={str(cache): "EROFS"},
     )
-    assert ended.status == 0, ended.err
-    assert str(cache) in ended.err
+    assert ended.status == 0, ended.errors
+    assert str(cache) in ended.errors
     assert (place.tmp / "new" / "checkpoints" / "3").exists()

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import json_lines, records
 from experiments.ablations import configuration
-from tests.experiments.commands import TRACE, Commands, Ended
+from tests.commands import TRACE, Commands, Ended
 from tests.experiments.test_records import store
 
 ROOT = Path(records.__file__).parent.parent
@@ -40,7 +40,7 @@ WORKING = {
 
 @pytest.fixture(scope="module")
 def commands() -> Iterator[Commands]:
-    started = Commands()
+    started = Commands("experiments.cli", "umv2.config_files")
     yield started
     started.close()
 
@@ -83,7 +83,7 @@ NEEDED = {
 def test_what_no_command_has(
     commands: Commands, working: Path, entry: str, argument: str, message: str
 ) -> None:
-    ended = commands.run(entry, *NEEDED.get(entry, []), argument, folder=working)
+    ended = commands.run(f"experiments.{entry}", *NEEDED.get(entry, []), argument, folder=working)
     check_one_line(ended, message)
 
 
@@ -91,7 +91,7 @@ def test_what_no_command_has(
 def test_what_a_command_must_be_given(commands: Commands, working: Path, entry: str) -> None:
     (needed,) = NEEDED[entry]
     name = needed.partition("=")[0]
-    check_one_line(commands.run(entry, folder=working), f"[Ff]lag {name}")
+    check_one_line(commands.run(f"experiments.{entry}", folder=working), f"[Ff]lag {name}")
 
 
 MISTAKES = [
@@ -206,7 +206,9 @@ def test_a_mistake_is_one_line(
     commands: Commands, working: Path, entry: str, arguments: str, message: str
 ) -> None:
     before = {path: path.read_bytes() for path in working.rglob("*") if path.is_file()}
-    check_one_line(commands.run(entry, *arguments.split(), folder=working), message)
+    check_one_line(
+        commands.run(f"experiments.{entry}", *arguments.split(), folder=working), message
+    )
     assert {path: path.read_bytes() for path in working.rglob("*") if path.is_file()} == before
 
 
@@ -221,7 +223,9 @@ def test_a_mistake_is_one_line(
 def test_a_package_that_is_missing(
     commands: Commands, working: Path, entry: str, arguments: str, package: str, extra: str
 ) -> None:
-    ended = commands.run(entry, *arguments.split(), folder=working, missing=[package])
+    ended = commands.run(
+        f"experiments.{entry}", *arguments.split(), folder=working, missing=[package]
+    )
     check_one_line(ended, rf"{package}.*: not installed; pip install -e '\.\[{extra}\]'")
 
 
@@ -234,7 +238,7 @@ def test_a_stored_run_of_another_configuration_is_not_overwritten(
     before = path.read_bytes()
     flags = ("--ablation=heads", "--arms=two", "--scale=smoke", "--results=results", "--workdir=w")
     message = rf"{path.relative_to(tmp_path)}: is of another .*\(train.num_steps: 7 -> 6\); move it"
-    check_one_line(commands.run("run", *flags, folder=tmp_path), message)
+    check_one_line(commands.run("experiments.run", *flags, folder=tmp_path), message)
     assert path.read_bytes() == before
 
 
@@ -250,7 +254,9 @@ def test_a_page_that_cannot_be_written(commands: Commands, tmp_path: Path, page:
     write_runs(tmp_path)
     (tmp_path / page).mkdir()
     message = f"{page}: cannot be (written|read): Is a directory"
-    check_one_line(commands.run("report", f"--results={tmp_path}", folder=tmp_path), message)
+    check_one_line(
+        commands.run("experiments.report", f"--results={tmp_path}", folder=tmp_path), message
+    )
 
 
 def test_notes_that_are_no_text(commands: Commands, tmp_path: Path) -> None:
@@ -258,7 +264,7 @@ def test_notes_that_are_no_text(commands: Commands, tmp_path: Path) -> None:
     notes = tmp_path / "smoke" / "notes" / "heads.md"
     notes.parent.mkdir()
     notes.write_bytes(b"\xff\xfe")
-    ended = commands.run("report", f"--results={tmp_path}", folder=tmp_path)
+    ended = commands.run("experiments.report", f"--results={tmp_path}", folder=tmp_path)
     check_one_line(ended, f"{notes}: must be text in UTF-8")
 
 
@@ -268,7 +274,7 @@ def test_a_folder_of_results_in_the_home_folder(
     write_runs(tmp_path)
     home = Path("~").expanduser()
     relative = Path("~") / Path(*[".."] * (len(home.parts) - 1)) / tmp_path.relative_to("/")
-    ended = commands.run("report", f"--results={relative}", folder=tmp_path)
+    ended = commands.run("experiments.report", f"--results={relative}", folder=tmp_path)
     assert ended.status == 0, ended
     assert "[heads](smoke/heads.md)" in ended.output
     assert not (tmp_path / "~").exists()
@@ -278,9 +284,10 @@ def test_standard_output_that_is_full_or_closed(commands: Commands, tmp_path: Pa
     write_runs(tmp_path)
     flag = f"--results={tmp_path}"
     check_one_line(
-        commands.run("report", flag, folder=tmp_path, stdout="/dev/full"), "No space left on device"
+        commands.run("experiments.report", flag, folder=tmp_path, stdout="/dev/full"),
+        "No space left on device",
     )
-    ended = commands.run("report", flag, folder=tmp_path, stdout="closed")
+    ended = commands.run("experiments.report", flag, folder=tmp_path, stdout="closed")
     assert (ended.status, ended.errors) == (141, "")
 
 
