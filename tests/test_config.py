@@ -479,3 +479,8 @@ def test_placements_count_from_zero_and_default_to_every_block() -> None:
     placed = with_changes({MEMORY + "read_layers": (1, 2), MEMORY + "write_layers": (2, 4)})
     assert from_config_dict(placed).model.placements == ((0, 1), (1, 3))
     assert from_config_dict(with_changes({"model.family": "dense"})).model.placements == ()
+
+
+def test_no_number_is_infinite() -> None:
+    assert error_of({"optimizer.learning_rate": float("inf")}).endswith(": must be finite")
+    assert error_of({"generate.temperature": float("nan")}).endswith(": must be >= 0")

@@ -107,6 +107,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Annotated:
         kind, *intervals = typing.get_args(hint)
         value = _convert(kind, value, path)
+        infinite = isinstance(value, float) and math.isinf(value)
+        require(not infinite, path, value, "must be finite")
         for interval in intervals:
             require(interval.holds(value), path, value, str(interval))
         return value

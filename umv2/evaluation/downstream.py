@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from umv2 import files
+from umv2 import files, tables
 from umv2.evaluation.answers import Questions, Respondent
 from umv2.inference.decode import Generator, occurrences, padded_length
 from umv2.inference.sampling import Sampling
@@ -329,14 +329,15 @@ class DownstreamReport:
 
     def table(self) -> str:
         """Returns the figures as lines of text."""
-        lines = [
-            f"lm-evaluation-harness {self.results['versions']['lm_eval']} after step {self.step:,}",
-            f"  {'task':<28} {'metric':<18} {'value':>10} {'std. error':>11} {'examples':>9}",
+        heading = tables.paragraph(
+            f"lm-evaluation-harness {self.results['versions']['lm_eval']} after step {self.step:,}"
+        )
+        figures = [
+            (task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}", f"{count:,}")
+            for task, metric, value, error, count in self.rows()
         ]
-        for task, metric, value, error, count in self.rows():
-            spread = "" if error is None else f"{error:.4f}"
-            lines.append(f"  {task:<28} {metric:<18} {value:>10.4f} {spread:>11} {count:>9,}")
-        return "\n".join(lines)
+        titles = ("task", "metric", "value", "std. error", "examples")
+        return f"{heading}\n{tables.table([titles, *figures], left=(0, 1))}"
 
     def write(self, folder: Path) -> None:
         """Writes `downstream.json`.
