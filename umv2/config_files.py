@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_dict
 
 import umv2
 from umv2 import files
-from umv2.config import Config, ConfigError, from_config_dict, nearest_name
+from umv2.config import Config, ConfigError, from_config_dict, nearest_name, to_dict
 
 _NOT_NAMED = ("__init__", "base", "families")  # files of configs/ that are not for training
 
@@ -112,12 +112,33 @@ def of_run(saved: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: a field that there is not any more, or a value that breaks a rule.
     """
-    _provide_configs()
-    values = importlib.import_module("configs.base").get_config()
+    values = _base()
     with values.ignore_type():
         values.update(saved)
     override(values, overrides)
     return from_config_dict(values)
+
+
+def completed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored configuration with what `current` has and it lacks, at the base's values."""
+    return _completed(saved, current, to_dict(from_config_dict(_base())))
+
+
+def _completed(
+    saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    added = {key: defaults[key] for key in current if key not in saved and key in defaults}
+    return added | {
+        key: _completed(value, current[key], defaults[key])
+        if all(isinstance(side.get(key), Mapping) for side in (saved, current, defaults))
+        else value
+        for key, value in saved.items()
+    }
+
+
+def _base() -> ConfigDict:
+    _provide_configs()
+    return importlib.import_module("configs.base").get_config()
 
 
 def field_type(path: str) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from absl import logging
 
-from umv2 import parallel
-from umv2.config import Config, ConfigError, from_config_dict, to_dict
+from umv2 import config_files, parallel
+from umv2.config import Config, ConfigError, to_dict
 from umv2.cost import exchange
 from umv2.cost import plan as cost_plan
 from umv2.cost import report as cost_report
@@ -273,7 +273,7 @@ def train_tokenizer(config: Config, output_dir: Path, vocab_size: int) -> Path:
 
 def _run_config(config: Config | None, workdir: Path) -> Config:
     """Returns the run's own configuration, with what `config` may change of it."""
-    saved = from_config_dict(checkpoint.saved_config(workdir / "checkpoints"))
+    saved = config_files.of_run(checkpoint.saved_config(workdir / "checkpoints"), {})
     if config is not None:
         theirs, given = ({"model": to_dict(each)["model"]} for each in (saved, config))
         if differences := checkpoint.essential_differences(theirs, given):

@@ -471,6 +471,16 @@ def test_runtime_fields_may_differ() -> None:
     checkpoint.check_config(saved, current)
 
 
+def test_a_field_that_is_younger_than_the_run_had_its_default() -> None:
+    saved = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    current = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    del saved["model"]["rope_scale"], saved["loss"]
+    checkpoint.check_config(saved, current)
+    current["model"]["rope_scale"] = 2.0
+    with pytest.raises(config_lib.ConfigError, match=r"model\.rope_scale: 1\.0 -> 2\.0"):
+        checkpoint.check_config(saved, current)
+
+
 def test_every_other_difference_is_one_line() -> None:
     saved = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
     config = base.get_config()

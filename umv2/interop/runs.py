@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from umv2 import files
-from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
+from umv2 import config_files, files
+from umv2.config import Config, ConfigError, differing_fields, to_dict
 from umv2.data import kept_tokenizer
 from umv2.interop import model_files, olmoe, tokenizer_files
 from umv2.interop.tensor_files import (
@@ -42,7 +42,7 @@ def export_run(
     """
     require_new(output)
     checkpoints = workdir / "checkpoints"
-    config = from_config_dict(checkpoint.saved_config(checkpoints))
+    config = config_files.of_run(checkpoint.saved_config(checkpoints), {})
     if format == "olmoe":
         olmoe.describe(config, "float32")  # refuses before the arrays are read
     trained_on = checkpoint.saved_data(checkpoints) or {}

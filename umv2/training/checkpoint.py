@@ -30,7 +30,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
-from umv2 import distributed, files
+from umv2 import config_files, distributed, files
 from umv2.config import Config, ConfigError, differing_fields
 from umv2.model.memory import ValueStore
 from umv2.schema import UserError
@@ -332,10 +332,13 @@ def essential_differences(
     current: Mapping[str, Any],
     runtime_fields: Sequence[str] = RUNTIME_FIELDS,
 ) -> list[str]:
-    """Lists 'path: saved -> current' for the fields that differ and may not (patterns may)."""
+    """Lists 'path: saved -> current' for the fields that differ and may not (patterns may).
+
+    A field that is younger than what was saved had its default then.
+    """
     return [
         line
-        for line in differing_fields(saved, current)
+        for line in differing_fields(config_files.completed(saved, current), current)
         if not any(fnmatch.fnmatchcase(line.partition(":")[0], field) for field in runtime_fields)
     ]
 
