@@ -37,12 +37,15 @@ def run(*arguments: str) -> Ended:
     """Runs the command in this process, which has imported JAX."""
     status, message = 0, ""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), flagsaver.flagsaver():
+    flags = flagsaver.save_flag_values(cli.FLAGS)
+    with contextlib.redirect_stdout(out):
         try:
             with command.one_line_errors():
                 cli.main(cli.parse(["umv2", *arguments]))
         except SystemExit as ended:
             status, message = int(bool(ended.code)), str(ended.code or "")
+        finally:
+            flagsaver.restore_flag_values(flags, cli.FLAGS)
     return Ended(status, out.getvalue(), message)
 
 
@@ -88,7 +91,7 @@ INSPECT, COST = "--mode=inspect", "--mode=cost"
         ),
         (["--config.modle.ffn_size=3", TINY, INSPECT], "--config.modle: unknown field"),
         ([TINY, INSPECT, "--config.seed"], "Missing value for flag --config.seed"),
-        ([TINY, INSPECT, "--noconfig.seed"], "Unknown command line flag 'noconfig.seed'"),
+        ([TINY, INSPECT, "--noconfig.seed"], "--noconfig.seed: unknown flag"),
         ([TINY, INSPECT, "--config.=1"], "--config.: unknown field"),
         ([TINY, INSPECT, "--config.model=3"], "--config.model: is a section, not a value"),
         (["--config=configs/tniy.py", INSPECT], "(nearest: configs/tiny.py)"),

@@ -20,7 +20,7 @@ from typing import Any, cast
 from absl import flags, logging
 
 from umv2 import command, config_files, files
-from umv2.config import Config, ConfigError
+from umv2.config import Config, ConfigError, nearest_name
 
 _MODES = {
     "train": "train, or continue the run in --workdir",
@@ -62,40 +62,65 @@ _MAY_BE_EMPTY = ("prompt",)
 _MOST = 2**31 - 1  # of numbers that become int32 somewhere
 _OVERRIDE = "config."  # begins the names of flags that set a field
 
+# Of this command alone: scripts in experiments/ have flags of the same names.
+FLAGS = flags.FlagValues()
+
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
     "A name or file of configs/, or a file of your own, with ':FAMILY' for another than UltraMemV2"
     f" (configs/families.py). By name: {', '.join(config_files.names())}. Without it"
     f" {', '.join(_OF_A_RUN)} take the run's own.",
+    flag_values=FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run's checkpoints and metrics, or of what a mode writes."
+    "workdir",
+    None,
+    "Folder of the run's checkpoints and metrics, or of what a mode writes.",
+    flag_values=FLAGS,
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", list(_MODES), "; ".join(f"{name}: {what}" for name, what in _MODES.items())
+    "mode",
+    "train",
+    list(_MODES),
+    "; ".join(f"{name}: {what}" for name, what in _MODES.items()),
+    flag_values=FLAGS,
 )
 _SUITE = flags.DEFINE_list(
     "suite",
     [],
     "Questions to ask in place of the held-out text (evaluate): long_context, or tasks of"
     " lm-evaluation-harness, such as arc_easy,hellaswag.",
+    flag_values=FLAGS,
 )
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Examples before each question (--suite of the harness).", 0, _MOST
+    "num_fewshot",
+    None,
+    "Examples before each question (--suite of the harness).",
+    0,
+    _MOST,
+    flag_values=FLAGS,
 )
 _LIMIT = flags.DEFINE_integer(
-    "limit", None, "Questions of each task (--suite of the harness); default: all.", 1, _MOST
+    "limit",
+    None,
+    "Questions of each task (--suite of the harness); default: all.",
+    1,
+    _MOST,
+    flag_values=FLAGS,
 )
 _INCLUDE_PATH = flags.DEFINE_string(
-    "include_path", None, "Folder of local task files (--suite of the harness)."
+    "include_path", None, "Folder of local task files (--suite of the harness).", flag_values=FLAGS
 )
-_PROMPT = flags.DEFINE_string("prompt", "", "Text to continue (generate).")
+_PROMPT = flags.DEFINE_string("prompt", "", "Text to continue (generate).", flag_values=FLAGS)
 _JSON = flags.DEFINE_bool(
-    "json", False, "Print JSON instead of text (inspect, evaluate, cost, plan)."
+    "json", False, "Print JSON instead of text (inspect, evaluate, cost, plan).", flag_values=FLAGS
 )
 _COMPARE = flags.DEFINE_list(
-    "compare", [], "Other configurations, named as in --config, with commas between them (cost)."
+    "compare",
+    [],
+    "Other configurations, named as in --config, with commas between them (cost).",
+    flag_values=FLAGS,
 )
 _CONTEXT = flags.DEFINE_integer(
     "context",
@@ -103,32 +128,61 @@ _CONTEXT = flags.DEFINE_integer(
     "Positions that a token attends to (cost); default: the sequence length.",
     1,
     _MOST,
+    flag_values=FLAGS,
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Devices to plan for: v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h200:8."
+    "topology",
+    None,
+    "Devices to plan for: v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, h200:8.",
+    flag_values=FLAGS,
 )
 _PLAN_STEP = flags.DEFINE_enum(
-    "plan_step", "train", ["train", "decode"], "What to plan; decode: with a full cache (plan)."
+    "plan_step",
+    "train",
+    ["train", "decode"],
+    "What to plan; decode: with a full cache (plan).",
+    flag_values=FLAGS,
 )
-_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, rank those that fit (plan).")
+_SEARCH = flags.DEFINE_bool(
+    "search", False, "Try meshes, rank those that fit (plan).", flag_values=FLAGS
+)
 _SEARCH_LIMIT = flags.DEFINE_integer(
-    "search_limit", 8, "Programs that --search compiles.", 1, _MOST
+    "search_limit", 8, "Programs that --search compiles.", 1, _MOST, flag_values=FLAGS
 )
-_FOLDER = flags.DEFINE_string("folder", None, "Folder of an exchanged model (export, import).")
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Folder of an exchanged model (export, import).", flag_values=FLAGS
+)
 _FORMAT = flags.DEFINE_enum(
-    "format", "umv2", ["umv2", "olmoe"], "umv2: any family | olmoe: of Hugging Face (export)."
+    "format",
+    "umv2",
+    ["umv2", "olmoe"],
+    "umv2: any family | olmoe: of Hugging Face (export).",
+    flag_values=FLAGS,
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, where JAX cannot tell (docs/pods.md)."
+    "coordinator_address",
+    None,
+    "host:port of process 0, where JAX cannot tell (docs/pods.md).",
+    flag_values=FLAGS,
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the job; 1: this one alone, whatever started it.", 1, _MOST
+    "num_processes",
+    None,
+    "Processes of the job; 1: this one alone, whatever started it.",
+    1,
+    _MOST,
+    flag_values=FLAGS,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this one is, from 0.", 0, _MOST
+    "process_id", None, "Which of them this one is, from 0.", 0, _MOST, flag_values=FLAGS
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 8192, "Entries to train, of at least all bytes (train_tokenizer).", 256, _MOST
+    "vocab_size",
+    8192,
+    "Entries to train, of at least all bytes (train_tokenizer).",
+    256,
+    _MOST,
+    flag_values=FLAGS,
 )
 
 
@@ -148,11 +202,15 @@ def parse(arguments: list[str]) -> list[str]:
         if argument != argument.encode(errors="replace").decode():
             raise ConfigError(f"{argument!r}: must be text in UTF-8")
     if {"--help", "-help", "-h", "-?"} & set(arguments[1 : _end_of_flags(arguments)]):
-        command.write(f"{__doc__}\n{flags.FLAGS.module_help(sys.modules[__name__])}")
+        command.write(f"{__doc__}\n{FLAGS.get_help()}")
         sys.exit()
     _define_overrides(arguments)
     try:
-        return cast(list[str], flags.FLAGS(arguments))
+        rest = FLAGS(arguments, known_only=True)
+        return cast(list[str], flags.FLAGS(rest))  # absl's own, such as --verbosity
+    except flags.UnrecognizedFlagError as error:
+        nearest = nearest_name(error.flagname, FLAGS)
+        raise ConfigError(f"--{error.flagname}: unknown flag{nearest}") from error
     except ValueError as error:  # --noFLAG=VALUE
         raise ConfigError(str(error)) from error
 
@@ -163,10 +221,10 @@ def _end_of_flags(arguments: list[str]) -> int:
 
 def _define_overrides(arguments: list[str]) -> None:
     """Makes a flag of every field that the command line overrides, which absl then reads."""
-    given = flags.FLAGS.read_flags_from_files(arguments[1:], force_gnu=False)
+    given = FLAGS.read_flags_from_files(arguments[1:], force_gnu=False)
     for argument in given[: _end_of_flags(given)]:
         named = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if named is None or _OVERRIDE + named[1] in flags.FLAGS:
+        if named is None or _OVERRIDE + named[1] in FLAGS:
             continue
         flag: flags.MultiFlag[str] = flags.MultiFlag(
             parser=flags.ArgumentParser(),
@@ -177,15 +235,15 @@ def _define_overrides(arguments: list[str]) -> None:
             # As such --config.FIELD and --noconfig.FIELD have values.
             boolean=config_files.field_type(named[1]) is bool,
         )
-        flags.DEFINE_flag(flag)
+        flags.DEFINE_flag(flag, FLAGS)
 
 
 def _overrides() -> dict[str, Any]:
     """Returns what the command line says of fields, by their paths."""
     given = {
-        name.removeprefix(_OVERRIDE): cast(list[str], flags.FLAGS[name].value)
-        for name in flags.FLAGS
-        if name.startswith(_OVERRIDE) and flags.FLAGS[name].present
+        name.removeprefix(_OVERRIDE): cast(list[str], FLAGS[name].value)
+        for name in FLAGS
+        if name.startswith(_OVERRIDE) and FLAGS[name].present
     }
     return {path: config_files.parse(path, texts) for path, texts in given.items()}
 
@@ -252,7 +310,7 @@ def _check_flags() -> None:
       ConfigError: one was given.
     """
     for name, modes in _FLAG_MODES.items():
-        flag = flags.FLAGS[name]
+        flag = FLAGS[name]
         if not flag.present:
             continue
         if _MODE.value not in modes:
@@ -261,7 +319,7 @@ def _check_flags() -> None:
             raise ConfigError(f"--{name}: must not be empty")
     if not _SUITE.value or _SUITE.value == ["long_context"]:
         for name in ("num_fewshot", "limit", "include_path"):
-            if flags.FLAGS[name].present:
+            if FLAGS[name].present:
                 raise ConfigError(f"--{name}: is for tasks of the harness, named by --suite")
     if _SEARCH_LIMIT.present and not _SEARCH.value:
         raise ConfigError("--search_limit: is for --search")
