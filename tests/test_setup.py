@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -14,12 +13,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import umv2
-import umv2.model
 from tests.test_import_rules import imports, sources
 
 ROOT = Path(__file__).parent.parent
@@ -60,28 +57,6 @@ def test_every_package_that_the_code_imports_is_required() -> None:
 
 def test_the_version_is_one_that_packages_may_have() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", umv2.__version__)
-
-
-def test_a_variable_reached_twice_is_an_error_in_every_thread() -> None:
-    class Tied(nnx.Module):
-        def __init__(self) -> None:
-            self.first = nnx.Param(jnp.zeros(2))
-            self.second = self.first
-
-    errors: list[str] = []
-
-    def split() -> None:
-        try:
-            nnx.split(Tied())
-        except ValueError as error:
-            errors.append(str(error))
-
-    split()
-    thread = threading.Thread(target=split)
-    thread.start()
-    thread.join()
-    assert len(errors) == 2
-    assert all("Duplicate Param" in error for error in errors)
 
 
 def test_tests_see_eight_devices_and_float32() -> None:

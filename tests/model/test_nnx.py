@@ -1,0 +1,234 @@
+"""The package in other people's programs: it changes no setting, and its modules are Flax's."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from configs import families, tiny
+from umv2.config import ModelConfig, from_config_dict
+from umv2.model import layers
+from umv2.model.memory import MemoryLayer, StoreWindow, ValueStore, create_store
+from umv2.model.moe import MixtureOfExperts
+from umv2.training import state
+
+# Whatever a process shares: options of jax, flax and numpy, signals, hooks, the environment.
+_SETTINGS = """
+import logging, os, pkgutil, signal, sys
+import flax, jax, numpy, optax, orbax.checkpoint, grain, tensorboardX, matplotlib
+
+def settings():
+    return {
+        "jax": dict(jax.config.values),
+        "flax": dict(flax.config._values),
+        "numpy": numpy.geterr(),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "hooks": (sys.excepthook, sys.displayhook, sys.unraisablehook),
+        "logging": (logging.root.level, list(logging.root.handlers)),
+        "environment": dict(os.environ),
+        "limits": (sys.getrecursionlimit(), matplotlib.get_backend()),
+    }
+
+before = settings()
+import umv2
+for module in pkgutil.walk_packages(umv2.__path__, "umv2."):
+    if module.name not in ("umv2.evaluation.harness",):  # needs an extra
+        __import__(module.name)
+after = settings()
+for name, values in before.items():
+    assert after[name] == values, (name, values, after[name])
+print(len([name for name in sys.modules if name.startswith("umv2.")]), "modules")
+"""
+
+# What the graph mode of NNX decides: random state in a gradient, ties, optimizers.
+_OTHER_PEOPLE = """
+import jax, jax.numpy as jnp, optax, sys
+from flax import nnx
+if len(sys.argv) > 1:
+    import umv2.model.transformer, umv2.training.train
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 3, rngs=rngs)
+        self.second = self.first
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.second(self.dropout(self.first(x)))
+
+def loss(model, x):
+    return jnp.sum(model(x) ** 2)
+
+model, x = Tied(nnx.Rngs(0)), jnp.ones((2, 3))
+print(nnx.grad(loss)(model, x))
+optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+@nnx.jit
+def step(model, optimizer, x):
+    value, gradients = nnx.value_and_grad(loss)(model, x)
+    optimizer.update(model, gradients)
+    return value
+
+print(step(model, optimizer, x), step(model, optimizer, x), model.calls[...])
+graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+merged = nnx.merge(graph, parameters, rest)
+print(merged.first is merged.second, len(jax.tree.leaves(parameters)), merged(x))
+"""
+
+
+def output_of(script: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", script, *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_importing_the_package_changes_no_setting_of_the_process() -> None:
+    assert int(output_of(_SETTINGS).partition(" ")[0]) > 50
+
+
+def test_other_modules_of_flax_work_as_without_the_package() -> None:
+    assert output_of(_OTHER_PEOPLE, "with") == output_of(_OTHER_PEOPLE)
+
+
+class Holder(nnx.Module):
+    """Somebody's module with one of our layers in it, and the table that a memory reads."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None) -> None:
+        self.scale = nnx.Param(jnp.ones(config.hidden_size))
+        if rngs is not None:
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        key = jax.random.key(1)
+        self.layer: Any
+        if config.family == "moe":
+            self.layer = MixtureOfExperts(config, key=key)
+            return
+        self.layer = MemoryLayer(config, key=key)
+        store = create_store(config, key=key)
+        self.values = nnx.Param(store.values)
+        if store.pre_values is not None:
+            self.pre_values = nnx.Param(store.pre_values)
+
+    def __call__(self, x: Any) -> Any:
+        scaled = x * self.scale[...][None, None, :]
+        if hasattr(self, "dropout"):
+            scaled = self.dropout(scaled)
+        if not hasattr(self, "values"):
+            return self.layer(scaled)[0]
+        pre_values = self.pre_values[...] if hasattr(self, "pre_values") else None
+        store = ValueStore(values=self.values[...], pre_values=pre_values)
+        return self.layer(scaled, store=StoreWindow(store=store, start=0))[0]
+
+
+def model_config(family: str) -> ModelConfig:
+    values = tiny.get_config(family)
+    values.model.memory.initialization = "released"  # spares the calibration
+    return from_config_dict(values).model
+
+
+def loss(model: Holder, x: Any) -> Any:
+    return jnp.sum(model(x) ** 2)
+
+
+@pytest.mark.parametrize("family", [f for f in families.FAMILIES if f != "dense"])
+def test_a_model_that_holds_a_layer_has_gradients_of_its_parameters(family: str) -> None:
+    config = model_config(family)
+
+    def parts() -> Any:
+        model = Holder(config, rngs=nnx.Rngs(0))
+        gradients = nnx.grad(loss)(model, jnp.ones((1, 3, config.hidden_size)))
+        kinds = (nnx.Param, layers.Buffer)
+        return gradients, *(nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
+
+    gradients, parameters, buffers = jax.eval_shape(parts)
+    assert nnx.to_pure_dict(gradients) == parameters
+    memory = config.memory
+    names = {"core_u", "core_v"} if memory.scoring == "tucker" else set()
+    names |= {"shuffle"} if memory.shuffle else set()
+    assert set(buffers.get("layer", {})) == (names if config.family == "memory" else set())
+
+
+def in_graph_mode(model: Holder, x: Any) -> Any:
+    return nnx.grad(loss)(model, x)
+
+
+def in_tree_mode(model: Holder, x: Any) -> Any:
+    # There every leaf has a gradient, and one of whole numbers none.
+    gradients = nnx.grad(loss, graph=False, allow_int=True)(model, x)
+    return nnx.state(gradients, nnx.Param)
+
+
+def of_parameters_alone(model: Holder, x: Any) -> Any:
+    parts: Any = nnx.split(model, nnx.Param, ..., graph=False)
+    graph, parameters, rest = parts
+    return jax.grad(lambda p: loss(nnx.merge(graph, p, rest), x))(parameters)
+
+
+@pytest.mark.parametrize("take", [in_tree_mode, of_parameters_alone])
+def test_gradients_are_the_same_in_every_mode(take: Callable[..., Any]) -> None:
+    config = model_config(families.REFERENCE)
+
+    @jax.jit
+    def both() -> Any:
+        model, x = Holder(config, rngs=None), jnp.ones((1, 3, config.hidden_size))
+        return [nnx.to_pure_dict(one(model, x)) for one in (take, in_graph_mode)]
+
+    def compare(got: Any, want: Any) -> None:
+        assert np.any(want)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+
+    jax.tree.map(compare, *both())
+
+
+def test_a_model_that_holds_a_layer_is_trained_by_its_parameters() -> None:
+    config = model_config(families.REFERENCE)
+    optimizer = optax.adam(1e-2)
+    x = jnp.ones((1, 3, config.hidden_size))
+
+    @jax.jit
+    def train() -> Any:
+        model = Holder(config, rngs=nnx.Rngs(0))
+        before = nnx.to_pure_dict(nnx.state(model, layers.Buffer))
+        parameters = nnx.state(model, nnx.Param)
+        moments = optimizer.init(parameters)
+        losses = []
+        for _ in range(2):
+            value, gradients = nnx.value_and_grad(loss)(model, x)
+            updates, moments = optimizer.update(gradients, moments, parameters)
+            parameters = optax.apply_updates(parameters, updates)
+            nnx.update(model, parameters)
+            losses.append(value)
+        return losses, before, nnx.to_pure_dict(nnx.state(model, layers.Buffer))
+
+    losses, before, after = train()
+    assert losses[1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_a_variable_at_two_paths_is_an_error_in_every_thread() -> None:
+    model, _ = jax.eval_shape(lambda: state.create_model(model_config("dense"), jax.random.key(0)))
+    model.final_norm.weight = model.blocks.attention_norm.weight
+    errors: list[str] = []
+
+    def split() -> None:
+        try:
+            state.split_model(model)
+        except ValueError as error:
+            errors.append(str(error))
+
+    split()
+    thread = threading.Thread(target=split)
+    thread.start()
+    thread.join()
+    assert len(errors) == 2
+    assert all("Duplicate Param" in error for error in errors)
