@@ -89,7 +89,10 @@ def create_mesh(
             )
     shape = tuple(sizes.values())
     grid = _arranged(devices[:num_used], shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    # Without jit (debugging) axes are not explicit: some of JAX's operations mistype shardings then,
+    # and within `shard_map` a print shows tracers. All acts on global arrays, as on one device.
+    kind = AxisType.Auto if jax.config.jax_disable_jit else AxisType.Explicit
+    return Mesh(grid, AXES, axis_types=(kind,) * len(AXES))
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -216,7 +219,8 @@ def local_to_global(mesh: Mesh, tree: Any) -> Any:
 
 def on_every_process(mesh: Mesh, array: Array) -> np.ndarray:
     """Returns a batch array whole, on every process."""
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+    with jax.disable_jit(False):  # without jit nothing would be resharded
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
     return np.asarray(whole.addressable_data(0))
 
 
@@ -248,6 +252,8 @@ def spec(array: Array) -> PartitionSpec:
 
 def create[T](function: Callable[..., T], shardings: Any, *arguments: Any) -> T:
     """Computes new arrays divided as they are to be stored, with no device holding one whole."""
+    if jax.config.jax_disable_jit:
+        return jax.device_put(function(*arguments), shardings)
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))(*arguments)
 
 

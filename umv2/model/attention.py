@@ -274,7 +274,7 @@ def _attend_by_blocks(
         queries = lax.dynamic_slice_in_dim(query, row, together)
         at = lax.dynamic_slice_in_dim(places, row, together)
 
-        def visit(block: Int[Array, ""], carry: tuple[Array, Array, Array]) -> Any:
+        def visit(block: Int[Array, ""] | int, carry: tuple[Array, Array, Array]) -> Any:
             greatest, total, summed = carry
             first = block * size
             start = jnp.minimum(first, length - size)  # the last block may begin earlier

@@ -228,7 +228,7 @@ def _visit_blocks[T](
     experts = jnp.minimum(jnp.searchsorted(last_visits, visits, side="right"), num_experts - 1)
     firsts = (ends - group_sizes)[experts] + (visits - (last_visits - blocks)[experts]) * size
 
-    def step(index: Array, carry: T) -> T:
+    def step(index: Array | int, carry: T) -> T:
         expert, first = experts[index], firsts[index]
         start = jnp.minimum(first, num_rows - size)
         places = start + jnp.arange(size, dtype=start.dtype)
