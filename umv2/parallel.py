@@ -89,7 +89,7 @@ def create_mesh(
             )
     shape = tuple(sizes.values())
     grid = _arranged(devices[:num_used], shape)
-    # Without jit (debugging) axes are not explicit: some of JAX's operations mistype shardings then,
+    # Without jit (debugging) no axis is explicit: some of JAX's operations mistype shardings there,
     # and within `shard_map` a print shows tracers. All acts on global arrays, as on one device.
     kind = AxisType.Auto if jax.config.jax_disable_jit else AxisType.Explicit
     return Mesh(grid, AXES, axis_types=(kind,) * len(AXES))
