@@ -17,6 +17,7 @@ from configs import families, tiny
 from tests import tiny_run
 from umv2 import modes, parallel
 from umv2.config import Config, from_config_dict
+from umv2.cost import ahead_of_time, topology
 from umv2.evaluation import perplexity
 from umv2.model import layers
 from umv2.training import optim
@@ -142,6 +143,16 @@ def test_a_state_is_placed_as_it_is_to_be_stored() -> None:
         made = parallel.create(lambda: jnp.arange(8.0), sharding)
         assert made.sharding == sharding
         assert parallel.on_every_process(mesh, made).tolist() == list(range(8))
+
+
+def test_a_plan_is_that_of_the_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise InterruptedError(f"without jit: {jax.config.jax_disable_jit}")
+
+    place = topology.parse("v5e:2x2")
+    monkeypatch.setattr(type(place), "devices", stop)
+    with jax.disable_jit(), pytest.raises(InterruptedError, match="without jit: False"):
+        ahead_of_time._measured(small_config("dense"), place, "train")
 
 
 # Every mode that runs the model, from the command line.

@@ -270,6 +270,7 @@ def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+@jax.disable_jit(False)  # what is planned is the compiled program, however this one runs
 def _measured(config: Config, place: topology.Topology, step: Step) -> Measurement:
     devices = place.devices()
     batch_size = _batch_size(config, step)

@@ -319,7 +319,7 @@ class Generator:
     def _placed[T](self, batch: T) -> T:
         """Divides rows over the devices of the mesh."""
         if self._mesh is None:
-            return batch
+            return jax.device_put(batch)
         return jax.device_put(batch, parallel.batch_sharded(self._mesh))
 
     def _read(self, rows: Int[Array, " b"]) -> Int[np.ndarray, " b"]:
