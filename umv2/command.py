@@ -16,22 +16,8 @@ from absl import app, flags, logging
 from umv2 import files
 from umv2.schema import UserError
 
-# Errors of the machine or its disks, wherever they come up: never bugs of the program.
-_ENVIRONMENT = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENAMETOOLONG,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ESTALE,
-}
+# Errors of the machine, its disks or a path that a user gave: wherever they come up, never bugs.
+_ENVIRONMENT = files.PASSING_ERRNOS | {errno.ENAMETOOLONG, errno.ENOTDIR}
 _INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 _CLOSED = 141  # and of one whose reader went away
 

@@ -8,7 +8,6 @@ array.
 
 import contextlib
 import dataclasses
-import errno
 import fnmatch
 import gc
 import importlib.metadata
@@ -521,24 +520,7 @@ def _check_step(metadata: Mapping[str, Any], step: int) -> None:
         raise ValueError(f"the folder of step {step} holds step {saved}: it was renamed")
 
 
-# Errors of the operating system that say nothing about what is on the disk.
-_PASSING_ERRNOS = {
-    errno.EACCES,
-    errno.EAGAIN,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EINTR,
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ENOSPC,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
-# The same in the messages of tensorstore and of jax.
+# What `files.PASSING_ERRNOS` are in the messages of tensorstore and of jax.
 _PASSING_STATUS = re.compile(
     r"^(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b"
 )
@@ -563,7 +545,7 @@ def _is_passing(error: BaseException) -> bool:
     """Tells whether an error is of the machine at this moment, not of what was read or written."""
     return any(
         isinstance(cause, MemoryError)
-        or _errno(cause) in _PASSING_ERRNOS
+        or _errno(cause) in files.PASSING_ERRNOS
         or _PASSING_STATUS.match(str(cause))
         for cause in _causes(error)
     )
