@@ -59,6 +59,7 @@ _FLAG_MODES = {
     "vocab_size": ("train_tokenizer",),
 }
 _MAY_BE_EMPTY = ("prompt",)
+_OF_SEVERAL = ("coordinator_address", "process_id")
 _MOST = 2**31 - 1  # of numbers that become int32 somewhere
 _OVERRIDE = "config."  # begins the names of flags that set a field
 
@@ -313,6 +314,8 @@ def _check_flags() -> None:
         flag = FLAGS[name]
         if not flag.present:
             continue
+        if name in _OF_SEVERAL and (_NUM_PROCESSES.value or 1) > 1:
+            continue  # `require_alone` says more
         if _MODE.value not in modes:
             raise ConfigError(f"--{name}: mode {_MODE.value!r} has no use for it")
         if flag.value in ("", []) and name not in _MAY_BE_EMPTY:
