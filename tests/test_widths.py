@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from configs import tiny
+from tests.extras import needs_libtpu
 from umv2 import tables
 from umv2.config import Config, from_config_dict
 from umv2.cost import ahead_of_time, plan, search, topology
@@ -85,6 +86,7 @@ def with_fields(name: str, fields: tuple[str, ...]) -> Config:
     return from_config_dict(values)
 
 
+@needs_libtpu
 @at_every_width
 def test_plan(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Advice looks for other meshes, which takes seconds.
@@ -98,6 +100,7 @@ def test_plan(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_fits(dataclasses.replace(found, name=LONG).as_text(width), width)
 
 
+@needs_libtpu
 @at_every_width
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_a_search(count: int, width: int) -> None:

@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 
 from configs import paper_2b5_120b_top256, tiny
+from tests.extras import needs_libtpu
 from umv2.config import Config, ConfigError, from_config_dict
 from umv2.cost import accounting, ahead_of_time, plan, search, search_space, topology, workload
 from umv2.schema import UserError
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[compile]'"
-)
 
 # A loop of five rounds around a matrix product in bfloat16, in the words of three compilers.
 PRODUCT = {

@@ -15,6 +15,7 @@ import pytest
 
 from configs import families, tiny
 from tests import tiny_run
+from tests.extras import needs_libtpu
 from umv2 import modes, parallel
 from umv2.config import Config, from_config_dict
 from umv2.cost import ahead_of_time, topology
@@ -145,6 +146,7 @@ def test_a_state_is_placed_as_it_is_to_be_stored() -> None:
         assert parallel.on_every_process(mesh, made).tolist() == list(range(8))
 
 
+@needs_libtpu
 def test_a_plan_is_that_of_the_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise InterruptedError(f"without jit: {jax.config.jax_disable_jit}")
