@@ -1,7 +1,6 @@
 """Files of results: a JSON object a line."""
 
 import json
-import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -71,13 +70,4 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Puts None, which is null in JSON, for numbers that JSON has not: NaN and infinities."""
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(files.json_value(record), allow_nan=False) + "\n"

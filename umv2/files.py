@@ -1,4 +1,4 @@
-"""Paths that a user names, files that appear complete or not at all, and locks.
+"""Paths that a user names, files that appear complete or not at all, what JSON can say, and locks.
 
 What the operating system refuses (a full disk, a read-only folder) becomes a `FileError`: one line
 with the path and the reason. Imports neither jax nor numpy.
@@ -7,11 +7,13 @@ with the path and the reason. Imports neither jax nor numpy.
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from umv2.schema import UserError
 
@@ -131,6 +133,15 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file of text, in UTF-8, as a whole; see `replacing`."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def json_value(value: Any) -> Any:
+    """Returns a value as JSON can say it: None, which is null, for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {name: json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

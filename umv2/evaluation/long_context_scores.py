@@ -328,10 +328,7 @@ def draw_shares(
 
 
 def _json_values(record: Score | Cell) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in dataclasses.asdict(record).items()
-    }
+    return files.json_value(dataclasses.asdict(record))
 
 
 def _order(key: tuple[str, int]) -> tuple[int, int]:

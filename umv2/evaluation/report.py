@@ -16,6 +16,7 @@ from absl import logging
 from umv2 import files, pictures, tables
 from umv2.data import pipeline
 from umv2.evaluation.perplexity import HeldOut
+from umv2.training import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,7 @@ class Report:
 
     def metrics(self) -> dict[str, Any]:
         """Returns plain values for JSON; None for what is not finite, which JSON cannot say."""
-        measures = {
-            name: value if math.isfinite(value) else None
-            for name, value in self.held_out.metrics().items()
-        }
+        measures = files.json_value(self.held_out.metrics())
         return {"step": self.step, **measures, "compressors": self.compressors}
 
     def table(self, width: int | None = None) -> str:
@@ -80,7 +78,7 @@ def write(workdir: Path, step: int, held_out: HeldOut, corpus: pipeline.Corpus) 
     report = Report(step=step, held_out=held_out, compressors=compressors)
     if jax.process_index() != 0:
         return report
-    metrics_file = workdir / "metrics.jsonl"
+    metrics_file = workdir / metrics.METRICS_FILE
     try:
         text = json.dumps(report.metrics(), indent=2, allow_nan=False)
         files.write_text(workdir / "evaluation.json", text + "\n")
@@ -132,18 +130,10 @@ def read_records(metrics_file: Path) -> list[dict[str, Any]]:
     """
     with files.errors(metrics_file, "cannot be read"):
         lines = metrics_file.read_bytes().splitlines()
-    records = [record for line in lines if (record := _record(line)) is not None]
+    records = [record for line in lines if (record := metrics.parse_record(line)) is not None]
     if damaged := len(lines) - len(records):
         logging.warning("%s: %d of %d lines are no records", metrics_file, damaged, len(lines))
     return records
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _curve(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:

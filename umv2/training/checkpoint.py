@@ -192,16 +192,17 @@ class Checkpointer:
             self._give_up(step, error)
             return
         self._failed = None
-        with _open_to_read(self._directory) as manager, _without_abandoned_work():
+        with _open_to_read(self._directory) as manager, _without_abandoned_work() as failures:
             try:
                 _check_step(_read_metadata(manager, step), step)
                 _restore_arrays(manager, step, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
-            except Exception as error:
+            except Exception as error:  # orbax and tensorstore raise all kinds
+                failures.append(why := _reason(error))
                 if _is_passing(error):
-                    logging.warning("step %d is saved, but not checked: %s", step, reason(error))
+                    logging.warning("step %d is saved, but not checked: %s", step, why)
                     return
                 raise CheckpointError(
-                    f"{self._directory / str(step)}: was saved, but cannot be read: {reason(error)}"
+                    f"{self._directory / str(step)}: was saved, but cannot be read: {why}"
                 ) from error
 
     def _give_up(self, step: int, error: Exception) -> None:
@@ -212,9 +213,10 @@ class Checkpointer:
         """
         if not _is_passing(error):
             raise error
-        self._failed = f"step {step} could not be saved: {reason(error)}"
+        self._failed = f"step {step} could not be saved: {_reason(error)}"
         logging.warning("%s; the next save tries again", self._failed)
-        with _without_abandoned_work():
+        with _without_abandoned_work() as failures:
+            failures.append(self._failed)
             if jax.process_index() == 0:
                 self._remove_unfinished()
             self._manager.reload()
@@ -440,36 +442,38 @@ def _is_no_chatter(record: std_logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _without_abandoned_work() -> Iterator[None]:
-    """Keeps quiet what orbax abandons when a read or write fails, whose error alone it raises."""
-    hook = sys.unraisablehook
+def _without_abandoned_work() -> Iterator[list[str]]:
+    """Keeps quiet what orbax abandons when a read or write fails, whose error alone it raises.
+
+    Yields a list of the failures, for those within to add to.
+    """
+    hook, failures = sys.unraisablehook, list[str]()
     sys.unraisablehook = lambda _: None
     try:
-        yield
+        yield failures
     finally:
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-            gc.collect()  # they speak when they are collected
+        if failures:  # what they abandoned speaks when it is collected, which takes a while
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+                gc.collect()
         sys.unraisablehook = hook
 
 
-@_without_abandoned_work()
 def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
     """Returns what `read` makes of the newest checkpoint that it does not find damaged."""
-    faults = []
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            return read(step)
-        except (ConfigError, CheckpointError):
-            raise
-        except Exception as error:  # orbax, tensorstore and json raise all kinds
-            path = manager.directory / str(step)
-            if _is_passing(error):
-                raise CheckpointError(
-                    f"{path}: cannot be read now, and may be good: {reason(error)}"
-                ) from error
-            fault = f"{path} ({type(error).__name__}: {reason(error)})"
-            logging.warning("skipping a damaged checkpoint: %s", fault)
-            faults.append(fault)
+    with _without_abandoned_work() as faults:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                return read(step)
+            except (ConfigError, CheckpointError):
+                raise
+            except Exception as error:  # orbax, tensorstore and json raise all kinds
+                path = manager.directory / str(step)
+                faults.append(f"{path} ({type(error).__name__}: {_reason(error)})")
+                if _is_passing(error):
+                    raise CheckpointError(
+                        f"{path}: cannot be read now, and may be good: {_reason(error)}"
+                    ) from error
+                logging.warning("skipping a damaged checkpoint: %s", faults[-1])
     if faults:
         raise CheckpointError(f"no checkpoint can be read: {'; '.join(faults)}")
     raise CheckpointError(f"there is no checkpoint in {manager.directory}")
@@ -551,7 +555,7 @@ def _is_passing(error: BaseException) -> bool:
     )
 
 
-def reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Returns in one line why something could not be read or written."""
     for cause in _causes(error):
         if number := _errno(cause):

@@ -96,8 +96,7 @@ class MetricWriter:
         self._open.callback(lines.close)
 
         def write(step: int, record: Record) -> None:
-            finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-            line = {"step": step, "wall_time": time.time(), **finite}
+            line = {"step": step, "wall_time": time.time(), **files.json_value(record)}
             lines.write(json.dumps(line, allow_nan=False) + "\n")
 
         self._sinks.append(write)
@@ -220,12 +219,22 @@ def has_evaluation(workdir: Path, step: int) -> bool:
         return any(b'"held_out_loss"' in line and _step(line) == step for line in lines)
 
 
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Returns the record in a line of metrics.jsonl; None for a line that is none.
+
+    A writer that was killed leaves such a line, a disk that failed others.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def _step(line: bytes) -> int | float:
     """Returns the step of a record; infinity for a line that is none."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
+    step = (parse_record(line) or {}).get("step")
+    return step if type(step) is int else math.inf
 
 
 class Progress:
