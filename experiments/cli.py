@@ -24,10 +24,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Parses the flags, calls `main` and exits, as `command.run` does; refuses other arguments."""
 
     def alone(arguments: list[str]) -> None:
-        if len(arguments) > 1:
-            raise ConfigError(
-                f"{arguments[1]}: unexpected argument; options are written --name=value"
-            )
+        command.refuse_arguments(arguments)
         main(arguments)
 
     command.run(alone, parse=_parse)
@@ -35,10 +32,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def _parse(arguments: list[str]) -> list[str]:
     """Reads the flags; every --config.FIELD=VALUE becomes one."""
-    for argument in arguments[1:]:
-        override = re.match(r"--?((\w+)\.[^=]*)", argument)
-        if override and override[2] in _configs and override[1] not in flags.FLAGS:
-            flags.DEFINE_multi_string(override[1], None, "Replaces the value of the field.")
+    command.define_overrides(arguments, _configs)
     rest: list[str] = flags.FLAGS(arguments)
     return rest
 
@@ -67,14 +61,7 @@ def configuration(flag: flags.FlagHolder[Any]) -> ConfigDict:
     from umv2 import config_files
 
     values = config_files.load(flag.value, f"--{flag.name}")
-    prefix = f"{flag.name}."
-    texts: dict[str, list[str]] = {
-        name.removeprefix(prefix): flags.FLAGS[name].value or []
-        for name in flags.FLAGS
-        if name.startswith(prefix)
-    }
-    overrides = {path: config_files.parse(path, given) for path, given in texts.items() if given}
-    config_files.override(values, overrides)
+    config_files.override(values, command.overrides(flag.name))
     return values
 
 

@@ -11,7 +11,6 @@ the same command.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +60,6 @@ _FLAG_MODES = {
 _MAY_BE_EMPTY = ("prompt",)
 _OF_SEVERAL = ("coordinator_address", "process_id")
 _MOST = 2**31 - 1  # of numbers that become int32 somewhere
-_OVERRIDE = "config."  # begins the names of flags that set a field
 
 # Of this command alone: scripts in experiments/ have flags of the same names.
 FLAGS = flags.FlagValues()
@@ -202,10 +200,10 @@ def parse(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if argument != argument.encode(errors="replace").decode():
             raise ConfigError(f"{argument!r}: must be text in UTF-8")
-    if {"--help", "-help", "-h", "-?"} & set(arguments[1 : _end_of_flags(arguments)]):
+    if {"--help", "-help", "-h", "-?"} & set(arguments[1 : command.end_of_flags(arguments)]):
         command.write(f"{__doc__}\n{FLAGS.get_help()}")
         sys.exit()
-    _define_overrides(arguments)
+    command.define_overrides(arguments, ["config"], FLAGS)
     try:
         rest = FLAGS(arguments, known_only=True)
         return cast(list[str], flags.FLAGS(rest))  # absl's own, such as --verbosity
@@ -216,46 +214,12 @@ def parse(arguments: list[str]) -> list[str]:
         raise ConfigError(str(error)) from error
 
 
-def _end_of_flags(arguments: list[str]) -> int:
-    return arguments.index("--") if "--" in arguments else len(arguments)
-
-
-def _define_overrides(arguments: list[str]) -> None:
-    """Makes a flag of every field that the command line overrides, which absl then reads."""
-    given = FLAGS.read_flags_from_files(arguments[1:], force_gnu=False)
-    for argument in given[: _end_of_flags(given)]:
-        named = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if named is None or _OVERRIDE + named[1] in FLAGS:
-            continue
-        flag: flags.MultiFlag[str] = flags.MultiFlag(
-            parser=flags.ArgumentParser(),
-            serializer=flags.ArgumentSerializer(),
-            name=_OVERRIDE + named[1],
-            default=None,
-            help_string=f"In place of {named[1]} of the configuration.",
-            # As such --config.FIELD and --noconfig.FIELD have values.
-            boolean=config_files.field_type(named[1]) is bool,
-        )
-        flags.DEFINE_flag(flag, FLAGS)
-
-
-def _overrides() -> dict[str, Any]:
-    """Returns what the command line says of fields, by their paths."""
-    given = {
-        name.removeprefix(_OVERRIDE): cast(list[str], FLAGS[name].value)
-        for name in FLAGS
-        if name.startswith(_OVERRIDE) and FLAGS[name].present
-    }
-    return {path: config_files.parse(path, texts) for path, texts in given.items()}
-
-
 def main(arguments: list[str]) -> None:
     """Does what --mode says; `arguments` are what is left of the command line, program first."""
-    if len(arguments) > 1:
-        raise ConfigError(f"{arguments[1]}: unexpected argument; options are written --name=value")
+    command.refuse_arguments(arguments)
     _check_flags()
     _check_needed()
-    overrides = _overrides()
+    overrides = command.overrides("config", FLAGS)
     config = config_files.read(_CONFIG.value, "--config", overrides) if _CONFIG.value else None
     # JAX is imported only now, so that --help and a mistake in the configuration answer at once.
     first = _join_processes()

@@ -7,14 +7,15 @@ import contextlib
 import errno
 import logging as std_logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, cast
 
 from absl import app, flags, logging
 
-from umv2 import files
-from umv2.schema import UserError
+from umv2 import config_files, files
+from umv2.schema import ConfigError, UserError
 
 # Errors of the machine, its disks or a path that a user gave: wherever they come up, never bugs.
 _ENVIRONMENT = files.PASSING_ERRNOS | {errno.ENAMETOOLONG, errno.ENOTDIR}
@@ -85,6 +86,62 @@ def write(text: str, end: str = "\n") -> None:
         raise
     except OSError as error:
         raise files.FileError(f"standard output: {files.reason(error)}") from error
+
+
+def refuse_arguments(arguments: list[str]) -> None:
+    """Raises ConfigError for arguments that are no flags; the first is the program."""
+    if len(arguments) > 1:
+        raise ConfigError(f"{arguments[1]}: unexpected argument; options are written --name=value")
+
+
+def end_of_flags(arguments: Sequence[str]) -> int:
+    """Returns the place of the "--" after which nothing is a flag."""
+    return arguments.index("--") if "--" in arguments else len(arguments)
+
+
+def define_overrides(
+    arguments: list[str], names: Collection[str], registry: flags.FlagValues = flags.FLAGS
+) -> None:
+    """Makes a flag of every field that a command line overrides, as --NAME.FIELD, for absl to read.
+
+    Args:
+      arguments: of the command line, program first.
+      names: of the flags that name configurations.
+      registry: of the flags.
+
+    Raises:
+      ConfigError: a field that there is not.
+    """
+    given = registry.read_flags_from_files(arguments[1:], force_gnu=False)
+    for argument in given[: end_of_flags(given)]:
+        named = re.match(r"--?(?:no)?((\w+)\.([^=]*))", argument)
+        if named is None or named[2] not in names or named[1] in registry:
+            continue
+        flag: flags.MultiFlag[str] = flags.MultiFlag(
+            parser=flags.ArgumentParser(),
+            serializer=flags.ArgumentSerializer(),
+            name=named[1],
+            default=None,
+            help_string=f"In place of {named[3]} of the configuration.",
+            # As such --config.FIELD and --noconfig.FIELD have values.
+            boolean=config_files.field_type(named[3]) is bool,
+        )
+        flags.DEFINE_flag(flag, registry)
+
+
+def overrides(name: str, registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Returns what the command line says of the fields of a configuration, by their paths.
+
+    Raises:
+      ConfigError: text that is no value of its field.
+    """
+    prefix = f"{name}."
+    given = {
+        flag.removeprefix(prefix): cast(list[str], registry[flag].value)
+        for flag in registry
+        if flag.startswith(prefix) and registry[flag].present
+    }
+    return {path: config_files.parse(path, texts) for path, texts in given.items()}
 
 
 def _exit_with(message: str) -> None:
