@@ -19,20 +19,20 @@ def test_a_run_finds_its_copy_where_the_file_is_gone(tmp_path: Path, suffix: str
     original, run = tmp_path / f"bpe{suffix}", tmp_path / "run"
     original.write_bytes(b"first")
     config = with_tokenizer(str(original))
-    kept_tokenizer.keep(config, run)
+    kept_tokenizer.keep(config.tokenizer, run)
     assert kept_tokenizer.found(config, run) == config
     original.rename(tmp_path / "elsewhere")
     found = kept_tokenizer.found(config, run)
     assert found == dataclasses.replace(config, tokenizer=str(run / f"tokenizer{suffix}"))
     assert Path(found.tokenizer).read_bytes() == b"first"
-    kept_tokenizer.keep(found, run)  # of itself
-    kept_tokenizer.keep(config, run)  # of what is gone
+    kept_tokenizer.keep(found.tokenizer, run)  # of itself
+    kept_tokenizer.keep(config.tokenizer, run)  # of what is gone
     assert Path(found.tokenizer).read_bytes() == b"first"
 
 
 def test_a_tokenizer_without_a_file_has_no_copy(tmp_path: Path) -> None:
     for name in ("bytes", "none"):
-        kept_tokenizer.keep(with_tokenizer(name), tmp_path)
+        kept_tokenizer.keep(name, tmp_path)
         assert kept_tokenizer.found(with_tokenizer(name), tmp_path).tokenizer == name
     assert not list(tmp_path.iterdir())
     missing = with_tokenizer(str(tmp_path / "none.json"))

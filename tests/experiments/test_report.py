@@ -10,6 +10,7 @@ import pytest
 from experiments import corpora, figures, json_lines, records, report
 from experiments.ablations import ABLATIONS, configuration
 from experiments.comparison import compare
+from tests.experiments.test_records import HEAD
 
 
 def store(
@@ -24,22 +25,13 @@ def store(
     values = configuration(ablation, arm, "smoke")
     if corpus is not None:
         corpora.take(values, **corpus)
-    head: dict[str, Any] = {
-        "kind": "run",
+    head = HEAD | {
         "arms": [f"{ablation}/{arm}"],
         "seed": seed,
         "config": records.plain(values),
-        "corpus": {"source": "standard_library", "hash": "c0ffee"},
-        "date": "2026-11-25",
-        "versions": {"jax": "0.12.0", "python": "3.12.1"},
-        "device": "cpu",
-        "tokens": 4096,
-        "training_flops": 2e15,
         "active_parameters": 1_234_000,
         "total_parameters": 5_678_000,
-        "forward_flops_per_token": 3e6,
         "values_read": 512,
-        "decode_bytes": {"1": 2e6, "64": 7e6},
     }
     steps = [
         {"kind": "step", "step": i, "tokens": 100 * i, "loss": held_out + 1 / i, "gradient_norm": 1}

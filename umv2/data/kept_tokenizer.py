@@ -12,14 +12,14 @@ from umv2.config import DataConfig
 _NAMES = ("bytes", "none")  # tokenizers without a file
 
 
-def keep(config: DataConfig, workdir: Path) -> None:
-    """Copies the file of the configured tokenizer, if it has one, into the folder of a run.
+def keep(tokenizer: str, workdir: Path) -> None:
+    """Copies the file of a tokenizer (`data.tokenizer`), if it has one, into the folder of a run.
 
     Raises:
       FileError: it cannot be written.
     """
-    original, copy = Path(config.tokenizer), _copy(config, workdir)
-    if config.tokenizer in _NAMES or not original.exists():
+    original, copy = Path(tokenizer), copy_of(tokenizer, workdir)
+    if tokenizer in _NAMES or not original.exists():
         return
     with files.errors(copy, "cannot be compared"):
         if copy.exists() and copy.read_bytes() == original.read_bytes():
@@ -32,12 +32,13 @@ def found(config: DataConfig, workdir: Path) -> DataConfig:
     """Returns a configuration whose tokenizer is there: the run's copy where the file is gone."""
     if config.tokenizer in _NAMES or Path(config.tokenizer).exists():
         return config
-    copy = _copy(config, workdir)
+    copy = copy_of(config.tokenizer, workdir)
     if not copy.exists():
         return config
     logging.info("data.tokenizer=%r is gone; the run's copy %s is used", config.tokenizer, copy)
     return dataclasses.replace(config, tokenizer=str(copy))
 
 
-def _copy(config: DataConfig, workdir: Path) -> Path:
-    return workdir / f"tokenizer{Path(config.tokenizer).suffix}"
+def copy_of(tokenizer: str, workdir: Path) -> Path:
+    """Returns where a run keeps the file of its tokenizer."""
+    return workdir / f"tokenizer{Path(tokenizer).suffix}"

@@ -1,7 +1,6 @@
 """Training runs as models in other formats, and such models as runs to continue from."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,8 +89,7 @@ def import_model(folder: Path, workdir: Path, config: Config | None) -> None:
             _, params = olmoe.load_olmoe(folder, config.model)
             model = checkpoint.Restored(step=0, params=params, store=None, buffers={})
         if tokenizer is not None:
-            with files.replacing(Path(config.data.tokenizer)) as unfinished:
-                shutil.copyfile(tokenizer, unfinished)
+            kept_tokenizer.keep(str(tokenizer), workdir)
         _save(model, workdir, config)
     logging.info("wrote the model of %s to %s, as step 0 of a run", folder, workdir)
 
@@ -128,7 +126,8 @@ def _run_config(
     )
     if tokenizer is not None:
         # A copy, for the folder may go.
-        data = dataclasses.replace(data, tokenizer=str(workdir.absolute() / tokenizer.name))
+        copy = kept_tokenizer.copy_of(str(tokenizer), workdir.absolute())
+        data = dataclasses.replace(data, tokenizer=str(copy))
     adopted = dataclasses.replace(config, data=data)
     for line in differing_fields(to_dict(config)["data"], to_dict(adopted)["data"], "data."):
         logging.info("%s has the tokenizer: %s", folder, line)

@@ -153,7 +153,7 @@ def train(config: Config, workdir: Path) -> bool:
         with distributed.StopSignal() as stop, jax.set_mesh(mesh), checkpointer:
             state = _restore_or_create(config, optimizer, checkpointer)
             if jax.process_index() == 0:  # now that the checkpoint, if any, agrees
-                kept_tokenizer.keep(data, workdir)
+                kept_tokenizer.keep(data.tokenizer, workdir)
             step = int(state.step)
             evaluate_first = _evaluation_is_missing(config, workdir, step)
             if step >= config.train.num_steps and not evaluate_first:
