@@ -9,6 +9,7 @@ _DEVICES_FLAG = "--xla_force_host_platform_device_count"
 if _DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES_FLAG}=8".strip()
 
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     until, slow = os.environ.get("SLOW_TESTS_UNTIL"), item.get_closest_marker("slow")
     if until and slow and time.time() + 60 * slow.kwargs.get("minutes", 0) > float(until):
         pytest.skip("the time left is too short for it, or over (SLOW_TESTS_UNTIL)")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Of a long list beartype checks one item, drawn at random: the same in every run."""
+    random.seed(0)
 
 
 @pytest.fixture

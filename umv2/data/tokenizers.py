@@ -27,7 +27,7 @@ _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NUM_BYTES = 256
 
-type Ids = Sequence[int] | Integer[np.ndarray, "tokens"]
+type Ids = Sequence[int | np.integer] | Integer[np.ndarray, "tokens"]
 
 
 @runtime_checkable
