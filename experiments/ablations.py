@@ -40,7 +40,7 @@ from experiments.arms import (
 )
 from experiments.beyond_paper import BEYOND
 from experiments.ladder import LADDER
-from umv2.schema import ConfigError, nearest_name
+from umv2.config.schema import ConfigError, nearest_name
 
 # Found by `python -m experiments.arm_sizes`: {scale: {"ablation/arm": {path: value}}}.
 SIZES_FILE = Path(__file__).parent / "arm_sizes.json"

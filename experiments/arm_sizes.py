@@ -33,8 +33,8 @@ def solve(ablation: str, scale: str) -> dict[str, dict[str, Any]]:
       ConfigError: an arm that no sizes make as cheap as its baseline.
     """
     from umv2.config import Config, from_config_dict
+    from umv2.config.schema import ConfigError, build
     from umv2.cost import matching
-    from umv2.schema import ConfigError, build
 
     entry = ABLATIONS[ablation]
     if not entry.fixed:

@@ -15,7 +15,7 @@ from configs.families import REFERENCE
 from experiments import json_lines
 from experiments.ablations import require
 from umv2 import command, files
-from umv2.schema import ConfigError, UserError
+from umv2.config.schema import ConfigError, UserError
 
 _configs: list[str] = []  # flags that name a configuration
 
@@ -58,7 +58,7 @@ def configuration(flag: flags.FlagHolder[Any]) -> ConfigDict:
     Raises:
       ConfigError: there is none, or it has no such field.
     """
-    from umv2 import config_files
+    from umv2.config import files as config_files
 
     values = config_files.load(flag.value, f"--{flag.name}")
     config_files.override(values, command.overrides(flag.name))
@@ -71,7 +71,7 @@ def sizes_of_families(flag: flags.FlagHolder[Any]) -> Any:
     Raises:
       ConfigError: the file gives none, or the flag names another family than the reference.
     """
-    from umv2 import config_files
+    from umv2.config import files as config_files
 
     label = config_files.label(flag.value)
     stem, colon, _ = label.partition(":")

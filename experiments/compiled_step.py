@@ -18,23 +18,24 @@ class Step:
     def __init__(self, values: ConfigDict):
         import jax
 
-        from umv2 import parallel
+        from umv2 import sharding
         from umv2.config import from_config_dict
         from umv2.cost import accounting
-        from umv2.data import pipeline
+        from umv2.data import loader
+        from umv2.data.corpus import open_corpus
         from umv2.training import optim, train
         from umv2.training.state import create_state, model_structure
 
         config = from_config_dict(values)
-        corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
-        batches = pipeline.train_batches(
+        corpus = open_corpus(config.data, config.model.vocab_size)
+        batches = loader.train_batches(
             corpus, config.data, batch_size=config.train.batch_size, start_step=0
         )
         optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-        self._mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
+        self._mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
         with jax.set_mesh(self._mesh):
             self._state = jax.jit(lambda: create_state(config, optimizer))()
-            self._batch = parallel.local_to_global(self._mesh, next(batches))
+            self._batch = sharding.local_to_global(self._mesh, next(batches))
             step = train.make_train_step(config, model_structure(config.model), optimizer)
             start = time.perf_counter()
             lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments import scales
 from umv2 import files
-from umv2.schema import ConfigError, nearest_name
+from umv2.config.schema import ConfigError, nearest_name
 
 _SOURCES = ("standard_library", "site_packages")
 _NUM_DOCUMENTS = 200_000
@@ -142,7 +142,7 @@ def answers(workdir: Path) -> dict[str, Any]:
     import numpy as np
 
     from umv2.config import from_config_dict
-    from umv2.data import pipeline
+    from umv2.data.corpus import open_corpus
     from umv2.training import checkpoint
     from umv2.training.state import merge_model, model_structure
 
@@ -150,7 +150,7 @@ def answers(workdir: Path) -> dict[str, Any]:
     config = from_config_dict(checkpoint.saved_config(folder))
     restored = checkpoint.restore_for_inference(folder, config)
     model = merge_model(model_structure(config.model), restored.params, restored.buffers)
-    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
+    corpus = open_corpus(config.data, config.model.vocab_size)
     texts = [text.decode() for text in corpus.held_out_texts or ()]
 
     @jax.jit
@@ -182,10 +182,10 @@ def fingerprint(config: Any) -> dict[str, Any]:
     """Returns what tells two corpora apart: installed sources differ between machines."""
     import numpy as np
 
-    from umv2.data import pipeline
+    from umv2.data.corpus import open_corpus
     from umv2.data.sources import content_hash
 
-    corpus = pipeline.open_corpus(config.data, config.model.vocab_size)
+    corpus = open_corpus(config.data, config.model.vocab_size)
     sides = (corpus.train, corpus.held_out)
     hashes = np.concatenate([side.content_hashes for side in sides])
     return {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from umv2 import files
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 
 class RecordsError(UserError, ValueError):

@@ -23,7 +23,7 @@ from absl import flags
 from configs import families
 from experiments import cli, json_lines
 from experiments.ablations import require
-from umv2.schema import ConfigError
+from umv2.config.schema import ConfigError
 
 _SIZE = flags.DEFINE_enum("size", "227m_1b2", ["227m_1b2", "1b_7b"], "Of configs/paper_*.py.")
 _FAMILIES = flags.DEFINE_list(

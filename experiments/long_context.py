@@ -23,7 +23,7 @@ from configs import families, long_context_tiny
 from experiments import cli, json_lines
 from experiments.ablations import require
 from umv2 import files
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 _ROOT = Path(__file__).parent.parent
 CONFIG = "configs/long_context_tiny.py"

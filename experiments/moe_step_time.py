@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import cli, compiled_step, json_lines
-from umv2.schema import ConfigError
+from umv2.config.schema import ConfigError
 
 _CONFIG = cli.define_config("config", "Configuration to measure.")
 _REFERENCE = cli.define_config("reference", "Configuration to compare with; none: no other.")
@@ -26,7 +26,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are tim
 
 
 def plain_mixture(x: Any, weights: Any, dispatch: Any, into: Any, down: Any) -> Any:
-    """Does the work of `umv2.model.experts.mixture` without a derivative of its own."""
+    """Does the work of `umv2.model.moe.experts.mixture` without a derivative of its own."""
     import jax
     import jax.numpy as jnp
 
@@ -43,11 +43,11 @@ def plain_step(config: ConfigDict) -> compiled_step.Step:
     """Compiles a training step with the plain mixture in place of the layer's own."""
     import jax
 
-    from umv2.model import experts, moe
+    from umv2.model.moe import experts, layer
 
     with (
         mock.patch.object(experts, "mixture", side_effect=plain_mixture) as mixture,
-        mock.patch.object(moe, "_largest", side_effect=jax.lax.top_k) as largest,
+        mock.patch.object(layer, "_largest", side_effect=jax.lax.top_k) as largest,
     ):
         step = compiled_step.Step(config)
     assert mixture.called

@@ -20,7 +20,7 @@ from absl import flags, logging
 
 from experiments import cli, json_lines
 from umv2 import files
-from umv2.schema import ConfigError
+from umv2.config.schema import ConfigError
 
 RESULTS = Path("experiments/results/plans/plans.jsonl")
 ARITHMETIC = Path("experiments/results/plans/arithmetic.jsonl")
@@ -102,8 +102,8 @@ def cases() -> Iterator[Case]:
 def run(case: Case) -> list[dict[str, Any]]:
     """Plans a case; returns the programs that were compiled, if any, the best first."""
     from umv2.config import from_config_dict
-    from umv2.cost import plan, search
-    from umv2.schema import UserError
+    from umv2.config.schema import UserError
+    from umv2.planning import plan, search
 
     values = importlib.import_module(f"configs.{case.model}").get_config()
     values.update_from_flattened_dict(dict(case.fields))
@@ -133,7 +133,7 @@ def run(case: Case) -> list[dict[str, Any]]:
 def estimate(case: Case) -> dict[str, Any]:
     """Returns what arithmetic says of a case, without a compiler."""
     from umv2.config import from_config_dict
-    from umv2.cost import ahead_of_time, plan, search_space, topology
+    from umv2.planning import ahead_of_time, plan, search_space, topology
 
     values = importlib.import_module(f"configs.{case.model}").get_config()
     values.update_from_flattened_dict(dict(case.fields))

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from configs import base
 from experiments import json_lines
 from experiments.json_lines import RecordsError
-from umv2.schema import differing_fields
+from umv2.config.schema import differing_fields
 
 FOLDER = flags.DEFINE_string(
     "results", "experiments/results/ablations", "Folder of the runs and pages of all ablations."

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from experiments import cli, corpora, json_lines, records, scales
 from experiments.ablations import ABLATIONS, configuration, require
 from umv2 import files
-from umv2.schema import ConfigError
+from umv2.config.schema import ConfigError
 
 _ABLATIONS = flags.DEFINE_list("ablation", None, "Ablations to run, or all.")
 _ARMS = flags.DEFINE_list("arms", [], "Arms of it to run; default: all.")

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import MeshConfig
 
 
 def config(**fields: Any) -> MeshConfig:
     """A mesh section: the given fields, and size 1 for the other axes."""
-    defaults = {axis: 1 for axis in parallel.AXES} | {
+    defaults = {axis: 1 for axis in sharding.AXES} | {
         "parameters": "fsdp",
         "table_sharding": "auto",
     }
@@ -20,7 +20,7 @@ def config(**fields: Any) -> MeshConfig:
 
 def create(**fields: Any) -> Mesh:
     """The mesh of `config`."""
-    return parallel.create_mesh(config(**fields))
+    return sharding.create_mesh(config(**fields))
 
 
 def replicate[T](tree: T, mesh: Mesh) -> T:

@@ -10,7 +10,7 @@ PROGRAM = """
 import sys
 from absl import flags
 from umv2 import command, files
-from umv2.schema import ConfigError, UserError
+from umv2.config.schema import ConfigError, UserError
 COUNT = flags.DEFINE_integer("count", 1, "A number.")
 def main(argv):
     {body}

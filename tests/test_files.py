@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from umv2 import files
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 
 @pytest.mark.parametrize(

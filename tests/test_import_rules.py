@@ -18,14 +18,14 @@ BANNED = {name: entry["msg"] for name, entry in RUFF["flake8-tidy-imports"]["ban
 # The packages of JOBS share pieces: the loop evaluates, evaluation restores checkpoints.
 JOBS = ("umv2.training", "umv2.evaluation", "umv2.inference", "umv2.cost", "umv2.interop")
 KNOWN_TO_ALL = (
-    "umv2.schema",
+    "umv2.config.schema",
     "umv2.files",
     "umv2.command",
     "umv2.tables",
     "umv2.pictures",
-    "umv2.model_config",
+    "umv2.config.model",
     "umv2.config",
-    "umv2.config_files",
+    "umv2.config.files",
     "umv2.types",
 )
 # A module imports its own package and the tiers below its own.
@@ -52,7 +52,7 @@ LOAD_TIME_IMPORTS = {
         "absl",
         "umv2.command",
         "umv2.files",
-        "umv2.schema",
+        "umv2.config.schema",
     ),
 }
 # ... and these at any time. numpy comes with jax.
@@ -214,7 +214,7 @@ def test_types_are_seldom_ignored() -> None:
         ("umv2.config", "from umv2.parallel import make_mesh", "above or beside"),
         ("umv2.training.train", "from umv2 import modes", "above or beside"),
         ("umv2.training.train", "import main", "only tests may"),
-        ("umv2.cost.plan", "from configs import tiny", "only configs, experiments may"),
+        ("umv2.planning.plan", "from configs import tiny", "only configs, experiments may"),
         ("umv2.model.memory", "import kernels_pallas", "only umv2.parallel"),
         ("umv2.model.memory", "from kernels_pallas.weighted_lookup import api", "only umv2"),
         ("umv2.training.state", "import orbax.checkpoint as ocp", "only umv2.training.checkpoint"),

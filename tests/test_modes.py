@@ -10,8 +10,8 @@ from tests import tiny_run
 from tests.tiny_run import Run
 from umv2 import modes
 from umv2.config import ConfigError
-from umv2.data import pipeline, tasks
-from umv2.schema import UserError
+from umv2.config.schema import UserError
+from umv2.data import corpus, tasks
 
 
 def test_evaluation_repeats_the_held_out_loss_of_the_run(finished: Run) -> None:
@@ -36,7 +36,7 @@ def test_evaluation_writes_no_documents_of_long_context_tasks(
     data = dataclasses.replace(config.data, long_context=wanted)
     monkeypatch.setattr(tasks, "mixture", refuse)
     with pytest.raises(AssertionError, match="wrote documents of tasks"):
-        pipeline.open_corpus(data, config.model.vocab_size)
+        corpus.open_corpus(data, config.model.vocab_size)
     monkeypatch.setattr(modes, "_run_config", lambda *_: dataclasses.replace(config, data=data))
     assert modes.evaluate(None, finished.workdir).held_out.loss_nats_per_token > 0
 

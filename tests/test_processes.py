@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from tests import tiny_run
-from umv2 import distributed, parallel
+from umv2 import distributed, sharding
 from umv2.config import MeshConfig
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 ROOT = Path(__file__).parents[1]
 # A process that waits for another which does not come is killed after so many seconds.
@@ -275,10 +275,10 @@ def test_jax_marks_the_environment_where_tpus_are_attached() -> None:
 
 
 def test_a_batch_is_assembled_from_the_rows_of_a_process() -> None:
-    mesh = parallel.create_mesh(MeshConfig(2, 2, 1, 2, "fsdp", "auto"), 8)
-    assert parallel.local_rows(mesh, 8) == tuple(range(8))
+    mesh = sharding.create_mesh(MeshConfig(2, 2, 1, 2, "fsdp", "auto"), 8)
+    assert sharding.local_rows(mesh, 8) == tuple(range(8))
     rows = np.arange(24).reshape(8, 3)
-    (batch,) = parallel.local_to_global(mesh, [rows])
+    (batch,) = sharding.local_to_global(mesh, [rows])
     assert batch.sharding.shard_shape(batch.shape) == (2, 3)
     np.testing.assert_array_equal(batch, rows)
 

@@ -25,7 +25,8 @@ import pytest
 from kernels_pallas import bench
 from tests import tiny_run
 from tests.test_main import run
-from umv2 import cli, config_files, modes
+from umv2 import cli, modes
+from umv2.config import files as config_files
 from umv2.config import to_dict
 from umv2.training import checkpoint
 
@@ -109,7 +110,7 @@ TASKS = overrides(
     }
 )
 EVALUATIONS = ("evaluate_long_context", "evaluate_downstream")
-COMPILES = Reads("compiles for minutes: tests/cost/test_plan.py")
+COMPILES = Reads("compiles for minutes: tests/planning/test_plan.py")
 PROCESSES = Reads("needs several processes: tests/test_processes.py")
 LAUNCHED = Elsewhere("tests/test_launch.py")
 BENCH = Parses("tests/kernels_pallas/test_bench.py")

@@ -14,10 +14,10 @@ from configs import tiny
 from tests.extras import needs_libtpu
 from umv2 import tables
 from umv2.config import Config, from_config_dict
-from umv2.cost import ahead_of_time, plan, search, topology
 from umv2.evaluation.long_context_scores import LongContextReport, Score
 from umv2.evaluation.perplexity import HeldOut
 from umv2.evaluation.report import Report
+from umv2.planning import ahead_of_time, plan, search, topology
 from umv2.training import inspection
 
 PLANS = Path(__file__).parent.parent / "experiments" / "results" / "plans" / "plans.jsonl"

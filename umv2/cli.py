@@ -18,8 +18,9 @@ from typing import Any, cast
 
 from absl import flags, logging
 
-from umv2 import command, config_files, files
+from umv2 import command, files
 from umv2.config import Config, ConfigError, nearest_name
+from umv2.config import files as config_files
 
 _MODES = {
     "train": "train, or continue the run in --workdir",

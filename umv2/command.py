@@ -14,8 +14,9 @@ from typing import Any, cast
 
 from absl import app, flags, logging
 
-from umv2 import config_files, files
-from umv2.schema import ConfigError, UserError
+from umv2 import files
+from umv2.config import files as config_files
+from umv2.config.schema import ConfigError, UserError
 
 # Errors of the machine, its disks or a path that a user gave: wherever they come up, never bugs.
 _ENVIRONMENT = files.PASSING_ERRNOS | {errno.ENAMETOOLONG, errno.ENOTDIR}

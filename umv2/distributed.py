@@ -19,7 +19,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from umv2 import files
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 # A process that ends waits as long for the others, which may be writing their last files; when
 # they do not come, because it ended by an error of its own, all end.

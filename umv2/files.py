@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # What the operating system answers when the machine or a disk cannot do more at this moment, which

@@ -10,18 +10,20 @@ from typing import Any
 import jax
 from absl import logging
 
-from umv2 import config_files, parallel
+from umv2 import sharding
 from umv2.config import Config, ConfigError, to_dict
+from umv2.config import files as config_files
 from umv2.cost import exchange
-from umv2.cost import plan as cost_plan
 from umv2.cost import report as cost_report
-from umv2.cost import search as plan_search
-from umv2.data import kept_tokenizer, pipeline, tokenizers
+from umv2.data import kept_tokenizer, tokenizers
 from umv2.data import prepare as data_preparation
+from umv2.data.corpus import Corpus, open_corpus
 from umv2.evaluation import downstream, long_context_scores, perplexity, report
 from umv2.evaluation.answers import Respondent
 from umv2.inference.decode import Generator
 from umv2.interop import runs
+from umv2.planning import plan as cost_plan
+from umv2.planning import search as plan_search
 from umv2.training import checkpoint, inspection
 from umv2.training import train as training
 from umv2.training.progress import working
@@ -156,23 +158,23 @@ def _restored(
     config: Config, workdir: Path
 ) -> tuple[Config, jax.sharding.Mesh, checkpoint.Restored]:
     """Returns the configuration with a layout of tables, its mesh, and the newest checkpoint."""
-    mesh = parallel.create_mesh(config.mesh, config.evaluation.batch_size)
+    mesh = sharding.create_mesh(config.mesh, config.evaluation.batch_size)
     num_tokens = config.evaluation.batch_size * config.data.sequence_length
     config = exchange.with_layout(
-        config, mesh.shape, num_tokens, capacity=parallel.tpu_memory(mesh)
+        config, mesh.shape, num_tokens, capacity=sharding.tpu_memory(mesh)
     )
     with jax.set_mesh(mesh), working("restoring the newest checkpoint"):
         return config, mesh, checkpoint.restore_for_inference(workdir / "checkpoints", config)
 
 
-def _corpus_of_text(config: Config) -> pipeline.Corpus:
+def _corpus_of_text(config: Config) -> Corpus:
     """Opens the corpus without writing the documents of long-context tasks: those are to train."""
     none = dataclasses.replace(config.data.long_context, num_documents=0)
     data = dataclasses.replace(config.data, long_context=none)
-    return pipeline.open_corpus(data, config.model.vocab_size)
+    return open_corpus(data, config.model.vocab_size)
 
 
-def _check_corpus(corpus: pipeline.Corpus, workdir: Path) -> None:
+def _check_corpus(corpus: Corpus, workdir: Path) -> None:
     """Refuses another tokenizer than the run's, and warns of another held-out text."""
     trained_on = checkpoint.saved_data(workdir / "checkpoints")
     if trained_on is None:
@@ -210,7 +212,7 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
     """
     config = _run_config(config, workdir)
     config = exchange.with_layout(
-        config, parallel.axis_sizes(dataclasses.replace(config.mesh, replica=1), 1), num_tokens=1
+        config, sharding.axis_sizes(dataclasses.replace(config.mesh, replica=1), 1), num_tokens=1
     )
     tokenizer = _tokenizer(config, workdir, "generating text")
     mesh = _generation_mesh(config)
@@ -229,7 +231,7 @@ def _generation_mesh(config: Config) -> jax.sharding.Mesh | None:
     mesh = dataclasses.replace(config.mesh, replica=1)
     if mesh.fsdp * mesh.memory * mesh.tensor == 1:
         return None
-    return parallel.create_mesh(mesh)
+    return sharding.create_mesh(mesh)
 
 
 def cost(

@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import base, paper_1b_7b, paper_2b5_60b_top768, paper_227m_1b2
-from umv2 import config as config_lib
-from umv2.config import ConfigError, ModelConfig
-from umv2.cost import collectives, exchange
-from umv2.model import exchange as model_exchange
+from umv2.config import ConfigError, ModelConfig, from_config_dict
+from umv2.cost import exchange
+from umv2.model.memory import exchange as model_exchange
+from umv2.planning.hlo import collectives
 
 _SIZE, _NUM_TOKENS = 4, 64
 _TABLES = {
@@ -27,7 +27,7 @@ def _config(**memory: Any) -> ModelConfig:
     config = base.get_config()
     config.model.compute_dtype = "float32"
     config.model.memory.update(memory)
-    return config_lib.from_config_dict(config).model
+    return from_config_dict(config).model
 
 
 def _compiled(config: ModelConfig, layout: exchange.Layout, what: str) -> collections.Counter[str]:
@@ -136,7 +136,7 @@ def test_one_device_exchanges_nothing() -> None:
 
 def test_bytes_by_hand() -> None:
     # 1B/7B: 128 rows a token, D_v = 768, D_p = 384, two cores; 4 devices with 1000 tokens each.
-    config = config_lib.from_config_dict(paper_1b_7b.get_config()).model
+    config = from_config_dict(paper_1b_7b.get_config()).model
     options: dict[str, Any] = {"size": 4, "num_tokens": 1000, "itemsize": 2, "remat": False}
     columns = exchange.exchanged_bytes(config.memory, "columns", **options)
     # From each of the other three: ids, pre-scores, weights of one core, a quarter of the columns.
@@ -166,7 +166,7 @@ def test_bytes_by_hand() -> None:
 
 
 def test_narrow_columns_are_padded_to_the_lanes_of_a_tpu() -> None:
-    config = config_lib.from_config_dict(paper_227m_1b2.get_config()).model
+    config = from_config_dict(paper_227m_1b2.get_config()).model
     one_row = 3 * 20 * 4  # values and two moments, 20 layers, float32
     assert exchange.table_bytes(config, "rows", 4) == 360**2 // 4 * (256 + 256) * one_row
     assert exchange.table_bytes(config, "columns", 4) == 360**2 * (128 + 128) * one_row
@@ -177,8 +177,8 @@ def test_narrow_columns_are_padded_to_the_lanes_of_a_tpu() -> None:
 
 
 def test_the_layout_that_exchanges_less_is_chosen_and_said_why() -> None:
-    small = config_lib.from_config_dict(paper_227m_1b2.get_config()).model
-    large = config_lib.from_config_dict(paper_2b5_60b_top768.get_config()).model
+    small = from_config_dict(paper_227m_1b2.get_config()).model
+    large = from_config_dict(paper_2b5_60b_top768.get_config()).model
     layout, why = exchange.choose(small, 4, 4096)
     assert layout == "columns"
     assert why == (

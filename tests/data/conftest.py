@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from umv2.config import DataConfig, LongContextDataConfig
+from umv2.data.corpus import Corpus, Identity
 from umv2.data.documents import InMemoryDocuments
-from umv2.data.pipeline import Corpus, Identity
 
 END = 0
 

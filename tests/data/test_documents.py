@@ -11,9 +11,9 @@ import pytest
 
 from umv2.config import DataConfig
 from umv2.data import documents as documents_module
+from umv2.data.corpus import load_corpus
 from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
 from umv2.data.paths import DataError
-from umv2.data.pipeline import load_corpus
 
 END = 9
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from umv2 import files
+from umv2.config.schema import UserError
 from umv2.data.paths import DataError, matching_files
-from umv2.schema import UserError
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from tests.tiny_run import logged
 from umv2.config import DataConfig, LongContextDataConfig
+from umv2.data.corpus import Corpus, Identity, load_corpus
 from umv2.data.documents import Documents, InMemoryDocuments
+from umv2.data.loader import held_out_batches, train_batches
 from umv2.data.paths import DataError
-from umv2.data.pipeline import Corpus, Identity, held_out_batches, load_corpus, train_batches
 from umv2.data.prepare import prepare
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from umv2.types import Batch

@@ -23,9 +23,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tests.tiny_run import logged
 from umv2 import files
 from umv2.config import DataConfig
+from umv2.data.corpus import load_corpus
 from umv2.data.documents import Documents
 from umv2.data.paths import DataError
-from umv2.data.pipeline import load_corpus
 from umv2.data.prepare import prepare, train_tokenizer
 from umv2.data.shards import MANIFEST_NAME, ArrayRecordDocuments, ShardManifest, encode_record
 from umv2.data.tokenizers import ByteTokenizer, load_tokenizer

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from umv2.config import DataConfig, LongContextDataConfig
+from umv2.data.corpus import Corpus, load_corpus
 from umv2.data.documents import Documents
-from umv2.data.pipeline import Corpus, load_corpus, train_batches
+from umv2.data.loader import train_batches
 from umv2.data.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

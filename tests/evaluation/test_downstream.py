@@ -18,12 +18,12 @@ import pytest
 from experiments import harness_equality
 from tests import meshes, tiny_run
 from umv2.config import GenerateConfig
+from umv2.config.schema import UserError
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import downstream
 from umv2.evaluation.answers import Respondent
 from umv2.inference.decode import Generator
 from umv2.inference.sampling import Sampling
-from umv2.schema import UserError
 from umv2.training.state import create_model, split_model
 
 FILL = 256

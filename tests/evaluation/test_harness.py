@@ -16,11 +16,11 @@ import lm_eval.tasks.manager
 from lm_eval.api.instance import Instance
 
 from tests import meshes, tiny_run
+from umv2.config.schema import UserError
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import harness
 from umv2.evaluation.answers import Respondent
 from umv2.inference.decode import Generator
-from umv2.schema import UserError
 from umv2.training.state import create_model, split_model
 
 GENERATION = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 4}'

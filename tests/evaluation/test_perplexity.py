@@ -13,11 +13,11 @@ import pytest
 from configs import base
 from tests import meshes
 from umv2.config import from_config_dict
+from umv2.data.corpus import Corpus, Identity
 from umv2.data.documents import InMemoryDocuments
-from umv2.data.pipeline import Corpus, Identity
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import perplexity
-from umv2.model.memory import ValueStore
+from umv2.model.memory.store import ValueStore
 from umv2.training import state
 from umv2.types import Batch
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from umv2 import files
+from umv2.data.corpus import Corpus, Identity
 from umv2.data.documents import InMemoryDocuments
-from umv2.data.pipeline import Corpus, Identity
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import report
 from umv2.evaluation.perplexity import HeldOut

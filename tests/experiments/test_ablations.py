@@ -13,8 +13,8 @@ from experiments import ablations, arm_sizes, scales
 from experiments.ablations import ABLATIONS, configuration
 from experiments.arms import apply, evenly_spaced, layers, row_split, skips, times, top_m
 from umv2.config import from_config_dict
+from umv2.config.schema import ConfigError
 from umv2.cost import matching
-from umv2.schema import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 EVERYTHING = [(name, scale) for name in ABLATIONS for scale in scales.SCALES]

@@ -40,7 +40,7 @@ WORKING = {
 
 @pytest.fixture(scope="module")
 def commands() -> Iterator[Commands]:
-    started = Commands("experiments.cli", "umv2.config_files")
+    started = Commands("experiments.cli", "umv2.config.files")
     yield started
     started.close()
 

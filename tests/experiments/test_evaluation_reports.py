@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from matplotlib.image import imread
 
 from experiments import latency_report, long_context, plans, redraw
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 
 @pytest.fixture(autouse=True)

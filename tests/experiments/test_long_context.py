@@ -10,7 +10,7 @@ from absl import flags
 
 from configs import long_context_tiny
 from experiments import json_lines, long_context
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 CELL: dict[str, Any] = {
     "task": "needle",

@@ -17,8 +17,8 @@ from experiments.ablations import ABLATIONS
 from tests import tiny_run
 from umv2 import files, modes
 from umv2.config import from_config_dict
+from umv2.config.schema import ConfigError
 from umv2.cost import accounting
-from umv2.schema import ConfigError
 
 
 def values(paths: str, **changes: Any) -> ConfigDict:

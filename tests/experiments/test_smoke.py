@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import run
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import from_config_dict
 from umv2.training import optim
 from umv2.training import train as training
@@ -72,13 +72,13 @@ def test_an_ablation_runs_from_the_command_line(tmp_path: Path) -> None:
 def test_the_training_step_of_every_arm_traces() -> None:
     for job in run.arms_to_run(["all"], [], "smoke"):
         config = from_config_dict(job.values)
-        mesh = parallel.create_mesh(config.mesh, config.train.batch_size, devices=jax.devices()[:1])
+        mesh = sharding.create_mesh(config.mesh, config.train.batch_size, devices=jax.devices()[:1])
         with jax.set_mesh(mesh):
             optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
             state = abstract_state(config, optimizer)
             shape = (config.train.batch_size, config.data.sequence_length)
             ids, ones = np.zeros(shape, np.int32), np.ones(shape, np.float32)
-            batch = parallel.local_to_global(mesh, Batch(ids, ids, ids, ones))
+            batch = sharding.local_to_global(mesh, Batch(ids, ids, ids, ones))
             step = training.make_train_step(config, model_structure(config.model), optimizer)
             _, metrics = jax.eval_shape(step, state, batch)
         assert metrics.loss.shape == (), job.names

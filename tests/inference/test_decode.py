@@ -18,13 +18,13 @@ import pytest
 
 from configs import base
 from tests import meshes
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import ConfigError, GenerateConfig, MeshConfig, from_config_dict
+from umv2.config.schema import UserError
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.inference import decode, serving
-from umv2.model.memory import ValueStore
+from umv2.model.memory.store import ValueStore
 from umv2.model.transformer import Transformer
-from umv2.schema import UserError
 from umv2.training.state import create_model, merge_model, split_model
 
 TOKENIZER = ByteTokenizer()
@@ -217,10 +217,10 @@ def test_a_divided_model_generates_what_a_whole_one_does(
     mesh_config = MeshConfig(
         replica=1, fsdp=2, memory=4, tensor=1, parameters="fsdp", table_sharding="columns"
     )
-    mesh = parallel.create_mesh(mesh_config)
+    mesh = sharding.create_mesh(mesh_config)
     graphdef, params, buffers = split_model(model)
     state = {"params": params, "buffers": buffers, "store": store}
-    state = jax.device_put(state, parallel.state_shardings(mesh, mesh_config, state))
+    state = jax.device_put(state, sharding.state_shardings(mesh, mesh_config, state))
     divided = decode.Generator(
         merge_model(graphdef, state["params"], state["buffers"]),
         state["store"],

@@ -10,7 +10,7 @@ import pytest
 from configs import base, families
 from umv2.config import ModelConfig, from_config_dict
 from umv2.inference import serving
-from umv2.model.memory import ValueStore
+from umv2.model.memory.store import ValueStore
 from umv2.training.state import create_model
 
 

@@ -13,7 +13,10 @@ from tests.parity.common import small_model
 from tests.tiny_run import logged
 from umv2.interop.tensor_files import InteropError
 from umv2.interop.ultramem import QueryReading, ReleasedMemory, convert_memory
-from umv2.model import layers, memory, retrieval
+from umv2.model import layers
+from umv2.model.memory import retrieval
+from umv2.model.memory.layer import MemoryLayer
+from umv2.model.memory.store import StoreWindow, ValueStore
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V1, V2 = "ultramem_v1", "ultramem_v2_shared_query_layer0"
@@ -53,7 +56,7 @@ def run(converted: ReleasedMemory, case: str) -> np.ndarray:
         epsilon=given["rms_eps"],
         **untold | converted.sizes,
     )
-    layer = jax.eval_shape(lambda: memory.MemoryLayer(config, key=jax.random.key(0)))
+    layer = jax.eval_shape(lambda: MemoryLayer(config, key=jax.random.key(0)))
     graphdef, *states = nnx.split(layer, nnx.Param, layers.Buffer)
     arrays = [
         {name: jnp.asarray(a[0]) for name, a in tree.items()}
@@ -63,8 +66,8 @@ def run(converted: ReleasedMemory, case: str) -> np.ndarray:
         wanted = nnx.to_pure_dict(state)
         assert {n: a.shape for n, a in ours.items()} == {n: a.shape for n, a in wanted.items()}
     tables: dict[str, Any] = jax.tree.map(jnp.asarray, converted.tables)
-    store = memory.ValueStore(**tables)
-    window = memory.StoreWindow(store=store, start=derived["offset"])
+    store = ValueStore(**tables)
+    window = StoreWindow(store=store, start=derived["offset"])
     with jax.default_matmul_precision("highest"):
         return nnx.merge(graphdef, *arrays)(jnp.asarray(tensors["x"]), store=window)[0]
 

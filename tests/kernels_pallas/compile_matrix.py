@@ -31,7 +31,7 @@ from kernels_pallas.dispatch import UnsupportedError
 from tests.kernels_pallas import aot
 from tests.kernels_pallas.conformance import DTYPES, PLATFORMS, RESULTS
 from tests.kernels_pallas.sparsecore_compile import contiguous
-from umv2.cost.topology import H200
+from umv2.planning.topology import H200
 
 TOPOLOGIES = {chip.partition(":")[0]: chip for chip in aot.CHIPS} | {"h200": "1x1x1"}
 PASSES = ("forward", "gradients")

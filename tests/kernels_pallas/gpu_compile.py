@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from umv2.cost.topology import H200
+from umv2.planning.topology import H200
 
 NUM_DEVICES = 4
 

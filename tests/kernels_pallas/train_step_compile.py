@@ -1,7 +1,8 @@
 """Compiles umv2's training step with its kernels for chips that are not attached.
 
-python train_step_compile.py CASES: JSON, a list of {topology, fields}, the topology by
-a name of umv2/cost/topology.py; prints, as JSON, the names of the kernels in each compiled program.
+python train_step_compile.py CASES: JSON, a list of {topology, fields}, the topology by a
+name of umv2/planning/topology.py; prints, as JSON, the names of the kernels in each compiled
+program.
 """
 
 import json
@@ -9,9 +10,9 @@ import sys
 from typing import Any
 
 from configs import tiny
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import from_config_dict
-from umv2.cost import ahead_of_time, topology
+from umv2.planning import ahead_of_time, topology
 
 KERNELS = [
     f"{operator}_{part}"
@@ -26,7 +27,7 @@ def compiled(case: dict[str, Any]) -> Any:
     values.update_from_flattened_dict(case["fields"])
     config = from_config_dict(values)
     devices = topology.parse(case["topology"]).devices()
-    mesh = parallel.create_mesh(config.mesh, devices=devices)
+    mesh = sharding.create_mesh(config.mesh, devices=devices)
     return ahead_of_time.lower(config, mesh, "train").compile()
 
 

@@ -16,8 +16,9 @@ from flax import nnx
 from configs import families, tiny
 from umv2.config import ModelConfig, from_config_dict
 from umv2.model import layers
-from umv2.model.memory import MemoryLayer, StoreWindow, ValueStore, create_store
-from umv2.model.moe import MixtureOfExperts
+from umv2.model.memory.layer import MemoryLayer
+from umv2.model.memory.store import StoreWindow, ValueStore, create_store
+from umv2.model.moe.layer import MixtureOfExperts
 from umv2.training import state
 
 # Whatever a process shares: options of jax, flax and numpy, signals, hooks, the environment.

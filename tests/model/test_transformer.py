@@ -16,13 +16,14 @@ from flax import nnx
 
 from configs import base
 from tests.model.drawn import drawn
-from umv2 import config as config_lib
-from umv2.model import attention, layers, memory, transformer
+from umv2.config import ModelConfig, from_config_dict
+from umv2.model import attention, layers, transformer
+from umv2.model.memory.store import StoreWindow, ValueStore
 
 _LENGTH = 6
 
 
-def _config(num_layers: int = 4, **fields: Any) -> config_lib.ModelConfig:
+def _config(num_layers: int = 4, **fields: Any) -> ModelConfig:
     """A small model; fields of `model.memory` are named memory_..."""
     config = base.get_config()
     config.model.update(
@@ -50,21 +51,21 @@ def _config(num_layers: int = 4, **fields: Any) -> config_lib.ModelConfig:
             config.model.memory[name.removeprefix("memory_")] = value
         else:
             config.model[name] = value
-    return config_lib.from_config_dict(config).model
+    return from_config_dict(config).model
 
 
-def _model(config: config_lib.ModelConfig) -> transformer.Transformer:
+def _model(config: ModelConfig) -> transformer.Transformer:
     return drawn(lambda: transformer.Transformer(config, key=jax.random.key(0)))
 
 
-def _store(config: config_lib.ModelConfig) -> memory.ValueStore | None:
+def _store(config: ModelConfig) -> ValueStore | None:
     if config.family != "memory":
         return None
     rows, sizes = (len(config.placements), config.memory.num_values), config.memory
     generator = np.random.default_rng(1)
     values = generator.normal(size=(*rows, sizes.value_dim)).astype(np.float32)
     pre_values = generator.normal(size=(*rows, sizes.pre_value_dim)).astype(np.float32)
-    return memory.ValueStore(
+    return ValueStore(
         values=jnp.asarray(values),
         pre_values=jnp.asarray(pre_values) if sizes.pre_value_dim else None,
     )
@@ -86,14 +87,12 @@ def _trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, list[jax
     return flat.trace(*leaves), leaves
 
 
-def _loss(
-    model: transformer.Transformer, store: memory.ValueStore | None, tokens: jax.Array
-) -> jax.Array:
+def _loss(model: transformer.Transformer, store: ValueStore | None, tokens: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(model(tokens, store=store).logits))
 
 
 @functools.cache
-def _value_and_gradients(config: config_lib.ModelConfig) -> tuple[str, list[jax.Array]]:
+def _value_and_gradients(config: ModelConfig) -> tuple[str, list[jax.Array]]:
     """Returns the jaxpr of the differentiated loss, and its values."""
     graph, *states = nnx.split(_model(config), nnx.Param, nnx.Variable)
     parameters, rest = states
@@ -457,7 +456,7 @@ def test_memory_is_read_and_added_where_it_is_placed(
             if index + 1 in reads:
                 place = reads.index(index + 1)
                 outputs[place], _ = member(model.sparse, place)(
-                    y, store=memory.StoreWindow(store=store, start=16 * place)
+                    y, store=StoreWindow(store=store, start=16 * place)
                 )
             x = x + block.ffn(y)
             for place, write in enumerate(writes):

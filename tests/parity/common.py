@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from configs import base
-from umv2 import config as config_lib
-from umv2 import parallel
-from umv2.model import memory, retrieval
+from umv2 import kernels
+from umv2.config import from_config_dict
+from umv2.model.memory import retrieval, store
+from umv2.model.memory.layer import MemoryLayer
 from umv2.types import LayerStats
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -29,16 +30,16 @@ OBSERVED: list[tuple[ModuleType, str]] = [
     (retrieval, "arrange_query"),
     (retrieval, "product_key_scores"),
     (retrieval, "shortlist_scores"),
-    (parallel, "product_key_top_k"),
+    (kernels, "product_key_top_k"),
     (retrieval, "virtual_addresses"),
     (retrieval, "table_rows"),
     (retrieval, "value_weights"),
-    (parallel, "value_aggregation"),
+    (kernels, "value_aggregation"),
 ]
 
 
 def observe(
-    layer: memory.MemoryLayer, x: jax.Array, window: memory.StoreWindow
+    layer: MemoryLayer, x: jax.Array, window: store.StoreWindow
 ) -> tuple[jax.Array, LayerStats, dict[str, Any]]:
     """Runs a memory layer and returns its results, and what the functions inside returned."""
     seen: dict[str, Any] = {}
@@ -95,7 +96,7 @@ def small_model(dtype: Dtype, *, hidden_size: int, epsilon: float = 1e-5, **memo
     model.num_heads = model.num_key_value_heads = 1
     # `released` spares the calibration: every parameter is replaced.
     model.memory.update({"initialization": "released", **memory})
-    return config_lib.from_config_dict(config).model
+    return from_config_dict(config).model
 
 
 def _observed(function: Callable[..., Any], seen: dict[str, Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from tests.parity.common import (
     small_model,
 )
 from umv2.interop import olmoe
-from umv2.model import moe
+from umv2.model.moe import layer as moe
 from umv2.training import losses
 from umv2.training.state import merge_model, model_structure
 

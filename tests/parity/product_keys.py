@@ -21,33 +21,35 @@ from tests.parity.common import (
     run_with_gradients,
     small_model,
 )
-from umv2 import config as config_lib
-from umv2.model import layers, memory
+from umv2.config import MemoryConfig
+from umv2.model import layers
+from umv2.model.memory import store
+from umv2.model.memory.layer import MemoryLayer
 
 # From the golden layout to ours, given the layer's configuration.
-Convert = Callable[[jax.Array, config_lib.MemoryConfig], jax.Array]
+Convert = Callable[[jax.Array, MemoryConfig], jax.Array]
 
 
-def _as_it_is(array: jax.Array, _: config_lib.MemoryConfig) -> jax.Array:
+def _as_it_is(array: jax.Array, _: MemoryConfig) -> jax.Array:
     return array
 
 
-def _transposed(weight: jax.Array, _: config_lib.MemoryConfig) -> jax.Array:
+def _transposed(weight: jax.Array, _: MemoryConfig) -> jax.Array:
     return weight.T
 
 
-def _side_major_query(weight: jax.Array, sizes: config_lib.MemoryConfig) -> jax.Array:
+def _side_major_query(weight: jax.Array, sizes: MemoryConfig) -> jax.Array:
     """[(side, head, dim), h] -> [h, (head, side, dim)]."""
     split = weight.reshape(2, sizes.num_heads, sizes.key_dim, -1)
     return split.swapaxes(0, 1).reshape(weight.shape).T
 
 
-def _keys_before_sides(keys: jax.Array, _: config_lib.MemoryConfig) -> jax.Array:
+def _keys_before_sides(keys: jax.Array, _: MemoryConfig) -> jax.Array:
     """[head, key, side, dim] -> [head, side, rank 1, key, dim]."""
     return keys.swapaxes(1, 2)[:, :, None]
 
 
-def _flat_keys(keys: jax.Array, sizes: config_lib.MemoryConfig) -> jax.Array:
+def _flat_keys(keys: jax.Array, sizes: MemoryConfig) -> jax.Array:
     """[(head, side, key), dim], or the same unflattened -> [head, side, rank 1, key, dim]."""
     return keys.reshape(sizes.num_heads, 2, 1, sizes.num_keys, sizes.key_dim)
 
@@ -201,12 +203,12 @@ def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
         tables: dict[str, Any] = {"pre_values": None} | {
             ours: given[theirs] for theirs, ours in family.tables.items() if theirs in given
         }
-        window = memory.StoreWindow(store=memory.ValueStore(**tables), start=0)
+        window = store.StoreWindow(store=store.ValueStore(**tables), start=0)
         if PRE_NORM in given:  # no epsilon inside the root
             x = layers.rms_norm(x, given[PRE_NORM] + 1, 0.0)
         outputs, seen = jnp.zeros(()), {}
         for prefix, g in cotangents.items():
-            layer = memory.MemoryLayer(config, key=jax.random.key(0))
+            layer = MemoryLayer(config, key=jax.random.key(0))
             converted = {}
             for theirs, array in given.items():
                 base = theirs.removeprefix(prefix)
@@ -230,7 +232,7 @@ def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
     return ours
 
 
-def _results(seen: dict[str, Any], sizes: config_lib.MemoryConfig) -> Arrays:
+def _results(seen: dict[str, Any], sizes: MemoryConfig) -> Arrays:
     # [head, side, rank 1, token, dim] -> [token, head, side, dim]
     query = seen["arrange_query"][:, :, 0].transpose(2, 0, 1, 3)
     flat_query = query.reshape(len(query), sizes.num_heads, -1)

@@ -20,8 +20,11 @@ from tests.parity.common import (
     run_with_gradients,
     small_model,
 )
-from umv2 import config as config_lib
-from umv2.model import layers, memory, retrieval
+from umv2.config import ModelConfig
+from umv2.model import layers
+from umv2.model.memory import retrieval
+from umv2.model.memory.layer import MemoryLayer
+from umv2.model.memory.store import StoreWindow, ValueStore
 
 TUCKER_MARGIN = 0.15  # fixed in the published code
 QUERY_LAYOUTS = {"v1": "shared", "v2_chunk": "released", "per_rank": "per_rank"}
@@ -49,7 +52,7 @@ def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
 
     # Takes parameters in the golden layout, so that gradients come out in it too.
     def forward(given: Traced, x: jax.Array) -> tuple[Traced, dict[str, Any]]:
-        layer = memory.MemoryLayer(config, key=jax.random.key(0))
+        layer = MemoryLayer(config, key=jax.random.key(0))
         tables: dict[str, Any] = {"pre_values": None}
         converted = {}
         for name, array in given.items():
@@ -60,8 +63,8 @@ def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
                 converted[ours] = convert(array)
         replace_all(layer, nnx.Param, converted)
         replace_all(layer, layers.Buffer, buffers)
-        store = memory.ValueStore(**tables)
-        window = memory.StoreWindow(store=store, start=meta["derived"]["offset"])
+        store = ValueStore(**tables)
+        window = StoreWindow(store=store, start=meta["derived"]["offset"])
         y, stats, seen = observe(layer, x, window)
         objectives = {
             "output": jnp.sum(y * g),
@@ -127,7 +130,7 @@ def run_core_vectors(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
     }
 
 
-def _model_config(meta: Meta, dtype: Dtype) -> config_lib.ModelConfig:
+def _model_config(meta: Meta, dtype: Dtype) -> ModelConfig:
     """Returns a model whose memory layers have the sizes of the file."""
     given, derived = meta["config"], meta["derived"]
     result = small_model(

@@ -23,7 +23,7 @@ import numpy as np
 
 from configs import tiny
 from tests import tiny_run
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import Config, from_config_dict
 from umv2.cost import exchange
 from umv2.training import optim
@@ -148,11 +148,11 @@ def curves(config: Config, workdir: Path | None = None) -> tuple[np.ndarray, np.
 def first_step(config: Config) -> tuple[TrainState, TrainState]:
     """The state after one step on drawn tokens, and what it should be like."""
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
+    mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     config = exchange.with_layout(config, mesh.shape, num_tokens=256)
     shape = (config.train.batch_size, config.data.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    rows = parallel.local_rows(mesh, config.train.batch_size)
+    rows = sharding.local_rows(mesh, config.train.batch_size)
     batch = Batch(
         inputs=tokens[rows, :-1],
         targets=tokens[rows, 1:],
@@ -162,9 +162,9 @@ def first_step(config: Config) -> tuple[TrainState, TrainState]:
     with jax.set_mesh(mesh):
         abstract = abstract_state(config, optimizer)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = parallel.create(lambda: create_state(config, optimizer), shardings)
+        state = sharding.create(lambda: create_state(config, optimizer), shardings)
         step = training.make_train_step(config, model_structure(config.model), optimizer)
-        return jax.jit(step)(state, parallel.local_to_global(mesh, batch))[0], abstract
+        return jax.jit(step)(state, sharding.local_to_global(mesh, batch))[0], abstract
 
 
 def gradients(state: TrainState) -> list[np.ndarray]:

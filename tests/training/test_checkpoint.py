@@ -16,9 +16,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from configs import base
-from umv2 import config as config_lib
 from umv2 import files
-from umv2.model import memory
+from umv2.config import Config, ConfigError, differing_fields, from_config_dict, to_dict
+from umv2.model.memory.store import ValueStore
 from umv2.training import checkpoint, optim, state
 
 CONFIG = {"seed": 0, "train": {"num_steps": 10, "log_interval_steps": 5}}
@@ -35,8 +35,8 @@ def make_state(step: int, *, dense: bool = False) -> state.TrainState:
         return jnp.asarray(random.normal(size=shape), jnp.float32)
 
     params = {"embedding": draw(512, 8), "final_norm": {"weight": draw(8)}}
-    store = None if dense else memory.ValueStore(values=draw(1024, 4), pre_values=draw(1024, 2))
-    optimizer = optim.Optimizer(config_lib.from_config_dict(base.get_config()).optimizer, 100)
+    store = None if dense else ValueStore(values=draw(1024, 4), pre_values=draw(1024, 2))
+    optimizer = optim.Optimizer(from_config_dict(base.get_config()).optimizer, 100)
     opt_state = optimizer.init(params, store)
     gradients = jax.tree.map(jnp.sin, (params, store))
     opt_state = optimizer.update(gradients[0], gradients[1], opt_state, params, store)[2]
@@ -413,7 +413,7 @@ def test_a_run_goes_on_with_what_it_was_trained_on(
         with open_with(data) as checkpointer:
             checkpointer.restore(make_state(0))
     with (
-        pytest.raises(config_lib.ConfigError, match=message),
+        pytest.raises(ConfigError, match=message),
         open_with(DATA | change) as checkpointer,
     ):
         checkpointer.restore(make_state(0))
@@ -443,7 +443,7 @@ def test_another_configuration_is_refused_before_it_is_called_damage(two: Path) 
     config = {"seed": 1, "train": {"num_steps": 10, "log_interval_steps": 7}}
     with (
         open_checkpoints(two, config=config) as checkpointer,
-        pytest.raises(config_lib.ConfigError) as error,
+        pytest.raises(ConfigError) as error,
     ):
         checkpointer.restore(make_state(0))
     assert str(error.value).splitlines() == [
@@ -453,7 +453,7 @@ def test_another_configuration_is_refused_before_it_is_called_damage(two: Path) 
 
 
 def test_runtime_fields_may_differ() -> None:
-    saved = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    saved = to_dict(from_config_dict(base.get_config()))
     config = base.get_config()
     config.train.log_interval_steps = 1
     config.train.tensorboard = False
@@ -466,29 +466,29 @@ def test_runtime_fields_may_differ() -> None:
     config.model.memory.chunk_tokens = 32
     config.model.memory.product_key_top_k = "xla"
     config.model.memory.value_aggregation = "xla"
-    current = config_lib.to_dict(config_lib.from_config_dict(config))
-    assert len(config_lib.differing_fields(saved, current)) == 11
+    current = to_dict(from_config_dict(config))
+    assert len(differing_fields(saved, current)) == 11
     checkpoint.check_config(saved, current)
 
 
 def test_a_field_that_is_younger_than_the_run_had_its_default() -> None:
-    saved = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
-    current = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    saved = to_dict(from_config_dict(base.get_config()))
+    current = to_dict(from_config_dict(base.get_config()))
     del saved["model"]["rope_scale"], saved["loss"]
     checkpoint.check_config(saved, current)
     current["model"]["rope_scale"] = 2.0
-    with pytest.raises(config_lib.ConfigError, match=r"model\.rope_scale: 1\.0 -> 2\.0"):
+    with pytest.raises(ConfigError, match=r"model\.rope_scale: 1\.0 -> 2\.0"):
         checkpoint.check_config(saved, current)
 
 
 def test_every_other_difference_is_one_line() -> None:
-    saved = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    saved = to_dict(from_config_dict(base.get_config()))
     config = base.get_config()
     config.model.memory.top_m = 8
     config.optimizer.learning_rate = 1e-3
     config.train.log_interval_steps = 1
-    current = config_lib.to_dict(config_lib.from_config_dict(config))
-    with pytest.raises(config_lib.ConfigError) as error:
+    current = to_dict(from_config_dict(config))
+    with pytest.raises(ConfigError) as error:
         checkpoint.check_config(saved, current)
     assert str(error.value).splitlines()[1:] == [
         "  model.memory.top_m: 16 -> 8",
@@ -497,7 +497,7 @@ def test_every_other_difference_is_one_line() -> None:
 
 
 def test_runtime_fields_are_fields() -> None:
-    config = config_lib.to_dict(config_lib.from_config_dict(base.get_config()))
+    config = to_dict(from_config_dict(base.get_config()))
     for field in checkpoint.RUNTIME_FIELDS:
         section: Any = config
         for name in field.removesuffix(".*").split("."):
@@ -513,13 +513,13 @@ def test_orbax_does_not_chatter(tmp_path: Path, log: io.StringIO) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, config_lib.Config, Any]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Any]:
     """A checkpoint of a real model: its folder, configuration and state."""
     config_dict = base.get_config()
     config_dict.model.update(hidden_size=16, num_layers=1, num_heads=2, num_key_value_heads=2)
     config_dict.model.update(ffn_size=16, vocab_size=16)
     config_dict.model.memory.update(num_keys=8, key_dim=8, top_m=4, shortlist=4, value_dim=8)
-    config = config_lib.from_config_dict(config_dict)
+    config = from_config_dict(config_dict)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     random = np.random.default_rng(0)
 
@@ -529,16 +529,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, config_lib.
     # Compiling the initialisation takes longer than all that is tested here.
     saved = jax.tree.map(fill, state.abstract_state(config, optimizer))
     directory = tmp_path_factory.mktemp("trained")
-    with open_checkpoints(directory, config=config_lib.to_dict(config)) as checkpointer:
+    with open_checkpoints(directory, config=to_dict(config)) as checkpointer:
         checkpointer.save(4, saved)
     return directory, config, saved
 
 
 def test_a_model_is_restored_without_its_optimizer(
-    trained: tuple[Path, config_lib.Config, Any],
+    trained: tuple[Path, Config, Any],
 ) -> None:
     directory, config, saved = trained
-    assert config_lib.from_config_dict(checkpoint.saved_config(directory)) == config
+    assert from_config_dict(checkpoint.saved_config(directory)) == config
     restored = checkpoint.restore_for_inference(directory, config)
     assert restored.step == 4
     assert_same_bits(
@@ -548,7 +548,7 @@ def test_a_model_is_restored_without_its_optimizer(
 
 
 def test_reading_a_run_changes_nothing_in_its_folder(
-    trained: tuple[Path, config_lib.Config, Any], tmp_path: Path
+    trained: tuple[Path, Config, Any], tmp_path: Path
 ) -> None:
     directory, config, _ = trained
     copy = Path(shutil.copytree(directory, tmp_path / "copy"))
@@ -561,7 +561,7 @@ def test_reading_a_run_changes_nothing_in_its_folder(
     assert sorted(copy.rglob("*")) == before
 
 
-def test_a_model_of_another_size_is_refused(trained: tuple[Path, config_lib.Config, Any]) -> None:
+def test_a_model_of_another_size_is_refused(trained: tuple[Path, Config, Any]) -> None:
     directory, config, _ = trained
     model = dataclasses.replace(config.model, ffn_size=24)
     with pytest.raises(checkpoint.CheckpointError, match=r"blocks/ffn/up: 'float32\[1, 16, 16\]'"):

@@ -16,11 +16,11 @@ import pytest
 from configs import families, tiny
 from tests import tiny_run
 from tests.extras import needs_libtpu
-from umv2 import modes, parallel
+from umv2 import modes, sharding
 from umv2.config import Config, from_config_dict
-from umv2.cost import ahead_of_time, topology
 from umv2.evaluation import perplexity
 from umv2.model import layers
+from umv2.planning import ahead_of_time, topology
 from umv2.training import optim
 from umv2.training import train as training
 from umv2.training.state import TrainState, create_state, model_structure
@@ -65,12 +65,12 @@ def batch_of(config: Config) -> Batch:
 def step_and_evaluation(config: Config, state: TrainState) -> dict[str, Any]:
     """What one training step makes of a state and of a batch, and the batch's evaluation before."""
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
+    mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     graphdef = model_structure(config.model)
     with jax.set_mesh(mesh):
-        shardings = parallel.state_shardings(mesh, config.mesh, state)
+        shardings = sharding.state_shardings(mesh, config.mesh, state)
         state = jax.device_put(state, shardings)
-        batch = parallel.local_to_global(mesh, batch_of(config))
+        batch = sharding.local_to_global(mesh, batch_of(config))
         evaluate = perplexity.make_evaluation_step(graphdef, mask_across_documents=True)
         nats, weight = evaluate(state.params, state.buffers, state.store, batch)
         step = jax.jit(training.make_train_step(config, graphdef, optimizer))
@@ -138,12 +138,12 @@ def test_a_print_in_a_layer_shows_numbers(seen: list[str]) -> None:
 
 def test_a_state_is_placed_as_it_is_to_be_stored() -> None:
     config = small_config("dense", mesh__replica=2, mesh__tensor=2)
-    mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
-    sharding = parallel.batch_sharded(mesh)
+    mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
+    rows = sharding.batch_sharding(mesh)
     with jax.disable_jit(), jax.set_mesh(mesh):
-        made = parallel.create(lambda: jnp.arange(8.0), sharding)
-        assert made.sharding == sharding
-        assert parallel.on_every_process(mesh, made).tolist() == list(range(8))
+        made = sharding.create(lambda: jnp.arange(8.0), rows)
+        assert made.sharding == rows
+        assert sharding.gather_to_hosts(mesh, made).tolist() == list(range(8))
 
 
 @needs_libtpu

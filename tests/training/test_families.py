@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from configs import families, tiny
 from tests import tiny_run
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import from_config_dict
 from umv2.training import optim
 from umv2.training import train as training
@@ -59,14 +59,14 @@ def test_the_step_of_every_family_is_well_typed_on_a_mesh(family: str, replicas:
     values.model.memory.initialization = "released"  # spares the calibration
     config = from_config_dict(values)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    mesh = parallel.create_mesh(config.mesh, config.train.batch_size)
+    mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     with jax.set_mesh(mesh):
         state = abstract_state(config, optimizer)
         step = training.make_train_step(config, model_structure(config.model), optimizer)
-        sharding = parallel.batch_sharded(mesh)
+        rows = sharding.batch_sharding(mesh)
         shape = (config.train.batch_size, config.data.sequence_length)
-        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+        weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
         after, metrics = jax.eval_shape(step, state, _batch(ids, weights))
     described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == described

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.training import layouts
-from umv2 import parallel
+from umv2 import sharding
 
 # One of each kind of exchange, all axes in use.
 QUICK = (
@@ -60,8 +60,8 @@ def test_a_step_divides_moments_as_their_parameters_and_has_the_gradients_of_one
             owner = "params/" if name.startswith("optimizer/model") else "store/"
             parameter = parts[owner + name.partition(moment)[2]]
             assert leaf.sharding == parameter.sharding
-            kinds |= {axis for entry in leaf.sharding.spec for axis in parallel.axes_of(entry)}
-    assert kinds == {parallel.FSDP, parallel.MEMORY, parallel.TENSOR}
+            kinds |= {axis for entry in leaf.sharding.spec for axis in sharding.axes_of(entry)}
+    assert kinds == {sharding.FSDP, sharding.MEMORY, sharding.TENSOR}
 
 
 @pytest.mark.slow

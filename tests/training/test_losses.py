@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from umv2 import config as config_lib
 from umv2 import types
+from umv2.config import LossConfig
 from umv2.model import transformer
 from umv2.training import losses
 
-OFF = config_lib.LossConfig(
+OFF = LossConfig(
     z_loss=0.0,
     tucker_penalty=0.0,
     tucker_margin=0.15,

@@ -9,36 +9,36 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from configs import base
-from umv2 import config as config_lib
-from umv2.model import memory
+from umv2.config import Config, OptimizerConfig, WeightDecayConfig, from_config_dict
+from umv2.model.memory.store import ValueStore
 from umv2.training import optim, state
 
 NUM_STEPS = 100
 
 
-def optimizer_config(**changes: Any) -> config_lib.OptimizerConfig:
-    config = config_lib.from_config_dict(base.get_config()).optimizer
+def optimizer_config(**changes: Any) -> OptimizerConfig:
+    config = from_config_dict(base.get_config()).optimizer
     defaults = {"learning_rate": 1.0, "warmup_steps": 10, "final_fraction": 0.1}
     return dataclasses.replace(config, **(defaults | changes))
 
 
-def small_model(*, tied: bool) -> config_lib.Config:
+def small_model(*, tied: bool) -> Config:
     config = base.get_config()
     config.model.hidden_size, config.model.num_layers, config.model.num_heads = 16, 2, 2
     config.model.num_key_value_heads, config.model.ffn_size, config.model.vocab_size = 2, 16, 16
     config.model.tie_embeddings = tied
     config.model.memory.update(num_keys=8, key_dim=8, top_m=4, shortlist=4, value_dim=8)
-    return config_lib.from_config_dict(config)
+    return from_config_dict(config)
 
 
-def tiny_tree() -> tuple[dict[str, Any], memory.ValueStore]:
+def tiny_tree() -> tuple[dict[str, Any], ValueStore]:
     random = np.random.default_rng(0)
 
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(random.normal(size=shape), jnp.float32)
 
     params = {"embedding": draw(3, 2), "final_norm": {"weight": draw(2)}}
-    return params, memory.ValueStore(values=draw(4, 2), pre_values=draw(4, 1))
+    return params, ValueStore(values=draw(4, 2), pre_values=draw(4, 1))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_every_parameter_of_a_model_has_exactly_one_group(tied: bool) -> None:
 
 
 def test_every_group_has_a_weight_decay() -> None:
-    fields = {field.name for field in dataclasses.fields(config_lib.WeightDecayConfig)}
+    fields = {field.name for field in dataclasses.fields(WeightDecayConfig)}
     assert {rule.group for rule in optim.RULES} == fields
 
 
@@ -134,9 +134,7 @@ def test_a_parameter_without_a_rule_stops_the_optimizer() -> None:
 
 
 def test_update_equals_adamw_in_numpy() -> None:
-    decay = config_lib.WeightDecayConfig(
-        embeddings=0.1, norms=0.0, matrices=0.3, keys=0.4, values=0.5
-    )
+    decay = WeightDecayConfig(embeddings=0.1, norms=0.0, matrices=0.3, keys=0.4, values=0.5)
     config = optimizer_config(
         schedule="constant",
         learning_rate=0.01,
@@ -245,7 +243,7 @@ def test_moments_are_divided_over_devices_as_their_parameters_are() -> None:
     params, _ = tiny_tree()
     with jax.set_mesh(mesh):
         values = jax.device_put(jnp.ones((16, 2)), PartitionSpec("replica"))
-        store = memory.ValueStore(values=values, pre_values=None)
+        store = ValueStore(values=values, pre_values=None)
         params = jax.device_put(params, PartitionSpec())
         opt_state = jax.jit(optimizer.init)(params, store)
         gradients = jax.tree.map(jnp.ones_like, (params, store))

@@ -21,9 +21,9 @@ import pytest
 
 from tests import tiny_run
 from tests.tiny_run import Run
-from umv2 import files, parallel
+from umv2 import files, sharding
 from umv2.config import Config, ConfigError, to_dict
-from umv2.data import pipeline
+from umv2.data import corpus, loader
 from umv2.evaluation import perplexity
 from umv2.training import checkpoint, optim
 from umv2.training import train as training
@@ -253,7 +253,7 @@ def test_a_changed_corpus_is_refused(finished: Run, interrupted: Path, tmp_path:
     same = tiny_run.tiny_config(paths, data__paths=(paths,))
     assert same.data.paths != finished.config.data.paths
     # The same text elsewhere is another configuration, but the same corpus.
-    identities = [pipeline.open_corpus(c.data, 264).identity for c in (same, finished.config)]
+    identities = [corpus.open_corpus(c.data, 264).identity for c in (same, finished.config)]
     assert identities[0] == identities[1]
     Path(finished.paths).with_name("new.txt").write_text("A document that was not there. " * 3)
     try:
@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
 ) -> None:
     """Step 9 is not logged, so that only the check before its checkpoint can see it."""
     shutil.rmtree(interrupted / "checkpoints" / "9")
-    start = pipeline.train_batches
+    start = loader.train_batches
 
     class Spoilt:
         def __init__(self, *args: Any, start_step: int, **kwargs: Any):
@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
         def close(self) -> None:
             self._batches.close()
 
-    monkeypatch.setattr(pipeline, "train_batches", Spoilt)
+    monkeypatch.setattr(loader, "train_batches", Spoilt)
     with pytest.raises(training.TrainingDiverged) as caught:
         training.train(finished.config, interrupted)
     message = str(caught.value)
@@ -351,7 +351,7 @@ def test_a_dense_model_trains_without_memory(finished: Run, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def state(finished: Run) -> TrainState:
     """After 12 steps; tables, keys and cores have moved."""
-    with jax.set_mesh(parallel.create_mesh(finished.config.mesh, 8)):
+    with jax.set_mesh(sharding.create_mesh(finished.config.mesh, 8)):
         return saved_state(finished.config, finished.workdir)
 
 
@@ -374,12 +374,12 @@ def compiled_step(config: Config) -> Any:
 def take_steps(
     config: Config, state: TrainState, batch: Batch, number: int = 1
 ) -> tuple[TrainState, list[training.StepMetrics]]:
-    mesh = parallel.create_mesh(config.mesh, 8)
+    mesh = sharding.create_mesh(config.mesh, 8)
     state = jax.tree.map(jnp.copy, state)  # to donate
     seen = []
     with jax.set_mesh(mesh):
         for _ in range(number):
-            global_batch = parallel.local_to_global(mesh, batch)
+            global_batch = sharding.local_to_global(mesh, batch)
             state, step_metrics = compiled_step(config)(state, global_batch)
             seen.append(step_metrics)
     return state, seen

@@ -8,7 +8,7 @@ selection may still take longer than its share: it is comparisons, which no matr
 import dataclasses
 
 from umv2.config import Config, ModelConfig
-from umv2.model import retrieval
+from umv2.model.memory import retrieval
 
 FLOAT32_BYTES = INT32_BYTES = 4
 

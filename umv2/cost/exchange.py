@@ -1,9 +1,9 @@
 """What value tables that are divided over devices cost: bytes exchanged, and bytes held.
 
-The counterpart of `umv2.model.exchange`, collective by collective. Counted is what one device
-receives over the mesh axis `memory` when every collective moves as little as it can; tests hold it
-to what is read from compiled programs. Selections that do not fit into the first round of the
-layout "rows" are left out: an even load needs no second one.
+The counterpart of `umv2.model.memory.exchange`, collective by collective. Counted is what one
+device receives over the mesh axis `memory` when every collective moves as little as it can; tests
+hold it to what is read from compiled programs. Selections that do not fit into the first round of
+the layout "rows" are left out: an even load needs no second one.
 """
 
 import collections
@@ -15,10 +15,10 @@ from typing import Literal
 import jax.numpy as jnp
 from absl import logging
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import Config, ConfigError, MemoryConfig, ModelConfig
 from umv2.cost import accounting
-from umv2.model import exchange
+from umv2.model.memory import exchange
 
 Layout = Literal["columns", "rows"]
 
@@ -200,7 +200,7 @@ def with_layout(
     Raises:
       ConfigError: the layout that is named, or each, is impossible; with sizes that are possible.
     """
-    size, named = mesh_sizes[parallel.MEMORY], config.mesh.table_sharding
+    size, named = mesh_sizes[sharding.MEMORY], config.mesh.table_sharding
     if config.model.family != "memory" or size == 1:
         return config
     if named == "auto":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from umv2 import files
-from umv2.schema import UserError
+from umv2.config.schema import UserError
 
 # How files begin that are neither text nor tokens, whatever their names say.
 _SIGNATURES = (

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from umv2 import files
 from umv2.config import DataConfig
+from umv2.config.schema import UserError, differing_fields
 from umv2.data.documents import little_endian
 from umv2.data.paths import DataError
 from umv2.data.shards import (
@@ -35,7 +36,6 @@ from umv2.data.shards import (
 from umv2.data.sources import content_hashes, hash_of_all, source_files, text_documents
 from umv2.data.split import training_texts
 from umv2.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
-from umv2.schema import UserError, differing_fields
 
 _SHARD_BYTES = 64 << 20
 _LOCK_NAME = ".lock"

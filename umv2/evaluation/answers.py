@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import ModelConfig
-from umv2.model.memory import ValueStore
+from umv2.model.memory.store import ValueStore
 from umv2.training.state import merge_model, model_structure
 from umv2.types import AnyArray, struct
 
@@ -65,7 +65,7 @@ class Respondent:
 
     def rows_that_divide(self, count: int) -> int:
         """Returns the least number of rows, at least `count`, that the mesh divides."""
-        shares = parallel.num_shares(self.mesh.shape)
+        shares = sharding.num_batch_shards(self.mesh.shape)
         return -(-count // shares) * shares
 
     def answer(
@@ -78,11 +78,11 @@ class Respondent:
           model_config: as the model is to be read, where that differs (positions, window).
         """
         answer = _answer_function(model_config or self.model_config)
-        rows = list(parallel.local_rows(self.mesh, len(questions.inputs)))
+        rows = list(sharding.local_rows(self.mesh, len(questions.inputs)))
         local = jax.tree.map(lambda array: array[rows], questions)
         with jax.set_mesh(self.mesh):
-            answers = answer(*self._arrays, parallel.local_to_global(self.mesh, local))
-            exact, likelihood = (parallel.on_every_process(self.mesh, x) for x in answers)
+            answers = answer(*self._arrays, sharding.local_to_global(self.mesh, local))
+            exact, likelihood = (sharding.gather_to_hosts(self.mesh, x) for x in answers)
         return exact, likelihood
 
 
@@ -105,7 +105,7 @@ def _answer_function(
             likelihood = right - jax.nn.logsumexp(logits, axis=-1)
             return jnp.argmax(logits, axis=-1) == targets, likelihood
 
-        logits, like = parallel.rows_whole(output.logits), parallel.spec(ask.targets)
-        return parallel.map_per_device(compare, logits, ask.targets, out_specs=(like, like))
+        logits, like = sharding.shard_batch_only(output.logits), sharding.spec(ask.targets)
+        return sharding.shard_map(compare, logits, ask.targets, out_specs=(like, like))
 
     return answer

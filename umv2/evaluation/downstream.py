@@ -18,10 +18,10 @@ from absl import logging
 from tqdm import tqdm
 
 from umv2 import files, tables
+from umv2.config.schema import Interval, UserError, nearest_name, reject, require
 from umv2.evaluation.answers import Questions, Respondent
 from umv2.inference.decode import Generator, occurrences, padded_length
 from umv2.inference.sampling import Sampling
-from umv2.schema import Interval, UserError, nearest_name, reject, require
 
 TokenPair = tuple[Sequence[int], Sequence[int]]
 

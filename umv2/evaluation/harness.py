@@ -16,13 +16,13 @@ from lm_eval.api.registry import METRIC_REGISTRY
 from lm_eval.api.task import Task, TaskConfig
 from lm_eval.tasks import TaskManager
 
+from umv2.config.schema import UserError, nearest_name
 from umv2.data.tokenizers import Tokenizer
 from umv2.evaluation import downstream
 from umv2.evaluation.answers import Respondent
 from umv2.evaluation.downstream import DownstreamReport, GenerationRequest, GenerationSettings
 from umv2.inference import decode
 from umv2.inference.decode import Generator
-from umv2.schema import UserError, nearest_name
 
 _REASON_LENGTH = 500  # of a line that says why a task failed, in characters
 

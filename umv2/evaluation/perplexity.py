@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import Config
-from umv2.data.pipeline import Corpus, held_out_batches
-from umv2.model.memory import ValueStore
+from umv2.data.corpus import Corpus
+from umv2.data.loader import held_out_batches
+from umv2.model.memory.store import ValueStore
 from umv2.training import losses
 from umv2.training.progress import working
 from umv2.training.state import merge_model
@@ -89,7 +90,7 @@ def evaluate(
     total_nats = total_weight = 0.0
     with jax.set_mesh(mesh):
         for batch in batches:
-            nats, weight = evaluation_step(parallel.local_to_global(mesh, batch))
+            nats, weight = evaluation_step(sharding.local_to_global(mesh, batch))
             total_nats += float(nats)
             total_weight += float(weight)
     loss = total_nats / total_weight
@@ -114,7 +115,7 @@ def evaluate_corpus(
     The end-of-text after each document is a token to predict, too, of no bytes.
     """
     batch_size = config.evaluation.batch_size
-    rows = parallel.local_rows(mesh, batch_size)
+    rows = sharding.local_rows(mesh, batch_size)
     batches = held_out_batches(corpus, config.data, batch_size=batch_size, rows=rows)
     with (
         contextlib.closing(batches),

@@ -14,9 +14,9 @@ import jax
 from absl import logging
 
 from umv2 import files, pictures, tables
-from umv2.data import pipeline
+from umv2.data.corpus import Corpus
 from umv2.evaluation.perplexity import HeldOut
-from umv2.training import metrics
+from umv2.training.records import METRICS_FILE, parse_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def write(workdir: Path, step: int, held_out: HeldOut, corpus: pipeline.Corpus) -> Report:
+def write(workdir: Path, step: int, held_out: HeldOut, corpus: Corpus) -> Report:
     """Compares a result with compressors; process 0 writes `evaluation.json` and `loss.png`.
 
     Raises:
@@ -78,7 +78,7 @@ def write(workdir: Path, step: int, held_out: HeldOut, corpus: pipeline.Corpus) 
     report = Report(step=step, held_out=held_out, compressors=compressors)
     if jax.process_index() != 0:
         return report
-    metrics_file = workdir / metrics.METRICS_FILE
+    metrics_file = workdir / METRICS_FILE
     try:
         text = json.dumps(report.metrics(), indent=2, allow_nan=False)
         files.write_text(workdir / "evaluation.json", text + "\n")
@@ -130,7 +130,7 @@ def read_records(metrics_file: Path) -> list[dict[str, Any]]:
     """
     with files.errors(metrics_file, "cannot be read"):
         lines = metrics_file.read_bytes().splitlines()
-    records = [record for line in lines if (record := metrics.parse_record(line)) is not None]
+    records = [record for line in lines if (record := parse_record(line)) is not None]
     if damaged := len(lines) - len(records):
         logging.warning("%s: %d of %d lines are no records", metrics_file, damaged, len(lines))
     return records

@@ -17,16 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, UInt32
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import ConfigError, GenerateConfig
+from umv2.config.schema import UserError, require
 from umv2.data.tokenizers import Tokenizer
 from umv2.inference.sampling import Sampling
 from umv2.inference.serving import ServedModel, serve
 from umv2.inference.streaming import TextStream
 from umv2.model.attention import KeyValueCache
-from umv2.model.memory import ValueStore
+from umv2.model.memory.store import ValueStore
 from umv2.model.transformer import Transformer
-from umv2.schema import UserError, require
 
 # Prompts are padded to powers of two from here on: one compilation serves all lengths in between.
 _SMALLEST_BUCKET = 32
@@ -61,7 +61,7 @@ def prefill(
 
     num_rows = tokens.shape[0]
     most = max(1, tokens_at_once // tokens.shape[1])
-    if num_rows <= most or parallel.on_mesh():
+    if num_rows <= most or sharding.on_mesh():
         return read(tokens)
     rows = max(number for number in range(1, most + 1) if num_rows % number == 0)
     groups = jax.lax.map(read, tokens.reshape(-1, rows, tokens.shape[1]))
@@ -96,13 +96,13 @@ def decode(
     model, store = served.parts()
     output = model(tokens[:, None], store=store, cache=cache, position=positions)
     assert output.cache is not None  # because one was given
-    logits = parallel.rows_whole(output.logits[:, 0])
+    logits = sharding.shard_batch_only(output.logits[:, 0])
 
     def draw(logits: Array, positions: Array, keys: Array) -> Array:
         return sampling.draw(logits, jax.vmap(jax.random.fold_in)(keys, positions))
 
-    following = parallel.map_per_device(
-        draw, logits, positions, keys, out_specs=parallel.spec(positions)
+    following = sharding.shard_map(
+        draw, logits, positions, keys, out_specs=sharding.spec(positions)
     )
     return following, positions + 1, output.cache
 
@@ -118,7 +118,7 @@ def row_keys(
         of_row = jax.vmap(lambda context, sample: fold_in(fold_in(key, context), sample))
         return of_row(contexts, samples)
 
-    return parallel.map_per_device(fold, key, contexts, samples, out_specs=parallel.spec(contexts))
+    return sharding.shard_map(fold, key, contexts, samples, out_specs=sharding.spec(contexts))
 
 
 def occurrences(items: Iterable[Hashable]) -> list[int]:
@@ -283,7 +283,7 @@ class Generator:
         # The last token that is known is the first to decode: prefill needs no logits.
         end_of_text_id = self._tokenizer.end_of_text_id
         lengths = [len(ids) - 1 for ids in known]
-        shares = 1 if self._mesh is None else parallel.num_shares(self._mesh.shape)
+        shares = 1 if self._mesh is None else sharding.num_batch_shards(self._mesh.shape)
         num_rows = -(-_power_of_two(len(known)) // shares) * shares
         bucket = padded_length(max(lengths))
         padded = np.full((num_rows, bucket), end_of_text_id, np.int32)
@@ -320,13 +320,13 @@ class Generator:
         """Divides rows over the devices of the mesh."""
         if self._mesh is None:
             return jax.device_put(batch)
-        return jax.device_put(batch, parallel.batch_sharded(self._mesh))
+        return jax.device_put(batch, sharding.batch_sharding(self._mesh))
 
     def _read(self, rows: Int[Array, " b"]) -> Int[np.ndarray, " b"]:
         """Returns rows, those on other processes too."""
         if self._mesh is None or rows.is_fully_addressable:
             return np.asarray(rows)
-        return parallel.on_every_process(self._mesh, rows)
+        return sharding.gather_to_hosts(self._mesh, rows)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from umv2 import parallel
-from umv2.model.memory import MemoryLayer, ValueStore
+from umv2 import sharding
+from umv2.model.memory.layer import MemoryLayer
+from umv2.model.memory.store import ValueStore
 from umv2.model.transformer import Stores, Transformer, layer_of
 
 # Small, and used in float32 whatever the compute dtype.
@@ -75,7 +76,7 @@ def serve(model: Transformer, store: ValueStore | None) -> ServedModel:
     for layer in model.sparse if config.placements else ():
         if isinstance(layer, MemoryLayer):
             layer.normalise_keys()
-        elif not parallel.on_mesh():
+        elif not sharding.on_mesh():
             layer.join_gate_and_up()
 
     def narrowed(path: Any, leaf: Array) -> Array:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from umv2.config import Config, ModelConfig, from_config_dict, to_dict
+from umv2.config.schema import ConfigError
 from umv2.cost.accounting import parameter_counts
 from umv2.data.tokenizers import Tokenizer
 from umv2.interop.tensor_files import (
@@ -23,7 +24,6 @@ from umv2.interop.tensor_files import (
     write_folder,
 )
 from umv2.interop.tokenizer_files import files_of
-from umv2.schema import ConfigError
 from umv2.training.checkpoint import Restored
 from umv2.training.state import create_model, split_model
 

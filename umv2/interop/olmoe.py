@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from umv2.config import Config, ModelConfig
+from umv2.config.schema import ConfigError, build
 from umv2.data.tokenizers import Tokenizer
 from umv2.interop.model_files import abstract_model, require_numbers
 from umv2.interop.tensor_files import (
@@ -28,7 +29,6 @@ from umv2.interop.tensor_files import (
     write_folder,
 )
 from umv2.interop.tokenizer_files import files_of
-from umv2.schema import ConfigError, build
 
 MODEL_TYPE, ARCHITECTURE = "olmoe", "OlmoeForCausalLM"
 Dtype = Literal["float32", "bfloat16"]

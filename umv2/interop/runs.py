@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from umv2 import config_files, files
+from umv2 import files
 from umv2.config import Config, ConfigError, differing_fields, to_dict
+from umv2.config import files as config_files
 from umv2.data import kept_tokenizer
 from umv2.interop import model_files, olmoe, tokenizer_files
 from umv2.interop.tensor_files import (

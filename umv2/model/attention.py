@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import ModelConfig
 from umv2.model import initialization, layers
 from umv2.types import struct
@@ -90,10 +90,10 @@ class Attention(nnx.Module):
         fresh = isinstance(position, int) and position == 0
         starts = jnp.broadcast_to(jnp.asarray(position, jnp.int32), x.shape[:1])
         shares: tuple[Any, Any] = (None, None)
-        if parallel.on_mesh():
-            starts = parallel.divided_like(starts, x)
-            shares = (parallel.spec(query), jax.tree.map(parallel.spec, cache))
-        attended, cache = parallel.map_per_device(
+        if sharding.on_mesh():
+            starts = sharding.shard_batch_like(starts, x)
+            shares = (sharding.spec(query), jax.tree.map(sharding.spec, cache))
+        attended, cache = sharding.shard_map(
             lambda *arrays: self._attend(*arrays, fresh=fresh),
             query,
             keys,

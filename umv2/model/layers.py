@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from umv2 import parallel
+from umv2 import sharding
 
 _FEW_ROWS = 8
 
@@ -46,7 +46,7 @@ def linear(
     x: Float[Array, "*b i"], weight: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "*b o"]:
     """Returns x @ weight (+ bias) in the dtype of x."""
-    y = with_enough_rows(parallel.linear, x, weight)
+    y = with_enough_rows(sharding.linear, x, weight)
     return y if bias is None else y + _with_rank(bias, y.ndim).astype(x.dtype)
 
 
@@ -59,7 +59,7 @@ def with_enough_rows(
     some rows on it is one of the processor's own.
     """
     rows = math.prod(x.shape[:-1])
-    if x.dtype != jnp.bfloat16 or rows >= _FEW_ROWS or parallel.on_mesh():
+    if x.dtype != jnp.bfloat16 or rows >= _FEW_ROWS or sharding.on_mesh():
         return product(x, weight)
 
     def padded(x: Array, weight: Array) -> Array:

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import ModelConfig
-from umv2.model import initialization, layers, retrieval
+from umv2.model import initialization, layers
 from umv2.model.attention import Attention, KeyValueCache
-from umv2.model.memory import MemoryLayer, StoreWindow, ValueStore
-from umv2.model.moe import MixtureOfExperts
+from umv2.model.memory import retrieval
+from umv2.model.memory.layer import MemoryLayer
+from umv2.model.memory.store import StoreWindow, ValueStore
+from umv2.model.moe.layer import MixtureOfExperts
 from umv2.types import LayerStats, struct
 
 # Where nothing is shared, memory layers may have a store each (inference).
@@ -188,9 +190,9 @@ class Transformer(nnx.Module):
         mask = None
         if segment_ids is not None:
             mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        x = parallel.lookup(self.embedding[...], tokens).astype(dtype)
+        x = sharding.lookup(self.embedding[...], tokens).astype(dtype)
         if store is not None and config.memory.sharing != "none":
-            store = parallel.summed_once(store)
+            store = sharding.defer_gradient_reduction(store)
 
         ffn_variances, sparse_stats = [], []
         caches: list[KeyValueCache] = []
@@ -204,14 +206,14 @@ class Transformer(nnx.Module):
                 sparse_stats.append(stats)
         x = self.final_norm(x)
         if logits_at is not None:
-            x = parallel.columns(x, logits_at)
+            x = sharding.take_positions(x, logits_at)
         head = self.embedding if config.tie_embeddings else self.head
 
         def predict(x: Array, head: Array) -> Array:
             accumulated = layers.accumulation_dtype(dtype)
             return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=accumulated)
 
-        logits = layers.with_enough_rows(predict, x, parallel.gathered(head[...].astype(dtype)))
+        logits = layers.with_enough_rows(predict, x, sharding.gathered(head[...].astype(dtype)))
         return ModelOutput(
             logits=logits,
             stats=ModelStats(
@@ -227,7 +229,7 @@ class Transformer(nnx.Module):
         shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
 
         def entries() -> Float[Array, "b g s q"]:
-            return parallel.zeros(shape, config.compute_dtype, "batch", "heads")
+            return sharding.zeros(shape, config.compute_dtype, "batch", "heads")
 
         return tuple(
             KeyValueCache(keys=entries(), values=entries()) for _ in range(config.num_layers)

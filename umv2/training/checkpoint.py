@@ -29,10 +29,11 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
-from umv2 import config_files, distributed, files
+from umv2 import distributed, files
 from umv2.config import Config, ConfigError, differing_fields
-from umv2.model.memory import ValueStore
-from umv2.schema import UserError
+from umv2.config import files as config_files
+from umv2.config.schema import UserError
+from umv2.model.memory.store import ValueStore
 from umv2.training import optim
 from umv2.training.state import TrainState, abstract_state
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from umv2 import parallel, tables
+from umv2 import sharding, tables
 from umv2.config import Config, to_dict
 from umv2.cost import accounting, exchange
 from umv2.training import optim
@@ -75,14 +75,14 @@ def inspect(config: Config) -> Inspection:
     Raises:
       ConfigError: a mesh that cannot divide the value tables.
     """
-    sizes = parallel.axis_sizes(config.mesh, num_devices=1)
+    sizes = sharding.axis_sizes(config.mesh, num_devices=1)
     num_tokens = config.train.batch_size * config.data.sequence_length
     config = exchange.with_layout(config, sizes, num_tokens)
     optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     state = abstract_state(config, optimizer)
     return Inspection(
         config=config,
-        parameters=tuple(_parameters(state, parallel.rules(config.mesh), sizes)),
+        parameters=tuple(_parameters(state, sharding.rules(config.mesh), sizes)),
         counts=accounting.parameter_counts(config.model),
         flops_per_token=accounting.forward_flops_per_token(
             config.model, config.data.sequence_length
@@ -94,8 +94,8 @@ def _parameters(
     state: TrainState, rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]
 ) -> list[Parameter]:
     def parameter(path: str, leaf: Any, group: str) -> Parameter:
-        spec = parallel.partition(path, leaf.shape, rules, sizes)
-        divided = [" and ".join(parallel.axes_of(entry)) or "-" for entry in spec]
+        spec = sharding.partition(path, leaf.shape, rules, sizes)
+        divided = [" and ".join(sharding.axes_of(entry)) or "-" for entry in spec]
         return Parameter(
             path=path,
             shape=tuple(leaf.shape),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from umv2.config import LossConfig
-from umv2.model import retrieval
+from umv2.model.memory import retrieval
 from umv2.model.transformer import ModelStats
 from umv2.types import LayerStats
 

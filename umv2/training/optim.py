@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float
 
 from umv2.config import OptimizerConfig
-from umv2.model.memory import ValueStore
+from umv2.model.memory.store import ValueStore
 from umv2.types import struct
 
 MODEL, STORE = "model/", "store/"

@@ -1,5 +1,6 @@
 """Says what goes on while a person waits: the creation of a state, a compilation, an evaluation."""
 
+import collections
 import contextlib
 import sys
 import threading
@@ -10,6 +11,8 @@ import jax
 import tqdm
 import tqdm.contrib
 from absl import logging
+
+from umv2.hardware import mesh_peak_flops
 
 _TICK_SECONDS = 1.0  # on a terminal
 _LOG_SECONDS = 30.0  # elsewhere
@@ -107,3 +110,98 @@ def logging_above_bars() -> Iterator[None]:
         yield
     finally:
         handler.setStream(previous)
+
+
+class Progress:
+    """Shows how far training is: a bar on a terminal, a log line at each log interval elsewhere.
+
+    Rates are those of the last `log_interval_steps` steps, without pauses and without the first
+    step, which compiles. Model FLOPs utilisation (MFU) is against the peak of the mesh's devices.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        first_step: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        log_interval_steps: int,
+    ):
+        self._num_steps, self._first_step = num_steps, first_step
+        self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
+        self._log_interval_steps = log_interval_steps
+        self._peak_flops = mesh_peak_flops()
+        self._times: collections.deque[tuple[int, float]] = collections.deque(
+            maxlen=log_interval_steps + 1
+        )
+        self._paused_seconds = 0.0
+        self._shown = jax.process_index() == 0
+        self._bar: tqdm.tqdm | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Progress":
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm.tqdm(
+                total=self._num_steps,
+                initial=self._first_step,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}",
+                miniters=1,
+                dynamic_ncols=True,
+            )
+            self._open.callback(self._bar.close)
+            self._open.enter_context(logging_above_bars())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def update(self, step: int, loss: float) -> None:
+        """Notes that a step is finished."""
+        self._times.append((step, self._clock()))
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._line(step, loss), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._shown and (step % self._log_interval_steps == 0 or step == self._num_steps):
+            logging.info("step %d/%d: %s", step, self._num_steps, self._line(step, loss))
+
+    def rates(self) -> dict[str, float]:
+        """Returns tokens_per_second and mfu (a fraction), each where it is known."""
+        seconds = self._seconds_per_step()
+        if seconds is None:
+            return {}
+        rates = {"tokens_per_second": self._tokens_per_step / seconds}
+        if self._peak_flops is not None:
+            flops = rates["tokens_per_second"] * self._flops_per_token
+            rates["mfu"] = flops / self._peak_flops
+        return rates
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time within out of the rates."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_seconds += time.perf_counter() - start
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._paused_seconds
+
+    def _seconds_per_step(self) -> float | None:
+        if len(self._times) < 2:
+            return None
+        (first_step, start), (last_step, end) = self._times[0], self._times[-1]
+        return (end - start) / (last_step - first_step)
+
+    def _line(self, step: int, loss: float) -> str:
+        parts, rates = [f"loss {loss:.4f}"], self.rates()
+        if "tokens_per_second" in rates:
+            parts.append(f"{tqdm.tqdm.format_sizeof(rates['tokens_per_second'])} tokens/s")
+        if "mfu" in rates:
+            parts.append(f"MFU {100 * rates['mfu']:.1f} %")
+        seconds = self._seconds_per_step()
+        if seconds is not None:
+            left = seconds * (self._num_steps - step)
+            parts.append(f"{tqdm.tqdm.format_interval(left)} left")
+        return ", ".join(parts)

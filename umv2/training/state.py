@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from umv2 import parallel
+from umv2 import sharding
 from umv2.config import Config, ModelConfig
 from umv2.model import layers
-from umv2.model.memory import ValueStore, create_store
+from umv2.model.memory.store import ValueStore, create_store
 from umv2.model.transformer import Transformer
 from umv2.training import optim
 from umv2.types import struct
@@ -98,7 +98,7 @@ def abstract_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
         return jax.eval_shape(lambda: create_state(config, optimizer))
     with jax.set_mesh(None):
         state = jax.eval_shape(lambda: create_state(config, optimizer))
-    shardings = parallel.state_shardings(mesh, config.mesh, state)
+    shardings = sharding.state_shardings(mesh, config.mesh, state)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,

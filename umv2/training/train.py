@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float
 
-from umv2 import distributed, parallel
+from umv2 import distributed, sharding
 from umv2.config import Config, to_dict
+from umv2.config.schema import UserError
 from umv2.cost import accounting, exchange
-from umv2.data import kept_tokenizer, pipeline
+from umv2.data import kept_tokenizer, loader
+from umv2.data.corpus import Corpus, open_corpus
 from umv2.evaluation import perplexity
 from umv2.model.transformer import ModelStats
-from umv2.schema import UserError
-from umv2.training import checkpoint, losses, metrics, optim
-from umv2.training.progress import Announced, working
+from umv2.training import checkpoint, losses, optim, records
+from umv2.training.health import describe_stats, fetched_health, health_arrays
+from umv2.training.progress import Announced, Progress, working
 from umv2.training.state import (
     TrainState,
     abstract_state,
@@ -87,7 +89,9 @@ def make_train_step(
                 return jax.tree.map(jnp.add, total, (loss, gradients)), stats
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-            microbatches = jax.tree.map(lambda x: parallel.divide_batch(x, accumulation), batch)
+            microbatches = jax.tree.map(
+                lambda x: sharding.split_microbatches(x, accumulation), batch
+            )
             (loss, gradients), stacked = jax.lax.scan(accumulate, zeros, microbatches)
             stats = _over_microbatches(stacked)
 
@@ -133,14 +137,14 @@ def train(config: Config, workdir: Path) -> bool:
     checkpoint.check_name(workdir)
     with distributed.only_job(workdir, "training"):
         data = kept_tokenizer.found(config.data, workdir)
-        corpus = pipeline.open_corpus(data, config.model.vocab_size)
+        corpus = open_corpus(data, config.model.vocab_size)
         microbatch_size = config.train.batch_size // config.train.gradient_accumulation
-        mesh = parallel.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
+        mesh = sharding.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
         config = exchange.with_layout(
             config,
             mesh.shape,
             microbatch_size * config.data.sequence_length,
-            capacity=parallel.tpu_memory(mesh),
+            capacity=sharding.tpu_memory(mesh),
         )
         optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
         checkpointer = checkpoint.Checkpointer(
@@ -190,7 +194,7 @@ def _evaluation_is_missing(config: Config, workdir: Path, step: int) -> bool:
     interval = config.train.evaluation_interval_steps
     if step == 0 or (step % interval and step != config.train.num_steps):
         return False
-    return not distributed.of_first_process(lambda: metrics.has_evaluation(workdir, step))
+    return not distributed.of_first_process(lambda: records.has_evaluation(workdir, step))
 
 
 def _run(
@@ -199,7 +203,7 @@ def _run(
     state: TrainState,
     optimizer: optim.Optimizer,
     checkpointer: checkpoint.Checkpointer,
-    corpus: pipeline.Corpus,
+    corpus: Corpus,
     mesh: jax.sharding.Mesh,
     stop: distributed.StopSignal,
     *,
@@ -216,18 +220,18 @@ def _run(
     )
     write_blocks = tuple(write for _, write in config.model.placements)
     health = Announced(
-        jax.jit(functools.partial(metrics.health_arrays, write_blocks=write_blocks)),
+        jax.jit(functools.partial(health_arrays, write_blocks=write_blocks)),
         "the health of the sparse layers",
     )
     tokens_per_step = train_config.batch_size * config.data.sequence_length
-    batches = pipeline.train_batches(
+    batches = loader.train_batches(
         corpus,
         config.data,
         batch_size=train_config.batch_size,
-        rows=parallel.local_rows(mesh, train_config.batch_size),
+        rows=sharding.local_rows(mesh, train_config.batch_size),
         start_step=first_step,
     )
-    progress = metrics.Progress(
+    progress = Progress(
         num_steps=train_config.num_steps,
         first_step=first_step,
         tokens_per_step=tokens_per_step,
@@ -248,14 +252,14 @@ def _run(
 
     with (
         contextlib.closing(batches),
-        metrics.MetricWriter(workdir, config, first_step=first_step) as writer,
+        records.MetricWriter(workdir, config, first_step=first_step) as writer,
         progress,
     ):
         if evaluate_first:
             evaluate(first_step, state)
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first_step + 1, train_config.num_steps + 1):
-            batch = parallel.local_to_global(mesh, next(batches))
+            batch = sharding.local_to_global(mesh, next(batches))
             state, step_metrics = train_step(state, batch)
             # The device works on this step while the host reads the one before.
             if pending is not None:
@@ -269,9 +273,7 @@ def _run(
                 loss = _report(*pending, progress, workdir)
                 pending = None
                 with progress.paused():  # to compile it takes longer than many steps
-                    layers = metrics.fetched_health(
-                        health(step_metrics.stats, state.usage, state.params)
-                    )
+                    layers = fetched_health(health(step_metrics.stats, state.usage, state.params))
                 record = {
                     "loss": loss,
                     "gradient_norm": float(step_metrics.gradient_norm),
@@ -310,19 +312,17 @@ def _restore_or_create(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer))
         # The seed is an argument, so that runs that differ in it share a compiled program.
         create = functools.partial(create_state, config, optimizer)
-        state = parallel.create(create, shardings, config.seed)
+        state = sharding.create(create, shardings, config.seed)
         jax.block_until_ready(state)
     logging.info("created the state in %.1f s", time.monotonic() - start)
     return state
 
 
-def _report(
-    step: int, step_metrics: StepMetrics, progress: metrics.Progress, workdir: Path
-) -> float:
+def _report(step: int, step_metrics: StepMetrics, progress: Progress, workdir: Path) -> float:
     """Waits for a step, shows its loss, and stops training where it is not finite."""
     loss, gradient_norm = float(step_metrics.loss), float(step_metrics.gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        statistics = metrics.describe_stats(step_metrics.stats)
+        statistics = describe_stats(step_metrics.stats)
         raise TrainingDiverged(
             f"step {step}: loss {loss}, gradient norm {gradient_norm}; {statistics}."
             f" The last good checkpoint is kept in {workdir / 'checkpoints'}"

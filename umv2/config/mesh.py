@@ -1,0 +1,30 @@
+"""The configuration of the device mesh (`mesh`)."""
+
+import dataclasses
+from typing import Literal
+
+from umv2.config.schema import (
+    Positive,
+    require,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices and how the work is divided over them (`mesh`)."""
+
+    replica: int
+    fsdp: Positive
+    memory: Positive
+    tensor: Positive
+    parameters: Literal["fsdp", "fsdp_and_memory"]
+    table_sharding: Literal["auto", "columns", "rows"]
+
+    def validate(self) -> None:
+        """Raises ConfigError for impossible values."""
+        require(
+            self.replica == -1 or self.replica >= 1,
+            "mesh.replica",
+            self.replica,
+            "must be >= 1, or -1 for all devices that the other axes leave",
+        )

@@ -1,0 +1,23 @@
+"""Programs in XLA's text form: their instructions, their collectives, their work."""
+
+from umv2.planning.hlo.text import (
+    ArrayType,
+    Computation,
+    Evaluation,
+    Instruction,
+    Program,
+    Value,
+    array_types,
+    parse,
+)
+
+__all__ = [
+    "ArrayType",
+    "Computation",
+    "Evaluation",
+    "Instruction",
+    "Program",
+    "Value",
+    "array_types",
+    "parse",
+]

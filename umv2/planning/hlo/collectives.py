@@ -1,0 +1,337 @@
+"""The collectives of a compiled program, read from its HLO text: kind, mesh axes, bytes, count."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from jax.sharding import Mesh
+
+from umv2 import tables
+from umv2.planning import hlo
+
+Kind = Literal[
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Replica groups in the three forms that XLA prints: of a mesh, counted up, and one by one.
+_GROUPS = (
+    r"mesh\[[^\]]*\](?:, device_ids=\(.*?\))? ?\{[^}]*\}"
+    r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+    r"|\{(?:\{[\d,]*\},?)*\}"
+)
+_MESH_AXIS = re.compile(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?")
+_NUMBERS = re.compile(r"\d+")
+# A collective that the TPU compiler has spread over several fusions stands in each of them; the one
+# that starts it hands it to this custom call.
+_SPREAD = '"async_collective_fusion_config"'
+_SPREAD_START = '"AsyncCollectiveStart"'
+# What may stand between an all-reduce and the slice of it that a device keeps.
+_RESHAPING = ("bitcast", "reshape", "copy", "convert", "transpose", "pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction of a program.
+
+    Attributes:
+      kind: what it does.
+      axes: mesh axes along which the devices that it connects differ, in the order of the mesh.
+      dtype: of what is sent, by its NumPy name; several are joined by "+".
+      bytes: that one device receives in one execution of the instruction.
+      count: executions in one execution of the program; of a dynamic one: in one round of each
+        loop whose number of rounds depends on data.
+      dynamic: whether it stands in such a loop.
+      source: the operation of the JAX program that it comes from, as the compiler recorded it.
+    """
+
+    kind: Kind
+    axes: tuple[str, ...]
+    dtype: str
+    bytes: int
+    count: int
+    dynamic: bool = False
+    source: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that one device receives through it in one execution of the program."""
+        return self.bytes * self.count
+
+
+def read(text: str | None, mesh: Mesh | Mapping[str, int]) -> tuple[Collective, ...]:
+    """Reads the collectives that connect more than one device.
+
+    Counted is what an ideal ring moves, for G devices in a group: (G-1)/G of the result of an
+    all-gather, of the operand of a reduce-scatter or an all-to-all (of a ragged one: of its
+    buffer), twice that of an all-reduce, the whole operand of a permutation or a broadcast.
+    Instructions in loops count once for each round, branches of a conditional as the one that
+    moves the most. Loops whose number of rounds depends on data are marked: their collectives may
+    run any number of times, or never.
+
+    Args:
+      text: of a compiled program for CPU, TPU or GPU, `jax.stages.Compiled.as_text()`; None, which
+        a backend that prints nothing returns, is an error.
+      mesh: that it was compiled for, or sizes by the names of its axes, in its order.
+
+    Raises:
+      ValueError: the text is not that of a compiled program, or not of this mesh.
+    """
+    sizes = dict(mesh.shape if isinstance(mesh, Mesh) else mesh)
+    program = hlo.parse(text or "")
+    num_devices = math.prod(sizes.values())
+    if program.num_devices != num_devices:
+        raise ValueError(
+            f"the program is compiled for {program.num_devices} devices, the mesh {sizes} has"
+            f" {num_devices}"
+        )
+    return tuple(_Reader(program, sizes).collectives(program.entry, ()))
+
+
+def totals(collectives: Iterable[Collective]) -> dict[tuple[Kind, tuple[str, ...]], int]:
+    """Adds up bytes that one device receives in one execution, without dynamic collectives."""
+    sums: dict[tuple[Kind, tuple[str, ...]], int] = {}
+    for collective in collectives:
+        if not collective.dynamic:
+            key = collective.kind, collective.axes
+            sums[key] = sums.get(key, 0) + collective.total_bytes
+    return sums
+
+
+def as_text(collectives: Iterable[Collective]) -> str:
+    """Returns a table: a row for each kind, axes and dtype, the most bytes first.
+
+    Dynamic collectives stand below, by one round of their loops, outside the total.
+    """
+    rows: list[tuple[str, ...]] = [("received by one device", "executions", "MB each", "MB")]
+    collectives = tuple(collectives)
+    for dynamic in (False, True):
+        groups: dict[str, list[Collective]] = {}
+        for collective in collectives:
+            if collective.dynamic == dynamic:
+                axes = ", ".join(collective.axes)
+                name = f"  {collective.kind} ({axes}) {collective.dtype}"
+                groups.setdefault(name, []).append(collective)
+        sums = {name: sum(c.total_bytes for c in group) for name, group in groups.items()}
+        if dynamic and groups:
+            rows.append(("in one round of loops that depend on data",))
+        for name, total in sorted(sums.items(), key=lambda item: -item[1]):
+            count = sum(collective.count for collective in groups[name])
+            rows.append((name, f"{count:,}", f"{total / count / 1e6:,.3f}", f"{total / 1e6:,.3f}"))
+        if not dynamic:
+            rows.append(("  total", "", "", f"{sum(sums.values()) / 1e6:,.3f}"))
+    return tables.table(rows)
+
+
+class _Reader:
+    """Walks a program from its entry, along everything it calls."""
+
+    def __init__(self, program: hlo.Program, sizes: Mapping[str, int]):
+        self._program = program
+        self._sizes = sizes
+        self._communicates: dict[str, bool] = {}
+
+    def collectives(
+        self, computation: hlo.Computation, arguments: Sequence[hlo.Value]
+    ) -> Iterator[Collective]:
+        """Yields what one run of a computation does; `arguments` are what is known of its own."""
+        values = hlo.Evaluation(self._program, computation, arguments)
+        for instruction in computation.instructions.values():
+            if kind := _kind(instruction):
+                yield from self._collective(kind, computation, instruction)
+            elif not self._leads_to_collectives(instruction):
+                continue
+            elif instruction.opcode == "while":
+                yield from self._loop(instruction, values.operands(instruction)[0])
+            elif instruction.opcode == "conditional":
+                called = self._program.called(instruction)
+                operands = values.operands(instruction)[1:]
+                branches = zip(called, operands, strict=True)
+                found = [tuple(self.collectives(branch, [o])) for branch, o in branches]
+                yield from max(found, key=_branch_bytes)
+            else:
+                operands = values.operands(instruction)
+                for called_computation in self._program.called(instruction):
+                    yield from self.collectives(called_computation, operands)
+
+    def _loop(self, loop: hlo.Instruction, state: hlo.Value) -> Iterator[Collective]:
+        rounds = self._program.trip_count(loop, state)
+        known = self._program.unchanged(loop, state)
+        (body,) = self._program.called(loop, "body")
+        (condition,) = self._program.called(loop, "condition")
+        in_body = tuple(self.collectives(body, [known]))
+        in_condition = tuple(self.collectives(condition, [known]))
+        yield from in_condition  # which is asked once more than the body runs
+        for collective in (*in_condition, *in_body):
+            if rounds is None:
+                yield dataclasses.replace(collective, dynamic=True)
+            elif rounds:
+                yield dataclasses.replace(collective, count=collective.count * rounds)
+
+    def _leads_to_collectives(self, instruction: hlo.Instruction) -> bool:
+        if instruction.opcode.endswith(("-done", "-update")):
+            return False  # what its start calls
+        return any(self._has_collectives(called) for called in self._program.called(instruction))
+
+    def _has_collectives(self, computation: hlo.Computation) -> bool:
+        if computation.name not in self._communicates:
+            self._communicates[computation.name] = any(
+                _kind(instruction) or self._leads_to_collectives(instruction)
+                for instruction in computation.instructions.values()
+            )
+        return self._communicates[computation.name]
+
+    def _collective(
+        self, kind: Kind, computation: hlo.Computation, instruction: hlo.Instruction
+    ) -> Iterator[Collective]:
+        if _continues(computation, instruction):
+            return
+        if kind == "all-reduce" and self._keeps_a_slice(computation, instruction):
+            kind = "reduce-scatter"
+        groups = _groups(kind, instruction, self._program.num_devices)
+        size = max(map(len, groups), default=1)
+        if size == 1:
+            return
+        sent = instruction.operands
+        if kind == "ragged-all-to-all":
+            sent = sent[1:2]  # the buffer that it fills; the others are rows, offsets and sizes
+        types = self._program.operand_types(computation, sent)
+        yield Collective(
+            kind=kind,
+            axes=self._axes(groups),
+            dtype="+".join(dict.fromkeys(array.numpy_name for array in types)),
+            bytes=_received(kind, sum(array.num_bytes for array in types), size),
+            count=1,
+            source=instruction.attribute("op_name", '"[^"]*"').strip('"'),
+        )
+
+    def _axes(self, groups: Iterable[Sequence[int]]) -> tuple[str, ...]:
+        """The axes along which members of a group differ."""
+        shape = tuple(self._sizes.values())
+        differ = np.zeros(len(shape), bool)
+        for group in groups:
+            places = np.stack(np.unravel_index(np.asarray(group), shape))
+            differ |= (places != places[:, :1]).any(axis=1)
+        return tuple(axis for axis, differs in zip(self._sizes, differ, strict=True) if differs)
+
+    def _keeps_a_slice(self, computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
+        """Whether the TPU compiler has fused an all-reduce with the choice of a device's share."""
+        if computation.name not in self._program.fused:
+            return False
+        users = list(computation.users.get(instruction.name, ()))
+        for user in users:  # grows
+            if user.opcode in _RESHAPING:
+                users += computation.users.get(user.name, ())
+        used = [user.opcode for user in users if user.opcode not in _RESHAPING]
+        return bool(used) and all(opcode == "dynamic-slice" for opcode in used)
+
+
+def _kind(instruction: hlo.Instruction) -> Kind | None:
+    opcode = instruction.opcode.removesuffix("-start")
+    return next((kind for kind in _KINDS if kind == opcode), None)
+
+
+def _received(kind: Kind, num_bytes: int, size: int) -> int:
+    """Bytes that one of `size` devices receives, of operands of `num_bytes`, rounded up."""
+    match kind:
+        case "all-gather":
+            return num_bytes * (size - 1)
+        case "all-reduce":
+            return -(-num_bytes * 2 * (size - 1) // size)
+        case "reduce-scatter" | "all-to-all" | "ragged-all-to-all":
+            return -(-num_bytes * (size - 1) // size)
+        case "collective-permute" | "collective-broadcast":
+            return num_bytes
+
+
+def _branch_bytes(branch: Iterable[Collective]) -> tuple[int, int]:
+    """What decides which branch of a conditional counts: bytes outside dynamic loops, then all."""
+    return sum(totals(branch).values()), sum(collective.total_bytes for collective in branch)
+
+
+def _continues(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
+    """Whether an instruction is a later part of a collective that another one starts."""
+    if _SPREAD not in instruction.attributes:
+        return False
+    users = computation.users.get(instruction.name, ())
+    return not any(_SPREAD_START in user.attributes for user in users)
+
+
+def _groups(
+    kind: Kind, instruction: hlo.Instruction, num_devices: int
+) -> Sequence[tuple[int, ...]]:
+    """Positions, in the order of the mesh, of the devices that exchange data with each other."""
+    if kind == "collective-permute":
+        pairs = instruction.attribute("source_target_pairs", r"\{.*?\}\}|\{\}")
+        found = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs)]
+        return [pair for pair in found if pair[0] != pair[1]]
+    if not instruction.attribute("channel_id", r"\d+"):
+        return ()  # it connects replicas of the whole program, of which JAX makes one
+    groups = _parse_groups(instruction.attribute("replica_groups", _GROUPS))
+    exchanges = kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast")
+    names_devices = exchanges or instruction.attribute("use_global_device_ids", "true")
+    return groups if groups and names_devices else [tuple(range(num_devices))]
+
+
+def _parse_groups(text: str) -> list[tuple[int, ...]]:
+    """Reads `mesh['a'=2,'b'=4] {'b'}`, `[4,2]<=[2,4]T(1,0)` or `{{0,1},{2,3}}`."""
+    if text.startswith("mesh"):
+        return _parse_mesh_groups(text)
+    if text.startswith("["):
+        return [tuple(group) for group in _counted(text).tolist()]
+    groups = [tuple(map(int, _NUMBERS.findall(group))) for group in text.split("}")]
+    return [group for group in groups if group]
+
+
+def _counted(text: str) -> np.ndarray:
+    """Reads `[4,2]<=[2,4]T(1,0)`: 0, 1, ... in shape [2, 4], transposed, in shape [4, 2]."""
+    shape, _, order = text.partition("<=")
+    dimensions, _, permutation = order.partition("T")
+    counted = np.arange(math.prod(_integers(dimensions))).reshape(_integers(dimensions))
+    if permutation:
+        counted = counted.transpose(_integers(permutation))
+    return counted.reshape(_integers(shape))
+
+
+def _parse_mesh_groups(text: str) -> list[tuple[int, ...]]:
+    """Reads groups along axes of a mesh, or parts of them: `'a':(2)4` is 4 after a factor of 2."""
+    head, _, axes = text.rpartition("{")
+    mesh, _, order = head.partition("device_ids=")
+    sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", mesh)}
+    along: list[tuple[str, int, int]] = []
+    for name, before, size in _MESH_AXIS.findall(axes):
+        along.append((name, int(before or 1), int(size or sizes[name])))
+    # Each axis in pieces that lie wholly inside or outside the groups.
+    shape, inside = [], {}
+    for name, size in sizes.items():
+        parts = sorted((before, part) for other, before, part in along if other == name)
+        done = 1
+        for before, part in parts:
+            shape.append(before // done)
+            inside[name, before] = len(shape)
+            shape.append(part)
+            done = before * part
+        shape.append(size // done)
+    ids = (
+        _counted(order)
+        if "<=" in order
+        else np.asarray(_integers(order) or range(math.prod(shape)))
+    )
+    grouped = [inside[name, before] for name, before, _ in along]
+    others = [axis for axis in range(len(shape)) if axis not in grouped]
+    size = math.prod(shape[axis] for axis in grouped)
+    ids = ids.reshape(shape).transpose(*others, *grouped).reshape(-1, size)
+    return [tuple(group) for group in ids.tolist()]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in _NUMBERS.findall(text)]

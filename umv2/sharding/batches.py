@@ -1,0 +1,54 @@
+"""Batches on a mesh: which rows each process loads, and global arrays made of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from umv2.sharding.mesh import DATA_AXES, on_mesh
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXES))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """Returns the rows of a global batch that the devices of this process hold, in rising order.
+
+    Processes whose devices hold the same rows (those of one `tensor` group) each load them.
+    """
+    shares = batch_sharding(mesh).devices_indices_map((batch_size,))
+    local_shares = [shares[device][0] for device in mesh.local_devices]
+    return tuple(sorted({row for share in local_shares for row in range(batch_size)[share]}))
+
+
+def local_to_global(mesh: Mesh, tree: Any) -> Any:
+    """Assembles global batch arrays from the `local_rows` of each process."""
+    sharding = batch_sharding(mesh)
+    num_batch_shards = mesh.size // sharding.shard_shape((mesh.size,))[0]
+    num_local_shares = len(local_rows(mesh, num_batch_shards))
+
+    def assemble(rows: np.ndarray) -> Array:
+        shape = (len(rows) * num_batch_shards // num_local_shares, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree.map(assemble, tree)
+
+
+def gather_to_hosts(mesh: Mesh, array: Array) -> np.ndarray:
+    """Returns a batch array whole, on every process."""
+    with jax.disable_jit(False):  # without jit nothing would be resharded
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+    return np.asarray(whole.addressable_data(0))
+
+
+def split_microbatches(x: Array, parts: int) -> Array:
+    """[b, ...] -> [parts, b / parts, ...]; every device's rows stay on that device."""
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    # Told so, because where devices have a row each JAX would rather divide the parts.
+    sharding = PartitionSpec(DATA_AXES) if on_mesh() else None
+    return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=sharding), 1, 0)
