@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
     data.sequence_length = 256  # tokens a sequence
     data.held_out_fraction = 0.05  # of documents, for evaluation; of the end of each, if few
     long_context = data.long_context = ConfigDict()
-    # Tasks of umv2/evaluation/long_context whose documents train beside those of a text source.
+    # Tasks of umv2/data/long_context whose documents train beside those of a text source.
     long_context.tasks = ()
     # Of each task; as long as an eighth of a sequence to a whole one. 0: none.
     long_context.num_documents = 0
@@ -118,7 +118,7 @@ def get_config() -> ConfigDict:
     # Of all their tokens but answers in the loss, where answers and text have 1: what is random in
     # a context cannot be learned, and drowns what can.
     long_context.context_weight = 1.0
-    # At the start, on pairs of symbols alone (umv2/evaluation/long_context/recall.py): small models
+    # At the start, on pairs of symbols alone (umv2/data/long_context/recall.py): small models
     # learn to look up there, within a few hundred steps, or not at all.
     long_context.warm_up_steps = 0
     long_context.seed = 0  # of these documents

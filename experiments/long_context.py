@@ -79,7 +79,7 @@ def summary(path: Path) -> str:
     Every answer takes megabytes, and a line each of those stays in the folder of the run. A
     likelihood that is not finite is null, there and here.
     """
-    from umv2.evaluation.long_context_scores import depth_bin
+    from umv2.evaluation.long_context import depth_bin
 
     heading, *lines = path.read_text().splitlines()
     cells: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
@@ -228,7 +228,7 @@ def _stored(family: str) -> dict[int, Path]:
 
 def _draw_depths(path: Path, image: Path) -> None:
     """Draws the answers of one run by length and depth."""
-    from umv2.evaluation import long_context_scores
+    from umv2.evaluation import long_context
 
     percent: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     answers, chances = Counter[str](), Counter[str]()
@@ -238,7 +238,7 @@ def _draw_depths(path: Path, image: Path) -> None:
         answers[task] += count
         chances[task] += 100 * count * cell["chance"]
     chance = {task: chances[task] / count for task, count in answers.items()}
-    long_context_scores.draw_shares(percent, chance, image)
+    long_context.draw_shares(percent, chance, image)
 
 
 def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:

@@ -15,32 +15,35 @@ ROOT = Path(__file__).parent.parent
 RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
 BANNED = {name: entry["msg"] for name, entry in RUFF["flake8-tidy-imports"]["banned-api"].items()}
 
-# The packages of JOBS share pieces: the loop evaluates, evaluation restores checkpoints.
-JOBS = ("umv2.training", "umv2.evaluation", "umv2.inference", "umv2.cost", "umv2.interop")
-KNOWN_TO_ALL = (
-    "umv2.config.schema",
+# What each part of umv2 may import of the others, beside BASE.
+BASE = (
+    "umv2.config",
     "umv2.files",
     "umv2.command",
     "umv2.tables",
     "umv2.pictures",
-    "umv2.config.model",
-    "umv2.config",
-    "umv2.config.files",
+    "umv2.hardware",
     "umv2.types",
 )
-# A module imports its own package and the tiers below its own.
-TIERS: tuple[tuple[str, ...], ...] = (
-    ("main",),
-    ("umv2.cli",),
-    ("umv2.modes",),
-    JOBS,
-    ("umv2.model", "umv2.data"),
-    # Writers of text: training reads them as a source, evaluation asks their questions.
-    ("umv2.evaluation.long_context",),
-    ("umv2.parallel", "umv2.distributed"),
-    ("kernels_pallas",),
-    KNOWN_TO_ALL,
-)
+_MODEL = ("umv2.sharding", "umv2.kernels", "umv2.distributed", "umv2.model")
+_TRAINING = (*_MODEL, "umv2.cost", "umv2.data", "umv2.training")
+_ABOVE = ("umv2.evaluation", "umv2.inference", "umv2.interop", "umv2.planning")
+UMV2: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(BASE, ()),
+    "umv2.sharding": (),
+    "umv2.kernels": ("kernels_pallas",),
+    "umv2.distributed": (),
+    "umv2.model": ("umv2.sharding", "umv2.kernels"),
+    "umv2.data": ("umv2.distributed",),
+    "umv2.cost": ("umv2.sharding", "umv2.model"),
+    "umv2.training": _TRAINING,
+    "umv2.inference": (*_MODEL, "umv2.data"),
+    "umv2.interop": _TRAINING,
+    "umv2.evaluation": (*_TRAINING, "umv2.inference"),
+    "umv2.planning": (*_TRAINING, "umv2.inference"),
+    "umv2.modes": (*_TRAINING, *_ABOVE),
+    "umv2.cli": (*_TRAINING, *_ABOVE, "umv2.modes"),
+}
 
 # Beside the standard library, all that these may import at load time ...
 LOAD_TIME_IMPORTS = {
@@ -63,7 +66,7 @@ IMPORTS = {
 }
 # Who alone imports it. Tests import what they like.
 ONLY_IMPORTERS = {
-    "kernels_pallas": ("umv2.parallel", "kernels_pallas", "experiments"),
+    "kernels_pallas": ("umv2.kernels", "kernels_pallas", "experiments"),
     "orbax": ("umv2.training.checkpoint",),
     "absl.flags": ("umv2.cli", "umv2.command", "experiments"),
     "configs": ("configs", "experiments"),
@@ -117,10 +120,9 @@ def attributes(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{origins.get(head, head)}.{rest}"
 
 
-def place(name: str) -> tuple[int, str] | None:
-    """The tier and the package that a dotted name lies in: the longest of those that hold it."""
-    found = [(t, p) for t, packages in enumerate(TIERS) for p in packages if is_within(name, p)]
-    return max(found, key=lambda place: len(place[1]), default=None)
+def part(name: str) -> str | None:
+    """The part of umv2 that a dotted name lies in: the longest of those that hold it."""
+    return max((p for p in UMV2 if is_within(name, p)), key=len, default=None)
 
 
 def import_fault(module: str, name: str) -> str | None:
@@ -136,11 +138,10 @@ def import_fault(module: str, name: str) -> str | None:
         if is_within(module, importer):
             allowed = is_within(name, *IMPORTS[importer], *sys.stdlib_module_names)
             return None if allowed else f"imports {name}, not one of {IMPORTS[importer]}"
-    here, there = place(module), place(name)
-    if here is None or there is None or here == there or here[0] < there[0]:
+    here, there = part(module), part(name)
+    if here is None or there is None or here == there or (here in BASE and there in BASE):
         return None
-    peers = here[0] == there[0] and TIERS[here[0]] in (JOBS, KNOWN_TO_ALL)
-    return None if peers else f"imports {name}, which stands above or beside it"
+    return None if there in (*BASE, *UMV2[here]) else f"imports {name}, which {here} may not"
 
 
 def faults(module: str, source: str) -> list[str]:
@@ -166,8 +167,8 @@ def faults(module: str, source: str) -> list[str]:
         for line, comment in type_ignores(source)
         if not EXPLAINED_TYPE_IGNORE.search(comment)
     ]
-    if is_within(module, "umv2") and module != "umv2" and place(module) is None:
-        found.append((1, f"stands in no tier of {TIERS}"))
+    if is_within(module, "umv2") and module != "umv2" and part(module) is None:
+        found.append((1, "is of no part of UMV2"))
     return [f"{module}:{line} {fault}" for line, fault in sorted(set(found))]
 
 
@@ -207,16 +208,18 @@ def test_types_are_seldom_ignored() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
-        ("umv2.model.memory", "import umv2.training.train", "above or beside"),
-        ("umv2.model.memory", "from umv2 import inference", "above or beside"),
-        ("umv2.model.memory", "def f():\n    from umv2.data import sources", "above or beside"),
-        ("umv2.parallel", "from umv2.model import layers", "above or beside"),
-        ("umv2.config", "from umv2.parallel import make_mesh", "above or beside"),
-        ("umv2.training.train", "from umv2 import modes", "above or beside"),
+        ("umv2.model.block", "import umv2.training.train", "umv2.model may not"),
+        ("umv2.model.block", "from umv2 import inference", "umv2.model may not"),
+        ("umv2.model.block", "def f():\n    from umv2.data import sources", "umv2.model may not"),
+        ("umv2.sharding.mesh", "from umv2.model import layers", "umv2.sharding may not"),
+        ("umv2.config.data", "from umv2.sharding import create_mesh", "umv2.config may not"),
+        ("umv2.training.train", "from umv2 import modes", "umv2.training may not"),
+        ("umv2.training.train", "from umv2.evaluation import report", "umv2.training may not"),
+        ("umv2.cost.traffic", "from umv2.training import optim", "umv2.cost may not"),
         ("umv2.training.train", "import main", "only tests may"),
         ("umv2.planning.plan", "from configs import tiny", "only configs, experiments may"),
-        ("umv2.model.memory", "import kernels_pallas", "only umv2.parallel"),
-        ("umv2.model.memory", "from kernels_pallas.weighted_lookup import api", "only umv2"),
+        ("umv2.model.block", "import kernels_pallas", "only umv2.kernels"),
+        ("umv2.model.block", "from kernels_pallas.weighted_lookup import api", "only umv2.kernels"),
         ("umv2.training.state", "import orbax.checkpoint as ocp", "only umv2.training.checkpoint"),
         ("umv2.training.train", "from absl import flags", "only umv2.cli"),
         ("kernels_pallas.dispatch", "from absl import flags", "only umv2.cli"),
@@ -227,7 +230,7 @@ def test_types_are_seldom_ignored() -> None:
         ("experiments.report", "if True:\n    import numpy", "at load time"),
         ("umv2.types", "from . import config", "relative"),
         ("umv2.types", "from ..umv2 import config", "relative"),
-        ("umv2.helpers", "", "in no tier"),
+        ("umv2.helpers", "", "of no part"),
         ("umv2.types", "import jax._src.core", r"uses jax\._src"),
         ("umv2.types", "import jax\njax._src.core", r"uses jax\._src"),
         ("umv2.types", "from jax.experimental import shard_map", "uses jax.experimental.shard_map"),
@@ -251,12 +254,12 @@ def test_a_broken_rule_is_found(module: str, source: str, fault: str) -> None:
     [
         ("main", "from umv2 import cli"),
         ("umv2.cli", "from absl import app, flags\nfrom umv2 import modes\nprint(1)"),
-        ("umv2.training.train", "from umv2.evaluation import perplexity\nimport umv2.config"),
-        ("umv2.evaluation.perplexity", "from umv2.training.checkpoint import restore"),
+        ("umv2.evaluation.report", "from umv2.training import records\nimport umv2.config"),
+        ("umv2.training.held_out", "from umv2.training.checkpoint import restore"),
         ("umv2.training.checkpoint", "import orbax.checkpoint"),
-        ("umv2.model.memory", "from umv2 import parallel, types\nfrom umv2.model import retrieval"),
-        ("umv2.config", "from umv2 import types"),
-        ("umv2.parallel", "from kernels_pallas import weighted_lookup"),
+        ("umv2.model.block", "from umv2 import sharding, types\nfrom umv2.model import layers"),
+        ("umv2.config.data", "from umv2 import types"),
+        ("umv2.kernels", "from kernels_pallas import weighted_lookup"),
         ("kernels_pallas.dispatch", "import json\nimport jax.numpy as jnp"),
         ("kernels_pallas.bench", "import argparse\nprint(1)"),
         ("kernels_pallas.benchmark.report", "from matplotlib import pyplot"),

@@ -285,16 +285,16 @@ def test_a_batch_is_assembled_from_the_rows_of_a_process() -> None:
 
 ROWS_OF_A_PROCESS = """
 import sys, jax, numpy as np
-from umv2 import parallel
+from umv2 import sharding
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), cluster_detection_method="deactivate")
 grid = np.asarray(jax.devices()).reshape(2, 3)  # process, device
 rows = np.arange(24).reshape(12, 2)
 printed = []
 for order in (grid.T.reshape(6, 1, 1, 1), grid.reshape(3, 1, 1, 2)):
     explicit = (jax.sharding.AxisType.Explicit,) * 4
-    mesh = jax.sharding.Mesh(order, parallel.AXES, axis_types=explicit)
-    local_rows = parallel.local_rows(mesh, 12)
-    batch = parallel.local_to_global(mesh, rows[list(local_rows)])
+    mesh = jax.sharding.Mesh(order, sharding.AXES, axis_types=explicit)
+    local_rows = sharding.local_rows(mesh, 12)
+    batch = sharding.local_to_global(mesh, rows[list(local_rows)])
     assert batch.shape == rows.shape
     for shard in batch.addressable_shards:
         np.testing.assert_array_equal(shard.data, rows[shard.index])

@@ -14,11 +14,11 @@ from configs import tiny
 from tests.extras import needs_libtpu
 from umv2 import tables
 from umv2.config import Config, from_config_dict
-from umv2.evaluation.long_context_scores import LongContextReport, Score
-from umv2.evaluation.perplexity import HeldOut
+from umv2.evaluation.long_context import LongContextReport, Score
 from umv2.evaluation.report import Report
 from umv2.planning import ahead_of_time, plan, search, topology
 from umv2.training import inspection
+from umv2.training.held_out import HeldOut
 
 PLANS = Path(__file__).parent.parent / "experiments" / "results" / "plans" / "plans.jsonl"
 WIDTHS = (60, 80, 100, 200)

@@ -18,7 +18,7 @@ from umv2.cost import report as cost_report
 from umv2.data import kept_tokenizer, tokenizers
 from umv2.data import prepare as data_preparation
 from umv2.data.corpus import Corpus, open_corpus
-from umv2.evaluation import downstream, long_context_scores, perplexity, report
+from umv2.evaluation import downstream, long_context, report
 from umv2.evaluation.answers import Respondent
 from umv2.inference.decode import Generator
 from umv2.interop import runs
@@ -26,6 +26,7 @@ from umv2.planning import plan as cost_plan
 from umv2.planning import search as plan_search
 from umv2.training import checkpoint, inspection
 from umv2.training import train as training
+from umv2.training.held_out import evaluate_corpus, make_evaluation_step
 from umv2.training.progress import working
 from umv2.training.state import merge_model, model_structure
 
@@ -47,10 +48,10 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
     _check_corpus(corpus, workdir)
     config, mesh, restored = _restored(config, workdir)
     with jax.set_mesh(mesh):
-        step = perplexity.make_evaluation_step(
+        step = make_evaluation_step(
             model_structure(config.model), mask_across_documents=config.data.mask_across_documents
         )
-        held_out = perplexity.evaluate_corpus(
+        held_out = evaluate_corpus(
             lambda batch: step(restored.params, restored.buffers, restored.store, batch),
             corpus,
             config,
@@ -59,9 +60,7 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
     return report.write(workdir, restored.step, held_out, corpus)
 
 
-def evaluate_long_context(
-    config: Config | None, workdir: Path
-) -> long_context_scores.LongContextReport:
+def evaluate_long_context(config: Config | None, workdir: Path) -> long_context.LongContextReport:
     """Asks the newest good checkpoint the questions of the long-context suite.
 
     Process 0 writes `long_context.jsonl` and `long_context.png`. Filler is cut from held-out text.
@@ -75,7 +74,7 @@ def evaluate_long_context(
     corpus = _corpus_of_text(config)
     _check_corpus(corpus, workdir)
     config, mesh, restored = _restored(config, workdir)
-    found = long_context_scores.evaluate(
+    found = long_context.evaluate(
         config,
         Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ from umv2.config import Config, ConfigError, from_config_dict, to_dict
 from umv2.config import files as config_files
 from umv2.config.schema import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BASE = "from configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
 
 
@@ -344,7 +344,7 @@ def test_configs_are_the_named_ones_whatever_folder_of_that_name_is_near(tmp_pat
     (tmp_path / "mine.py").write_text(BASE + "    config.seed = 3\n    return config\n")
     program = (
         f"import sys; sys.path.insert(1, {str(ROOT)!r});"  # after the folder itself
-        "from umv2 import config_files;"
+        "from umv2.config import files as config_files;"
         "print(config_files.read('mine.py', '--config').seed,"
         " config_files.read('tiny:pkm', '--config').model.memory.num_heads,"
         " 'jax' in sys.modules, 'numpy' in sys.modules)"

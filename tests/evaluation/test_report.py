@@ -16,7 +16,7 @@ from umv2.data.corpus import Corpus, Identity
 from umv2.data.documents import InMemoryDocuments
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import report
-from umv2.evaluation.perplexity import HeldOut
+from umv2.training.held_out import HeldOut
 
 TEXTS = (b"the quick brown fox " * 50, bytes(range(256)) * 4)
 

@@ -18,10 +18,9 @@ from tests import tiny_run
 from tests.extras import needs_libtpu
 from umv2 import modes, sharding
 from umv2.config import Config, from_config_dict
-from umv2.evaluation import perplexity
 from umv2.model import layers
 from umv2.planning import ahead_of_time, topology
-from umv2.training import optim
+from umv2.training import held_out, optim
 from umv2.training import train as training
 from umv2.training.state import TrainState, create_state, model_structure
 from umv2.types import Batch
@@ -71,7 +70,7 @@ def step_and_evaluation(config: Config, state: TrainState) -> dict[str, Any]:
         shardings = sharding.state_shardings(mesh, config.mesh, state)
         state = jax.device_put(state, shardings)
         batch = sharding.local_to_global(mesh, batch_of(config))
-        evaluate = perplexity.make_evaluation_step(graphdef, mask_across_documents=True)
+        evaluate = held_out.make_evaluation_step(graphdef, mask_across_documents=True)
         nats, weight = evaluate(state.params, state.buffers, state.store, batch)
         step = jax.jit(training.make_train_step(config, graphdef, optimizer))
         state, metrics = step(state, batch)

@@ -24,8 +24,8 @@ from tests.tiny_run import Run
 from umv2 import files, sharding
 from umv2.config import Config, ConfigError, to_dict
 from umv2.data import corpus, loader
-from umv2.evaluation import perplexity
 from umv2.training import checkpoint, optim
+from umv2.training import held_out as held_out_module
 from umv2.training import train as training
 from umv2.training.state import TrainState, abstract_state, model_structure
 from umv2.types import Batch
@@ -220,14 +220,14 @@ def test_an_evaluation_that_was_cut_short_is_made_when_the_run_goes_on(
 def test_ctrl_c_during_the_last_evaluation_loses_no_step(
     finished: Run, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = perplexity.evaluate
+    evaluate = held_out_module.evaluate
 
     def interrupt(step: Any, batches: Any, **kwargs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return evaluate(step, batches, **kwargs)
 
     with monkeypatch.context() as patched, tiny_run.logged() as messages:
-        patched.setattr(perplexity, "evaluate", interrupt)
+        patched.setattr(held_out_module, "evaluate", interrupt)
         assert not training.train(finished.config, interrupted)
     assert messages[-1] == "stopped by Ctrl-C after step 12; the state is saved"
     assert saved_steps(interrupted) == [3, 6, 9, 12]

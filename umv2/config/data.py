@@ -11,7 +11,7 @@ from umv2.config.schema import (
     require,
 )
 
-# The modules of umv2/evaluation/long_context.
+# The modules of umv2/data/long_context.
 LongContextTask = Literal[
     "memorize",
     "multi_round",

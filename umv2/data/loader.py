@@ -55,10 +55,17 @@ def train_batches(
 ) -> BatchIterator:
     """Yields `rows`, by default all, of every batch from `start_step` on, without end.
 
-    Processes that divide a batch each take their `parallel.local_rows`. Worker processes
+    Processes that shard a batch each take their `sharding.local_rows`. Worker processes
     (`config.num_workers`) need absl's flags to be parsed.
     """
-    batches = TrainBatches(corpus, config, batch_size=batch_size, rows=rows)
+    batches = TrainBatches(
+        corpus.train,
+        corpus.end_of_text_id,
+        config,
+        warm_up=corpus.warm_up,
+        batch_size=batch_size,
+        rows=rows,
+    )
     return BatchIterator(batches, config, start_step)
 
 

@@ -12,7 +12,6 @@ from grain.experimental import index_shuffle
 from jaxtyping import Float32, Int32
 
 from umv2.config import DataConfig
-from umv2.data.corpus import Corpus
 from umv2.data.documents import Documents
 
 ENDLESS = 1 << 62
@@ -146,24 +145,26 @@ class TrainBatches(PackedBatches):
 
     def __init__(
         self,
-        corpus: Corpus,
+        documents: Documents,
+        end_of_text_id: int,
         config: DataConfig,
         *,
+        warm_up: Documents | None,
         batch_size: int,
         rows: Sequence[int] | None,
     ) -> None:
         super().__init__(
-            corpus.train,
-            corpus.end_of_text_id,
+            documents,
+            end_of_text_id,
             config,
             batch_size=batch_size,
             rows=rows,
             shuffle_seed=config.seed,
         )
         self._warm_up = None
-        if corpus.warm_up is not None:
+        if warm_up is not None:
             self._warm_up = WarmUpBatches(
-                corpus.warm_up, corpus.end_of_text_id, config, batch_size=batch_size, rows=rows
+                warm_up, end_of_text_id, config, batch_size=batch_size, rows=rows
             )
 
     def __len__(self) -> int:

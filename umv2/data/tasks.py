@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from umv2.config import DataConfig
 from umv2.data.documents import Documents, InMemoryDocuments
+from umv2.data.long_context import TASKS, Example, Task, make_example, recall
 from umv2.data.sources import content_hashes
 from umv2.data.tokenizers import Tokenizer
-from umv2.evaluation.long_context import TASKS, Example, Task, make_example, recall
 
 _SHORTEST = 1 / 8  # of a sequence
 _LONGEST_RECALL = 1 / 2  # of a sequence

@@ -15,7 +15,7 @@ from absl import logging
 
 from umv2 import files, pictures, tables
 from umv2.data.corpus import Corpus
-from umv2.evaluation.perplexity import HeldOut
+from umv2.training.held_out import HeldOut
 from umv2.training.records import METRICS_FILE, parse_record
 
 

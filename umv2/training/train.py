@@ -20,10 +20,10 @@ from umv2.config.schema import UserError
 from umv2.cost import accounting, exchange
 from umv2.data import kept_tokenizer, loader
 from umv2.data.corpus import Corpus, open_corpus
-from umv2.evaluation import perplexity
 from umv2.model.transformer import ModelStats
 from umv2.training import checkpoint, losses, optim, records
 from umv2.training.health import describe_stats, fetched_health, health_arrays
+from umv2.training.held_out import evaluate_corpus, make_evaluation_step
 from umv2.training.progress import Announced, Progress, working
 from umv2.training.state import (
     TrainState,
@@ -215,7 +215,7 @@ def _run(
         jax.jit(make_train_step(config, graphdef, optimizer), donate_argnums=0),
         "the training step",
     )
-    evaluation_step = perplexity.make_evaluation_step(
+    evaluation_step = make_evaluation_step(
         graphdef, mask_across_documents=config.data.mask_across_documents
     )
     write_blocks = tuple(write for _, write in config.model.placements)
@@ -246,7 +246,7 @@ def _run(
             return evaluation_step(state.params, state.buffers, state.store, batch)
 
         with progress.paused():
-            held_out = perplexity.evaluate_corpus(step_unless_stopped, corpus, config, mesh=mesh)
+            held_out = evaluate_corpus(step_unless_stopped, corpus, config, mesh=mesh)
         writer.write(step, {"tokens": step * tokens_per_step, **held_out.metrics()})
         logging.info("step %d: held-out %s", step, held_out)
 

@@ -83,7 +83,7 @@ def evaluate(
 
     Args:
       evaluation_step: of `make_evaluation_step`, with all arguments but the batch given.
-      batches: the `parallel.local_rows` of each; all of one shape, filled up with weight 0.
+      batches: the `sharding.local_rows` of each; all of one shape, filled up with weight 0.
       mesh: the devices that divide the rows.
       num_bytes: of the text in UTF-8, where each of its tokens is one target of weight 1.
     """

@@ -12,11 +12,11 @@ import pytest
 from tests import meshes, tiny_run
 from umv2 import modes
 from umv2.config import Config, GenerateConfig
+from umv2.data.long_context.examples import Answer, Example
 from umv2.data.tokenizers import ByteTokenizer
-from umv2.evaluation import long_context_scores
+from umv2.evaluation import long_context
 from umv2.evaluation.answers import Respondent
-from umv2.evaluation.long_context.examples import Answer, Example
-from umv2.evaluation.long_context_scores import Cell, LongContextReport, Score, wilson_interval
+from umv2.evaluation.long_context import Cell, LongContextReport, Score, wilson_interval
 from umv2.inference.decode import Generator
 from umv2.training.state import create_model, split_model
 
@@ -76,7 +76,7 @@ def test_an_answer_is_exact_where_greedy_decoding_writes_it() -> None:
         wanted.append(number % 2 == 0)
     config = suite_config(batch_tokens=64)
     found = list(
-        long_context_scores._scores(
+        long_context._scores(
             respondent(),
             config.model,
             examples,
@@ -99,8 +99,7 @@ def test_lengths_beyond_the_trained_one_are_read_as_configured() -> None:
     lengths = (16, 64)  # trained at 16
     read = {
         how: [
-            long_context_scores.extrapolated(suite_config(extrapolation=how), length)
-            for length in lengths
+            long_context.extrapolated(suite_config(extrapolation=how), length) for length in lengths
         ]
         for how in ("none", "linear", "ntk", "window")
     }

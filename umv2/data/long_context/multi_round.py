@@ -2,7 +2,7 @@
 
 import string
 
-from umv2.evaluation.long_context.examples import Brief, Document, Question
+from umv2.data.long_context.examples import Brief, Document, Question
 
 _PEOPLE = string.ascii_uppercase
 _PLACES = ("home", "work", "bank", "lake", "farm", "shop", "park", "gym")

@@ -2,7 +2,7 @@
 
 import itertools
 
-from umv2.evaluation.long_context.examples import Brief, Document, Question, names
+from umv2.data.long_context.examples import Brief, Document, Question, names
 
 _FEWEST_HOPS, _MOST_HOPS = 2, 4
 _QUESTIONS = 0.4

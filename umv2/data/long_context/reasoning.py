@@ -1,6 +1,6 @@
 """Reasoning: a program in which every line changes a variable, and what the variables end as."""
 
-from umv2.evaluation.long_context.examples import Brief, Document, Question
+from umv2.data.long_context.examples import Brief, Document, Question
 
 _VARIABLES = "abcd"
 _MODULUS = 10

@@ -2,7 +2,7 @@
 
 import itertools
 
-from umv2.evaluation.long_context.examples import Brief, Document, Question
+from umv2.data.long_context.examples import Brief, Document, Question
 
 # fmt: off
 _NAMES = (

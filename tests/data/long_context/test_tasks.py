@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from umv2.config import LongContextTask
+from umv2.data.long_context import TASKS, Example, make_example, recall
+from umv2.data.long_context.examples import Split, names
 from umv2.data.tokenizers import ByteTokenizer
-from umv2.evaluation.long_context import TASKS, Example, make_example, recall
-from umv2.evaluation.long_context.examples import Split, names
 
 TOKENIZER = ByteTokenizer()
 TEXTS = [f"line {i} of a text\n" * 40 for i in range(10)]

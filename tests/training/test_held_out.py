@@ -16,9 +16,10 @@ from umv2.config import from_config_dict
 from umv2.data.corpus import Corpus, Identity
 from umv2.data.documents import InMemoryDocuments
 from umv2.data.tokenizers import ByteTokenizer
-from umv2.evaluation import perplexity
 from umv2.model.memory.store import ValueStore
+from umv2.training import held_out as held_out_module
 from umv2.training import state
+from umv2.training.held_out import HeldOut, evaluate_corpus, make_evaluation_step
 from umv2.types import Batch
 
 VOCABULARY = 16
@@ -54,13 +55,13 @@ def batch_of(rows: int, seed: int = 0, padding_rows: int = 0) -> Batch:
 
 def evaluate(
     batches: list[Batch], *, replicas: int = 1, mask: bool = True, head_scale: float = 1.0
-) -> perplexity.HeldOut:
+) -> HeldOut:
     graphdef, params, buffers, store = model_parts()
     params = params | {"head": params["head"] * head_scale}
     mesh = meshes.create(replica=replicas)
-    step = perplexity.make_evaluation_step(graphdef, mask_across_documents=mask)
+    step = make_evaluation_step(graphdef, mask_across_documents=mask)
     arguments = meshes.replicate((params, buffers, store), mesh)
-    return perplexity.evaluate(
+    return held_out_module.evaluate(
         functools.partial(step, *arguments), batches, mesh=mesh, num_bytes=None
     )
 
@@ -77,7 +78,7 @@ def test_bits_per_byte_by_hand() -> None:
     # Two batches, 3 + 1 tokens, 6 + 2 nats; 4 bytes.
     sums = iter([(jnp.float32(6.0), jnp.float32(3.0)), (jnp.float32(2.0), jnp.float32(1.0))])
     mesh = meshes.create(replica=1)
-    held_out = perplexity.evaluate(
+    held_out = held_out_module.evaluate(
         lambda batch: next(sums), [batch_of(1), batch_of(1)], mesh=mesh, num_bytes=4
     )
     # e^2 = 7.389..., 8 / ln 2 / 4 = 2.885...
@@ -101,7 +102,7 @@ def test_batches_add_up_in_float64() -> None:
     # In float32, 2^24 + 1 = 2^24.
     sums = iter(jnp.float32([2.0**24, 1.0, 1.0]))
     mesh = meshes.create(replica=1)
-    held_out = perplexity.evaluate(
+    held_out = held_out_module.evaluate(
         lambda batch: (jnp.float32(0.0), next(sums)),
         [batch_of(1)] * 3,
         mesh=mesh,
@@ -150,7 +151,7 @@ def test_every_held_out_byte_counts_once() -> None:
         weight = jnp.sum(batch.weights)
         return weight * math.log(2), weight
 
-    held_out = perplexity.evaluate_corpus(
+    held_out = evaluate_corpus(
         one_bit_a_token,
         corpus,
         from_config_dict(config),

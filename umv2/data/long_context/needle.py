@@ -1,6 +1,6 @@
 """Needle in a haystack: one sentence that is out of place in long real text."""
 
-from umv2.evaluation.long_context.examples import Brief, Document, Question
+from umv2.data.long_context.examples import Brief, Document, Question
 
 _CODES = tuple(f"{number:02d}" for number in range(100))
 

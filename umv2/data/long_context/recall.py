@@ -6,7 +6,7 @@ neither is of use without the other: with much context a small model stays at gu
 than it trains. In documents of a dozen tokens it learns both, and the tasks build on them.
 """
 
-from umv2.evaluation.long_context.examples import SYMBOLS, Brief, Document, Question
+from umv2.data.long_context.examples import SYMBOLS, Brief, Document, Question
 
 FEWEST_LINES = 4
 

@@ -1,6 +1,6 @@
 """Key-value retrieval: lines of random pairs, then keys to look up ('Lost in the middle', MQAR)."""
 
-from umv2.evaluation.long_context.examples import SYMBOLS, Brief, Document, Question, names
+from umv2.data.long_context.examples import SYMBOLS, Brief, Document, Question, names
 
 _PAIRS = 0.5  # of the length
 _PRACTICE = 0.5  # questions a pair among the pairs, where there are any

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from umv2 import files, pictures, tables
 from umv2.config import Config, LongContextConfig, ModelConfig
+from umv2.data.long_context import TASKS, Example, make_example
 from umv2.data.tokenizers import Tokenizer
 from umv2.evaluation.answers import Questions, Respondent
-from umv2.evaluation.long_context import TASKS, Example, make_example
 
 _DEPTH_BINS = 5
 _NORMAL_95 = 1.959964

@@ -2,12 +2,12 @@
 
 Each module is one task, a function that writes a document: a context, then questions whose answers
 stand in it. Training reads such documents as a source of text, so this package knows nothing of
-models; `umv2.evaluation.long_context_scores` asks the questions.
+models; `umv2.evaluation.long_context` asks the questions.
 """
 
 from collections.abc import Mapping
 
-from umv2.evaluation.long_context import (
+from umv2.data.long_context import (
     in_context,
     key_value,
     memorize,
@@ -17,7 +17,7 @@ from umv2.evaluation.long_context import (
     reasoning,
     recall,
 )
-from umv2.evaluation.long_context.examples import Example, Task, make_example
+from umv2.data.long_context.examples import Example, Task, make_example
 
 TASKS: Mapping[str, Task] = {
     "memorize": memorize.write,
