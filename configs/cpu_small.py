@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from configs import families, tiny
 
-# Equal in active and total parameters, FLOPs and values read: python -m experiments.match.
+# Equal in active and total parameters, FLOPs and values read, as found by
+# python -m experiments.ablations.match.
 SIZES: families.Sizes = {
     "moe": {
         "moe.num_experts": 32,

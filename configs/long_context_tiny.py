@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from configs import families, tiny
 
-# Equal in active and total parameters, FLOPs and values read: python -m experiments.match.
+# Equal in active and total parameters, FLOPs and values read, as found by
+# python -m experiments.ablations.match.
 SIZES: families.Sizes = {
     "moe": {"moe.num_experts": 15, "moe.expert_size": 25},
     "dense": {"ffn_size": 205},

@@ -14,7 +14,7 @@ SIZES: families.Sizes = {
         "moe.num_experts": 64,
         "moe.expert_size": 1024,
     },
-    # Found by python -m experiments.match.
+    # Found by python -m experiments.ablations.match.
     "moe_2_of_16": {
         "moe.num_experts": 17,
         "moe.expert_size": 3456,

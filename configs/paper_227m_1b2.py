@@ -33,7 +33,7 @@ SIZES: families.Sizes = {
         "memory.top_m": 80,
         "memory.shortlist": 80,
     },
-    # Found by python -m experiments.match.
+    # Found by python -m experiments.ablations.match.
     "moe_2_of_16": {
         "moe.num_experts": 16,
         "moe.expert_size": 1504,

@@ -1,7 +1,6 @@
 """What the commands of experiments/ have in common: their start, and the flags of some of them."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,10 +11,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs.families import REFERENCE
-from experiments import json_lines
-from experiments.ablations import require
+from experiments import measurements
 from umv2 import command, files
-from umv2.config.schema import ConfigError, UserError
+from umv2.config.schema import ConfigError, UserError, nearest_name
 
 _configs: list[str] = []  # flags that name a configuration
 
@@ -35,6 +33,13 @@ def _parse(arguments: list[str]) -> list[str]:
     command.define_overrides(arguments, _configs)
     rest: list[str] = flags.FLAGS(arguments)
     return rest
+
+
+def require(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises the ConfigError of `what`, which gives a name, where that is not a known one."""
+    known = list(known)
+    if name not in known:
+        raise ConfigError(f"{what}: must be one of {', '.join(known)}{nearest_name(name, known)}")
 
 
 def path(flag: flags.FlagHolder[Any]) -> Path:
@@ -121,7 +126,7 @@ def output(flag: flags.FlagHolder[Any], name: str) -> Path | None:
     if flag.value is None:
         return None
     file = path(flag) / name
-    json_lines.require_writable(file)
+    measurements.require_writable(file)
     return file
 
 
@@ -132,8 +137,3 @@ def require_installed(extras: str, *packages: str) -> None:
         raise UserError(
             f"{', '.join(missing)}: not installed; pip install -e '.[{extras}]' in the clone"
         )
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the installed versions of packages."""
-    return {name: importlib.metadata.version(name) for name in packages}

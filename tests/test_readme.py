@@ -136,7 +136,7 @@ COMMANDS: dict[str, How] = {
     "python main.py --config=configs/tiny.py:moe --workdir=runs/moe": Runs(
         (*SMALL, *TEXT, "--config.model.ffn_size=0")
     ),
-    "python -m experiments.match --config=configs/paper_227m_1b2.py": Parses(
+    "python -m experiments.ablations.match --config=configs/paper_227m_1b2.py": Parses(
         "tests/experiments/test_commands.py"
     ),
     "python main.py --config=configs/long_context_tiny.py --workdir=runs/long_context": Runs(
@@ -146,17 +146,18 @@ COMMANDS: dict[str, How] = {
     "pip install -e '.[eval]'": Installs(),
     "python main.py --workdir=runs/cpu_small --mode=evaluate --suite=arc_easy,hellaswag"
     " --limit=100": Reads("downloads the tasks: tests/evaluation/test_downstream.py"),
-    "python -m experiments.harness_equality": Parses("tests/experiments/test_commands.py"),
-    "python -m experiments.run --ablation=heads --scale=cpu --seeds=3": Parses(
-        "tests/experiments/test_run.py"
+    "python -m experiments.benchmarks.harness_equality": Parses(
+        "tests/experiments/test_commands.py"
     ),
-    "python -m experiments.report": Parses("tests/experiments/test_report.py"),
-    "python main.py --config=experiments/ablations.py:heads/two --workdir=runs/two_heads": Runs(
-        (*SMALL, *TEXT)
+    "python -m experiments.ablations.run --ablation=heads --scale=cpu --seeds=3": Parses(
+        "tests/experiments/ablations/test_run.py"
     ),
+    "python -m experiments.ablations.report": Parses("tests/experiments/ablations/test_report.py"),
+    "python main.py --config=experiments/ablations/catalogue.py:heads/two"
+    " --workdir=runs/two_heads": Runs((*SMALL, *TEXT)),
     "python main.py --mode=cost --config=configs/paper_1b_7b.py:moe"
     " --compare=configs/paper_1b_7b.py": Runs(),
-    "python -m experiments.latency": Parses("tests/experiments/test_smoke.py"),
+    "python -m experiments.benchmarks.latency": Parses("tests/experiments/test_commands.py"),
     "python main.py --config=configs/cpu_small.py --workdir=runs/pod --config.mesh.fsdp=4"
     " --config.mesh.memory=16 --config.mesh.tensor=1": Reads("needs 64 devices"),
     "pip install -e '.[compile]'": Installs(),
@@ -184,16 +185,16 @@ COMMANDS: dict[str, How] = {
     "python -m kernels_pallas.bench --op=product_key_top_k --shapes=model": BENCH,
     "python -m kernels_pallas.bench --op=value_aggregation --implementation=pallas_gpu"
     " --tune": BENCH,
-    "python -m tests.kernels_pallas.conformance": Elsewhere(
-        "tests/kernels_pallas/test_conformance.py"
+    "python -m experiments.benchmarks.conformance": Parses(
+        "tests/experiments/benchmarks/test_checks.py"
     ),
-    "python -m tests.kernels_pallas.compile_matrix": Elsewhere(
-        "tests/kernels_pallas/compile_matrix.py"
+    "python -m experiments.benchmarks.compile_matrix": Parses(
+        "tests/experiments/benchmarks/test_checks.py"
     ),
     "python main.py --mode=plan": Elsewhere("docs/plans.md"),  # has the whole command below it
     "python main.py --mode=plan --config=configs/paper_1b_7b.py --topology=h200:8"
     " --config.mesh.memory=8 --plan_step=decode": COMPILES,
-    "python -m experiments.plans": Parses("tests/experiments/test_commands.py"),
+    "python -m experiments.benchmarks.plans": Parses("tests/experiments/test_commands.py"),
     "python main.py --config=configs/paper_1b_7b.py --workdir=/mnt/shared/run"
     " --config.mesh.replica=2 --config.mesh.memory=16": PROCESSES,
     "pip install kubernetes": Elsewhere("docs/pods.md"),  # by whom JAX asks it

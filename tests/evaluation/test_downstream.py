@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import harness_equality
+from experiments.benchmarks import harness_equality
 from tests import meshes, tiny_run
 from umv2.config import GenerateConfig
 from umv2.config.schema import UserError

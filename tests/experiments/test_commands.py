@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from experiments import json_lines, records
-from experiments.ablations import configuration
+from experiments import measurements
+from experiments.ablations.catalogue import configuration
 from tests.commands import TRACE, Commands, Ended
-from tests.experiments.test_records import store
+from tests.experiments.ablations.test_records import store
 
-ROOT = Path(records.__file__).parent.parent
-ENTRIES = sorted(
-    path.stem
-    for path in (ROOT / "experiments").glob("*.py")
+ROOT = Path(__file__).parents[2]
+# Every command, by the last part of its name.
+ENTRIES = {
+    path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "experiments").rglob("*.py"))
     if '__name__ == "__main__"' in path.read_text()
-)
+}
+PAGES = sorted((ROOT / "experiments" / "results").rglob("*.md"))
 # Files and folders that the cases below find in their folder.
 WORKING = {
     "file": "",
@@ -66,8 +68,6 @@ def check_one_line(ended: Ended, message: str) -> None:
 NEEDED = {
     "run": ["--ablation=heads"],
     "step_time": ["--config=tiny"],
-    "moe_step_time": ["--config=tiny:moe"],
-    "family_step_time": ["--config=tiny"],
     "match": ["--config=tiny"],
 }
 
@@ -83,7 +83,7 @@ NEEDED = {
 def test_what_no_command_has(
     commands: Commands, working: Path, entry: str, argument: str, message: str
 ) -> None:
-    ended = commands.run(f"experiments.{entry}", *NEEDED.get(entry, []), argument, folder=working)
+    ended = commands.run(ENTRIES[entry], *NEEDED.get(entry, []), argument, folder=working)
     check_one_line(ended, message)
 
 
@@ -91,7 +91,7 @@ def test_what_no_command_has(
 def test_what_a_command_must_be_given(commands: Commands, working: Path, entry: str) -> None:
     (needed,) = NEEDED[entry]
     name = needed.partition("=")[0]
-    check_one_line(commands.run(f"experiments.{entry}", folder=working), f"[Ff]lag {name}")
+    check_one_line(commands.run(ENTRIES[entry], folder=working), f"[Ff]lag {name}")
 
 
 MISTAKES = [
@@ -131,8 +131,8 @@ MISTAKES = [
     ),
     ("report", "--results=foreign", "foreign/.*seed_0.jsonl: not the records .* kind=None"),
     ("report", "--results=misnamed", "misnamed/smok: holds runs, and its name must begin with"),
-    ("arm_sizes", "--scales=cpuu", r"--scales=cpuu: must be one of .*\(nearest: cpu\)"),
-    ("arm_sizes", "--check --scales=", "--scales=: must be one of"),
+    ("sizes", "--scales=cpuu", r"--scales=cpuu: must be one of .*\(nearest: cpu\)"),
+    ("sizes", "--check --scales=", "--scales=: must be one of"),
     ("match", "--config=tinny", r"--config=tinny: no such file \(nearest: tiny\)"),
     ("match", "--config=cpu_small --families=mo", r"--families=mo: must be .*\(nearest: moe\)"),
     ("match", "--config=tiny:moe", "--config=tiny:moe: is the reference; leave out the colon"),
@@ -156,13 +156,19 @@ MISTAKES = [
     ("step_time", "--config=tiny --output=", "--output='': must not be empty"),
     ("step_time", "--config=tiny --output=gs://b", "--output=gs://b: must be a path"),
     ("step_time", "--config=tiny --output=/proc/x", "/proc/x: cannot be made a folder"),
-    ("moe_step_time", "--config=tiny", "model.family='memory': must be 'moe'"),
-    ("moe_step_time", "--config=tiny:moe --reference=tinny", "--reference=tinny: no such file"),
-    ("moe_step_time", "--config=tiny:moe --output=file", "file: cannot be made a folder"),
-    ("moe_step_time", "--config=tiny:moe --rounds=-1", "--rounds=-1: "),
-    ("family_step_time", "--config=tiny --families=mo", r"--families=mo: .*\(nearest: moe\)"),
-    ("family_step_time", "--config=tiny --output=file/x", "file/x: cannot be made a folder"),
-    ("family_step_time", "--config=own.py", "--config=own.py: must be a file of configs/"),
+    ("step_time", "--config=tiny --rounds=-1", "--rounds=-1: "),
+    ("step_time", "--config=tiny --output=file/x", "file/x: cannot be made a folder"),
+    ("step_time", "--config=tiny --variants=", "--variants: must name one"),
+    ("step_time", "--config=tiny --variants=config,,dense", "--variants: must name one"),
+    ("step_time", "--config=tiny --variants=tinny", "--variants=tinny: no such file"),
+    ("step_time", "--config=tiny --variants=tiny:mo", r"family 'mo': .*\(nearest: moe\)"),
+    ("step_time", "--config=tiny --variants=plain_experts", "--config=tiny has no experts"),
+    ("step_time", "--config=own.py --variants=families", "--config=own.py: must be a file of conf"),
+    ("compile_matrix", "--chips=v5", r"--chips=v5: must be one of .*\(nearest: v5[ep]\)"),
+    ("compile_matrix", "--operators=top_k", "--operators=top_k: must be one of"),
+    ("compile_matrix", "--backends=pallas", "--backends=pallas: must be one of"),
+    ("compile_matrix", "--shapes=1m", "--shapes=1m: must be one of"),
+    ("compile_matrix", "--passes=back", "--passes=back: must be one of forward, gradients"),
     (
         "harness_equality",
         "--equality_output=gs://b/x",
@@ -206,9 +212,7 @@ def test_a_mistake_is_one_line(
     commands: Commands, working: Path, entry: str, arguments: str, message: str
 ) -> None:
     before = {path: path.read_bytes() for path in working.rglob("*") if path.is_file()}
-    check_one_line(
-        commands.run(f"experiments.{entry}", *arguments.split(), folder=working), message
-    )
+    check_one_line(commands.run(ENTRIES[entry], *arguments.split(), folder=working), message)
     assert {path: path.read_bytes() for path in working.rglob("*") if path.is_file()} == before
 
 
@@ -223,10 +227,38 @@ def test_a_mistake_is_one_line(
 def test_a_package_that_is_missing(
     commands: Commands, working: Path, entry: str, arguments: str, package: str, extra: str
 ) -> None:
-    ended = commands.run(
-        f"experiments.{entry}", *arguments.split(), folder=working, missing=[package]
-    )
+    ended = commands.run(ENTRIES[entry], *arguments.split(), folder=working, missing=[package])
     check_one_line(ended, rf"{package}.*: not installed; pip install -e '\.\[{extra}\]'")
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_help_says_how_a_command_is_written(commands: Commands, entry: str) -> None:
+    ended = commands.run(ENTRIES[entry], "--help")
+    assert f"python -m {ENTRIES[entry]}" in ended.output
+    assert TRACE not in ended.errors + ended.output
+
+
+def commands_of_pages() -> list[str]:
+    """The commands that pages of results name, once each."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        found += re.findall(r"`python -m ([^`]+)`", text)
+        found += re.findall(r"^    (?:\w+=\S+ )*python -m ([^#\n]+)", text, re.MULTILINE)
+    return sorted({" ".join(command.split()) for command in found})
+
+
+@pytest.mark.parametrize("command", commands_of_pages())
+def test_numbers_of_pages_come_from_commands_that_there_are(
+    commands: Commands, command: str
+) -> None:
+    module, *arguments = command.split()
+    if module == "kernels_pallas.bench":  # with the tests of kernels
+        return
+    assert module in ENTRIES.values()
+    ended = commands.run(module, *arguments, "--help")
+    assert f"python -m {module}" in ended.output
+    assert not ended.errors
 
 
 def test_a_stored_run_of_another_configuration_is_not_overwritten(
@@ -238,7 +270,7 @@ def test_a_stored_run_of_another_configuration_is_not_overwritten(
     before = path.read_bytes()
     flags = ("--ablation=heads", "--arms=two", "--scale=smoke", "--results=results", "--workdir=w")
     message = rf"{path.relative_to(tmp_path)}: is of another .*\(train.num_steps: 7 -> 6\); move it"
-    check_one_line(commands.run("experiments.run", *flags, folder=tmp_path), message)
+    check_one_line(commands.run("experiments.ablations.run", *flags, folder=tmp_path), message)
     assert path.read_bytes() == before
 
 
@@ -255,7 +287,8 @@ def test_a_page_that_cannot_be_written(commands: Commands, tmp_path: Path, page:
     (tmp_path / page).mkdir()
     message = f"{page}: cannot be (written|read): Is a directory"
     check_one_line(
-        commands.run("experiments.report", f"--results={tmp_path}", folder=tmp_path), message
+        commands.run("experiments.ablations.report", f"--results={tmp_path}", folder=tmp_path),
+        message,
     )
 
 
@@ -264,7 +297,7 @@ def test_notes_that_are_no_text(commands: Commands, tmp_path: Path) -> None:
     notes = tmp_path / "smoke" / "notes" / "heads.md"
     notes.parent.mkdir()
     notes.write_bytes(b"\xff\xfe")
-    ended = commands.run("experiments.report", f"--results={tmp_path}", folder=tmp_path)
+    ended = commands.run("experiments.ablations.report", f"--results={tmp_path}", folder=tmp_path)
     check_one_line(ended, f"{notes}: must be text in UTF-8")
 
 
@@ -274,7 +307,7 @@ def test_a_folder_of_results_in_the_home_folder(
     write_runs(tmp_path)
     home = Path("~").expanduser()
     relative = Path("~") / Path(*[".."] * (len(home.parts) - 1)) / tmp_path.relative_to("/")
-    ended = commands.run("experiments.report", f"--results={relative}", folder=tmp_path)
+    ended = commands.run("experiments.ablations.report", f"--results={relative}", folder=tmp_path)
     assert ended.status == 0, ended
     assert "[heads](smoke/heads.md)" in ended.output
     assert not (tmp_path / "~").exists()
@@ -284,14 +317,14 @@ def test_standard_output_that_is_full_or_closed(commands: Commands, tmp_path: Pa
     write_runs(tmp_path)
     flag = f"--results={tmp_path}"
     check_one_line(
-        commands.run("experiments.report", flag, folder=tmp_path, stdout="/dev/full"),
+        commands.run("experiments.ablations.report", flag, folder=tmp_path, stdout="/dev/full"),
         "No space left on device",
     )
-    ended = commands.run("experiments.report", flag, folder=tmp_path, stdout="closed")
+    ended = commands.run("experiments.ablations.report", flag, folder=tmp_path, stdout="closed")
     assert (ended.status, ended.errors) == (141, "")
 
 
 def test_results_are_json_whatever_they_are(tmp_path: Path) -> None:
     path = tmp_path / "step_time.jsonl"
-    json_lines.append(path, [{"ratio": float("nan")}])
+    measurements.append(path, [{"ratio": float("nan")}])
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"ratio": None}

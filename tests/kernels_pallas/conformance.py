@@ -1,31 +1,28 @@
 """Every backend of every operator, at every "ci" shape and dtype, against the float32 reference.
 
-    python -m tests.kernels_pallas.conformance [PART OF A NAME ...]
+    python -m pytest tests/kernels_pallas/conformance.py [-k PART OF A NAME]
 
-runs all cases, or those whose names have one of the parts, kernels in the interpreter of their
-platform; prints a matrix and writes it, with a JSON line for each case, under
-experiments/results/kernels. `test_conformance.py` runs the same cases. A new entry of an operator's
-BACKENDS is another column of cases without further ado.
+runs all cases, kernels in the interpreter of their platform; `python -m
+experiments.benchmarks.conformance` shows their errors. The suite runs some of them, in
+test_conformance.py. A new entry of an operator's BACKENDS is another column of cases without
+further ado.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.benchmark.report import aligned, environment
 from kernels_pallas.benchmark.workloads import OPERATORS, Operator, differentiated
 from kernels_pallas.dispatch import Platform, UnsupportedError
 from kernels_pallas.product_key_top_k.reference import product_key_top_k_reference
@@ -43,7 +40,6 @@ PLATFORMS: dict[str, Platform] = {
     "pallas_gpu": "gpu",
 }
 DTYPES = ("float32", "bfloat16")
-RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "kernels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +183,10 @@ def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], reduction: 
     return max(errors, key=lambda error: error.share)
 
 
-def record(case: Case, outcome: dict[str, Error] | str) -> dict[str, Any]:
-    """A line of the results."""
-    what: dict[str, Any] = {
+def check(case: Case, record_property: Callable[[str, str], None]) -> None:
+    """Holds the errors of a case to what is tolerated, and records them; skips what is refused."""
+    outcome = run(case)
+    measured: dict[str, Any] = {
         "case": str(case),
         "operator": case.operator,
         "backend": case.backend,
@@ -197,59 +194,15 @@ def record(case: Case, outcome: dict[str, Error] | str) -> dict[str, Any]:
         "shape": dataclasses.asdict(case.shape),
     }
     if isinstance(outcome, str):
-        return what | {"refused": outcome}
-    return what | {name: dataclasses.asdict(error) for name, error in outcome.items()}
+        record_property("measured", json.dumps(measured | {"refused": outcome}))
+        pytest.skip(outcome)
+    errors = {name: dataclasses.asdict(error) for name, error in outcome.items()}
+    record_property("measured", json.dumps(measured | errors))
+    for pass_name, error in outcome.items():
+        assert error.share <= 1, (pass_name, error)
 
 
-def matrix(records: Sequence[dict[str, Any]]) -> str:
-    """Counts and worst error by operator, backend, dtype and pass, then the refusals."""
-    counted = ("passed", "failed", "refused")
-    rows: list[tuple[str, ...]] = [
-        ("operator", "backend", "dtype", "pass", *counted, "worst error", "of tolerated", "at")
-    ]
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for line in records:
-        groups.setdefault((line["operator"], line["backend"], line["dtype"]), []).append(line)
-    for group, lines in groups.items():
-        taken = [line for line in lines if "refused" not in line]
-        for name in ("forward", "gradients"):
-            failed = sum(line[name]["share"] > 1 for line in taken)
-            counts = (str(len(taken) - failed), str(failed), str(len(lines) - len(taken)))
-            worst = max(taken, key=lambda line: line[name]["share"], default=None)
-            where = ("", "", "")
-            if worst is not None:
-                error = worst[name]
-                where = (
-                    f"{error['largest']:.1e}",
-                    f"{error['share']:.2f}",
-                    f"{worst['shape']['name']}, {error['array']}",
-                )
-            rows.append((*group, name, *counts, *where))
-    refusals = [f"{line['case']}: {line['refused']}" for line in records if "refused" in line]
-    return "\n".join((aligned(rows), "", "refused", *refusals)) + "\n"
-
-
-def main(names: Sequence[str]) -> None:
-    """Runs the cases whose names contain one of `names`, or all; the others keep their lines."""
-    jax.config.update("jax_platforms", "cpu")
-    # As many threads: in the interpreter those of a GPU kernel wait for each other.
-    jax.config.update("jax_num_cpu_devices", 8)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path, where = RESULTS / "conformance.jsonl", environment()
-    old = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    lines = {line["case"]: line for line in old}
-    for case in cases():
-        if names and not any(name in str(case) for name in names):
-            continue
-        start = time.perf_counter()
-        lines[str(case)] = record(case, run(case)) | where
-        sys.stderr.write(f"{case} {time.perf_counter() - start:.1f} s\n")
-        jax.clear_caches()  # what interpreted kernels leave there is large
-        found = [lines[str(case)] for case in cases() if str(case) in lines]
-        path.write_text("".join(json.dumps(line) + "\n" for line in found))
-        (RESULTS / "conformance.txt").write_text(matrix(found))
-    sys.stdout.write(matrix(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_every_case(case: Case, record_property: Callable[[str, str], None]) -> None:
+    check(case, record_property)
+    jax.clear_caches()  # what interpreted kernels leave there is large

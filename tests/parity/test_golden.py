@@ -3,13 +3,12 @@
 A file says in `meta_json` which case it is; the case begins with its family, and the rest of the
 metadata gives the sizes. A new file of a known family is a new test, with nothing to add here.
 
-`python -m tests.parity.test_golden` prints the worst relative error of each file.
+`python -m experiments.benchmarks.parity` shows the worst relative errors of each file.
 """
 
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
@@ -72,11 +71,16 @@ def relative_errors(path: pathlib.Path, dtype: Dtype) -> dict[str, float]:
     }
 
 
-def excesses(path: pathlib.Path, dtype: Dtype) -> dict[str, float]:
-    """Returns the results of a file whose error is above its tolerance."""
+def worst_errors(errors: dict[str, float]) -> dict[str, float]:
+    """Returns the worst error of the values and of the gradients, where there are any."""
+    gradients = {name for name in errors if name.startswith("grad")}
+    by_kind = {"values": errors.keys() - gradients, "gradients": gradients}
+    return {kind: max(errors[n] for n in names) for kind, names in by_kind.items() if names}
+
+
+def excesses(errors: dict[str, float], dtype: Dtype) -> dict[str, float]:
+    """Returns the errors that are above their tolerance."""
     values, gradients = TOLERANCES[dtype]
-    errors = relative_errors(path, dtype)
-    assert errors, f"{path.name} holds nothing to compare"
     return {
         name: error
         for name, error in errors.items()
@@ -86,8 +90,14 @@ def excesses(path: pathlib.Path, dtype: Dtype) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
-def test_results_equal_those_of_the_published_layer(path: pathlib.Path, dtype: Dtype) -> None:
-    assert excesses(path, dtype) == {}
+def test_results_equal_those_of_the_published_layer(
+    path: pathlib.Path, dtype: Dtype, record_property: Callable[[str, str], None]
+) -> None:
+    errors = relative_errors(path, dtype)
+    assert errors, f"{path.name} holds nothing to compare"
+    measured = {"file": path.stem, "dtype": dtype} | worst_errors(errors)
+    record_property("measured", json.dumps(measured))
+    assert excesses(errors, dtype) == {}
 
 
 def test_files_of_every_family_are_found() -> None:
@@ -102,7 +112,8 @@ def test_what_differs_or_is_new_is_noticed(tmp_path: pathlib.Path) -> None:
 
     altered = ["y", "idx.real", "score.best", "grad.keys", "aux.key_balance_loss"]
     path = _altered_copy(tmp_path, dict.fromkeys(altered, alter), {"grad.novelty": np.zeros(3)})
-    assert set(excesses(path, "float32")) == {*altered, "grad.novelty"}
+    errors = relative_errors(path, "float32")
+    assert set(excesses(errors, "float32")) == {*altered, "grad.novelty"}
 
 
 def test_an_unknown_family_is_an_error(tmp_path: pathlib.Path) -> None:
@@ -146,22 +157,3 @@ def _relative_error(ours: np.ndarray | None, golden: np.ndarray) -> float:
     if np.array_equal(ours, golden, equal_nan=True):  # also where all is zero
         return 0.0
     return float(np.max(np.abs(ours - golden)) / np.max(np.abs(golden)))
-
-
-def main() -> None:
-    """Prints the worst relative error of each file: values and gradients, both dtypes."""
-    columns = [(dtype, kind) for dtype in TOLERANCES for kind in ("values", "gradients")]
-    lines = ["file".ljust(40) + "".join(f"{' '.join(column):>20}" for column in columns)]
-    for path in sorted(GOLDEN.glob("*.npz")):
-        cells = []
-        for dtype in TOLERANCES:
-            errors = relative_errors(path, dtype)
-            for gradient in (False, True):
-                worst = [e for name, e in errors.items() if name.startswith("grad") == gradient]
-                cells.append(f"{max(worst):20.1e}" if worst else f"{'none':>20}")
-        lines.append(path.stem.ljust(40) + "".join(cells))
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()

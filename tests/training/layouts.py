@@ -1,22 +1,15 @@
 """Every layout of the mesh against one device, through the production entry point.
 
-python -m tests.training.layouts [FAMILY ...]: runs them, prints a table and writes it to
-experiments/results/meshes/; on 8 devices, of a CPU if there are no others.
+test_layouts.py runs them, and `python -m experiments.benchmarks.meshes` shows what it measures.
 """
 
 import dataclasses
 import functools
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # before jax is imported
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import numpy as np
@@ -32,7 +25,6 @@ from umv2.training.state import TrainState, abstract_state, create_state, model_
 from umv2.types import Batch
 
 STEPS = 20
-RESULTS = Path(__file__).parents[2] / "experiments/results/meshes"
 
 _BOTH = "fsdp_and_memory"
 # Of ultramem_v2, the layouts one by one; of the others, all that divides them at once.
@@ -85,12 +77,6 @@ class Difference:
     loss: float  # the largest over all steps
     gradient_norm: float  # of the first step
     steps: int
-
-    def __str__(self) -> str:
-        return f"{self.family:<12}{self.mesh:<74}{self.loss:>10.1e}{self.gradient_norm:>15.1e}"
-
-
-HEADER = f"{'family':<12}{'mesh':<74}{'loss':>10}{'gradient norm':>15}"
 
 
 def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
@@ -194,28 +180,8 @@ def compare(family: str, mesh: dict[str, Any]) -> Difference:
     )
 
 
-def cases(*names: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every family and mesh; of the named families, or all."""
-    for family in names or LAYOUTS:
-        for mesh in LAYOUTS[family]:
+def cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every family and mesh."""
+    for family, meshes in LAYOUTS.items():
+        for mesh in meshes:
             yield family, mesh
-
-
-def main() -> None:
-    """Prints the table of the named families, and stores it beside those of the others."""
-    path = RESULTS / "equality.jsonl"
-    stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = {(record["family"], record["mesh"]): record for record in stored}
-    sys.stdout.write(f"{HEADER}\n")
-    for family, mesh in cases(*sys.argv[1:]):
-        difference = compare(family, mesh)
-        sys.stdout.write(f"{difference}\n")
-        sys.stdout.flush()
-        record = dataclasses.asdict(difference) | {"jax": jax.__version__}
-        found[difference.family, difference.mesh] = record
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{json.dumps(record)}\n" for record in found.values()))
-
-
-if __name__ == "__main__":
-    main()

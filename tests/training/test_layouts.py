@@ -1,7 +1,9 @@
 """Runs on every layout of the mesh equal the run on one device; see tests/training/layouts.py."""
 
 import dataclasses
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,11 @@ QUICK = (
         for case in layouts.cases()
     ],
 )
-def test_a_layout_trains_as_one_device(family: str, mesh: dict[str, Any]) -> None:
+def test_a_layout_trains_as_one_device(
+    family: str, mesh: dict[str, Any], record_property: Callable[[str, str], None]
+) -> None:
     found = layouts.compare(family, mesh)
+    record_property("measured", json.dumps(dataclasses.asdict(found)))
     assert found.steps == layouts.STEPS
     assert found.loss <= 1e-5
     assert found.gradient_norm <= 1e-5

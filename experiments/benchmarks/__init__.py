@@ -1,0 +1,1 @@
+"""What was measured of programs: times, memory, errors, plans, answers."""

@@ -1,0 +1,249 @@
+r"""Time and memory of training steps that take turns in one process.
+
+    python -m experiments.benchmarks.step_time --config=tiny --variants=dense,config,unrolled
+    python -m experiments.benchmarks.step_time --config=tiny --variants=config,families
+    python -m experiments.benchmarks.step_time --config=tiny:moe \
+        --variants=config,plain_experts,tiny
+
+Whatever else the machine does meets all variants alike, so that what counts is the ratio to the
+first of them within a round. A variant is one of
+
+    config           the configuration as it is
+    unrolled         with the other value of `model.scan_layers`
+    dense            without sparse layers, the FFN widened to as many active parameters
+    plain_experts    the MoE with `jax.lax.ragged_dot`, `jnp.take` and `lax.top_k` for its experts,
+                     differentiated by JAX
+    families         every family at the configuration's scale, of the sizes that configs/ ships
+    FILE[:ARGUMENT]  another configuration
+
+Prints a table, and with --output appends a line to OUTPUT/step_time.jsonl.
+"""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from configs import families
+from experiments import cli, measurements
+from umv2.config.schema import ConfigError
+
+_CONFIG = cli.define_config("config", "Configuration to measure.")
+_VARIANTS = flags.DEFINE_list(
+    "variants", ["config", "unrolled", "dense"], "What takes turns; ratios are to the first."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of step_time.jsonl; none: print only.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.", 1)
+
+_WARM_UP_ROUNDS = 2
+_PLAIN_EXPERTS = "plain_experts"
+
+
+class Step:
+    """A compiled training step with a state and a batch to run it on."""
+
+    def __init__(self, values: ConfigDict):
+        import jax
+
+        from umv2 import sharding
+        from umv2.config import from_config_dict
+        from umv2.cost import accounting
+        from umv2.data import loader
+        from umv2.data.corpus import open_corpus
+        from umv2.training import optim, train
+        from umv2.training.state import create_state, model_structure
+
+        config = from_config_dict(values)
+        corpus = open_corpus(config.data, config.model.vocab_size)
+        batches = loader.train_batches(
+            corpus, config.data, batch_size=config.train.batch_size, start_step=0
+        )
+        optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
+        self._mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
+        with jax.set_mesh(self._mesh):
+            self._state = jax.jit(lambda: create_state(config, optimizer))()
+            self._batch = sharding.local_to_global(self._mesh, next(batches))
+            step = train.make_train_step(config, model_structure(config.model), optimizer)
+            start = time.perf_counter()
+            lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
+            self._compiled = lowered.compile()
+            self.compile_seconds = time.perf_counter() - start
+        batches.close()
+        memory = self._compiled.memory_analysis()
+        assert memory is not None  # every XLA backend of jax reports it
+        self.temporary_bytes = memory.temp_size_in_bytes
+        self.peak_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        self.active_parameters = accounting.parameter_counts(config.model).active
+        self.seconds: list[float] = []
+
+    def run(self, *, timed: bool) -> None:
+        """Takes one step."""
+        import jax
+
+        start = time.perf_counter()
+        with jax.set_mesh(self._mesh):
+            self._state, metrics = self._compiled(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        if timed:
+            self.seconds.append(time.perf_counter() - start)
+
+
+def variants(names: list[str], config: ConfigDict, given: str) -> dict[str, ConfigDict]:
+    """Returns the configurations of the variants, by their names in results.
+
+    Args:
+      names: as --variants lists them.
+      config: the configuration that they are variants of.
+      given: what --config says; its file has the sizes of families.
+
+    Raises:
+      ConfigError: a variant that there is not, or none.
+    """
+    from umv2.config import files as config_files
+
+    found: dict[str, ConfigDict] = {}
+    for name in names:
+        copy = config.copy_and_resolve_references()
+        match name:
+            case "config":
+                found["config"] = copy
+            case "unrolled":
+                copy.model.scan_layers = not config.model.scan_layers
+                found[f"scan_layers={copy.model.scan_layers}"] = copy
+            case "dense":
+                widen_to_active_parameters(copy, config)
+                found[f"dense, ffn_size={copy.model.ffn_size}"] = copy
+            case "plain_experts":
+                if config.model.family != "moe":
+                    raise ConfigError(
+                        f"--variants={name}: --config={given} has no experts; name one of moe"
+                    )
+                found[_PLAIN_EXPERTS] = copy
+            case "families":
+                sizes = cli.sizes_of_families(_CONFIG)
+                for family in sizes:
+                    copy = config.copy_and_resolve_references()
+                    found[family] = families.switch(copy, family, sizes)
+            case "":
+                raise ConfigError("--variants: must name one")
+            case _:
+                found[config_files.label(name)] = config_files.load(name, "--variants")
+    if not found:
+        raise ConfigError("--variants: must name one")
+    return found
+
+
+def widen_to_active_parameters(dense: ConfigDict, config: ConfigDict) -> None:
+    """Makes a copy of a configuration dense, with as many active parameters as that has."""
+    from umv2.config import from_config_dict
+    from umv2.cost import accounting
+
+    dense.model.family = "dense"
+    active = accounting.parameter_counts(from_config_dict(config).model).active
+    missing = active - accounting.parameter_counts(from_config_dict(dense).model).active
+    dense.model.ffn_size += round(
+        missing / (3 * config.model.hidden_size * config.model.num_layers)
+    )
+
+
+def compiled(name: str, config: ConfigDict) -> Step:
+    """Compiles the step of a variant."""
+    if name != _PLAIN_EXPERTS:
+        return Step(config)
+    with contextlib.ExitStack() as stack:
+        mocks = [stack.enter_context(each) for each in _plain_experts()]
+        step = Step(config)
+    assert all(each.called for each in mocks)
+    return step
+
+
+def _plain_experts() -> list[Any]:
+    """Returns what replaces the MoE's own operators by plain ones."""
+    import jax
+
+    from umv2.model.moe import experts, layer
+
+    return [
+        mock.patch.object(experts, "mixture", side_effect=plain_mixture),
+        mock.patch.object(layer, "_largest", side_effect=jax.lax.top_k),
+    ]
+
+
+def plain_mixture(x: Any, weights: Any, dispatch: Any, into: Any, down: Any) -> Any:
+    """Does the work of `umv2.model.moe.experts.mixture` without a derivative of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), dispatch.group_sizes)
+
+    gate, up = into
+    rows = jnp.take(x, dispatch.pairs // weights.shape[1], axis=0)
+    out = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
+    return jnp.einsum("tkd,tk->td", jnp.take(out, dispatch.rows, axis=0), weights.astype(x.dtype))
+
+
+def in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Any]:
+    """Takes steps in turns; returns medians, quartiles, memory, and ratios to the first variant."""
+    import numpy as np
+
+    for round_index in range(_WARM_UP_ROUNDS + rounds):
+        for step in steps.values():
+            step.run(timed=round_index >= _WARM_UP_ROUNDS)
+    base = next(iter(steps))
+    found = {}
+    for name, step in steps.items():
+        low, median, high = np.percentile(step.seconds, [25, 50, 75])
+        ratios = np.percentile(np.divide(step.seconds, steps[base].seconds), [25, 50, 75])
+        found[name] = {
+            "median_seconds": median,
+            "quartile_seconds": [low, high],
+            "ratio": ratios[1],
+            "ratio_quartiles": [ratios[0], ratios[2]],
+            "compile_seconds": step.compile_seconds,
+            "temporary_bytes": step.temporary_bytes,
+            "peak_bytes": step.peak_bytes,
+            "active_parameters": step.active_parameters,
+        }
+    return {"rounds": rounds, "ratios_to": base, "variants": found}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the measurements in aligned columns."""
+    width = 2 + max(map(len, ("variant", *results["variants"])))
+    lines = [
+        f"{'variant':<{width}}{'seconds':>9}{'ratio':>8}{'quartiles':>16}{'compile s':>11}"
+        f"{'temporary MiB':>15}{'peak MiB':>10}{'active':>15}"
+    ]
+    for name, row in results["variants"].items():
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"{name:<{width}}{row['median_seconds']:>9.3f}{row['ratio']:>8.3f}"
+            f"{f'{low:.3f}-{high:.3f}':>16}{row['compile_seconds']:>11.1f}"
+            f"{row['temporary_bytes'] / 2**20:>15.1f}{row['peak_bytes'] / 2**20:>10.1f}"
+            f"{row['active_parameters']:>15,}"
+        )
+    return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+    """Measures, prints and records."""
+    config, output = cli.configuration(_CONFIG), cli.output(_OUTPUT, "step_time.jsonl")
+    configs = variants(_VARIANTS.value, config, _CONFIG.value)
+    steps = {name: compiled(name, values) for name, values in configs.items()}
+    results = {
+        "config": _CONFIG.value,
+        "tokens_per_step": config.train.batch_size * config.data.sequence_length,
+    } | in_turns(steps, _ROUNDS.value)
+    print(table(results))
+    if output:
+        measurements.append(output, [measurements.about() | measurements.device() | results])
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    cli.run(main)
