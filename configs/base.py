@@ -13,16 +13,17 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of the parameters
 
     model = config.model = ConfigDict()
-    # dense | memory: UltraMem (V1, V2), Memory+, PKM, PEER by their fields | moe: experts in place
-    # of the FFN. configs/families.py says which fields make which family.
-    model.family = "memory"
+    # A block has an attention, an FFN (`ffn`) and, where placed, a memory layer (`memory.layer`).
+    # configs/families.py says which fields make which published family.
     model.vocab_size = 264  # bytes and end-of-text, rounded up to a multiple of 8
     model.hidden_size = 256  # h, width of the residual stream
     model.num_layers = 4  # L, transformer blocks
     model.num_heads = 4  # of the attention
     model.num_key_value_heads = 4  # of the attention; fewer than num_heads: grouped queries
-    # Inner width of the SwiGLU (half of its gate + up width); 0: none, for a mixture of experts,
-    # where more is a shared expert.
+    # The FFN of every block: dense | moe: a mixture of experts | none. Independent of the memory.
+    model.ffn = "dense"
+    # Inner width of the SwiGLU (half of its gate + up width); beside experts that of a shared one,
+    # or 0.
     model.ffn_size = 512
     model.tie_embeddings = True  # one matrix for input embedding and output head
     model.rope_theta = 10000.0  # OLMoE
@@ -41,6 +42,9 @@ def get_config() -> ConfigDict:
     model.remat = "none"  # none | full: keep block inputs only | dots: keep matrix products
 
     memory = model.memory = ConfigDict()
+    # What stands in the memory slot: product_key | none | module:Class, a layer of your own
+    # (docs/extending.md).
+    memory.layer = "product_key"
     # Blocks (from 1) whose normalised FFN input a memory layer reads, and blocks beside whose FFN
     # its output is added. Empty: every block, read = write (paper, section 3.1).
     memory.read_layers = ()

@@ -5,7 +5,7 @@ Every file of a published or matched size takes a family as its argument:
     python main.py --config=configs/tiny.py:pkm --workdir=runs/pkm
 
 `switch` sets the fields of the family, then its sizes at that scale. Sizes that no paper gives were
-found by `python -m experiments.match`.
+found by `python -m experiments.ablations.match`.
 """
 
 import difflib
@@ -45,13 +45,14 @@ def switch(config: ConfigDict, family: str, sizes: Sizes) -> ConfigDict:
 
 
 def dense(config: ConfigDict) -> None:
-    """A transformer without sparse layers, its FFN widened."""
-    config.model.family = "dense"
+    """A transformer without memory layers, its FFN widened."""
+    config.model.memory.layer = "none"
 
 
 def moe(config: ConfigDict) -> None:
     """OLMoE (arXiv 2409.02060): dropless experts in place of the FFN, 8 active of each token."""
-    config.model.family = "moe"
+    config.model.memory.layer = "none"
+    config.model.ffn = "moe"
     config.model.ffn_size = 0
     config.model.moe.top_k = 8
     config.loss.load_balance = 0.01

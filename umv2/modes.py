@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from umv2.data import kept_tokenizer, tokenizers
 from umv2.data import prepare as data_preparation
 from umv2.data.corpus import Corpus, open_corpus
 from umv2.evaluation import downstream, long_context, report
-from umv2.evaluation.answers import Respondent
+from umv2.evaluation.scoring import Scorer
 from umv2.inference.decode import Generator
 from umv2.interop import runs
 from umv2.planning import plan as cost_plan
@@ -28,7 +29,6 @@ from umv2.training import checkpoint, inspection
 from umv2.training import train as training
 from umv2.training.held_out import evaluate_corpus, make_evaluation_step
 from umv2.training.progress import working
-from umv2.training.state import merge_model, model_structure
 
 train = training.train
 inspect = inspection.inspect
@@ -44,15 +44,15 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
       CheckpointError: there is no checkpoint that can be read.
     """
     config = _run_config(config, workdir)
-    corpus = _corpus_of_text(config)
+    corpus = open_corpus(config.data, config.model.vocab_size, purpose="evaluate")
     _check_corpus(corpus, workdir)
     config, mesh, restored = _restored(config, workdir)
     with jax.set_mesh(mesh):
         step = make_evaluation_step(
-            model_structure(config.model), mask_across_documents=config.data.mask_across_documents
+            config.model, mask_across_documents=config.data.mask_across_documents
         )
         held_out = evaluate_corpus(
-            lambda batch: step(restored.params, restored.buffers, restored.store, batch),
+            functools.partial(step, restored.weights),
             corpus,
             config,
             mesh=mesh,
@@ -71,12 +71,12 @@ def evaluate_long_context(config: Config | None, workdir: Path) -> long_context.
     """
     config = _run_config(config, workdir)
     tokenizer = _tokenizer(config, workdir, "the long-context suite")
-    corpus = _corpus_of_text(config)
+    corpus = open_corpus(config.data, config.model.vocab_size, purpose="evaluate")
     _check_corpus(corpus, workdir)
     config, mesh, restored = _restored(config, workdir)
     found = long_context.evaluate(
         config,
-        Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
+        Scorer(config.model, restored.weights, mesh),
         tokenizer=tokenizer,
         texts=[text.decode() for text in corpus.held_out_documents()],
         step=restored.step,
@@ -134,17 +134,15 @@ def harness_model(config: Config, workdir: Path) -> tuple[Any, int]:
 
     tokenizer = _tokenizer(config, workdir, "lm-evaluation-harness")
     config, mesh, restored = _restored(config, workdir)
-    with jax.set_mesh(mesh):
-        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
     generator = Generator(
-        model,
-        restored.store,
+        config.model,
+        restored.weights,
         tokenizer=tokenizer,
         config=config.generate,
         mesh=mesh if mesh.size > 1 else None,
     )
     wanted = harness.HarnessModel(
-        Respondent(config.model, restored.params, restored.buffers, restored.store, mesh),
+        Scorer(config.model, restored.weights, mesh),
         generator,
         tokenizer,
         max_length=config.data.sequence_length,
@@ -164,13 +162,6 @@ def _restored(
     )
     with jax.set_mesh(mesh), working("restoring the newest checkpoint"):
         return config, mesh, checkpoint.restore_for_inference(workdir / "checkpoints", config)
-
-
-def _corpus_of_text(config: Config) -> Corpus:
-    """Opens the corpus without writing the documents of long-context tasks: those are to train."""
-    none = dataclasses.replace(config.data.long_context, num_documents=0)
-    data = dataclasses.replace(config.data, long_context=none)
-    return open_corpus(data, config.model.vocab_size)
 
 
 def _check_corpus(corpus: Corpus, workdir: Path) -> None:
@@ -217,10 +208,9 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
     mesh = _generation_mesh(config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         restored = checkpoint.restore_for_inference(workdir / "checkpoints", config)
-        model = merge_model(model_structure(config.model), restored.params, restored.buffers)
     yield prompt
     generator = Generator(
-        model, restored.store, tokenizer=tokenizer, config=config.generate, mesh=mesh
+        config.model, restored.weights, tokenizer=tokenizer, config=config.generate, mesh=mesh
     )
     yield from generator.generate(prompt)
 
@@ -261,7 +251,7 @@ def plan(
 
 
 def prepare(config: Config, output_dir: Path) -> None:
-    """Tokenises the configured text into token shards, on all cores."""
+    """Tokenizes the configured text into token shards, on all cores."""
     data_preparation.prepare(config.data, output_dir, num_processes=os.cpu_count() or 1)
 
 

@@ -1,4 +1,4 @@
-"""Values that cross module boundaries: batches, what layers report, what a step reports.
+"""Values that cross module boundaries.
 
 Axis letters in jaxtyping annotations: `b` batch, `t` position or token, `d` hidden, `h` retrieval
 head, `r` Tucker rank, `n` keys per side, `k` selected value, `c` core, `v` value width, `p`
@@ -53,24 +53,3 @@ class Batch:
     segment_ids: Int[AnyArray, "b t"]
     # 1 where the target counts in the loss, 0 where it is padding.
     weights: Float[AnyArray, "b t"]
-
-
-@struct
-class LayerStats:
-    """What one sparse layer reports of one batch; a scan over layers stacks it along axis 0.
-
-    Means and variances are over tokens (and widths); all are float32 but `hits`. A score is what
-    weights a value or an expert, summed over cores.
-    """
-
-    # Of memory keys (Eq. 18-20), or of experts: E sum_i f_i p_i.
-    balance_loss: Float[Array, "*l"]
-    # Mean squared log-partition of the router; 0 for memory layers.
-    router_z_loss: Float[Array, "*l"]
-    # Mean probability that the router gives each expert; no entries for memory layers.
-    router_probability: Float[Array, "*l experts"]
-    output_variance: Float[Array, "*l"]
-    top_score: Float[Array, "*l"]
-    last_score: Float[Array, "*l"]
-    # How often each visible row, or expert, was selected.
-    hits: Int[Array, "*l choices"]

@@ -57,19 +57,20 @@ class Config:
         self.mesh.validate()
         self._validate_divisions()
         memory = self.model.memory
-        for name, family, layers in (
-            ("tucker_penalty", "memory", "memory layers"),
-            ("balance_loss", "memory", "memory layers"),
-            ("load_balance", "moe", "experts"),
-            ("router_z_loss", "moe", "experts"),
+        without_memory = (
+            memory.layer == "none" and "memory layers, but model.memory.layer is 'none'"
+        )
+        without_experts = (
+            self.model.ffn != "moe" and f"experts, but model.ffn is {self.model.ffn!r}"
+        )
+        for name, missing in (
+            ("tucker_penalty", without_memory),
+            ("balance_loss", without_memory),
+            ("load_balance", without_experts),
+            ("router_z_loss", without_experts),
         ):
             if getattr(self.loss, name) > 0:
-                require(
-                    self.model.family == family,
-                    f"loss.{name}",
-                    getattr(self.loss, name),
-                    f"needs {layers}, but model.family is {self.model.family!r}",
-                )
+                require(not missing, f"loss.{name}", getattr(self.loss, name), f"needs {missing}")
         if self.loss.tucker_penalty > 0:
             require(
                 memory.scoring == "tucker" and memory.tucker_rank > 1,
@@ -92,12 +93,11 @@ class Config:
             (("tensor",), "model.num_key_value_heads", model.num_key_value_heads),
             (("tensor",), "model.ffn_size", model.ffn_size),
         ]
-        match model.family:
-            case "memory":
-                sizes.append((dense, "model.memory.key_dim", model.memory.key_dim))
-                sizes.append((("tensor",), "data.sequence_length", self.data.sequence_length))
-            case "moe":
-                sizes.append((("memory", "tensor"), "model.moe.expert_size", model.moe.expert_size))
+        if model.memory.layer != "none":
+            sizes.append((dense, "model.memory.key_dim", model.memory.key_dim))
+            sizes.append((("tensor",), "data.sequence_length", self.data.sequence_length))
+        if model.ffn == "moe":
+            sizes.append((("memory", "tensor"), "model.moe.expert_size", model.moe.expert_size))
         for axes, field, size in sizes:
             parts = math.prod(getattr(mesh, axis) for axis in axes)
             require(

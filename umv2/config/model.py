@@ -9,8 +9,9 @@ from umv2.config.schema import Interval, Natural, Positive, PositiveFloat, requi
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """One memory layer and the value store behind it (`model.memory`)."""
+    """The memory layers and the value store behind them (`model.memory`)."""
 
+    layer: str
     read_layers: tuple[int, ...]
     write_layers: tuple[int, ...]
     num_keys: Positive
@@ -187,12 +188,12 @@ class MoeConfig:
 class ModelConfig:
     """The decoder (`model`)."""
 
-    family: Literal["dense", "memory", "moe"]
     vocab_size: Positive
     hidden_size: Positive
     num_layers: Annotated[int, Interval(1), Interval(1, 100_000)]  # a list of them is made early
     num_heads: Positive
     num_key_value_heads: Positive
+    ffn: Literal["dense", "moe", "none"]
     ffn_size: Natural
     tie_embeddings: bool
     rope_theta: Annotated[float, Interval(1, includes_low=False)]
@@ -215,24 +216,19 @@ class ModelConfig:
 
     @property
     def placements(self) -> tuple[tuple[int, int], ...]:
-        """(read, write) block of each sparse layer, counted from 0; empty for a dense model."""
-        if self.family == "dense":
+        """(read, write) block of each memory layer, counted from 0; empty where there are none."""
+        if self.memory.layer == "none":
             return ()
-        if self.family == "moe" or not self.memory.read_layers:
+        if not self.memory.read_layers:
             return tuple((i, i) for i in range(self.num_layers))
         pairs = zip(self.memory.read_layers, self.memory.write_layers, strict=True)
         return tuple((read - 1, write - 1) for read, write in pairs)
 
     @property
-    def num_selectable(self) -> int:
-        """Rows or experts that one sparse layer selects from; 0 for a dense model."""
-        match self.family:
-            case "memory":
-                return self.memory.num_visible
-            case "moe":
-                return self.moe.num_experts
-            case _:
-                return 0
+    def active_ffn_size(self) -> int:
+        """Inner width of all FFNs that a token goes through in a block, chosen experts included."""
+        experts = self.moe.top_k * self.moe.expert_size if self.ffn == "moe" else 0
+        return self.ffn_size + experts
 
     def validate(self) -> None:
         """Raises ConfigError for sizes that contradict each other."""
@@ -256,15 +252,22 @@ class ModelConfig:
             "must be 1 where rope_scaling is 'none'",
         )
         require(
-            self.ffn_size > 0 or self.family == "moe",
+            self.ffn == "moe" or (self.ffn_size > 0) == (self.ffn == "dense"),
             "model.ffn_size",
             self.ffn_size,
-            f"must be >= 1 in family {self.family!r}; experts (family 'moe') do without an FFN",
+            f"must be {'>= 1' if self.ffn == 'dense' else '0'} where model.ffn is {self.ffn!r};"
+            " beside experts ('moe') it is the width of a shared expert, or 0",
         )
-        if self.family == "memory":
+        require(
+            self.ffn != "none" or self.memory.layer != "none",
+            "model.ffn",
+            self.ffn,
+            "a block needs an FFN or a memory, and model.memory.layer is 'none'",
+        )
+        if self.memory.layer != "none":
             self.memory.validate(self.hidden_size)
             self._validate_placements()
-        if self.family == "moe":
+        if self.ffn == "moe":
             self.moe.validate()
 
     def _validate_placements(self) -> None:

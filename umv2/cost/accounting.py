@@ -8,7 +8,8 @@ selection may still take longer than its share: it is comparisons, which no matr
 import dataclasses
 
 from umv2.config import Config, ModelConfig
-from umv2.model.memory import retrieval
+from umv2.model.moe.layer import MixtureOfExperts
+from umv2.model.slots import LayerCost, memory_layer
 
 FLOAT32_BYTES = INT32_BYTES = 4
 
@@ -79,69 +80,25 @@ class ParameterCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class _SparseLayer:
-    """One sparse layer: its parameters, and the FLOPs of a token in choosing rows or experts."""
+class Slots:
+    """What stands in the slots of all blocks: pairs of how many layers, and what one costs."""
 
-    matrices: int = 0
-    biases: int = 0
-    keys: int = 0  # or the router
-    cores_and_norms: int = 0
-    values: int = 0
-    selected: int = 0
-    selection_flops: int = 0
+    memory: tuple[int, LayerCost]
+    experts: tuple[int, LayerCost]
 
-
-def _memory_layer(config: ModelConfig) -> _SparseLayer:
-    h, memory = config.hidden_size, config.memory
-    heads, rank, keys_per_side = memory.num_heads, memory.tucker_rank, memory.keys_per_side
-    query = memory.key_dim * retrieval.query_chunks(memory.query, tucker_rank=rank, num_heads=heads)
-    pooled = memory.num_slots * memory.value_dim
-    projected, gated = memory.projection != "none", memory.output_gate != "none"
-    pre = memory.pre_value_dim * memory.pre_projection
-    biases = query + projected * h + gated * pooled
-    norms = {"none": 0, "rms": 1, "layer": 2}
-    norms_of_both = norms[memory.query_norm] + norms[memory.key_norm]
-    row = memory.value_dim + memory.pre_value_dim
-    grid = memory.shortlist**2
-    if memory.scoring == "tucker":
-        cores = memory.num_cores * heads * rank**2
-        # S u and S v of every key; S_row C of the row candidates; their product with S_col for
-        # every pair; and the chosen pairs once more, core by core.
-        chosen = memory.num_cores * memory.top_m * (rank**2 + rank)
-        per_head = 2 * rank * keys_per_side + memory.shortlist * rank**2 + grid * rank + chosen
-        scoring_flops = 2 * heads * per_head
-    else:
-        cores = 0
-        scoring_flops = heads * (grid + memory.top_m)
-    return _SparseLayer(
-        matrices=h * (query + pre + projected * pooled + gated * pooled),
-        biases=biases if memory.bias else 0,
-        keys=heads * 2 * rank * keys_per_side * memory.key_dim,
-        cores_and_norms=cores + norms_of_both * memory.key_dim,
-        values=memory.num_values * row,
-        selected=memory.num_selected * row,
-        selection_flops=scoring_flops,
-    )
+    def sum(self, name: str) -> int:
+        """Returns the sum of one of `LayerCost`'s figures over all layers."""
+        return sum(count * getattr(layer, name) for count, layer in (self.memory, self.experts))
 
 
-def _moe_layer(config: ModelConfig) -> _SparseLayer:
-    moe = config.moe
-    expert = 3 * config.hidden_size * moe.expert_size
-    return _SparseLayer(
-        keys=config.hidden_size * moe.num_experts,
-        values=moe.num_experts * expert,
-        selected=moe.top_k * expert,
-    )
-
-
-def _sparse_layer(config: ModelConfig) -> _SparseLayer:
-    match config.family:
-        case "memory":
-            return _memory_layer(config)
-        case "moe":
-            return _moe_layer(config)
-        case "dense":
-            return _SparseLayer()
+def slots(config: ModelConfig) -> Slots:
+    """Asks the layers of a model what they cost; a slot that is empty costs nothing."""
+    memory, experts = (0, LayerCost()), (0, LayerCost())
+    if config.placements:
+        memory = (len(config.placements), memory_layer(config).cost(config))
+    if config.ffn == "moe":
+        experts = (config.num_layers, MixtureOfExperts.cost(config))
+    return Slots(memory, experts)
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
@@ -153,17 +110,17 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     key_value_size = config.num_key_value_heads * config.head_dim
     embedding = config.vocab_size * h
     attention_norms = h + key_value_size if config.query_key_norm else 0
-    num_sparse, sparse = len(config.placements), _sparse_layer(config)
+    found = slots(config)
     return ParameterCounts(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
         attention=num_layers * 2 * h * (h + key_value_size),
         ffn=num_layers * 3 * h * config.ffn_size,
         norms=num_layers * (2 * h + attention_norms) + h,
-        sparse_projections=num_sparse * (sparse.matrices + sparse.biases),
-        routing=num_sparse * (sparse.keys + sparse.cores_and_norms),
-        sparse_values=num_sparse * sparse.values,
-        selected=num_sparse * sparse.selected,
+        sparse_projections=found.sum("projections") + found.sum("biases"),
+        routing=found.sum("routing") + found.sum("norms"),
+        sparse_values=found.sum("values"),
+        selected=found.sum("selected"),
     )
 
 
@@ -188,15 +145,14 @@ def decode_flops_per_token(config: ModelConfig, context_length: int) -> dict[str
 
 
 def _flops_per_token(config: ModelConfig, context_length: float) -> dict[str, float]:
-    counts, sparse = parameter_counts(config), _sparse_layer(config)
-    num_sparse = len(config.placements)
+    counts, found = parameter_counts(config), slots(config)
     # Scores and weighted sum: a multiply-add each for every position and entry of the query.
     attended = config.num_layers * 4 * config.hidden_size * context_length
     return {
         "attention": 2.0 * counts.attention + attended,
         "ffn": 2.0 * counts.ffn,
-        "sparse_projections": 2.0 * num_sparse * sparse.matrices,
-        "routing": 2.0 * num_sparse * sparse.keys + num_sparse * sparse.selection_flops,
+        "sparse_projections": 2.0 * found.sum("projections"),
+        "routing": 2.0 * found.sum("routing") + found.sum("selection_flops"),
         "sparse_values": 2.0 * counts.selected,
         "head": 2.0 * config.vocab_size * config.hidden_size,
     }
@@ -242,25 +198,11 @@ def training_memory(config: ModelConfig) -> TrainingMemory:
     A gradient of a value table is dense. Step counters (20 bytes) are left out.
     """
     parameters = FLOAT32_BYTES * parameter_counts(config).total
-    num_sparse = len(config.placements)
+    found = slots(config)
     return TrainingMemory(
         parameters=parameters,
         gradients=parameters,
         moments=2 * parameters,
-        buffers=num_sparse * (core_vector_bytes(config) + shuffle_bytes(config)),
-        usage=num_sparse * config.num_selectable * INT32_BYTES,
+        buffers=found.sum("stored_bytes"),
+        usage=found.sum("num_choices") * INT32_BYTES,
     )
-
-
-def core_vector_bytes(config: ModelConfig) -> int:
-    """Returns the bytes of u and v of one memory layer; 0 where there are no cores."""
-    if config.family != "memory" or config.memory.scoring != "tucker":
-        return 0
-    return 2 * config.memory.num_heads * config.memory.tucker_rank * FLOAT32_BYTES
-
-
-def shuffle_bytes(config: ModelConfig) -> int:
-    """Returns the bytes of the permutation of addresses of one memory layer; 0 where is none."""
-    if config.family != "memory" or not config.memory.shuffle:
-        return 0
-    return config.memory.keys_per_side**2 * INT32_BYTES

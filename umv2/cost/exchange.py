@@ -201,7 +201,7 @@ def with_layout(
       ConfigError: the layout that is named, or each, is impossible; with sizes that are possible.
     """
     size, named = mesh_sizes[sharding.MEMORY], config.mesh.table_sharding
-    if config.model.family != "memory" or size == 1:
+    if not config.model.placements or size == 1:
         return config
     if named == "auto":
         share = -(-num_tokens // math.prod(mesh_sizes.values()))

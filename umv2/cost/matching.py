@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from umv2.config import Config, ConfigError
+from umv2.config import Config, ConfigError, ModelConfig
 from umv2.cost import accounting
 
 TOLERANCE = 0.01
@@ -57,13 +57,13 @@ class Match:
 
 def quantities(config: Config) -> Quantities:
     """Counts what models are made equal in."""
-    counts = accounting.parameter_counts(config.model)
+    counts, found = accounting.parameter_counts(config.model), accounting.slots(config.model)
     flops = accounting.forward_flops_per_token(config.model, config.data.sequence_length)
     return Quantities(
         active=float(counts.active_without_embeddings),
         total=float(counts.total_without_embeddings),
         flops=sum(flops.values()),
-        values_read=float(counts.selected) if config.model.family == "memory" else 0.0,
+        values_read=float(found.memory[0] * found.memory[1].selected),
     )
 
 
@@ -100,7 +100,7 @@ def match(
         deviations = {rule: _deviation(found, target, rule) for rule in rules}
         known = [abs(deviation) for deviation in deviations.values() if not math.isnan(deviation)]
         # What cannot be matched at all must not decide about the rest.
-        if candidate.model.family == "dense":
+        if not candidate.model.placements and candidate.model.ffn == "dense":
             known = [abs(deviations[rule]) for rule in rules if rule in ("active", "flops")]
         # The largest deviation decides, and between equals the next one.
         cost = sorted(known, reverse=True)
@@ -126,32 +126,39 @@ def _candidates(
     target: Quantities, candidate: Config, rules: tuple[str, ...], free: tuple[str, ...]
 ) -> Iterator[dict[str, int]]:
     """Yields sizes to try: for each number of keys or experts, the widths around the solution."""
-    model = candidate.model
-    match model.family:
-        case "dense":
-            yield from _with_widths(target, candidate, {}, "ffn_size", free)
-        case "moe":
-            numbers: range | tuple[int, ...] = (model.moe.num_experts,)
-            if "moe.num_experts" in free:
-                numbers = _numbers_of_experts(target, candidate)
-            for num_experts in numbers:
-                fixed = {"moe.num_experts": num_experts}
-                yield from _with_widths(target, candidate, fixed, _EXPERT, free)
-        case "memory":
-            fixed = {}
-            memory = model.memory
-            if target.values_read and "memory.top_m" in free:
-                row = memory.value_dim + memory.pre_value_dim
-                per_choice = len(model.placements) * memory.num_heads * row
-                top_m = max(1, round(target.values_read / per_choice))
-                shortlist = top_m if memory.scoring == "sum" else min(top_m, 128)
-                fixed = {"memory.top_m": top_m, "memory.shortlist": shortlist}
-            numbers = (memory.num_keys,)
-            if "memory.num_keys" in free:
-                numbers = _numbers_of_keys(target, candidate, fixed, rules, free)
-            for num_keys in numbers:
-                sizes = fixed | {"memory.num_keys": num_keys}
-                yield from _with_widths(target, candidate, sizes, "ffn_size", free)
+    model, memory = candidate.model, candidate.model.memory
+    width = _width(model)
+    numbers: range | tuple[int, ...]
+    if model.placements:
+        fixed: dict[str, int] = {}
+        if target.values_read and "memory.top_m" in free:
+            row = memory.value_dim + memory.pre_value_dim
+            per_choice = len(model.placements) * memory.num_heads * row
+            top_m = max(1, round(target.values_read / per_choice))
+            shortlist = top_m if memory.scoring == "sum" else min(top_m, 128)
+            fixed = {"memory.top_m": top_m, "memory.shortlist": shortlist}
+        numbers = (memory.num_keys,)
+        if "memory.num_keys" in free:
+            numbers = _numbers_of_keys(target, candidate, fixed, rules, free)
+        for num_keys in numbers:
+            yield from _with_widths(
+                target, candidate, fixed | {"memory.num_keys": num_keys}, width, free
+            )
+    elif model.ffn == "moe":
+        numbers = (model.moe.num_experts,)
+        if "moe.num_experts" in free:
+            numbers = _numbers_of_experts(target, candidate)
+        for num_experts in numbers:
+            yield from _with_widths(
+                target, candidate, {"moe.num_experts": num_experts}, width, free
+            )
+    else:
+        yield from _with_widths(target, candidate, {}, width, free)
+
+
+def _width(model: ModelConfig) -> str:
+    """Returns the field that makes a token's FFN wider."""
+    return _EXPERT if model.ffn == "moe" else "ffn_size"
 
 
 def _numbers_of_keys(
@@ -175,7 +182,7 @@ def _numbers_of_keys(
             sizes = fixed | {"memory.num_keys": num_keys}
             tried = [
                 quantities(_with_sizes(candidate, found))
-                for found in _with_widths(target, candidate, sizes, "ffn_size", free)
+                for found in _with_widths(target, candidate, sizes, _width(candidate.model), free)
             ]
             if not tried:
                 break

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from umv2.config import ModelConfig
 from umv2.cost import accounting
+from umv2.model.slots import LayerCost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,28 +83,24 @@ def decode_bytes(
         that several tokens of a step want is read once, as expected under uniform choice.
     """
     precision = precision or Precision(*3 * (config.compute_dtype,))
-    counts, num_sparse = accounting.parameter_counts(config), len(config.placements)
+    counts, found = accounting.parameter_counts(config), accounting.slots(config)
     weight, table = bytes_per_entry(precision.weights), bytes_per_entry(precision.tables)
-    values = buffers = 0.0
-    match config.family:
-        case "memory":
-            memory = config.memory
-            rows = float(batch_size * memory.num_selected)
-            # Every token looks its addresses up, however few the rows behind them.
-            addresses = rows * accounting.INT32_BYTES if memory.shuffle else 0.0
-            buffers = num_sparse * (addresses + accounting.core_vector_bytes(config))
-            if distinct_rows:
-                rows = expected_distinct(
-                    memory.num_visible,
-                    memory.top_m,
-                    batch_size * memory.num_heads,
-                    copies=memory.num_blocks,
-                )
-            values = table * num_sparse * rows * (memory.value_dim + memory.pre_value_dim)
-        case "moe":
-            moe = config.moe
-            experts = expected_distinct(moe.num_experts, moe.top_k, batch_size)
-            values = weight * counts.sparse_values * experts / moe.num_experts
+
+    def value_bytes(count: int, layer: LayerCost, entry: float) -> float:
+        if not layer.num_choices:
+            return entry * count * batch_size * layer.selected
+        rows = float(batch_size * layer.num_draws * layer.num_picked)
+        if distinct_rows or layer.shared_reads:
+            rows = expected_distinct(
+                layer.num_choices,
+                layer.num_picked,
+                batch_size * layer.num_draws,
+                copies=layer.copies,
+            )
+        return entry * count * rows * layer.selected / (layer.num_draws * layer.num_picked)
+
+    values = value_bytes(*found.memory, table) + value_bytes(*found.experts, weight)
+    buffers = found.sum("buffer_bytes") + batch_size * found.sum("address_bytes")
     return DecodeBytes(
         embedding=weight * batch_size * config.hidden_size,
         attention=weight * counts.attention,
@@ -112,7 +109,7 @@ def decode_bytes(
         sparse_projections=weight * counts.sparse_projections,
         routing=weight * counts.routing,
         sparse_values=values,
-        buffers=buffers,
+        buffers=float(buffers),
         head=weight * config.vocab_size * config.hidden_size,
         cache=cache_bytes(config, batch_size, context_length, dtype=precision.cache),
     )

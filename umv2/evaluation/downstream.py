@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from umv2 import files, tables
 from umv2.config.schema import Interval, UserError, nearest_name, reject, require
-from umv2.evaluation.answers import Questions, Respondent
+from umv2.evaluation.scoring import Scorer, ScoringBatch
 from umv2.inference.decode import Generator, occurrences, padded_length
 from umv2.inference.sampling import Sampling
 
@@ -55,7 +55,7 @@ _WITHOUT_EFFECT_ON_SAMPLES = {
 
 
 def log_likelihoods(
-    respondent: Respondent,
+    scorer: Scorer,
     pairs: Sequence[TokenPair],
     *,
     max_length: int,
@@ -67,7 +67,7 @@ def log_likelihoods(
     Continuations are answered longest sequence first, in batches of nearly equal lengths.
 
     Args:
-      respondent: the model.
+      scorer: the model.
       pairs: (context, continuation) in tokens; a context has one token at least.
       max_length: of what the model reads; what does not fit is cut from the left.
       batch_size: sequences a pass, at least.
@@ -86,21 +86,21 @@ def log_likelihoods(
         jobs.append((inputs, range(len(inputs) - len(wanted), len(inputs)), wanted))
 
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-    num_rows = respondent.rows_that_divide(batch_size)
+    num_rows = scorer.padded_rows(batch_size)
     order = sorted(range(len(jobs)), key=lambda number: -len(jobs[number][0]))
     disable = None if logging.level_info() else True
     with tqdm(total=len(jobs), desc="log-likelihoods", unit=" texts", disable=disable) as bar:
         for first in range(0, len(order), num_rows):
             numbers = order[first : first + num_rows]
             group = [jobs[number] for number in numbers]
-            questions = Questions.lined_up(
+            batch = ScoringBatch.padded(
                 group,
                 num_rows=num_rows,
                 length=min(padded_length(len(group[0][0])), max(max_length, len(group[0][0]))),
                 num_targets=padded_length(max(len(wanted) for _, _, wanted in group)),
                 fill=fill,
             )
-            exact, likelihood = respondent.answer(questions)
+            exact, likelihood = scorer.score(batch)
             for row, number in enumerate(numbers):
                 count = len(jobs[number][2])
                 total = float(likelihood[row, :count].astype(np.float64).sum())

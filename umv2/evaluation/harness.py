@@ -19,8 +19,8 @@ from lm_eval.tasks import TaskManager
 from umv2.config.schema import UserError, nearest_name
 from umv2.data.tokenizers import Tokenizer
 from umv2.evaluation import downstream
-from umv2.evaluation.answers import Respondent
 from umv2.evaluation.downstream import DownstreamReport, GenerationRequest, GenerationSettings
+from umv2.evaluation.scoring import Scorer
 from umv2.inference import decode
 from umv2.inference.decode import Generator
 
@@ -36,7 +36,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        respondent: Respondent,
+        scorer: Scorer,
         generator: Generator,
         tokenizer: Tokenizer,
         *,
@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):
     ):
         """Takes a model in both its forms: that answers questions, and that writes."""
         super().__init__()
-        self._respondent, self._generator, self._tokenizer = respondent, generator, tokenizer
+        self._scorer, self._generator, self._tokenizer = scorer, generator, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
 
     @property
@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):
 
     def _log_likelihoods(self, pairs: Sequence[downstream.TokenPair]) -> list[tuple[float, bool]]:
         return downstream.log_likelihoods(
-            self._respondent,
+            self._scorer,
             pairs,
             max_length=self.max_length,
             batch_size=self.batch_size,

@@ -21,7 +21,7 @@ from umv2 import files, pictures, tables
 from umv2.config import Config, LongContextConfig, ModelConfig
 from umv2.data.long_context import TASKS, Example, make_example
 from umv2.data.tokenizers import Tokenizer
-from umv2.evaluation.answers import Questions, Respondent
+from umv2.evaluation.scoring import Scorer, ScoringBatch
 
 _DEPTH_BINS = 5
 _NORMAL_95 = 1.959964
@@ -152,7 +152,7 @@ class LongContextReport:
 
 def evaluate(
     config: Config,
-    respondent: Respondent,
+    scorer: Scorer,
     *,
     tokenizer: Tokenizer,
     texts: Sequence[str],
@@ -162,7 +162,7 @@ def evaluate(
 
     Args:
       config: of the run.
-      respondent: the model.
+      scorer: the model.
       tokenizer: of the text.
       texts: documents to cut filler from, which did not train.
       step: of the checkpoint, for the report.
@@ -187,7 +187,7 @@ def evaluate(
                 for index in range(settings.num_examples)
             ]
             scores += _scores(
-                respondent,
+                scorer,
                 extrapolated(config, length),
                 examples,
                 task,
@@ -215,7 +215,7 @@ def extrapolated(config: Config, length: int) -> ModelConfig:
 
 
 def _scores(
-    respondent: Respondent,
+    scorer: Scorer,
     model_config: ModelConfig,
     examples: Sequence[Example],
     task: str,
@@ -224,7 +224,7 @@ def _scores(
     end_of_text_id: int,
 ) -> Iterator[Score]:
     """Answers the questions of one task and length, so many examples at a time as are allowed."""
-    batch_size = respondent.rows_that_divide(max(1, settings.batch_tokens // length))
+    batch_size = scorer.padded_rows(max(1, settings.batch_tokens // length))
     asked = [[place for a in e.answers for place in range(a.start, a.stop)] for e in examples]
     for first in range(0, len(examples), batch_size):
         group = examples[first : first + batch_size]
@@ -234,14 +234,14 @@ def _scores(
             ([end_of_text_id, *example.tokens.tolist()], places, example.tokens[places].tolist())
             for example, places in zip(group, asked[first : first + batch_size], strict=True)
         ]
-        questions = Questions.lined_up(
+        batch = ScoringBatch.padded(
             rows,
             num_rows=batch_size,
             length=length,
             num_targets=max(map(len, asked)),
             fill=end_of_text_id,
         )
-        exact, likelihood = respondent.answer(questions, model_config)
+        exact, likelihood = scorer.score(batch, model_config)
         for row, example in enumerate(group):
             column = 0
             for one in example.answers:

@@ -18,15 +18,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, UInt32
 
 from umv2 import sharding
-from umv2.config import ConfigError, GenerateConfig
+from umv2.config import ConfigError, GenerateConfig, ModelConfig
 from umv2.config.schema import UserError, require
 from umv2.data.tokenizers import Tokenizer
 from umv2.inference.sampling import Sampling
 from umv2.inference.serving import ServedModel, serve
 from umv2.inference.streaming import TextStream
 from umv2.model.attention import KeyValueCache
-from umv2.model.memory.store import ValueStore
-from umv2.model.transformer import Transformer
+from umv2.model.weights import Weights
 
 # Prompts are padded to powers of two from here on: one compilation serves all lengths in between.
 _SMALLEST_BUCKET = 32
@@ -49,13 +48,13 @@ def prefill(
     Rows may end in padding: no position sees a later one, and decoding overwrites the padding
     before it is seen. Many long rows are read one group after another, each of at most
     `tokens_at_once` if a row is not longer, so that what is in between does not grow with their
-    number; on a mesh all at once, for they are divided over its devices.
+    number; on a mesh all at once, for they are sharded over its devices.
     """
     model, store = served.parts()
 
     def read(tokens: Int[Array, "_ t"]) -> Cache:
         empty = model.empty_cache(tokens.shape[0], length)
-        cache = model(tokens, store=store, cache=empty).cache
+        cache = model(tokens, store=store, cache=empty, prefill=True).cache
         assert cache is not None  # because one was given
         return cache
 
@@ -142,8 +141,8 @@ class Generator:
 
     def __init__(
         self,
-        model: Transformer,
-        store: ValueStore | None,
+        model_config: ModelConfig,
+        weights: Weights,
         *,
         tokenizer: Tokenizer,
         config: GenerateConfig,
@@ -152,27 +151,27 @@ class Generator:
         """Lays the model out for inference.
 
         Args:
-          model: trained, divided over `mesh` as in training, or whole.
-          store: its value tables.
+          model_config: of the model.
+          weights: trained, sharded over `mesh` as in training, or on one device.
           tokenizer: of the text.
           config: how ids are drawn, how many, and what ends a text.
-          mesh: the devices that share the work; None: one device does all.
+          mesh: the devices that the work is sharded over; None: one device does all.
 
         Raises:
           ConfigError: when the tokenizer has ids that the model lacks.
         """
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer.vocab_size > model_config.vocab_size:
             raise ConfigError(
-                f"model.vocab_size={model.config.vocab_size}: must be at least the"
+                f"model.vocab_size={model_config.vocab_size}: must be at least the"
                 f" {tokenizer.vocab_size} ids of the tokenizer"
             )
         if mesh is None:
             # Arrays that were placed on a mesh keep to it; the copy of one device does not.
-            model, store = jax.tree.map(lambda x: x.addressable_data(0), (model, store))
+            weights = jax.tree.map(lambda x: x.addressable_data(0), weights)
         self._mesh, self._tokenizer, self._config = mesh, tokenizer, config
         self._sampling = Sampling.of(config, tokenizer.vocab_size)
         with self._on_mesh():
-            self._served = jax.jit(serve)(model, store)
+            self._served = jax.jit(serve, static_argnums=0)(model_config, weights)
 
     def generate(self, prompt: str) -> Iterator[str]:
         """Yields the continuation of a prompt piece by piece, each one whole characters.
@@ -283,8 +282,8 @@ class Generator:
         # The last token that is known is the first to decode: prefill needs no logits.
         end_of_text_id = self._tokenizer.end_of_text_id
         lengths = [len(ids) - 1 for ids in known]
-        shares = 1 if self._mesh is None else sharding.num_batch_shards(self._mesh.shape)
-        num_rows = -(-_power_of_two(len(known)) // shares) * shares
+        shards = 1 if self._mesh is None else sharding.num_batch_shards(self._mesh.shape)
+        num_rows = -(-_power_of_two(len(known)) // shards) * shards
         bucket = padded_length(max(lengths))
         padded = np.full((num_rows, bucket), end_of_text_id, np.int32)
         last = np.full(num_rows, end_of_text_id, np.int32)
@@ -317,7 +316,7 @@ class Generator:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _placed[T](self, batch: T) -> T:
-        """Divides rows over the devices of the mesh."""
+        """Shards rows over the devices of the mesh."""
         if self._mesh is None:
             return jax.device_put(batch)
         return jax.device_put(batch, sharding.batch_sharding(self._mesh))

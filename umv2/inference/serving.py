@@ -1,19 +1,18 @@
 """A model as decoding reads it fastest."""
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from flax import nnx
+from jax.typing import DTypeLike
 
-from umv2 import sharding
-from umv2.model.memory.layer import MemoryLayer
-from umv2.model.memory.store import ValueStore
-from umv2.model.transformer import Stores, Transformer, layer_of
-
-# Small, and used in float32 whatever the compute dtype.
-_KEPT = re.compile(r"norm|bias|\b(router|cores|core_u|core_v)\b")
+from umv2.config import ModelConfig
+from umv2.model.memory.store import TABLE, Stores
+from umv2.model.parameter import Declaration, Parameter
+from umv2.model.stack import layer_of
+from umv2.model.transformer import Transformer
+from umv2.model.weights import Weights
 
 
 @jax.tree_util.register_pytree_node_class
@@ -21,8 +20,8 @@ class ServedModel:
     """A model and its value tables, laid out for inference; a pytree of one node.
 
     Every layer has arrays of its own, so that no program copies one out of a stack; matrices and
-    tables are in the compute dtype, so that none is converted at every step; memory keys are
-    normalised already, and on one device experts hold gate and up as one matrix. Modules are put
+    tables are in the compute dtype, so that none is converted at every step; what layers
+    need not repeat for every token is done (`serve`). Modules are put
     together where a program is traced (`parts`), and not at every call.
     """
 
@@ -57,35 +56,35 @@ class _Structure:
         return self._hash
 
 
-def served_dtype(name: str, leaf: Any, compute_dtype: Any) -> jnp.dtype:
-    """Returns what an array, named by its path, is held in for inference."""
-    if _KEPT.search(name) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf.dtype
+def served_dtype(declared: Declaration, dtype: DTypeLike, compute_dtype: DTypeLike) -> jnp.dtype:
+    """Returns what an array of this declaration and dtype is held in for inference."""
+    if declared.served == "float32" or not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.dtype(dtype)
     return jnp.dtype(compute_dtype)
 
 
-def serve(model: Transformer, store: ValueStore | None) -> ServedModel:
+def serve(config: ModelConfig, weights: Weights) -> ServedModel:
     """Lays out a trained model for inference; the arrays given stay as they are.
 
-    Divided over a mesh as they are, if one is in use. Trace it (jit, eval_shape); it is not light.
+    Sharded over a mesh as they are, if one is in use. Trace it (jit, eval_shape); it is not light.
     """
-    config = model.config
+    model = weights.model(config)
+    model.serve()
     dtype = jnp.dtype(config.compute_dtype)
-    model = jax.tree.map(lambda leaf: leaf, model)  # what follows changes it in place
-    model.unstack()
-    for layer in model.sparse if config.placements else ():
-        if isinstance(layer, MemoryLayer):
-            layer.normalise_keys()
-        elif not sharding.on_mesh():
-            layer.join_gate_and_up()
 
-    def narrowed(path: Any, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return leaf.astype(served_dtype(name, leaf, dtype))
+    def narrowed(variable: Any) -> Any:
+        if not isinstance(variable, Parameter):
+            return variable  # buffers
+        declared = variable.get_metadata()["declaration"]
+        return jax.tree.map(
+            lambda leaf: leaf.astype(served_dtype(declared, leaf.dtype, dtype)), variable
+        )
 
-    model, store = jax.tree_util.tree_map_with_path(narrowed, (model, store))
-    stores: Stores = store
+    model = jax.tree.map(narrowed, model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    store: Stores = jax.tree.map(
+        lambda leaf: leaf.astype(served_dtype(TABLE, leaf.dtype, dtype)), weights.store
+    )
     if store is not None and config.memory.sharing == "none":
-        stores = [layer_of(store, i) for i in range(len(config.placements))]
-    arrays, tree = jax.tree.flatten((model, stores))
+        store = [layer_of(store, i) for i in range(len(config.placements))]
+    arrays, tree = jax.tree.flatten((model, store))
     return ServedModel(tuple(arrays), _Structure(tree))

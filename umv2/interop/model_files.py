@@ -1,12 +1,11 @@
-"""Models of any family as safetensors, under the names of our parameters, with their configuration.
+"""Any model of ours as safetensors, every array under its one name, with its configuration.
 
-`model/...` are parameters, `store/...` value tables, `buffers/...` saved state that no gradient
-reaches; all as the train state has them. `config.json` holds the whole resolved configuration.
+`params/...` are parameters, `store/...` value tables, `buffers/...` saved state that no gradient
+reaches. `config.json` holds all of the resolved configuration.
 """
 
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,12 +23,10 @@ from umv2.interop.tensor_files import (
     write_folder,
 )
 from umv2.interop.tokenizer_files import files_of
+from umv2.model import weights
 from umv2.training.checkpoint import Restored
-from umv2.training.state import create_model, split_model
 
-FORMAT, FORMAT_VERSION = "umv2", 1
-# Where the parts of a model stand in the names of its tensors.
-PREFIXES = {"params": "model", "store": "store", "buffers": "buffers"}
+FORMAT, FORMAT_VERSION = "umv2", 2
 
 
 def export_model(
@@ -40,19 +37,18 @@ def export_model(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model of any family, in its own dtypes, and the tokenizer that goes along.
+    """Writes a model, in its own dtypes, and the tokenizer that goes along.
 
     Raises:
       InteropError: the folder is in use, or cannot be written, or a tensor holds NaN or infinity.
     """
-    parts = {"params": model.params, "store": model.store, "buffers": model.buffers}
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "step": model.step,
         "config": to_dict(config),
     }
-    tensors = {name: np.asarray(leaf) for name, leaf in named_tensors(parts).items()}
+    tensors = {name: np.asarray(leaf) for name, leaf in model.weights.named().items()}
     write_folder(
         folder,
         description,
@@ -94,15 +90,16 @@ def load_model(folder: Path) -> tuple[Config, Restored]:
     """
     (config, step), tensors = read_config(folder), TensorFolder(folder)
     require_numbers(tensors, config.model)
-    abstract = abstract_model(config.model)
-    wanted = named_tensors(abstract)
+    abstract = weights.abstract(config.model)
+    wanted = abstract.named()
     tensors.check(
         {name: leaf.shape for name, leaf in wanted.items()},
         {name: (str(leaf.dtype),) for name, leaf in wanted.items()},
     )
     arrays = dict(tensors)
     leaves = [arrays[name] for name in wanted]
-    return config, Restored(step=step, **jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+    loaded = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return config, Restored(step=step, weights=loaded)
 
 
 def require_numbers(tensors: TensorFolder, config: ModelConfig) -> None:
@@ -118,23 +115,3 @@ def require_numbers(tensors: TensorFolder, config: ModelConfig) -> None:
             f"{tensors.folder / CONFIG}: describes a far larger model than the tensors, which hold"
             f" {held:,} numbers"
         )
-
-
-def abstract_model(config: ModelConfig) -> dict[str, Any]:
-    """Returns the shapes and dtypes of a model's params, store and buffers without its arrays."""
-
-    def create() -> dict[str, Any]:
-        model, store = create_model(config, jax.random.key(0))
-        _, params, buffers = split_model(model)
-        return {"params": params, "store": store, "buffers": buffers}
-
-    return jax.eval_shape(create)
-
-
-def named_tensors(parts: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of params, store and buffers under their names in files."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
-        part, _, name = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
-        named[f"{PREFIXES[part]}/{name}"] = leaf
-    return named

@@ -1,4 +1,4 @@
-"""Models of family `moe` as Hugging Face OLMoE (arXiv 2409.02060), both ways.
+"""Mixtures of experts as Hugging Face OLMoE (arXiv 2409.02060), both ways.
 
 Files hold matrices as [out, in], ours are [in, out]. Two layouts of the experts are read: one
 matrix each, which is how models are published and what is written, and one tensor for all experts
@@ -19,7 +19,7 @@ from absl import logging
 from umv2.config import Config, ModelConfig
 from umv2.config.schema import ConfigError, build
 from umv2.data.tokenizers import Tokenizer
-from umv2.interop.model_files import abstract_model, require_numbers
+from umv2.interop.model_files import require_numbers
 from umv2.interop.tensor_files import (
     CONFIG,
     MAX_SHARD_BYTES,
@@ -29,6 +29,8 @@ from umv2.interop.tensor_files import (
     write_folder,
 )
 from umv2.interop.tokenizer_files import files_of
+from umv2.model import weights
+from umv2.model.weights import Weights
 
 MODEL_TYPE, ARCHITECTURE = "olmoe", "OlmoeForCausalLM"
 Dtype = Literal["float32", "bfloat16"]
@@ -37,28 +39,28 @@ Layout = Literal["published", "stacked"]
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Our names of what the files call ...
 _OUTSIDE = {
-    _EMBEDDING: "embedding",
-    _HEAD: "head",
-    "model.norm.weight": "final_norm/weight",
+    _EMBEDDING: "params/embedding",
+    _HEAD: "params/head",
+    "model.norm.weight": "params/final_norm/weight",
 }
 # ... `model.layers.{layer}.` and this.
 _IN_LAYER = {
-    "input_layernorm.weight": "blocks/attention_norm/weight",
-    "self_attn.q_proj.weight": "blocks/attention/query",
-    "self_attn.k_proj.weight": "blocks/attention/key",
-    "self_attn.v_proj.weight": "blocks/attention/value",
-    "self_attn.o_proj.weight": "blocks/attention/output",
-    "self_attn.q_norm.weight": "blocks/attention/query_norm/weight",
-    "self_attn.k_norm.weight": "blocks/attention/key_norm/weight",
-    "post_attention_layernorm.weight": "blocks/ffn_norm/weight",
-    "mlp.gate.weight": "sparse/router",
+    "input_layernorm.weight": "params/blocks/attention_norm/weight",
+    "self_attn.q_proj.weight": "params/blocks/attention/query",
+    "self_attn.k_proj.weight": "params/blocks/attention/key",
+    "self_attn.v_proj.weight": "params/blocks/attention/value",
+    "self_attn.o_proj.weight": "params/blocks/attention/output",
+    "self_attn.q_norm.weight": "params/blocks/attention/query_norm/weight",
+    "self_attn.k_norm.weight": "params/blocks/attention/key_norm/weight",
+    "post_attention_layernorm.weight": "params/blocks/ffn_norm/weight",
+    "mlp.gate.weight": "params/blocks/moe/router",
 }
 _EXPERT = {
-    "gate_proj": "sparse/gate",
-    "up_proj": "sparse/up",
-    "down_proj": "sparse/down",
+    "gate_proj": "params/blocks/moe/gate",
+    "up_proj": "params/blocks/moe/up",
+    "down_proj": "params/blocks/moe/down",
 }
-_BY_VOCABULARY = ("embedding", "head")  # [vocabulary, hidden] here as there
+_BY_VOCABULARY = ("params/embedding", "params/head")  # [vocabulary, hidden] here as there
 # Frequencies of rotary positions, which older versions of transformers saved; newer ones skip them.
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # transformers multiplies all experts by one kernel, whose rows must begin at multiples of 16 bytes:
@@ -106,7 +108,8 @@ def read_config(folder: Path, base: ModelConfig) -> ModelConfig:
     num_experts = given.integer("num_experts")
     model = dataclasses.replace(
         base,
-        family="moe",
+        ffn="moe",
+        memory=dataclasses.replace(base.memory, layer="none"),
         vocab_size=given.integer("vocab_size"),
         hidden_size=hidden,
         num_layers=given.integer("num_hidden_layers"),
@@ -137,7 +140,7 @@ def read_config(folder: Path, base: ModelConfig) -> ModelConfig:
 
 def load_olmoe(
     folder: Path, base: ModelConfig, dtype: Dtype = "float32"
-) -> tuple[ModelConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, Weights]:
     """Reads a model of either layout, in one file or in shards.
 
     Args:
@@ -146,7 +149,7 @@ def load_olmoe(
       dtype: of the result. bfloat16 keeps what is published so, and rounds wider numbers.
 
     Returns:
-      The model's configuration and its parameters, as NumPy arrays. Beside them, reading holds one
+      The model's configuration and its weights, as NumPy arrays. Beside them, reading holds one
       tensor at a time.
 
     Raises:
@@ -163,8 +166,8 @@ def load_olmoe(
                 " tie_word_embeddings"
             )
         files.leave_out([_HEAD])
-    abstract = abstract_model(model)["params"]
-    arrays = {name: np.empty(leaf.shape, dtype) for name, leaf in _named(abstract).items()}
+    abstract = weights.abstract(model)
+    arrays = {name: np.empty(leaf.shape, dtype) for name, leaf in abstract.named().items()}
     stacked = "model.layers.0.mlp.experts.gate_up_proj" in files.shapes
     views = _views(arrays, model, "stacked" if stacked else "published")
     files.check(
@@ -183,13 +186,13 @@ def load_olmoe(
 def export_olmoe(
     folder: Path,
     config: Config,
-    params: dict[str, Any],
+    trained: Weights,
     *,
     tokenizer: Tokenizer | None = None,
     dtype: Dtype = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model of family `moe` in the published layout, of which transformers reads all.
+    """Writes a mixture of experts in the published layout, of which transformers reads all.
 
     Experts whose width is no multiple of 8 are filled up with zeros, which changes no output:
     transformers could load them as they are, and not run them.
@@ -199,7 +202,7 @@ def export_olmoe(
         be written, or a tensor holds NaN or infinity.
     """
     described = describe(config, dtype, tokenizer)
-    arrays = {name: np.asarray(leaf) for name, leaf in _named(params).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in trained.named().items()}
     width, padded = config.model.moe.expert_size, described["intermediate_size"]
     if padded != width:
         logging.info(
@@ -229,14 +232,15 @@ def export_olmoe(
 
 
 def describe(config: Config, dtype: Dtype, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """Returns the `config.json` of a model of family `moe`, with the ids of its tokenizer.
+    """Returns the `config.json` of a mixture of experts, with the ids of its tokenizer.
 
     Raises:
       InteropError: OLMoE has no place for something in this model.
     """
     model = config.model
     for name, value, needed, rule in (
-        ("family", model.family, "moe", "OLMoE has experts in every block"),
+        ("ffn", model.ffn, "moe", "OLMoE has experts in every block"),
+        ("memory.layer", model.memory.layer, "none", "OLMoE has no memory layers"),
         ("ffn_size", model.ffn_size, 0, "OLMoE has no FFN beside its experts"),
         ("query_key_norm", model.query_key_norm, True, "OLMoE normalises queries and keys"),
         ("rope_scaling", model.rope_scaling, "none", "OLMoE's positions are not scaled"),
@@ -372,10 +376,3 @@ def _shape(parts: list[np.ndarray]) -> tuple[int, ...]:
     return (
         first.shape if not others else (len(first), len(parts) * first.shape[1], *first.shape[2:])
     )
-
-
-def _named(params: dict[str, Any]) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }

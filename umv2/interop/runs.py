@@ -20,8 +20,8 @@ from umv2.interop.tensor_files import (
     read_json,
     require_new,
 )
-from umv2.training import checkpoint, optim
-from umv2.training.state import TrainState, abstract_state
+from umv2.training import checkpoint
+from umv2.training.state import initial_state
 
 Format = Literal["umv2", "olmoe"]
 
@@ -51,7 +51,7 @@ def export_run(
     model = checkpoint.restore_for_inference(checkpoints, config)
     if format == "olmoe":
         olmoe.export_olmoe(
-            output, config, model.params, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes
+            output, config, model.weights, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes
         )
     else:
         model_files.export_model(
@@ -87,8 +87,8 @@ def import_model(folder: Path, workdir: Path, config: Config | None) -> None:
         if _is_ours(description):
             _, model = model_files.load_model(folder)
         else:
-            _, params = olmoe.load_olmoe(folder, config.model)
-            model = checkpoint.Restored(step=0, params=params, store=None, buffers={})
+            _, loaded = olmoe.load_olmoe(folder, config.model)
+            model = checkpoint.Restored(step=0, weights=loaded)
         if tokenizer is not None:
             kept_tokenizer.keep(str(tokenizer), workdir)
         _save(model, workdir, config)
@@ -142,21 +142,8 @@ def _is_ours(description: dict[str, Any]) -> bool:
 
 def _save(model: checkpoint.Restored, workdir: Path, config: Config) -> None:
     """Writes the only checkpoint of a run that starts from a model."""
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.train.num_checkpoints_kept, config=to_dict(config)
     )
     with checkpointer:
-        params, store, buffers = jax.tree.map(
-            jnp.asarray, (model.params, model.store, model.buffers)
-        )
-        usage = abstract_state(config, optimizer).usage
-        state = TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            store=store,
-            buffers=buffers,
-            optimizer=optimizer.init(params, store),
-            usage=None if usage is None else jnp.zeros(usage.shape, usage.dtype),
-        )
-        checkpointer.save(0, state)
+        checkpointer.save(0, initial_state(config, jax.tree.map(jnp.asarray, model.weights)))

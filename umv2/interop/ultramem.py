@@ -27,7 +27,7 @@ _CORE = re.compile(r"tucker_core\.(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedMemory:
-    """Memory layers stacked along axis 0, as in `params["sparse"]`, and the value tables.
+    """Memory layers stacked along axis 0, as in `params["memory"]`, and the value tables.
 
     `sizes` are the fields of `model.memory` that the shapes tell; `tables` are the fields of a
     `ValueStore`. Arrays are NumPy's, in the dtype that they came in.

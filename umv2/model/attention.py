@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from umv2 import sharding
 from umv2.config import ModelConfig
-from umv2.model import initialization, layers
+from umv2.model import layers
+from umv2.model.parameter import Initializer
 from umv2.types import struct
 
 # Queries that meet all keys at once where a sequence is longer than this: scores of 32K positions
@@ -46,17 +47,20 @@ class Attention(nnx.Module):
     attention to the last positions alone (arXiv 2004.05150).
     """
 
-    def __init__(self, config: ModelConfig, *, key: Key[Array, ""]):
+    def __init__(self, config: ModelConfig, *, init: Initializer):
         size, key_value_size = config.hidden_size, config.num_key_value_heads * config.head_dim
-        std = initialization.linear_std(config.hidden_size)
-        residual_std = std * initialization.residual_scale(config.num_layers)
-        self.query = nnx.Param(layers.normal(key, "query", (size, size), std))
-        self.key = nnx.Param(layers.normal(key, "key", (size, key_value_size), std))
-        self.value = nnx.Param(layers.normal(key, "value", (size, key_value_size), std))
-        self.output = nnx.Param(layers.normal(key, "output", (size, size), residual_std))
+        std = layers.linear_std(config.hidden_size)
+        residual_std = std * layers.residual_scale(config.num_layers)
+        into: Any = {"axes": ("hidden", "heads"), "group": "matrices"}
+        self.query = init.normal("query", (size, size), std=std, **into)
+        self.key = init.normal("key", (size, key_value_size), std=std, **into)
+        self.value = init.normal("value", (size, key_value_size), std=std, **into)
+        self.output = init.normal(
+            "output", (size, size), std=residual_std, axes=("heads", "hidden"), group="matrices"
+        )
         if config.query_key_norm:
-            self.query_norm = layers.RMSNorm(size, config.norm_epsilon)
-            self.key_norm = layers.RMSNorm(key_value_size, config.norm_epsilon)
+            self.query_norm = layers.RMSNorm(size, config.norm_epsilon, init=init)
+            self.key_norm = layers.RMSNorm(key_value_size, config.norm_epsilon, init=init)
         self.normalised = config.query_key_norm
         self.head_dim = config.head_dim
         self.rope = layers.Rope(config.rope_theta, config.rope_scaling, config.rope_scale)
@@ -70,15 +74,16 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b 1 t t"] | None = None,
         cache: KeyValueCache | None = None,
         position: Int[Array, "#b"] | int = 0,
+        prefill: bool = False,
     ) -> tuple[Float[Array, "b t d"], KeyValueCache | None]:
         """Attends to earlier positions.
 
         Args:
           x: normalised input.
           mask: True where a query may see a key, beside causality (packed documents).
-          cache: keys and values of positions < `position`; x then continues them. It is empty where
-            `position` is the number 0, and then only written.
+          cache: keys and values of positions < `position`; x then continues them.
           position: position of x[:, 0], the same in all rows or one of each.
+          prefill: the cache is empty and only written, from position 0 on.
 
         Returns:
           The projected output, and the cache with the positions of x written into it.
@@ -87,14 +92,13 @@ class Attention(nnx.Module):
         values = layers.linear(x, self.value[...])
         if self.normalised:
             query, keys = self.query_norm(query), self.key_norm(keys)
-        fresh = isinstance(position, int) and position == 0
         starts = jnp.broadcast_to(jnp.asarray(position, jnp.int32), x.shape[:1])
         shares: tuple[Any, Any] = (None, None)
         if sharding.on_mesh():
             starts = sharding.shard_batch_like(starts, x)
             shares = (sharding.spec(query), jax.tree.map(sharding.spec, cache))
         attended, cache = sharding.shard_map(
-            lambda *arrays: self._attend(*arrays, fresh=fresh),
+            lambda *arrays: self._attend(*arrays, prefill=prefill),
             query,
             keys,
             values,
@@ -114,7 +118,7 @@ class Attention(nnx.Module):
         cache: KeyValueCache | None,
         starts: Int[Array, " b"],
         *,
-        fresh: bool,
+        prefill: bool,
     ) -> tuple[Float[Array, "b t e"], KeyValueCache | None]:
         """Attends with the heads of one device."""
         shape = query.shape
@@ -124,10 +128,10 @@ class Attention(nnx.Module):
         values = self._split(values)
         if cache is not None:
             cache = KeyValueCache(
-                keys=_write(cache.keys, keys, starts, fresh=fresh),
-                values=_write(cache.values, values, starts, fresh=fresh),
+                keys=_write(cache.keys, keys, starts, prefill=prefill),
+                values=_write(cache.values, values, starts, prefill=prefill),
             )
-        if cache is None or fresh:
+        if cache is None or prefill:
             attended = self._attend_to_each_other(query, keys, values, mask)
         else:
             attended = _attend_to_cache(query, cache, positions, self.window)
@@ -185,11 +189,11 @@ def _write(
     new: Float[Array, "b t g q"],
     starts: Int[Array, " b"],
     *,
-    fresh: bool,
+    prefill: bool,
 ) -> Float[Array, "b g s q"]:
     """Puts new entries at the positions from `starts` on."""
     new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
-    if fresh:
+    if prefill:
         return lax.dynamic_update_slice_in_dim(cache, new, 0, axis=2)
     # One scatter for all rows, in place where the cache is donated. A slice of each row, one after
     # another, takes as long, and 128 rows in 20 blocks half a minute to compile, not a second.

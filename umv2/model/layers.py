@@ -1,40 +1,36 @@
-"""Dense building blocks: linear map, RMSNorm, SwiGLU, rotary embedding.
+"""Dense building blocks: linear map, RMSNorm, SwiGLU, rotary embedding, and how they start.
 
 Parameters are float32; `dtype` is that of matrix products. Norms and rotations are computed in
-float32 (or float64 where the input is), whatever the dtype of their input.
+float32 (or float64 where the input is), whatever the dtype of their input. Every linear map,
+embeddings included, starts normal with variance 2 / (5 h); projections that end a residual branch
+are scaled by 1 / sqrt(2 L) more (UltraMemV2, arXiv 2508.18756, section 3.5).
 """
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from umv2 import sharding
+from umv2.model.parameter import Initializer
 
 _FEW_ROWS = 8
 
 
-class Buffer(nnx.Variable):
-    """Saved state that no gradient reaches."""
+def linear_std(hidden_size: int) -> float:
+    """Returns the standard deviation of linear maps, sqrt(2 / (5 h))."""
+    return math.sqrt(2 / (5 * hidden_size))
 
 
-def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-    """Derives the key of a named parameter, so that adding one does not reshuffle the others."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def normal(
-    key: Key[Array, ""], name: str, shape: tuple[int, ...], std: float
-) -> Float[Array, "..."]:
-    """Draws the initial value of a named parameter: normal with mean 0 and the given deviation."""
-    return std * jax.random.normal(named_key(key, name), shape, jnp.float32)
+def residual_scale(num_layers: int) -> float:
+    """Returns 1 / sqrt(2 L), the factor on the last projection of attention and FFN."""
+    return 1 / math.sqrt(2 * num_layers)
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -130,8 +126,8 @@ class Rope:
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a learned weight (arXiv 1910.07467)."""
 
-    def __init__(self, size: int, epsilon: float):
-        self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
+    def __init__(self, size: int, epsilon: float, *, init: Initializer):
+        self.weight = init.constant(size, 1.0)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -142,10 +138,12 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """Gated feed-forward network: W_down (silu(W_gate x) * W_up x) (arXiv 2002.05202)."""
 
-    def __init__(self, size: int, inner: int, *, std: float, down_std: float, key: Key[Array, ""]):
-        self.gate = nnx.Param(normal(key, "gate", (size, inner), std))
-        self.up = nnx.Param(normal(key, "up", (size, inner), std))
-        self.down = nnx.Param(normal(key, "down", (inner, size), down_std))
+    def __init__(self, size: int, inner: int, *, std: float, down_std: float, init: Initializer):
+        into: Any = {"axes": ("hidden", "ffn"), "group": "matrices"}
+        out: Any = {"axes": ("ffn", "hidden"), "group": "matrices"}
+        self.gate = init.normal("gate", (size, inner), std=std, **into)
+        self.up = init.normal("up", (size, inner), std=std, **into)
+        self.down = init.normal("down", (inner, size), std=down_std, **out)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns the output in the dtype of x."""

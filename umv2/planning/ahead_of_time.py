@@ -21,11 +21,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umv2 import sharding
 from umv2.config import Config, MeshConfig, from_config_dict, to_dict
@@ -33,12 +33,13 @@ from umv2.config.schema import UserError
 from umv2.cost import exchange, traffic
 from umv2.inference import decode, serving
 from umv2.inference.sampling import Sampling
+from umv2.model.parameter import Declaration
+from umv2.model.weights import Weights
 from umv2.planning import topology
 from umv2.planning.hlo import workload
 from umv2.planning.hlo.collectives import Collective, read, totals
 from umv2.planning.program import memory
-from umv2.training import optim
-from umv2.training.state import abstract_state, merge_model, model_structure
+from umv2.training.state import TrainState, abstract_state, map_declared
 from umv2.training.train import make_train_step
 from umv2.types import Batch
 
@@ -174,36 +175,48 @@ def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) ->
     """Returns the bytes of a device's arguments by part, without a compiler or devices.
 
     Raises:
-      ValueError: an array that the mesh does not divide evenly.
+      ValueError: an array that the mesh cannot shard evenly.
     """
     config = exchange.with_layout(config, mesh_sizes, _num_tokens(config, step))
     one_device = MeshConfig(1, 1, 1, 1, parameters="fsdp", table_sharding="auto")
     train = dataclasses.replace(config.train, gradient_accumulation=1)
-    state = _undivided_state(dataclasses.replace(config, mesh=one_device, train=train))
+    one_device_config = dataclasses.replace(config, mesh=one_device, train=train)
+    arguments: Any = _unsharded_state(one_device_config)
+    rules = sharding.rules(config.mesh)
     parts = {"dense": 0, "sparse": 0, "data": _data_bytes(config, mesh_sizes, step)}
-    rules, moe = sharding.rules(config.mesh), config.model.family == "moe"
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if step == "decode" and name.startswith(("optimizer", "usage", "step")):
-            continue
-        spec = sharding.partition(name, leaf.shape, rules, mesh_sizes)
+
+    def of_weight(name: str, declared: Declaration) -> _Placed:
+        spec = sharding.partition(declared.axes, rules, mesh_sizes, name=name)
+        sparse = "row" in declared.axes or "expert" in declared.axes
+        part = "data" if declared.group is None else "sparse" if sparse else "dense"
+        return _Placed(name, part, spec, declared)
+
+    other = _Placed("counters", "data", PartitionSpec(), None)
+    placed = map_declared(one_device_config, arguments, of_weight, other)
+    if step == "decode":
+        arguments, placed = arguments.weights, placed.weights
+    leaves = jax.tree.leaves(placed, is_leaf=lambda node: isinstance(node, _Placed))
+    for leaf, place in zip(jax.tree.leaves(arguments), leaves, strict=True):
         dtype = leaf.dtype
-        if step == "decode":
-            dtype = serving.served_dtype(name, leaf, config.model.compute_dtype)
+        if step == "decode" and place.declared is not None:
+            dtype = serving.served_dtype(place.declared, dtype, config.model.compute_dtype)
         size = dtype.itemsize
-        for length, entry in itertools.zip_longest(leaf.shape, spec):
-            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-            over = math.prod(mesh_sizes[axis] for axis in axes)
+        for length, entry in itertools.zip_longest(leaf.shape, place.spec):
+            over = math.prod(mesh_sizes[axis] for axis in sharding.axes_of(entry))
             if length % over:
-                raise ValueError(f"{over} devices do not divide {name} of shape {leaf.shape}")
+                raise ValueError(f"{over} devices cannot shard {place.name} of shape {leaf.shape}")
             size *= length // over
-        sparse = r"\bstore\b|\bsparse/(gate|up|down)$" if moe else r"\bstore\b"
-        dense = r"\b(params|model)\b"
-        part = (
-            "sparse" if re.search(sparse, name) else "dense" if re.search(dense, name) else "data"
-        )
-        parts[part] += size
+        parts[place.part] += size
     return parts
+
+
+class _Placed(NamedTuple):
+    """Where the bytes of an array belong, and how it is sharded."""
+
+    name: str
+    part: str
+    spec: PartitionSpec
+    declared: Declaration | None
 
 
 def _data_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> int:
@@ -217,24 +230,21 @@ def _data_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> in
 
 
 @functools.lru_cache(maxsize=1)  # a search asks for many meshes of one model
-def _undivided_state(config: Config) -> Any:
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    return abstract_state(config, optimizer)
+def _unsharded_state(config: Config) -> TrainState:
+    return abstract_state(config)
 
 
 def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
     """Traces a step for a mesh, whose devices need not be attached; call it outside of the mesh."""
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    graphdef = model_structure(config.model)
     batch = _batch(config, mesh)
     with jax.set_mesh(mesh):
-        state = abstract_state(config, optimizer)
+        state = abstract_state(config)
         if step == "train":
             arguments: tuple[Any, ...] = (state, batch)
-            function: Any = make_train_step(config, graphdef, optimizer)
+            function: Any = make_train_step(config)
             donated = 0
         else:
-            arguments = tuple(_served(config, mesh, state).values())
+            arguments = tuple(_served(config, mesh, state.weights).values())
             sampling = Sampling.of(config.generate, config.model.vocab_size)
             function, donated = functools.partial(decode.decode, sampling=sampling), 1
         return jax.jit(function, donate_argnums=donated).lower(*arguments)
@@ -248,18 +258,15 @@ def _batch(config: Config, mesh: Any) -> Batch:
     return jax.tree.map(lambda leaf: _with_sharding(leaf, sharding.batch_sharding(mesh)), example)
 
 
-def _served(config: Config, mesh: Any, state: Any) -> dict[str, Any]:
+def _served(config: Config, mesh: Any, weights: Weights) -> dict[str, Any]:
     """Arguments of a decode step: as many sequences as evaluation takes, with a full cache."""
     model, size = config.model, config.evaluation.batch_size
-    graphdef = model_structure(model)
     served, cache = jax.eval_shape(
-        lambda params, buffers, store: (
-            serving.serve(merge_model(graphdef, params, buffers), store),
-            merge_model(graphdef, params, buffers).empty_cache(size, config.data.sequence_length),
+        lambda weights: (
+            serving.serve(model, weights),
+            weights.model(model).empty_cache(size, config.data.sequence_length),
         ),
-        state.params,
-        state.buffers,
-        state.store,
+        weights,
     )
     served, cache = jax.tree.map(
         lambda leaf: _with_sharding(leaf, NamedSharding(mesh, leaf.sharding.spec)), (served, cache)

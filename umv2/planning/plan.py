@@ -136,7 +136,7 @@ class Plan:
         """
         measured, chip = self.measured, self.place.chip
         sizes = " x ".join(f"{axis} {size}" for axis, size in measured.mesh.items())
-        if measured.mesh["memory"] > 1 and self.config.model.family == "memory":
+        if measured.mesh["memory"] > 1 and self.config.model.placements:
             sizes += f", tables by {measured.table_sharding}"
         rows: list[tuple[str, ...]] = [
             (f"{self.step} step of {self.name}", f"{self._batch_size} sequences of"
@@ -197,7 +197,9 @@ class Plan:
         """What fills the memory of a device, in bytes."""
         measured = self.measured
         moments = " and their moments" if self.step == "train" else ""
-        sparse = "experts" if self.config.model.family == "moe" else "value tables"
+        model = self.config.model
+        filled = ((model.placements, "value tables"), (model.ffn == "moe", "experts"))
+        sparse = " and ".join(name for present, name in filled if present)
         data = "batch and counters" if self.step == "train" else "cache"
         names = {"dense": f"dense parameters{moments}", "sparse": sparse + moments, "data": data}
         parts = [(names[part], size) for part, size in measured.parts.items() if size]

@@ -68,13 +68,11 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
 def meshes(config: Config, num_devices: int) -> Iterator[Config]:
     """Yields the configuration with every mesh of all devices, and layout, that it allows."""
     divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
-    memory_sizes = divisors if config.model.family != "dense" else [1]
+    memory_sizes = divisors if config.model.placements or config.model.ffn == "moe" else [1]
     for fsdp, memory, tensor in itertools.product(divisors, memory_sizes, divisors):
         if num_devices % (fsdp * memory * tensor) or tensor > _MOST_TENSOR:
             continue
-        layouts = (
-            ("columns", "rows") if config.model.family == "memory" and memory > 1 else ("auto",)
-        )
+        layouts = ("columns", "rows") if config.model.placements and memory > 1 else ("auto",)
         parameters = ("fsdp", "fsdp_and_memory") if memory > 1 else ("fsdp",)
         for layout, divided in itertools.product(layouts, parameters):
             changes = {
@@ -196,7 +194,7 @@ def predicted_seconds(config: Config, sizes: Mapping[str, int], place: topology.
 def other_layout(config: Config, size: int) -> str | None:
     """Returns the layout of value tables that is not configured, where it is possible."""
     other = {"rows": "columns", "columns": "rows"}.get(config.mesh.table_sharding)
-    if config.model.family != "memory" or other is None or not _divides(config, other, size):
+    if not config.model.placements or other is None or not _divides(config, other, size):
         return None
     return other
 
@@ -251,7 +249,7 @@ def _sparse_bytes(config: Config, sizes: Mapping[str, int], count: int) -> float
     gradient = 0.0
     if others > 1:  # tables are whole along these axes, and so are their gradients
         gradient = 2.0 * accounting.FLOAT32_BYTES * count / size
-    if model.family != "memory" or size == 1:
+    if not model.placements or size == 1:
         return gradient
     tokens = (
         _batch(config)

@@ -41,7 +41,7 @@ from umv2.sharding.operations import (
     take_positions,
     zeros,
 )
-from umv2.sharding.rules import partition, rules, state_shardings
+from umv2.sharding.rules import Rules, partition, rules
 
 __all__ = [
     "AXES",
@@ -50,6 +50,7 @@ __all__ = [
     "MEMORY",
     "REPLICA",
     "TENSOR",
+    "Rules",
     "axes_of",
     "axis_sizes",
     "batch_sharding",
@@ -77,7 +78,6 @@ __all__ = [
     "sharded_axes",
     "spec",
     "split_microbatches",
-    "state_shardings",
     "table_layout",
     "take_positions",
     "tpu_memory",

@@ -33,9 +33,9 @@ from umv2 import distributed, files
 from umv2.config import Config, ConfigError, differing_fields
 from umv2.config import files as config_files
 from umv2.config.schema import UserError
-from umv2.model.memory.store import ValueStore
-from umv2.training import optim
-from umv2.training.state import TrainState, abstract_state
+from umv2.model.parameter import path_name
+from umv2.model.weights import Weights
+from umv2.training.state import TrainState, abstract_weights
 
 # What may change when a run goes on: how the same numbers are computed, shown and kept.
 RUNTIME_FIELDS = (
@@ -69,9 +69,7 @@ class Restored:
     """A trained model, without what only training needs."""
 
     step: int
-    params: dict[str, Any]
-    store: ValueStore | None
-    buffers: dict[str, Any]
+    weights: Weights
 
 
 class Checkpointer:
@@ -312,18 +310,17 @@ def restore_for_inference(directory: Path, config: Config) -> Restored:
     Raises:
       CheckpointError: none can be read, or it is not a model of this configuration.
     """
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    state = abstract_state(config, optimizer)
-    abstract = {"params": state.params, "store": state.store, "buffers": state.buffers}
-    wanted = _named(abstract)
+    abstract = abstract_weights(config)
+    wanted = abstract.named()
 
     def read(step: int) -> Restored:
         metadata = _read_metadata(manager, step)
         _check_step(metadata, step)
         saved = metadata["arrays"].items()
-        _check_arrays({k: v for k, v in saved if k.partition("/")[0] in abstract}, wanted)
+        parts = {field.name for field in dataclasses.fields(Weights)}
+        _check_arrays({k: v for k, v in saved if k.partition("/")[0] in parts}, wanted)
         arrays = _read_arrays(manager, step, wanted, metadata["checksums"])
-        return Restored(step=step, **_unnamed(abstract, arrays))
+        return Restored(step=step, weights=_unnamed(abstract, arrays))
 
     with _open_to_read(directory) as manager:
         return _newest(manager, read)
@@ -609,10 +606,7 @@ def _describe(array: Any) -> dict[str, Any]:
 
 def _named(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree under their paths, in the tree's order."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _unnamed(abstract: Any, arrays: Mapping[str, Array]) -> Any:

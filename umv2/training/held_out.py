@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from umv2 import sharding
-from umv2.config import Config
+from umv2.config import Config, ModelConfig
 from umv2.data.corpus import Corpus
 from umv2.data.loader import held_out_batches
-from umv2.model.memory.store import ValueStore
+from umv2.model.weights import Weights
 from umv2.training import losses
 from umv2.training.progress import working
-from umv2.training.state import merge_model
 from umv2.types import Batch
 
 
@@ -49,23 +47,20 @@ class HeldOut:
 
 
 def make_evaluation_step(
-    graphdef: Any, *, mask_across_documents: bool
-) -> Callable[
-    [dict[str, Any], dict[str, Any], ValueStore | None, Batch],
-    tuple[Float[Array, ""], Float[Array, ""]],
-]:
-    """Returns the compiled function (params, buffers, store, batch) -> (nats, weight).
+    config: ModelConfig, *, mask_across_documents: bool
+) -> Callable[[Weights, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """Returns the compiled function (weights, batch) -> (nats, weight).
 
     Both are sums over the tokens of the global batch, the same on every process.
     """
 
     @jax.jit
     def evaluation_step(
-        params: dict[str, Any], buffers: dict[str, Any], store: ValueStore | None, batch: Batch
+        weights: Weights, batch: Batch
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        model = merge_model(graphdef, params, buffers)
+        model = weights.model(config)
         segment_ids = batch.segment_ids if mask_across_documents else None
-        logits = model(batch.inputs, store=store, segment_ids=segment_ids).logits
+        logits = model(batch.inputs, store=weights.store, segment_ids=segment_ids).logits
         nats, _, weight = losses.cross_entropy(logits, batch.targets, batch.weights)
         return nats, weight
 
@@ -82,9 +77,9 @@ def evaluate(
     """Evaluates one pass over a text; batches are added up in float64.
 
     Args:
-      evaluation_step: of `make_evaluation_step`, with all arguments but the batch given.
+      evaluation_step: of `make_evaluation_step`, with the weights given.
       batches: the `sharding.local_rows` of each; all of one shape, filled up with weight 0.
-      mesh: the devices that divide the rows.
+      mesh: the devices that shard the rows.
       num_bytes: of the text in UTF-8, where each of its tokens is one target of weight 1.
     """
     total_nats = total_weight = 0.0

@@ -6,20 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from umv2 import sharding, tables
 from umv2.config import Config, to_dict
 from umv2.cost import accounting, exchange
-from umv2.training import optim
-from umv2.training.state import TrainState, abstract_state
+from umv2.model import weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One array of the model, its buffers or its store."""
+    """One array of the weights."""
 
-    path: str
+    name: str
     shape: tuple[int, ...]
     dtype: str
     sharding: str
@@ -58,7 +55,7 @@ class Inspection:
         rows = [("parameter", "shape", "dtype", "sharding", "optimizer group", "entries")]
         for p in self.parameters:
             shape = " x ".join(map(str, p.shape)) or "scalar"
-            rows.append((p.path, shape, p.dtype, p.sharding, p.group, f"{p.size:,}"))
+            rows.append((p.name, shape, p.dtype, p.sharding, p.group, f"{p.size:,}"))
         counts = [("count", "parameters")]
         counts += [(name, f"{value:,}") for name, value in self.counts.as_dict().items()]
         flops = [("forward pass", "MFLOP/token")]
@@ -73,16 +70,14 @@ def inspect(config: Config) -> Inspection:
     """Lists what the configuration would build, without building it.
 
     Raises:
-      ConfigError: a mesh that cannot divide the value tables.
+      ConfigError: a mesh that cannot shard the value tables.
     """
     sizes = sharding.axis_sizes(config.mesh, num_devices=1)
     num_tokens = config.train.batch_size * config.data.sequence_length
     config = exchange.with_layout(config, sizes, num_tokens)
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    state = abstract_state(config, optimizer)
     return Inspection(
         config=config,
-        parameters=tuple(_parameters(state, sharding.rules(config.mesh), sizes)),
+        parameters=tuple(_parameters(config, sizes)),
         counts=accounting.parameter_counts(config.model),
         flops_per_token=accounting.forward_flops_per_token(
             config.model, config.data.sequence_length
@@ -90,26 +85,21 @@ def inspect(config: Config) -> Inspection:
     )
 
 
-def _parameters(
-    state: TrainState, rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]
-) -> list[Parameter]:
-    def parameter(path: str, leaf: Any, group: str) -> Parameter:
-        spec = sharding.partition(path, leaf.shape, rules, sizes)
-        divided = [" and ".join(sharding.axes_of(entry)) or "-" for entry in spec]
-        return Parameter(
-            path=path,
-            shape=tuple(leaf.shape),
-            dtype=str(leaf.dtype),
-            sharding=" x ".join(divided) if set(divided) - {"-"} else "replicated",
-            group=group,
+def _parameters(config: Config, sizes: Mapping[str, int]) -> list[Parameter]:
+    declared, rules = weights.declarations(config.model), sharding.rules(config.mesh)
+    listed = []
+    for name, leaf in weights.abstract(config.model).named().items():
+        spec = sharding.partition(declared[name].axes, rules, sizes, name=name)
+        axes = [" and ".join(sharding.axes_of(entry)) or "-" for entry in spec]
+        listed.append(
+            Parameter(
+                name=name,
+                shape=tuple(leaf.shape),
+                dtype=str(leaf.dtype),
+                sharding=" x ".join(axes) if set(axes) - {"-"} else "replicated",
+                group=declared[name].group or "(buffer)",
+            )
         )
-
-    trained = optim.named_parameters(state.params, state.store)
-    groups = optim.parameter_groups(list(trained))
-    listed = [parameter(path, leaf, groups[path]) for path, leaf in trained.items()]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.buffers):
-        name = "buffers/" + "/".join(str(entry.key) for entry in path)
-        listed.append(parameter(name, leaf, "(buffer)"))
     return listed
 
 

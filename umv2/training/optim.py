@@ -1,12 +1,10 @@
 """AdamW with a group for every parameter, and a transformation of its own for the value tables.
 
-A parameter's name is its path: "model/blocks/attention/query", "store/values". `RULES` is the one
-place that says what group a name belongs to.
+The group of a parameter, which has its own weight decay, stands in its declaration.
 """
 
-import dataclasses
-import re
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,63 +14,10 @@ from jaxtyping import Array, Float
 
 from umv2.config import OptimizerConfig
 from umv2.model.memory.store import ValueStore
+from umv2.model.parameter import Declaration, path_name
+from umv2.model.weights import Weights
+from umv2.training.table_gradient import TableGradient
 from umv2.types import struct
-
-MODEL, STORE = "model/", "store/"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Puts the parameters whose whole name matches a pattern into a group.
-
-    Groups are the fields of `WeightDecayConfig`.
-    """
-
-    group: str
-    pattern: str
-
-
-# An output head of its own is a matrix like any other; tied to the embedding, it does not exist.
-RULES = (
-    Rule("embeddings", r"model/embedding"),
-    Rule("norms", r"model/(final_norm|blocks/(\w+/)?\w+_norm)/weight"),
-    Rule("norms", r"model/sparse/((query|key)_norm|\w+_bias)"),
-    Rule("matrices", r"model/head"),
-    Rule("matrices", r"model/blocks/attention/(query|key|value|output)"),
-    Rule("matrices", r"model/blocks/ffn/(gate|up|down)"),
-    Rule("matrices", r"model/sparse/(query|pre|output|output_gate)"),
-    Rule("matrices", r"model/sparse/(router|gate|up|down)"),
-    Rule("keys", r"model/sparse/(keys|cores)"),
-    Rule("values", r"store/(values|pre_values)"),
-)
-
-
-def parameter_groups(names: Iterable[str], rules: tuple[Rule, ...] = RULES) -> dict[str, str]:
-    """Returns the group of every parameter.
-
-    Raises:
-      ValueError: a name that no rule matches, or more than one.
-    """
-    groups = {}
-    for name in names:
-        matches = [rule for rule in rules if re.fullmatch(rule.pattern, name)]
-        if len(matches) != 1:
-            patterns = ", ".join(rule.pattern for rule in matches) or "none"
-            raise ValueError(
-                f"parameter {name!r} must match exactly one rule of umv2/training/optim.py;"
-                f" it matches {patterns}"
-            )
-        groups[name] = matches[0].group
-    return groups
-
-
-def named_parameters(params: Any, store: ValueStore | None) -> dict[str, Any]:
-    """Returns every parameter of the model and the store under its name."""
-    return {
-        _name(prefix, path): leaf
-        for prefix, tree in ((MODEL, params), (STORE, store))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -120,43 +65,69 @@ class OptimizerState:
 class Optimizer:
     """AdamW after a clip of the gradient norm that model and store have together.
 
-    The store has its own transformation, so that one that touches only the rows in use can take
-    its place. Weight decay is decoupled, and scaled by the learning rate (arXiv 1711.05101).
+    The store has its own transformation: its learning rate has a schedule of its own. Weight decay
+    is decoupled, and scaled by the learning rate (arXiv 1711.05101).
     """
 
-    def __init__(self, config: OptimizerConfig, num_steps: int):
+    def __init__(
+        self, config: OptimizerConfig, num_steps: int, declared: Mapping[str, Declaration]
+    ):
         self._clip_norm = config.clip_norm
         self._schedule = learning_rate(config, num_steps)
         self._values_schedule = values_learning_rate(config, num_steps)
-        self._model = _adamw(config, self._schedule, MODEL)
-        self._store = _adamw(config, self._values_schedule, STORE)
+        self._model = _adamw(config, self._schedule, declared, "params")
+        self._store = _adamw(config, self._values_schedule, declared, "store")
 
     def init(self, params: Any, store: ValueStore | None) -> OptimizerState:
         """Returns the state before the first step."""
-        parameter_groups(named_parameters(params, store))
         return OptimizerState(model=self._model.init(params), store=self._store.init(store))
 
     def update(
         self,
         params_gradient: Any,
-        store_gradient: ValueStore | None,
+        table_gradient: TableGradient,
         state: OptimizerState,
         params: Any,
         store: ValueStore | None,
     ) -> tuple[Any, ValueStore | None, OptimizerState, Float[Array, ""]]:
         """Returns params, store and state after a step, and the gradient norm before clipping."""
-        norm = optax.tree.norm(jax.tree.leaves((params_gradient, store_gradient)))
+        squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params_gradient)]
+        norm = jnp.sqrt(functools.reduce(jnp.add, [*squares, *table_gradient.squares()]))
         scale = jnp.minimum(1.0, self._clip_norm / norm)
-        params_gradient, store_gradient = jax.tree.map(
-            lambda gradient: gradient * scale, (params_gradient, store_gradient)
-        )
+        params_gradient = jax.tree.map(lambda gradient: gradient * scale, params_gradient)
         params_update, model_state = self._model.update(params_gradient, state.model, params)
-        store_update, store_state = self._store.update(store_gradient, state.store, store)
+        store, store_state = table_gradient.scale(scale).apply(self._store, state.store, store)
         return (
             optax.apply_updates(params, params_update),
-            optax.apply_updates(store, store_update),
+            store,
             OptimizerState(model=model_state, store=store_state),
             norm,
+        )
+
+    def map_moments(
+        self, function: Callable[[Any], Any], state: OptimizerState, of_weights: Weights, other: Any
+    ) -> OptimizerState:
+        """Returns the state with values in place of its arrays.
+
+        Args:
+          function: of what stands in `of_weights` for a parameter; its result for each moment.
+          state: abstract or not.
+          of_weights: anything in place of the arrays.
+          other: in place of what belongs to no parameter: step counts.
+        """
+
+        def mapped(transformation: Any, part: Any, tree: Any) -> Any:
+            return optax.tree.map_params(
+                transformation,
+                lambda _, value: function(value),
+                part,
+                tree,
+                transform_non_params=lambda _: other,
+            )
+
+        return OptimizerState(
+            model=mapped(self._model, state.model, of_weights.params),
+            store=mapped(self._store, state.store, of_weights.store),
         )
 
     def learning_rates(self, step: int) -> dict[str, float]:
@@ -176,13 +147,16 @@ def _after_warmup(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Sc
 
 
 def _adamw(
-    config: OptimizerConfig, schedule: optax.Schedule, prefix: str
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    declared: Mapping[str, Declaration],
+    prefix: str,
 ) -> optax.GradientTransformation:
     """AdamW whose weight decay is that of each parameter's group."""
 
     def decayed(path: Any, update: Array, parameter: Array) -> Array:
-        name = _name(prefix, path)
-        group = parameter_groups([name])[name]
+        group = declared[f"{prefix}/{path_name(path)}"].group
+        assert group is not None  # a parameter has one
         return update + getattr(config.weight_decay, group) * parameter
 
     return optax.chain(
@@ -192,7 +166,3 @@ def _adamw(
         ),
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def _name(prefix: str, path: Any) -> str:
-    return prefix + jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,17 +1,20 @@
 """The state of training: everything that a checkpoint holds and a step changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Int, Key
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from umv2 import sharding
-from umv2.config import Config, ModelConfig
-from umv2.model import layers
-from umv2.model.memory.store import ValueStore, create_store
-from umv2.model.transformer import Transformer
+from umv2.config import Config
+from umv2.model import weights
+from umv2.model.memory.store import ValueStore
+from umv2.model.parameter import Declaration, path_name
+from umv2.model.slots import memory_layer
+from umv2.model.weights import Weights
 from umv2.training import optim
 from umv2.types import struct
 
@@ -20,10 +23,8 @@ from umv2.types import struct
 class TrainState:
     """A point in training. A pure tree of arrays: no modules, no functions.
 
-    `params` and `buffers` are nested dicts named as the model's attributes. The value store stands
-    beside them, with its own optimizer; it is None where there are no memory layers. `usage`
-    counts how often each sparse layer selected each of its visible rows, or experts, since the
-    last log; it is None for a dense model.
+    `params`, `store` and `buffers` are those of `weights`. `usage` counts how often each layer
+    selected each of its rows ("memory") or experts ("router") since the last log.
     """
 
     step: Int[Array, ""]
@@ -31,85 +32,133 @@ class TrainState:
     store: ValueStore | None
     buffers: dict[str, Any]
     optimizer: optim.OptimizerState
-    usage: Int[Array, "l choices"] | None
+    usage: dict[str, Int[Array, "l choices"]]
+
+    @property
+    def weights(self) -> Weights:
+        """The model, without what only training needs."""
+        return Weights(params=self.params, buffers=self.buffers, store=self.store)
 
 
-def create_model(config: ModelConfig, key: Key[Array, ""]) -> tuple[Transformer, ValueStore | None]:
-    """Draws a model and its value store."""
-    store = None
-    if config.family == "memory":
-        store = create_store(config, key=layers.named_key(key, "store"))
-    return Transformer(config, key=layers.named_key(key, "model")), store
+def create_optimizer(config: Config) -> optim.Optimizer:
+    """Returns the optimizer of an experiment."""
+    declared = weights.declarations(config.model)
+    return optim.Optimizer(config.optimizer, config.train.num_steps, declared)
 
 
-def split_model(model: Transformer) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Returns the model's structure, its parameters and its buffers, the latter as plain dicts.
-
-    Raises:
-      ValueError: one variable stands at two paths. In NNX's graph mode `jax.jit` would untie it.
-    """
-    graphdef, *states = nnx.split(model, nnx.Param, layers.Buffer, graph=False)
-    params, buffers = (nnx.to_pure_dict(state) for state in states)
-    return graphdef, params, buffers
-
-
-def merge_model(graphdef: Any, params: dict[str, Any], buffers: dict[str, Any]) -> Transformer:
-    """Puts together what `split_model` took apart; free within a traced function."""
-    return nnx.merge(graphdef, params, buffers)
-
-
-def model_structure(config: ModelConfig) -> Any:
-    """Returns the graphdef of a model without creating its arrays."""
-    model, _ = jax.eval_shape(lambda: create_model(config, jax.random.key(0)))
-    return nnx.graphdef(model, graph=False)
-
-
-def create_state(
-    config: Config, optimizer: optim.Optimizer, seed: int | Int[Array, ""] | None = None
-) -> TrainState:
-    """Draws the state at step 0. Trace it (jit, eval_shape); it is not light.
+def create_state(config: Config, seed: int | Int[Array, ""] | None = None) -> TrainState:
+    """Draws the state at step 0. Trace it (jit); it is not light.
 
     Args:
       config: of the experiment.
-      optimizer: of the parameters.
       seed: `config.seed` as an argument of a program that serves all seeds; None: `config.seed`.
     """
     key = jax.random.key(config.seed if seed is None else seed)
-    model, store = create_model(config.model, key)
-    _, params, buffers = split_model(model)
-    usage = None
-    if config.model.placements:
-        layers_and_choices = (len(config.model.placements), config.model.num_selectable)
-        usage = jnp.zeros(layers_and_choices, jnp.int32)
+    return initial_state(config, weights.create(config.model, key))
+
+
+def initial_state(config: Config, initial: Weights) -> TrainState:
+    """Returns the state at step 0 with the given weights."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        store=store,
-        buffers=buffers,
-        optimizer=optimizer.init(params, store),
-        usage=usage,
+        params=initial.params,
+        store=initial.store,
+        buffers=initial.buffers,
+        optimizer=create_optimizer(config).init(initial.params, initial.store),
+        usage={
+            name: jnp.zeros(shape, jnp.int32) for name, shape in usage_shapes(config.model).items()
+        },
     )
 
 
-def abstract_state(config: Config, optimizer: optim.Optimizer) -> TrainState:
+def usage_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """Returns the layers that choose in each slot, and the choices of each."""
+    shapes = {}
+    if config.placements and (choices := memory_layer(config).cost(config).num_choices):
+        shapes["memory"] = (len(config.placements), choices)
+    if config.ffn == "moe":
+        shapes["router"] = (config.num_layers, config.moe.num_experts)
+    return shapes
+
+
+def abstract_state(config: Config) -> TrainState:
     """Returns the shapes and dtypes of the state, and its shardings on the mesh in use, if any."""
     mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return jax.eval_shape(lambda: create_state(config, optimizer))
     with jax.set_mesh(None):
-        state = jax.eval_shape(lambda: create_state(config, optimizer))
-    shardings = sharding.state_shardings(mesh, config.mesh, state)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        shardings,
+        state = jax.eval_shape(lambda w: initial_state(config, w), weights.abstract(config.model))
+    return state if mesh.empty else sharded(config, mesh, state)
+
+
+def abstract_weights(config: Config) -> Weights:
+    """Returns shapes and dtypes of the weights alone, and their shardings on the mesh in use."""
+    mesh, abstract = jax.sharding.get_mesh(), weights.abstract(config.model)
+    if mesh.empty:
+        return abstract
+    specs = _weight_specs(config, mesh)
+    return jax.tree.map(lambda leaf, spec: _placed(leaf, mesh, spec), abstract, specs)
+
+
+def sharded(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
+    """Returns an abstract state with the shardings of a mesh."""
+
+    def spec(name: str, declared: Declaration) -> PartitionSpec:
+        return _partition(config, mesh, name, declared)
+
+    specs = map_declared(config, state, spec, other=PartitionSpec())
+    return jax.tree.map(lambda leaf, spec: _placed(leaf, mesh, spec), state, specs)
+
+
+def map_declared[T](
+    config: Config, state: TrainState, function: Callable[[str, Declaration], T], other: T
+) -> Any:
+    """Returns the state with values in place of its arrays.
+
+    Args:
+      config: of the experiment.
+      state: abstract or not.
+      function: of the name and declaration of an array of the weights; an optimizer's moments get
+        the value of their parameter.
+      other: in place of all other arrays.
+    """
+    values = _of_weights(config, function)
+    anything: Any = other
+    return TrainState(
+        step=anything,
+        params=values.params,
+        store=values.store,
+        buffers=values.buffers,
+        optimizer=create_optimizer(config).map_moments(
+            lambda value: value, state.optimizer, values, other
+        ),
+        usage=jax.tree.map(lambda _: anything, state.usage),
     )
 
 
-def refreshed_buffers(
-    graphdef: Any, params: dict[str, Any], buffers: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns the buffers as the given parameters want them: core vectors recomputed."""
-    model = merge_model(graphdef, params, buffers)
-    model.refresh()
-    return split_model(model)[2]
+def _of_weights(config: Config, function: Callable[[str, Declaration], Any]) -> Any:
+    declared = weights.declarations(config.model)
+
+    def value(path: Any, _: Any) -> Any:
+        name = path_name(path)
+        return function(name, declared[name])
+
+    return jax.tree_util.tree_map_with_path(value, weights.abstract(config.model))
+
+
+def _weight_specs(config: Config, mesh: Mesh) -> Any:
+    return _of_weights(config, lambda name, found: _partition(config, mesh, name, found))
+
+
+def _partition(config: Config, mesh: Mesh, name: str, declared: Declaration) -> PartitionSpec:
+    """Returns how an array of the weights is sharded.
+
+    Raises:
+      ValueError: tables to shard, and mesh.table_sharding is still "auto".
+    """
+    mesh_config = config.mesh
+    if "row" in declared.axes and mesh_config.table_sharding == "auto" and mesh_config.memory > 1:
+        raise ValueError("mesh.table_sharding='auto': choose before arrays are sharded")
+    return sharding.partition(declared.axes, sharding.rules(mesh_config), mesh.shape, name=name)
+
+
+def _placed(leaf: Any, mesh: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

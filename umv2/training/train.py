@@ -20,19 +20,14 @@ from umv2.config.schema import UserError
 from umv2.cost import accounting, exchange
 from umv2.data import kept_tokenizer, loader
 from umv2.data.corpus import Corpus, open_corpus
+from umv2.model.slots import Observe
 from umv2.model.transformer import ModelStats
-from umv2.training import checkpoint, losses, optim, records
-from umv2.training.health import describe_stats, fetched_health, health_arrays
+from umv2.model.weights import Weights, refreshed_buffers
+from umv2.training import checkpoint, health, losses, records
 from umv2.training.held_out import evaluate_corpus, make_evaluation_step
 from umv2.training.progress import Announced, Progress, working
-from umv2.training.state import (
-    TrainState,
-    abstract_state,
-    create_state,
-    merge_model,
-    model_structure,
-    refreshed_buffers,
-)
+from umv2.training.state import TrainState, abstract_state, create_optimizer, create_state
+from umv2.training.table_gradient import Dense, TableGradient
 from umv2.types import Batch, struct
 
 
@@ -50,7 +45,7 @@ class StepMetrics:
 
 
 def make_train_step(
-    config: Config, graphdef: Any, optimizer: optim.Optimizer
+    config: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the function that takes one optimizer step; jit it with the state donated.
 
@@ -58,59 +53,69 @@ def make_train_step(
     same. Core vectors are recomputed from the updated cores, outside the gradient.
     """
     accumulation = config.train.gradient_accumulation
+    optimizer = create_optimizer(config)
+    observe = Observe.training(config.loss)
 
     def objective(
         trained: tuple[Any, Any], buffers: dict[str, Any], batch: Batch, weight: Array
     ) -> tuple[Array, tuple[Array, ModelStats]]:
         params, store = trained
-        model = merge_model(graphdef, params, buffers)
+        model = Weights(params=params, buffers=buffers, store=store).model(config.model)
         segment_ids = batch.segment_ids if config.data.mask_across_documents else None
-        output = model(batch.inputs, store=store, segment_ids=segment_ids)
+        output = model(batch.inputs, store=store, segment_ids=segment_ids, observe=observe)
         nll, squared_log_z, _ = losses.cross_entropy(output.logits, batch.targets, batch.weights)
-        auxiliary = losses.auxiliary(
-            output.stats, params, config.loss, num_tokens=batch.inputs.size
-        )
+        terms = model.losses(output.stats, config.loss, num_tokens=batch.inputs.size)
+        auxiliary = functools.reduce(jnp.add, terms.values(), jnp.zeros(()))
         loss = (nll + config.loss.z_loss * squared_log_z) / weight + auxiliary / accumulation
         return loss, (nll / weight, output.stats)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        trained = (state.params, state.store)
-        differentiate = jax.value_and_grad(objective, has_aux=True)
-        weight = jnp.maximum(batch.weights.sum(), 1.0)
+    differentiate = jax.value_and_grad(objective, has_aux=True)
 
+    def gradients_of(
+        state: TrainState, batch: Batch, weight: Array
+    ) -> tuple[Array, ModelStats, Any, TableGradient]:
+        trained = (state.params, state.store)
+        (_, (loss, stats)), (params, store) = differentiate(trained, state.buffers, batch, weight)
+        return loss, stats, params, Dense(store)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        weight = jnp.maximum(batch.weights.sum(), 1.0)
         if accumulation == 1:
-            (_, (loss, stats)), gradients = differentiate(trained, state.buffers, batch, weight)
+            loss, stats, params_gradient, table_gradient = gradients_of(state, batch, weight)
         else:
 
             def accumulate(total: Any, microbatch: Batch) -> tuple[Any, ModelStats]:
-                (_, (loss, stats)), gradients = differentiate(
-                    trained, state.buffers, microbatch, weight
-                )
-                return jax.tree.map(jnp.add, total, (loss, gradients)), stats
+                loss, stats, params, table = gradients_of(state, microbatch, weight)
+                summed = jax.tree.map(jnp.add, total[:2], (loss, params))
+                return (*summed, total[2].add(table)), stats
 
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+            zeros = (
+                jnp.zeros(()),
+                jax.tree.map(jnp.zeros_like, state.params),
+                Dense.zeros_like(state.store),
+            )
             microbatches = jax.tree.map(
                 lambda x: sharding.split_microbatches(x, accumulation), batch
             )
-            (loss, gradients), stacked = jax.lax.scan(accumulate, zeros, microbatches)
-            stats = _over_microbatches(stacked)
+            (loss, params_gradient, table_gradient), stacked = jax.lax.scan(
+                accumulate, zeros, microbatches
+            )
+            stats = jax.tree.map(_over_microbatches, stacked)
 
-        params_gradient, store_gradient = gradients
         params, store, optimizer_state, gradient_norm = optimizer.update(
-            params_gradient, store_gradient, state.optimizer, state.params, state.store
+            params_gradient, table_gradient, state.optimizer, state.params, state.store
         )
-        usage = state.usage
-        if usage is not None:
-            usage = usage + stats.sparse.hits
-            stats = _reported(stats, config)
+        updated = Weights(params=params, buffers=state.buffers, store=store)
+        hits = health.hits(stats)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
             store=store,
-            buffers=refreshed_buffers(graphdef, params, state.buffers),
+            buffers=refreshed_buffers(config.model, updated),
             optimizer=optimizer_state,
-            usage=usage,
+            usage={name: used + hits[name] for name, used in state.usage.items()},
         )
+        stats = health.without_hits(stats)
         return new_state, StepMetrics(loss=loss, gradient_norm=gradient_norm, stats=stats)
 
     return train_step
@@ -146,7 +151,6 @@ def train(config: Config, workdir: Path) -> bool:
             microbatch_size * config.data.sequence_length,
             capacity=sharding.tpu_memory(mesh),
         )
-        optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
         checkpointer = checkpoint.Checkpointer(
             workdir / "checkpoints",
             keep=config.train.num_checkpoints_kept,
@@ -155,7 +159,7 @@ def train(config: Config, workdir: Path) -> bool:
         )
         # The signal is a wish as long as something may be on its way to the disk.
         with distributed.StopSignal() as stop, jax.set_mesh(mesh), checkpointer:
-            state = _restore_or_create(config, optimizer, checkpointer)
+            state = _restore_or_create(config, checkpointer)
             if jax.process_index() == 0:  # now that the checkpoint, if any, agrees
                 kept_tokenizer.keep(data.tokenizer, workdir)
             step = int(state.step)
@@ -169,7 +173,6 @@ def train(config: Config, workdir: Path) -> bool:
                     config,
                     workdir,
                     state,
-                    optimizer,
                     checkpointer,
                     corpus,
                     mesh,
@@ -201,7 +204,6 @@ def _run(
     config: Config,
     workdir: Path,
     state: TrainState,
-    optimizer: optim.Optimizer,
     checkpointer: checkpoint.Checkpointer,
     corpus: Corpus,
     mesh: jax.sharding.Mesh,
@@ -210,18 +212,13 @@ def _run(
     evaluate_first: bool,
 ) -> None:
     train_config, first_step = config.train, int(state.step)
-    graphdef = model_structure(config.model)
-    train_step = Announced(
-        jax.jit(make_train_step(config, graphdef, optimizer), donate_argnums=0),
-        "the training step",
-    )
+    train_step = Announced(jax.jit(make_train_step(config), donate_argnums=0), "the training step")
+    optimizer = create_optimizer(config)
     evaluation_step = make_evaluation_step(
-        graphdef, mask_across_documents=config.data.mask_across_documents
+        config.model, mask_across_documents=config.data.mask_across_documents
     )
-    write_blocks = tuple(write for _, write in config.model.placements)
-    health = Announced(
-        jax.jit(functools.partial(health_arrays, write_blocks=write_blocks)),
-        "the health of the sparse layers",
+    health_of = Announced(
+        jax.jit(functools.partial(health.arrays, config.model)), "the health of the layers"
     )
     tokens_per_step = train_config.batch_size * config.data.sequence_length
     batches = loader.train_batches(
@@ -243,7 +240,7 @@ def _run(
         def step_unless_stopped(batch: Batch) -> tuple[Array, Array]:
             if stop.received:
                 raise _Stopped(step)
-            return evaluation_step(state.params, state.buffers, state.store, batch)
+            return evaluation_step(state.weights, batch)
 
         with progress.paused():
             held_out = evaluate_corpus(step_unless_stopped, corpus, config, mesh=mesh)
@@ -273,7 +270,9 @@ def _run(
                 loss = _report(*pending, progress, workdir)
                 pending = None
                 with progress.paused():  # to compile it takes longer than many steps
-                    layers = fetched_health(health(step_metrics.stats, state.usage, state.params))
+                    layers = health.fetched(
+                        health_of(step_metrics.stats, state.usage, state.weights)
+                    )
                 record = {
                     "loss": loss,
                     "gradient_norm": float(step_metrics.gradient_norm),
@@ -298,20 +297,19 @@ def _run(
 
 def _restore_or_create(
     config: Config,
-    optimizer: optim.Optimizer,
     checkpointer: checkpoint.Checkpointer,
 ) -> TrainState:
     """Returns the newest good checkpoint's state, or a new one."""
     if checkpointer.latest_step() is not None:
         with working("restoring the newest checkpoint"):
-            state = checkpointer.restore(abstract_state(config, optimizer))
+            state = checkpointer.restore(abstract_state(config))
         logging.info("continuing after step %d", int(state.step))
         return state
     start = time.monotonic()
     with working("creating the state"):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config))
         # The seed is an argument, so that runs that differ in it share a compiled program.
-        create = functools.partial(create_state, config, optimizer)
+        create = functools.partial(create_state, config)
         state = sharding.create(create, shardings, config.seed)
         jax.block_until_ready(state)
     logging.info("created the state in %.1f s", time.monotonic() - start)
@@ -322,7 +320,7 @@ def _report(step: int, step_metrics: StepMetrics, progress: Progress, workdir: P
     """Waits for a step, shows its loss, and stops training where it is not finite."""
     loss, gradient_norm = float(step_metrics.loss), float(step_metrics.gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        statistics = describe_stats(step_metrics.stats)
+        statistics = health.describe(step_metrics.stats)
         raise TrainingDiverged(
             f"step {step}: loss {loss}, gradient norm {gradient_norm}; {statistics}."
             f" The last good checkpoint is kept in {workdir / 'checkpoints'}"
@@ -331,29 +329,12 @@ def _report(step: int, step_metrics: StepMetrics, progress: Progress, workdir: P
     return loss
 
 
-def _over_microbatches(stacked: ModelStats) -> ModelStats:
-    """Averages statistics over microbatches; hits are counts, so they add up."""
-    mean = jax.tree.map(lambda x: x.astype(jnp.float32).mean(axis=0), stacked)
-    if mean.sparse is None or stacked.sparse is None:
-        return mean
-    hits = stacked.sparse.hits.sum(axis=0)
-    return dataclasses.replace(mean, sparse=dataclasses.replace(mean.sparse, hits=hits))
-
-
-def _reported(stats: ModelStats, config: Config) -> ModelStats:
-    """Leaves out what nobody reads, so that XLA does not compute it.
-
-    The state accumulates hits; a balance loss of keys with coefficient 0 costs a softmax over all
-    of them, and is reported as 0.
-    """
-    assert stats.sparse is not None
-    sparse = dataclasses.replace(stats.sparse, hits=stats.sparse.hits[:, :0])
-    if config.model.family == "memory" and config.loss.balance_loss == 0:
-        sparse = dataclasses.replace(sparse, balance_loss=jnp.zeros_like(sparse.balance_loss))
-    return dataclasses.replace(stats, sparse=sparse)
+def _over_microbatches(stacked: Array) -> Array:
+    """Averages a statistic over microbatches; hits are counts, so they add up."""
+    if jnp.issubdtype(stacked.dtype, jnp.integer):
+        return stacked.sum(axis=0)
+    return stacked.astype(jnp.float32).mean(axis=0)
 
 
 def _forget_usage(state: TrainState) -> TrainState:
-    if state.usage is None:
-        return state
-    return dataclasses.replace(state, usage=jnp.zeros_like(state.usage))
+    return dataclasses.replace(state, usage=jax.tree.map(jnp.zeros_like, state.usage))

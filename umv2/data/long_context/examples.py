@@ -11,6 +11,8 @@ from jaxtyping import Int32
 
 Split = Literal["train", "evaluation"]
 # Drawn from by name, so that no seed of one split is a seed of another.
+# Where tasks stood when their documents were first drawn: equal seeds draw equal documents.
+_DRAWN_AS = "umv2.evaluation.long_context"
 _SPLITS: dict[Split, int] = {"train": 0, "evaluation": 1}
 _SHORTEST_FILLER = 16  # tokens; a gap that is smaller stays
 SYMBOLS = string.ascii_letters + string.digits
@@ -142,7 +144,8 @@ def make_example(
       tokenizer: of the text.
       texts: documents that filler is cut from.
     """
-    name = zlib.crc32(getattr(task, "__module__", "").encode())
+    module = getattr(task, "__module__", "").rpartition(".")[2]
+    name = zlib.crc32(f"{_DRAWN_AS}.{module}".encode())
     rng = np.random.default_rng([_SPLITS[split], seed, index, name, length])
 
     def size(text: str) -> int:

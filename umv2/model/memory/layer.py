@@ -7,22 +7,25 @@ differ from it in the fields of `MemoryConfig` that configs/families.py sets.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from umv2 import kernels, sharding
-from umv2.config import ModelConfig
-from umv2.model import initialization, layers
-from umv2.model.memory import exchange, retrieval
-from umv2.model.memory.store import StoreWindow
-from umv2.types import LayerStats
+from umv2.config import LossConfig, ModelConfig
+from umv2.model import layers
+from umv2.model.memory import exchange, initialization, retrieval
+from umv2.model.memory.store import StoreWindow, ValueStore
+from umv2.model.parameter import Buffer, Initializer
+from umv2.model.slots import LayerCost, MemorySlot, MemoryStats, Observe
+
+_FLOAT32_BYTES = _INT32_BYTES = 4
 
 
-class MemoryLayer(nnx.Module):
+class MemoryLayer(MemorySlot):
     """Retrieves `top_m` rows per token and head, and sums them into the residual stream.
 
     Memory(y) = W_v (sum_j w_jc act(<W_p y, P[j]>) V[j, slice c]) over the selected rows j, with
@@ -34,53 +37,147 @@ class MemoryLayer(nnx.Module):
     step (`refresh`), the shuffle never changes.
     """
 
-    def __init__(self, config: ModelConfig, *, key: Key[Array, ""]):
+    def __init__(self, config: ModelConfig, *, init: Initializer):
         memory = config.memory
-        start = initialization.memory_initialization(config)
         hidden, heads, rank = config.hidden_size, memory.num_heads, memory.tucker_rank
         num_chunks = retrieval.query_chunks(memory.query, num_heads=heads, tucker_rank=rank)
-        pooled_size = memory.num_slots * memory.value_dim
+        query_size, pooled_size = num_chunks * memory.key_dim, memory.num_slots * memory.value_dim
 
-        def parameter(name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-            return nnx.Param(layers.normal(key, name, shape, std))
+        def start(name: str) -> Callable[[], float]:
+            """Found when values are drawn: the calibration behind it takes seconds."""
+            return lambda: getattr(initialization.memory_initialization(config), name)
 
-        def constant(size: int, value: float) -> nnx.Param:
-            return nnx.Param(jnp.full((size,), value, jnp.float32))
-
-        self.query = parameter("query", (hidden, num_chunks * memory.key_dim), start.query_std)
-        sides = (heads, 2, rank, memory.keys_per_side, memory.key_dim)
-        self.keys = parameter("keys", sides, start.key_std)
+        into: Any = {"axes": ("hidden", None), "group": "matrices"}
+        self.query = init.normal("query", (hidden, query_size), std=start("query_std"), **into)
+        self.keys = init.normal(
+            "keys",
+            (heads, 2, rank, memory.keys_per_side, memory.key_dim),
+            std=start("key_std"),
+            axes=(None, None, None, None, "key"),
+            group="keys",
+        )
         if memory.query_norm != "none":
-            self.query_norm = constant(memory.key_dim, start.query_norm)
+            self.query_norm = init.constant(memory.key_dim, start("query_norm"))
         if memory.query_norm == "layer":
-            self.query_norm_bias = constant(memory.key_dim, 0.0)
+            self.query_norm_bias = init.constant(memory.key_dim, 0.0)
         if memory.key_norm != "none":
-            self.key_norm = constant(memory.key_dim, start.key_norm)
+            self.key_norm = init.constant(memory.key_dim, start("key_norm"))
         if memory.scoring == "tucker":
-            shape = (memory.num_cores, heads, rank, rank)
-            cores = jax.random.uniform(layers.named_key(key, "cores"), shape, jnp.float32)
-            self.cores = nnx.Param(cores)
-            none = jnp.zeros((heads, rank), jnp.float32)
-            u, v = retrieval.core_vectors(cores, none, none)
-            self.core_u, self.core_v = layers.Buffer(u), layers.Buffer(v)
+            self.cores = init.uniform(
+                "cores",
+                (memory.num_cores, heads, rank, rank),
+                axes=(None, None, None, None),
+                group="keys",
+                served="float32",
+            )
+            self.core_u = Buffer(self._first_vectors(init, 0, heads, rank))
+            self.core_v = Buffer(self._first_vectors(init, 1, heads, rank))
         if memory.shuffle:
-            addresses = jnp.arange(memory.keys_per_side**2, dtype=jnp.int32)
-            shuffled = jax.random.permutation(layers.named_key(key, "shuffle"), addresses)
-            self.shuffle = layers.Buffer(shuffled)
+            addresses = memory.keys_per_side**2
+            self.shuffle = Buffer(
+                init.value(
+                    "shuffle",
+                    (addresses,),
+                    lambda key: jax.random.permutation(key, jnp.arange(addresses, dtype=jnp.int32)),
+                    jnp.int32,
+                )
+            )
         if memory.has_pre_projection:
-            self.pre = parameter("pre", (hidden, memory.pre_value_dim), start.pre_std)
+            self.pre = init.normal(
+                "pre", (hidden, memory.pre_value_dim), std=start("pre_std"), **into
+            )
         if memory.output_gate != "none":
-            self.output_gate = parameter("output_gate", (hidden, pooled_size), start.gate_std)
+            self.output_gate = init.normal(
+                "output_gate", (hidden, pooled_size), std=start("gate_std"), **into
+            )
         if memory.projection != "none":
-            self.output = parameter("output", (pooled_size, hidden), start.output_std)
+            self.output = init.normal(
+                "output",
+                (pooled_size, hidden),
+                std=start("output_std"),
+                axes=(None, "hidden"),
+                group="matrices",
+            )
         if memory.bias:
-            self.query_bias = constant(num_chunks * memory.key_dim, 0.0)
+            self.query_bias = init.constant(query_size, 0.0)
             if memory.output_gate != "none":
-                self.output_gate_bias = constant(pooled_size, 0.0)
+                self.output_gate_bias = init.constant(pooled_size, 0.0)
             if memory.projection != "none":
-                self.output_bias = constant(hidden, 0.0)
+                self.output_bias = init.constant(hidden, 0.0)
         self.config = memory
         self.norm_epsilon = config.norm_epsilon
+
+    def _first_vectors(self, init: Initializer, index: int, heads: int, rank: int) -> Any:
+        """Returns u (index 0) or v of the cores as drawn, or their shape."""
+
+        def compute(_: Key[Array, ""]) -> Float[Array, "h r"]:
+            none = jnp.zeros((heads, rank), jnp.float32)
+            return retrieval.core_vectors(self.cores[...], none, none)[index]
+
+        return init.value("", (heads, rank), compute)
+
+    @classmethod
+    def create_store(cls, config: ModelConfig, *, init: Initializer) -> ValueStore:
+        """Returns the value tables of all memory layers: [L_mem, N, D_v] and [L_mem, N, D_p]."""
+        memory = config.memory
+        rows = (len(config.placements), memory.num_values)
+
+        def table(name: str, width: int) -> Any:
+            def draw(key: Key[Array, ""]) -> Float[Array, "l n d"]:
+                std = initialization.memory_initialization(config).values_std
+                return std * jax.random.normal(key, (*rows, width), jnp.float32)
+
+            return init.value(name, (*rows, width), draw)
+
+        pre_values = table("pre_values", memory.pre_value_dim) if memory.pre_value_dim else None
+        return ValueStore(values=table("values", memory.value_dim), pre_values=pre_values)
+
+    @classmethod
+    def cost(cls, config: ModelConfig) -> LayerCost:
+        """Returns what one layer costs; layers that share tables own one each all the same."""
+        h, memory = config.hidden_size, config.memory
+        heads, rank, keys = memory.num_heads, memory.tucker_rank, memory.keys_per_side
+        chunks = retrieval.query_chunks(memory.query, tucker_rank=rank, num_heads=heads)
+        query, pooled = memory.key_dim * chunks, memory.num_slots * memory.value_dim
+        projected, gated = memory.projection != "none", memory.output_gate != "none"
+        norms = {"none": 0, "rms": 1, "layer": 2}
+        cores, selection_flops = cls._selection(config)
+        row = memory.value_dim + memory.pre_value_dim
+        vectors = 2 * heads * rank * _FLOAT32_BYTES if memory.scoring == "tucker" else 0
+        shuffle = keys**2 * _INT32_BYTES if memory.shuffle else 0
+        return LayerCost(
+            projections=h
+            * (query + memory.pre_value_dim * memory.pre_projection + (projected + gated) * pooled),
+            biases=(query + projected * h + gated * pooled) if memory.bias else 0,
+            routing=heads * 2 * rank * keys * memory.key_dim,
+            norms=cores + (norms[memory.query_norm] + norms[memory.key_norm]) * memory.key_dim,
+            values=memory.num_values * row,
+            selected=memory.num_selected * row,
+            selection_flops=selection_flops,
+            num_choices=memory.num_visible,
+            num_picked=memory.top_m,
+            num_draws=heads,
+            copies=memory.num_blocks,
+            buffer_bytes=vectors,
+            # Every token looks its addresses up, however few the rows behind them.
+            address_bytes=memory.num_selected * _INT32_BYTES if memory.shuffle else 0,
+            stored_bytes=vectors + shuffle,
+        )
+
+    @staticmethod
+    def _selection(config: ModelConfig) -> tuple[int, int]:
+        """Returns the entries of the cores, and the FLOPs of a token in choosing rows."""
+        memory = config.memory
+        heads, rank = memory.num_heads, memory.tucker_rank
+        grid = memory.shortlist**2
+        if memory.scoring == "sum":
+            return 0, heads * (grid + memory.top_m)
+        # S u and S v of every key; S_row C of the row candidates; their product with S_col for
+        # every pair; and the chosen pairs once more, core by core.
+        chosen = memory.num_cores * memory.top_m * (rank**2 + rank)
+        candidates = 2 * rank * memory.keys_per_side + memory.shortlist * rank**2
+        per_head = candidates + grid * rank + chosen
+        return memory.num_cores * heads * rank**2, 2 * heads * per_head
 
     def refresh(self) -> None:
         """Recomputes u and v from the cores, with the sign that stays closest to the old pair."""
@@ -88,56 +185,86 @@ class MemoryLayer(nnx.Module):
             u, v = retrieval.core_vectors(self.cores[...], self.core_u[...], self.core_v[...])
             self.core_u[...], self.core_v[...] = u, v
 
-    def normalise_keys(self) -> None:
-        """Puts normalised keys in place of the trained ones, once for all tokens (inference)."""
+    def serve(self) -> None:
+        """Puts normalised keys in place of the trained ones, once for all tokens."""
         if self.config.key_norm == "rms":
             keys = layers.rms_norm(self.keys[...], self.key_norm[...], self.norm_epsilon)
             self.keys[...] = keys
             self.config = dataclasses.replace(self.config, key_norm="none")
 
+    def losses(self, stats: MemoryStats, config: LossConfig) -> dict[str, Float[Array, ""]]:
+        """Returns the balance loss (Eq. 18-20) and the Tucker penalty (Eq. 17), weighted.
+
+        Each is summed over layers, so that its strength on one does not depend on their number.
+        """
+        terms = {}
+        if config.balance_loss > 0:
+            assert stats.balance_loss is not None  # Observe.training asks for it
+            terms["balance_loss"] = config.balance_loss * jnp.sum(stats.balance_loss)
+        if config.tucker_penalty > 0:
+            penalties = jax.vmap(
+                lambda cores: retrieval.tucker_penalty(cores, config.tucker_margin)
+            )(self.cores[...])
+            terms["tucker_penalty"] = config.tucker_penalty * jnp.sum(penalties)
+        return terms
+
+    def health(self) -> dict[str, Float[Array, " l"]]:
+        """Returns lambda_1 and lambda_2, singular values of the summed cores, means over heads."""
+        if self.config.scoring != "tucker":
+            return {}
+        core = self.cores[...].sum(axis=1)  # [l, c, h, r, r] over cores
+        singular = jnp.linalg.svd(core, compute_uv=False).mean(axis=1)
+        return {f"lambda_{i + 1}": singular[:, i] for i in range(min(2, singular.shape[-1]))}
+
     def __call__(
-        self, x: Float[Array, "b t d"], *, store: StoreWindow
-    ) -> tuple[Float[Array, "b t d"], LayerStats]:
+        self, x: Float[Array, "b t d"], *, window: StoreWindow | None, observe: Observe
+    ) -> tuple[Float[Array, "b t d"], MemoryStats]:
         """Returns the memory's output for normalised inputs, and what was observed on the way.
 
         Args:
           x: normalised input, the same that the FFN reads.
-          store: this layer's window of the value tables; rows of other layers may be in it.
+          window: this layer's window of the value tables; rows of other layers may be in it.
+          observe: what to report.
         """
+        assert window is not None  # create_store makes one
         memory = self.config
         x = sharding.shard_sequence(x)
         query = layers.linear(x, self.query[...], self._optional("query_bias"))
         pre_inputs = None
         if memory.pre_value_dim:
             pre_inputs = layers.linear(x, self.pre[...]) if memory.has_pre_projection else x
-        start = jnp.asarray(store.start, jnp.int32)
+        start = jnp.asarray(window.start, jnp.int32)
         pooled, sums = sharding.shard_map_tokens(
             functools.partial(
                 self._look_up,
-                layout=sharding.table_layout(store.store.values),
-                num_rows=store.store.num_rows,
+                layout=sharding.table_layout(window.store.values),
+                num_rows=window.store.num_rows,
+                observe=observe,
             ),
             (query, pre_inputs),
-            (self._retrieval_arrays(), store.store, start),
+            (self._retrieval_arrays(), window.store, start),
         )
-        y = pooled.astype(x.dtype)
-        if memory.output_gate == "silu":
-            gate = layers.linear(x, self.output_gate[...], self._optional("output_gate_bias"))
-            y = y * jax.nn.silu(gate)
-        if memory.projection != "none":
-            y = layers.linear(y, self.output[...], self._optional("output_bias"))
-        y = sharding.gather_sequence(y)
+        y = sharding.gather_sequence(self._project(x, pooled.astype(x.dtype)))
         selections = x.shape[0] * x.shape[1] * memory.num_heads
-        stats = LayerStats(
-            balance_loss=retrieval.balance_loss(*sums["balance"]),
-            router_z_loss=jnp.zeros((), jnp.float32),
-            router_probability=jnp.zeros((0,), jnp.float32),
-            output_variance=jnp.var(y.astype(jnp.float32)),
-            top_score=sums["top_score"] / selections,
-            last_score=sums["last_score"] / selections,
-            hits=sums["hits"],
+        stats = MemoryStats(
+            balance_loss=retrieval.balance_loss(*sums["balance"]) if "balance" in sums else None,
+            output_variance=jnp.var(y.astype(jnp.float32)) if observe.health else None,
+            top_score=sums["top_score"] / selections if observe.health else None,
+            last_score=sums["last_score"] / selections if observe.health else None,
+            hits=sums.get("hits"),
         )
         return y, stats
+
+    def _project(
+        self, x: Float[Array, "b t d"], pooled: Float[Array, "b t e"]
+    ) -> Float[Array, "b t d"]:
+        """Returns the output from the pooled values."""
+        if self.config.output_gate == "silu":
+            gate = layers.linear(x, self.output_gate[...], self._optional("output_gate_bias"))
+            pooled = pooled * jax.nn.silu(gate)
+        if self.config.projection == "none":
+            return pooled
+        return layers.linear(pooled, self.output[...], self._optional("output_bias"))
 
     def _optional(self, name: str) -> Array | None:
         """Returns a variable's array, or None where the configuration does without it."""
@@ -149,7 +276,13 @@ class MemoryLayer(nnx.Module):
         return arrays | {"keys": sharding.gathered(self.keys[...])}
 
     def _look_up(
-        self, batched: tuple, shared: tuple, *, layout: exchange.Layout, num_rows: int
+        self,
+        batched: tuple,
+        shared: tuple,
+        *,
+        layout: exchange.Layout,
+        num_rows: int,
+        observe: Observe,
     ) -> tuple[Float[Array, "b t e"], dict]:
         """Retrieves and pools the rows for one device's tokens."""
         memory, (query, pre_inputs), (weights, store, start) = self.config, batched, shared
@@ -198,16 +331,17 @@ class MemoryLayer(nnx.Module):
             implementation=memory.value_aggregation,
             dtype=query.dtype,
         )
-        key_scores = retrieval.product_key_scores(query, keys)
-        shortlisting = retrieval.shortlist_scores(key_scores, u, v)
-        totals = jax.lax.stop_gradient(value_weights).sum(axis=-1)
-        totals = totals.reshape(num_tokens, memory.num_heads, memory.top_m)
-        sums = {
-            "balance": retrieval.balance_statistics(shortlisting, memory.shortlist),
-            "top_score": totals[..., 0].sum(),
-            "last_score": totals[..., -1].sum(),
-            "hits": jnp.zeros(memory.num_visible, jnp.int32).at[visible].add(1),
-        }
+        sums: dict[str, Any] = {}
+        if observe.key_balance:
+            key_scores = retrieval.product_key_scores(query, keys)
+            shortlisting = retrieval.shortlist_scores(key_scores, u, v)
+            sums["balance"] = retrieval.balance_statistics(shortlisting, memory.shortlist)
+        if observe.health:
+            totals = jax.lax.stop_gradient(value_weights).sum(axis=-1)
+            totals = totals.reshape(num_tokens, memory.num_heads, memory.top_m)
+            sums["top_score"] = totals[..., 0].sum()
+            sums["last_score"] = totals[..., -1].sum()
+            sums["hits"] = jnp.zeros(memory.num_visible, jnp.int32).at[visible].add(1)
         return pooled.reshape(batch, length, -1), sums
 
     def _normalised_query(

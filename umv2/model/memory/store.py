@@ -1,12 +1,20 @@
 """Value tables, and the part of them that one memory layer sees."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Int, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from umv2.config import ModelConfig
-from umv2.model import initialization, layers
+from umv2 import sharding
+from umv2.config import MemoryConfig
+from umv2.model.memory import retrieval
+from umv2.model.parameter import Declaration
 from umv2.types import struct
+
+# Of both arrays of a store.
+TABLE = Declaration(axes=("table", "row", "column"), group="values", served="compute")
 
 
 @struct
@@ -35,13 +43,36 @@ class StoreWindow:
     start: Int[Array, ""] | int
 
 
-def create_store(config: ModelConfig, *, key: Key[Array, ""]) -> ValueStore:
-    """Draws the value tables of all memory layers: [L_mem, N, D_v] and [L_mem, N, D_p]."""
-    memory = config.memory
-    std = initialization.memory_initialization(config).values_std
-    rows = (len(config.placements), memory.num_values)
-    pre_values = None
-    if memory.pre_value_dim:
-        pre_values = layers.normal(key, "pre_values", (*rows, memory.pre_value_dim), std)
-    values = layers.normal(key, "values", (*rows, memory.value_dim), std)
-    return ValueStore(values=values, pre_values=pre_values)
+# Where nothing is shared, memory layers may have a store each (inference).
+Stores = ValueStore | Sequence[ValueStore] | None
+
+
+class Windows(NamedTuple):
+    """The windows of all memory layers.
+
+    Attributes:
+      shared: the store that all see, or None.
+      own: what each layer has for itself, along the first axis or as a list: the first row of its
+        window and, where nothing is shared, its table. It is a slice of a scanned input then, so
+        that its gradient is a slice too, and not a sum of gradients of all tables.
+    """
+
+    shared: ValueStore | None
+    own: dict[str, Any]
+
+    def at(self, own: dict[str, Any]) -> StoreWindow | None:
+        """Returns the window of the layer that has this for itself."""
+        if not own:
+            return None
+        return StoreWindow(store=self.shared or own["table"], start=own["start"])
+
+
+def windows(store: Stores, memory: MemoryConfig, count: int) -> Windows:
+    """Returns the windows of `count` memory layers."""
+    if store is None:
+        return Windows(None, {})
+    if not isinstance(store, ValueStore) or memory.sharing == "none":
+        return Windows(None, {"table": store, "start": jnp.zeros(count, jnp.int32)})
+    starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
+    first_rows = jnp.asarray(starts * memory.num_values, jnp.int32)
+    return Windows(sharding.defer_gradient_reduction(store), {"start": first_rows})

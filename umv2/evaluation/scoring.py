@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from umv2 import sharding
 from umv2.config import ModelConfig
-from umv2.model.memory.store import ValueStore
-from umv2.training.state import merge_model, model_structure
+from umv2.model.weights import Weights
 from umv2.types import AnyArray, struct
 
 
 @struct
-class Questions:
-    """Sequences of one length, padded on the right, and tokens that are asked for.
+class ScoringBatch:
+    """Sequences of one length, padded on the right, and tokens whose likelihood is wanted.
 
-    `targets` may be what follows the inputs at `places`. What fills a row up is answered like the
-    rest, and is for the caller to leave out.
+    `targets` may be what follows the inputs at `places`. Padding is scored like the rest, and is
+    for the caller to leave out.
     """
 
     inputs: Int[AnyArray, "b t"]
@@ -30,7 +28,7 @@ class Questions:
     targets: Int[AnyArray, "b a"]
 
     @classmethod
-    def lined_up(
+    def padded(
         cls,
         rows: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
         *,
@@ -38,7 +36,7 @@ class Questions:
         length: int,
         num_targets: int,
         fill: int,
-    ) -> "Questions":
+    ) -> "ScoringBatch":
         """Pads (inputs, places, targets) of each row to arrays of the given sizes."""
         inputs = np.full((num_rows, length), fill, np.int32)
         places, targets = (np.zeros((num_rows, num_targets), np.int32) for _ in range(2))
@@ -48,57 +46,49 @@ class Questions:
         return cls(inputs=inputs, places=places, targets=targets)
 
 
-class Respondent:
-    """A model on a mesh that answers questions."""
+class Scorer:
+    """A model on a mesh that scores tokens."""
 
-    def __init__(
-        self,
-        model_config: ModelConfig,
-        params: dict[str, Any],
-        buffers: dict[str, Any],
-        store: ValueStore | None,
-        mesh: Mesh,
-    ):
-        """Takes arrays that lie on the mesh."""
+    def __init__(self, model_config: ModelConfig, weights: Weights, mesh: Mesh):
+        """Takes weights that lie on the mesh."""
         self.model_config, self.mesh = model_config, mesh
-        self._arrays = (params, buffers, store)
+        self._weights = weights
 
-    def rows_that_divide(self, count: int) -> int:
-        """Returns the least number of rows, at least `count`, that the mesh divides."""
+    def padded_rows(self, count: int) -> int:
+        """Returns the least number of rows, at least `count`, that the mesh can shard."""
         shares = sharding.num_batch_shards(self.mesh.shape)
         return -(-count // shares) * shares
 
-    def answer(
-        self, questions: Questions, model_config: ModelConfig | None = None
+    def score(
+        self, batch: ScoringBatch, model_config: ModelConfig | None = None
     ) -> tuple[Bool[np.ndarray, "b a"], Float[np.ndarray, "b a"]]:
         """Returns whether each target is the likeliest token, and its log-probability in nats.
 
         Args:
-          questions: all rows; their number is one that `rows_that_divide` returns.
+          batch: all rows; their number is one that `padded_rows` returns.
           model_config: as the model is to be read, where that differs (positions, window).
         """
-        answer = _answer_function(model_config or self.model_config)
-        rows = list(sharding.local_rows(self.mesh, len(questions.inputs)))
-        local = jax.tree.map(lambda array: array[rows], questions)
+        score = _score_function(model_config or self.model_config)
+        rows = list(sharding.local_rows(self.mesh, len(batch.inputs)))
+        local = jax.tree.map(lambda array: array[rows], batch)
         with jax.set_mesh(self.mesh):
-            answers = answer(*self._arrays, sharding.local_to_global(self.mesh, local))
-            exact, likelihood = (sharding.gather_to_hosts(self.mesh, x) for x in answers)
+            scores = score(self._weights, sharding.local_to_global(self.mesh, local))
+            exact, likelihood = (sharding.gather_to_hosts(self.mesh, x) for x in scores)
         return exact, likelihood
 
 
 @functools.lru_cache(maxsize=16)
-def _answer_function(
+def _score_function(
     model_config: ModelConfig,
-) -> Callable[..., tuple[Bool[Array, "b a"], Float[Array, "b a"]]]:
-    """Returns the compiled (params, buffers, store, questions) -> (exact, log-probability)."""
-    graphdef = model_structure(model_config)
+) -> Callable[[Weights, ScoringBatch], tuple[Bool[Array, "b a"], Float[Array, "b a"]]]:
+    """Returns the compiled (weights, batch) -> (exact, log-probability)."""
 
     @jax.jit
-    def answer(
-        params: dict[str, Any], buffers: dict[str, Any], store: ValueStore | None, ask: Questions
+    def score(
+        weights: Weights, ask: ScoringBatch
     ) -> tuple[Bool[Array, "b a"], Float[Array, "b a"]]:
-        model = merge_model(graphdef, params, buffers)
-        output = model(ask.inputs, store=store, logits_at=ask.places)
+        model = weights.model(model_config)
+        output = model(ask.inputs, store=weights.store, logits_at=ask.places)
 
         def compare(logits: Array, targets: Array) -> tuple[Array, Array]:
             right = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
@@ -108,4 +98,4 @@ def _answer_function(
         logits, like = sharding.shard_batch_only(output.logits), sharding.spec(ask.targets)
         return sharding.shard_map(compare, logits, ask.targets, out_specs=(like, like))
 
-    return answer
+    return score

@@ -1,9 +1,4 @@
-"""Standard deviations at initialisation (UltraMemV2, arXiv 2508.18756, section 3.5, appendix A).
-
-Every linear map, embeddings included, is normal with variance 2 / (5 h); projections that end a
-residual branch of attention or FFN are scaled by 1 / sqrt(2 L) more. Memory layers have three
-arms, chosen by `model.memory.initialization`.
-"""
+"""How the parameters of memory layers start (arXiv 2508.18756, section 3.5)."""
 
 import dataclasses
 import functools
@@ -14,6 +9,7 @@ import scipy.optimize
 import scipy.special
 
 from umv2.config import MemoryConfig, ModelConfig
+from umv2.model import layers
 
 # Draws of the cores in the Monte Carlo calibration, and queries for each. Scores vary much more
 # between cores than between queries, by 17 % of their mean: this many bring the mean to 0.5 %.
@@ -48,16 +44,6 @@ class MemoryInitialization:
     key_norm: float
 
 
-def linear_std(hidden_size: int) -> float:
-    """Returns the standard deviation of linear maps, sqrt(2 / (5 h))."""
-    return math.sqrt(2 / (5 * hidden_size))
-
-
-def residual_scale(num_layers: int) -> float:
-    """Returns 1 / sqrt(2 L), the factor on the last projection of attention and FFN."""
-    return 1 / math.sqrt(2 * num_layers)
-
-
 def activation_moment(name: str, variance: float) -> float:
     """Returns E[f(z)^2] for z normal with mean 0 and the given variance; `none` is the identity."""
     points, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE_POINTS)
@@ -84,7 +70,8 @@ def ffn_variance(config: ModelConfig, *, linear_gate: bool) -> float:
     built, about a third of that.
     """
     gate = activation_moment("none" if linear_gate else "silu", 0.4)
-    inner = config.ffn_size / config.hidden_size
+    # Where a block has no FFN, one of twice the width of the stream is what there might be.
+    inner = (config.active_ffn_size or 2 * config.hidden_size) / config.hidden_size
     return 0.4 * 0.4 * gate * inner / (2 * config.num_layers)
 
 
@@ -199,6 +186,7 @@ def _draw_selected_scores(memory: MemoryConfig) -> tuple[np.ndarray, float]:
     return np.take_along_axis(flat, best[:, None], axis=-1), float(scores.std(dtype=np.float64))
 
 
+@functools.lru_cache
 def memory_initialization(config: ModelConfig) -> MemoryInitialization:
     """Returns the constants of the arm `model.memory.initialization`.
 
@@ -206,7 +194,7 @@ def memory_initialization(config: ModelConfig) -> MemoryInitialization:
     for values of standard deviation 1, an arm of the ablation that must misbehave.
     """
     memory = config.memory
-    linear = linear_std(config.hidden_size)
+    linear = layers.linear_std(config.hidden_size)
     key_std = memory.key_dim**-0.5
     if memory.initialization == "released":
         return MemoryInitialization(

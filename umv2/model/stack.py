@@ -1,0 +1,252 @@
+"""The stack of blocks: scanned over repeating groups, so that compile time is flat in depth.
+
+Where memory layers are not in every block, the scan is over the repeating group of blocks; what
+does not repeat is unrolled.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from umv2.config import ModelConfig
+from umv2.model.attention import KeyValueCache
+from umv2.model.block import FeedForwardStats
+from umv2.model.memory.store import Windows
+from umv2.model.slots import MemoryStats, Observe
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`repeats` copies of a group of `period` blocks, from block `start` on.
+
+    `placements` are the (read, write) blocks of the group's memory layers, relative to the group;
+    `memory_start` is the first copy's first memory layer.
+    """
+
+    start: int
+    period: int
+    repeats: int
+    memory_start: int
+    placements: tuple[tuple[int, int], ...]
+
+
+def plan_segments(num_layers: int, placements: tuple[tuple[int, int], ...]) -> tuple[Segment, ...]:
+    """Cuts the blocks into runs of equal groups; no memory layer reaches out of its group.
+
+    From each position on, takes the group whose copies cover the most blocks (the shortest such
+    group), or the shortest group alone where nothing repeats.
+    """
+
+    def group(start: int, period: int) -> tuple[tuple[int, int], ...] | None:
+        inside = [pair for pair in placements if start <= pair[0] < start + period]
+        reaching = [pair for pair in placements if start <= pair[1] < start + period]
+        if start + period > num_layers or inside != reaching:
+            return None
+        return tuple((read - start, write - start) for read, write in inside)
+
+    segments: list[Segment] = []
+    start = 0
+    while start < num_layers:
+        best: Segment | None = None
+        for period in range(1, num_layers - start + 1):
+            members = group(start, period)
+            if members is None:
+                continue
+            repeats = 1
+            while group(start + repeats * period, period) == members:
+                repeats += 1
+            covered = period * repeats if repeats > 1 else 0
+            if best is None or covered > best.period * best.repeats * (best.repeats > 1):
+                memory_start = sum(read < start for read, _ in placements)
+                best = Segment(start, period, repeats, memory_start, members)
+        assert best is not None  # the group of all remaining blocks is closed
+        segments.append(best)
+        start += best.period * best.repeats
+    return tuple(segments)
+
+
+class StackOutput(NamedTuple):
+    """The residual stream after all blocks, what was observed, and the continued caches."""
+
+    x: Float[Array, "b t d"]
+    feed_forward: FeedForwardStats
+    memory: MemoryStats | None
+    caches: list[KeyValueCache]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Runs the blocks and memory layers of a model.
+
+    Attributes:
+      config: of the model.
+      blocks: stacked along their first axis, or a list (inference).
+      memory: the memory layers, alike; None where there are none.
+      windows: of the value tables.
+      mask: True where a query may see a key, beside causality.
+      position: of the first token.
+      prefill: caches are empty.
+      observe: what to report.
+    """
+
+    config: ModelConfig
+    blocks: Any
+    memory: Any
+    windows: Windows
+    mask: Bool[Array, "b 1 t t"] | None
+    position: Int[Array, "#b"] | int
+    prefill: bool
+    observe: Observe
+
+    def __call__(
+        self, x: Float[Array, "b t d"], cache: Sequence[KeyValueCache] | None
+    ) -> StackOutput:
+        """Returns the stream after all blocks; with a cache, which a scan would copy, unrolled."""
+        outputs = []
+        for segment in plan_segments(self.config.num_layers, self.config.placements):
+            output = self._run_segment(segment, x, cache)
+            x = output.x
+            outputs.append(output)
+        memory = [output.memory for output in outputs if output.memory is not None]
+        return StackOutput(
+            x=x,
+            feed_forward=_concatenate([output.feed_forward for output in outputs]),
+            memory=_concatenate(memory) if memory else None,
+            caches=[one for output in outputs for one in output.caches],
+        )
+
+    def _run_segment(
+        self, segment: Segment, x: Float[Array, "b t d"], cache: Sequence[KeyValueCache] | None
+    ) -> StackOutput:
+        """Runs the copies of one group of blocks, scanned or unrolled."""
+        config = self.config
+        period, count = segment.period, len(segment.placements)
+        # What each block and each memory layer has of its own, by name.
+        of_blocks: dict[str, Any] = {"block": self.blocks}
+        if cache is not None:
+            of_blocks["cache"] = cache
+        of_memory = {"layer": self.memory, "own": self.windows.own} if count else {}
+
+        def run(x: Float[Array, "b t d"], group: tuple[Any, Any]) -> tuple[Any, Any]:
+            return self._run_group(segment, x, *group)
+
+        if config.scan_layers and cache is None and not isinstance(self.blocks, nnx.List):
+
+            def body(x: Float[Array, "b t d"], copy: tuple[Any, Any]) -> tuple[Any, Any]:
+                blocks, memory = copy
+                members = [layer_of(blocks, i) for i in range(period)]
+                return run(x, (members, [layer_of(memory, i) for i in range(count)]))
+
+            stacked = (
+                _group(of_blocks, segment.start, period, segment.repeats),
+                _group(of_memory, segment.memory_start, count, segment.repeats),
+            )
+            x, outputs = jax.lax.scan(_rematerialised(body, config.remat), x, stacked)
+            # [repeats, members of the group, ...] -> [members of the segment, ...]
+            feed_forward, memory, _ = jax.tree.map(lambda a: jax.lax.collapse(a, 0, 2), outputs)
+            return StackOutput(x, feed_forward, memory, [])
+
+        run = _rematerialised(run, config.remat)
+        collected: list[Any] = []
+        for copy in range(segment.repeats):
+            first, first_memory = segment.start + copy * period, segment.memory_start + copy * count
+            blocks = [_member(of_blocks, first + i) for i in range(period)]
+            members = [_member(of_memory, first_memory + i) for i in range(count)]
+            x, output = run(x, (blocks, members))
+            collected.append(output)
+        feed_forward, memory, caches = zip(*collected, strict=True)
+        return StackOutput(
+            x,
+            _concatenate(list(feed_forward)),
+            _concatenate(list(memory)) if count else None,
+            [one for group in caches for one in group],
+        )
+
+    def _run_group(
+        self,
+        segment: Segment,
+        x: Float[Array, "b t d"],
+        blocks: list[dict[str, Any]],
+        memory: list[dict[str, Any]],
+    ) -> tuple[Float[Array, "b t d"], tuple[Any, Any, list[KeyValueCache]]]:
+        """Runs one group; a memory layer's output waits from its read to its write block."""
+        member = 0
+        waiting: dict[int, list[Float[Array, "b t d"]]] = {}
+        feed_forward, memory_stats, caches = [], [], []
+        for index, parts in enumerate(blocks):
+            block = parts["block"]
+            residual, y, cache = block.attend(
+                x,
+                mask=self.mask,
+                cache=parts.get("cache"),
+                position=self.position,
+                prefill=self.prefill,
+            )
+            x, stats = block.feed_forward(residual, y, observe=self.observe)
+            if member < len(memory) and segment.placements[member][0] == index:
+                window = self.windows.at(memory[member]["own"])
+                output, seen = memory[member]["layer"](y, window=window, observe=self.observe)
+                waiting.setdefault(segment.placements[member][1], []).append(output)
+                memory_stats.append(seen)
+                member += 1
+            for output in waiting.pop(index, ()):
+                x = x + output
+            feed_forward.append(stats)
+            if cache is not None:
+                caches.append(cache)
+        return x, (
+            _stack_trees(feed_forward),
+            _stack_trees(memory_stats) if memory_stats else None,
+            caches,
+        )
+
+
+def layer_of(stack: Any, index: int) -> Any:
+    """Returns one member of a sequence of layers, or of what is stacked along its first axis."""
+    if isinstance(stack, list | tuple | nnx.List):
+        return stack[index]
+    return jax.tree.map(lambda leaf: leaf[index], stack)
+
+
+def _member(parts: dict[str, Any], index: int) -> dict[str, Any]:
+    """Returns what one block or memory layer has of its own."""
+    return {
+        name: _member(part, index) if isinstance(part, dict) else layer_of(part, index)
+        for name, part in parts.items()
+    }
+
+
+def _group(tree: Any, start: int, size: int, repeats: int) -> Any:
+    """Takes stacked members from `start` on as [repeats, size, ...]."""
+
+    def take(leaf: Array) -> Array:
+        leaf = leaf[start : start + size * repeats]
+        return leaf.reshape(repeats, size, *leaf.shape[1:])
+
+    return jax.tree.map(take, tree)
+
+
+def _stack_trees(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _concatenate(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+
+
+def _rematerialised(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    if jax.config.jax_disable_jit:  # it would trace the body, where a print shows no numbers
+        return body
+    match remat:
+        case "full":
+            return jax.checkpoint(body)
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(body, policy=policy)
+        case _:
+            return body
