@@ -147,6 +147,9 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay.matrices = 0.1
     optimizer.weight_decay.keys = 0.1  # memory keys and Tucker cores
     optimizer.weight_decay.values = 0.1  # value and pre-value tables
+    # What updates the value tables: adamw | module:function, an optimizer of your own
+    # (docs/extending.md).
+    optimizer.values_optimizer = "adamw"
     # Learning rate of the value tables. multiplier: the schedule above times a factor that falls
     # linearly from values_multiplier to values_final_multiplier over the first
     # values_decay_fraction of training (paper, section 4.2.9: constant 1 for long runs, 4 -> 1 for

@@ -9,6 +9,7 @@ found by `python -m experiments.ablations.match`.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,18 +23,22 @@ def switch(config: ConfigDict, family: str, sizes: Sizes) -> ConfigDict:
 
     Args:
       config: of UltraMemV2; changed in place.
-      family: one of FAMILIES.
+      family: one of FAMILIES or VARIANTS.
       sizes: for each family that exists at this scale, values by path below `model`.
 
     Raises:
       ValueError: a family that there is not, or not at this scale.
     """
-    if family not in FAMILIES or (family != REFERENCE and family not in sizes):
-        known = [REFERENCE, *sizes]
+    known = [REFERENCE, *sizes, *(name for name, (of, _) in VARIANTS.items() if of in sizes)]
+    if family not in known:
         nearest = "".join(
             f" (nearest: {name})" for name in difflib.get_close_matches(family, known, 1)
         )
         raise ValueError(f"family {family!r}: must be one of {', '.join(known)}{nearest}")
+    if family in VARIANTS:
+        base, change = VARIANTS[family]
+        change(switch(config, base, sizes))
+        return config
     FAMILIES[family](config)
     for path, value in sizes.get(family, {}).items():
         *sections, name = path.split(".")
@@ -103,6 +108,12 @@ def memory_plus(config: ConfigDict) -> None:
     memory.share_group = 4
 
 
+def gated(config: ConfigDict) -> None:
+    """Memory+ as its published code can gate it: a sigmoid of the input on the output."""
+    config.model.memory.layer = "umv2.model.memory.gated:GatedMemory"
+    config.model.memory.bias = True
+
+
 def pkm(config: ConfigDict) -> None:
     """Product-key memory (arXiv 1907.05242): one memory of plain values, 4 heads."""
     _product_keys(config)
@@ -132,6 +143,13 @@ def peer_relu(config: ConfigDict) -> None:
     config.model.memory.score_activation = "relu"
 
 
+def own_experts(config: ConfigDict) -> None:
+    """PEER whose heads have experts of their own, as many as before in all."""
+    memory = config.model.memory
+    memory.layer = "umv2.model.memory.own_experts:OwnExperts"
+    memory.num_keys = max(1, round(memory.num_keys / math.sqrt(memory.num_heads)))
+
+
 REFERENCE = "ultramem_v2"
 FAMILIES: dict[str, Callable[[ConfigDict], None]] = {
     REFERENCE: lambda config: None,
@@ -143,4 +161,9 @@ FAMILIES: dict[str, Callable[[ConfigDict], None]] = {
     "pkm": pkm,
     "peer": peer,
     "peer_relu": peer_relu,
+}
+# Families that are another one, of its sizes, but for a change.
+VARIANTS: dict[str, tuple[str, Callable[[ConfigDict], None]]] = {
+    "memory_plus_gated": ("memory_plus", gated),
+    "peer_own_experts": ("peer", own_experts),
 }

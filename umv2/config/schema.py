@@ -6,9 +6,10 @@ number `Annotated` with an `Interval`.
 
 import dataclasses
 import difflib
+import importlib
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 
@@ -79,6 +80,33 @@ def nearest_name(name: str, valid: Iterable[str]) -> str:
     """Returns ' (nearest: ...)' for the valid name closest to a misspelt one, or ''."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f" (nearest: {matches[0]})" if matches else ""
+
+
+def named[T](field: str, name: str, known: Mapping[str, T], *, also: Sequence[str] = ()) -> T:
+    """Returns what a field names: one of `known`, or what "module:attribute" imports.
+
+    Args:
+      field: for messages.
+      name: its value.
+      known: what there is by a short name.
+      also: other names that the field may have, for messages.
+
+    Raises:
+      ConfigError: a name that there is not, or that cannot be imported.
+    """
+    if name in known:
+        return known[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        names = [*also, *known]
+        rule = f"must be {', '.join(names)} or module:name{nearest_name(name, names)}"
+        reject(field, name, rule)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's raises all kinds
+        raise ConfigError(
+            f"{field}={name!r}: cannot be imported: {type(error).__name__}: {error}"
+        ) from error
 
 
 def build(cls: type, section: Any, path: str = "") -> Any:

@@ -38,6 +38,7 @@ class OptimizerConfig:
     epsilon: PositiveFloat
     clip_norm: PositiveFloat
     weight_decay: WeightDecayConfig
+    values_optimizer: str
     values_schedule: Literal["multiplier", "constant"]
     values_learning_rate: PositiveFloat
     values_multiplier: PositiveFloat

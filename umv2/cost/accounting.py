@@ -204,5 +204,5 @@ def training_memory(config: ModelConfig) -> TrainingMemory:
         gradients=parameters,
         moments=2 * parameters,
         buffers=found.sum("stored_bytes"),
-        usage=found.sum("num_choices") * INT32_BYTES,
+        usage=found.sum("counters") * INT32_BYTES,
     )

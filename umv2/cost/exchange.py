@@ -19,6 +19,7 @@ from umv2 import sharding
 from umv2.config import Config, ConfigError, MemoryConfig, ModelConfig
 from umv2.cost import accounting
 from umv2.model.memory import exchange
+from umv2.model.slots import memory_layer
 
 Layout = Literal["columns", "rows"]
 
@@ -121,7 +122,7 @@ def table_bytes(config: ModelConfig, layout: Layout, size: int) -> int:
     """
     memory = config.memory
     columns, rows = (size, 1) if layout == "columns" else (1, size)
-    padded_rows = _padded(memory.num_values // rows, _TILE_ROWS)
+    padded_rows = _padded(memory_layer(config).table_rows(config) // rows, _TILE_ROWS)
     row = sum(
         _padded(dim // columns, _TILE_COLUMNS) for dim in (memory.value_dim, memory.pre_value_dim)
     )
@@ -220,7 +221,7 @@ def _sizes(config: ModelConfig) -> dict[Layout, list[int]]:
     memory = config.memory
     return {
         "columns": exchange.column_sizes(memory.value_dim, memory.pre_value_dim, memory.num_cores),
-        "rows": exchange.row_sizes(memory.num_values),
+        "rows": exchange.row_sizes(memory_layer(config).table_rows(config)),
     }
 
 
@@ -231,7 +232,7 @@ def _fault(config: ModelConfig, layout: Layout, size: int, capacity: int | None)
         dims = (memory.value_dim, memory.pre_value_dim, memory.num_cores)
         fault = exchange.column_fault(*dims, size)
     else:
-        fault = exchange.row_fault(memory.num_values, size)
+        fault = exchange.row_fault(memory_layer(config).table_rows(config), size)
     if fault or capacity is None or table_bytes(config, layout, size) <= capacity:
         return fault
     fitting = [m for m in _sizes(config)[layout] if table_bytes(config, layout, m) <= capacity]

@@ -6,13 +6,14 @@ layer itself says what it adds to the loss, what to watch of it, what it costs a
 """
 
 import dataclasses
-import importlib
+import functools
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from umv2.config import ConfigError, LossConfig, ModelConfig, nearest_name
+from umv2.config import LossConfig, ModelConfig
+from umv2.config.schema import named, reject
 from umv2.model.memory.store import StoreWindow, ValueStore
 from umv2.model.parameter import Initializer
 from umv2.types import struct
@@ -82,10 +83,11 @@ class LayerCost:
       values: entries of its tables, or experts: each token reads `selected` of them.
       selected: entries of `values` that a token reads.
       selection_flops: FLOPs of a token for choosing, beside `routing`.
-      num_choices: rows, or experts, that a token chooses from.
+      num_choices: rows, or experts, that a draw chooses from.
       num_picked: different ones that a draw takes.
-      num_draws: draws of a token: heads.
+      num_draws: draws of a token from the same choices: heads.
       copies: addresses of each choice.
+      counters: hits that training counts, one of each row or expert.
       shared_reads: what several tokens of a step choose is read once, whatever the implementation.
       buffer_bytes: of small buffers that every step reads whole.
       address_bytes: of buffers that a token reads a few entries of.
@@ -103,6 +105,7 @@ class LayerCost:
     num_picked: int = 0
     num_draws: int = 1
     copies: int = 1
+    counters: int = 0
     shared_reads: bool = False
     buffer_bytes: int = 0
     address_bytes: int = 0
@@ -131,6 +134,16 @@ class MemorySlot(nnx.Module):
           observe: what to report.
         """
         raise NotImplementedError(f"{type(self).__name__}.__call__")
+
+    @classmethod
+    def validate(cls, config: ModelConfig) -> None:
+        """Raises ConfigError for fields of `model.memory` that this layer cannot follow."""
+
+    @classmethod
+    def table_rows(cls, config: ModelConfig) -> int:
+        """Returns the rows of the table that each layer owns; 0 where there are none."""
+        del config
+        return 0
 
     @classmethod
     def create_store(cls, config: ModelConfig, *, init: Initializer) -> ValueStore | None:
@@ -166,24 +179,20 @@ def memory_layer(config: ModelConfig) -> type[MemorySlot]:
     """Returns the class of the layer in the memory slot.
 
     Raises:
-      ConfigError: a name that there is not, or that cannot be imported, or is no such class.
+      ConfigError: a name that there is not, or that cannot be imported, or is no such class; or
+        fields that the layer cannot follow.
     """
+    layer = _named(config.memory.layer)
+    layer.validate(config)
+    return layer
+
+
+@functools.cache
+def _named(name: str) -> type[MemorySlot]:
     from umv2.model.memory.layer import MemoryLayer  # a subclass: it comes after this module
 
-    known: dict[str, type[MemorySlot]] = {"product_key": MemoryLayer}
-    name = config.memory.layer
-    if name in known:
-        return known[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"model.memory.layer={name!r}: must be none, {', '.join(known)} or module:Class"
-            f"{nearest_name(name, ['none', *known])}"
-        )
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"model.memory.layer={name!r}: cannot be imported: {error}") from error
+    field, known = "model.memory.layer", {"product_key": MemoryLayer}
+    found: Any = named(field, name, known, also=["none"])
     if not (isinstance(found, type) and issubclass(found, MemorySlot)):
-        raise ConfigError(f"model.memory.layer={name!r}: must be a subclass of MemorySlot")
+        reject(field, name, "must be a subclass of umv2.model.slots.MemorySlot")
     return found

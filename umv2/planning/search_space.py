@@ -16,6 +16,7 @@ from umv2 import sharding
 from umv2.config import Config, ConfigError
 from umv2.cost import accounting, exchange
 from umv2.model.memory import exchange as table_exchange
+from umv2.model.slots import memory_layer
 from umv2.planning import ahead_of_time, topology
 from umv2.planning.ahead_of_time import Step
 
@@ -278,7 +279,8 @@ def _exchanged(model: Any, layout: Any, size: int, tokens: int) -> int:
 def _divides(config: Config, layout: str, size: int) -> bool:
     memory = config.model.memory
     if layout == "rows":
-        return table_exchange.row_fault(memory.num_values, size) is None
+        rows = memory_layer(config.model).table_rows(config.model)
+        return table_exchange.row_fault(rows, size) is None
     dims = (memory.value_dim, memory.pre_value_dim, memory.num_cores)
     return table_exchange.column_fault(*dims, size) is None
 

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from umv2.config import OptimizerConfig
+from umv2.config.schema import named
 from umv2.model.memory.store import ValueStore
 from umv2.model.parameter import Declaration, path_name
 from umv2.model.weights import Weights
@@ -75,8 +76,15 @@ class Optimizer:
         self._clip_norm = config.clip_norm
         self._schedule = learning_rate(config, num_steps)
         self._values_schedule = values_learning_rate(config, num_steps)
-        self._model = _adamw(config, self._schedule, declared, "params")
-        self._store = _adamw(config, self._values_schedule, declared, "store")
+
+        def decay(name: str) -> float:
+            group = declared[f"params/{name}"].group
+            assert group is not None  # a parameter has one
+            return getattr(config.weight_decay, group)
+
+        self._model = _adamw(config, self._schedule, decay)
+        make = named("optimizer.values_optimizer", config.values_optimizer, TABLE_OPTIMIZERS)
+        self._store = make(config, self._values_schedule)
 
     def init(self, params: Any, store: ValueStore | None) -> OptimizerState:
         """Returns the state before the first step."""
@@ -138,6 +146,18 @@ class Optimizer:
         }
 
 
+def table_adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns AdamW for the value tables, of which every entry has moments."""
+    return _adamw(config, schedule, lambda _: config.weight_decay.values)
+
+
+# What `optimizer.values_optimizer` may name: functions of the optimizer's section and the schedule
+# of learning rates that return a transformation of the gradient of a `ValueStore`.
+TABLE_OPTIMIZERS: dict[
+    str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
+] = {"adamw": table_adamw}
+
+
 def _after_warmup(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Schedule:
     """Rises linearly from 0 to the start of a schedule, over warmup_steps."""
     if config.warmup_steps == 0:
@@ -147,17 +167,12 @@ def _after_warmup(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Sc
 
 
 def _adamw(
-    config: OptimizerConfig,
-    schedule: optax.Schedule,
-    declared: Mapping[str, Declaration],
-    prefix: str,
+    config: OptimizerConfig, schedule: optax.Schedule, decay: Callable[[str], float]
 ) -> optax.GradientTransformation:
-    """AdamW whose weight decay is that of each parameter's group."""
+    """AdamW with the weight decay that `decay` returns for the name of an array."""
 
     def decayed(path: Any, update: Array, parameter: Array) -> Array:
-        group = declared[f"{prefix}/{path_name(path)}"].group
-        assert group is not None  # a parameter has one
-        return update + getattr(config.weight_decay, group) * parameter
+        return update + decay(path_name(path)) * parameter
 
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),

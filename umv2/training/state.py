@@ -74,7 +74,7 @@ def initial_state(config: Config, initial: Weights) -> TrainState:
 def usage_shapes(config: Any) -> dict[str, tuple[int, int]]:
     """Returns the layers that choose in each slot, and the choices of each."""
     shapes = {}
-    if config.placements and (choices := memory_layer(config).cost(config).num_choices):
+    if config.placements and (choices := memory_layer(config).cost(config).counters):
         shapes["memory"] = (len(config.placements), choices)
     if config.ffn == "moe":
         shapes["router"] = (config.num_layers, config.moe.num_experts)

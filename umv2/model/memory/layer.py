@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from umv2 import kernels, sharding
 from umv2.config import LossConfig, ModelConfig
@@ -105,6 +105,7 @@ class MemoryLayer(MemorySlot):
             if memory.projection != "none":
                 self.output_bias = init.constant(hidden, 0.0)
         self.config = memory
+        self.num_counters = self.cost(config).counters
         self.norm_epsilon = config.norm_epsilon
 
     def _first_vectors(self, init: Initializer, index: int, heads: int, rank: int) -> Any:
@@ -117,10 +118,15 @@ class MemoryLayer(MemorySlot):
         return init.value("", (heads, rank), compute)
 
     @classmethod
+    def table_rows(cls, config: ModelConfig) -> int:
+        """Returns N = n^2, the rows of one table."""
+        return config.memory.num_values
+
+    @classmethod
     def create_store(cls, config: ModelConfig, *, init: Initializer) -> ValueStore:
         """Returns the value tables of all memory layers: [L_mem, N, D_v] and [L_mem, N, D_p]."""
         memory = config.memory
-        rows = (len(config.placements), memory.num_values)
+        rows = (len(config.placements), cls.table_rows(config))
 
         def table(name: str, width: int) -> Any:
             def draw(key: Key[Array, ""]) -> Float[Array, "l n d"]:
@@ -151,13 +157,14 @@ class MemoryLayer(MemorySlot):
             biases=(query + projected * h + gated * pooled) if memory.bias else 0,
             routing=heads * 2 * rank * keys * memory.key_dim,
             norms=cores + (norms[memory.query_norm] + norms[memory.key_norm]) * memory.key_dim,
-            values=memory.num_values * row,
+            values=cls.table_rows(config) * row,
             selected=memory.num_selected * row,
             selection_flops=selection_flops,
             num_choices=memory.num_visible,
             num_picked=memory.top_m,
             num_draws=heads,
             copies=memory.num_blocks,
+            counters=memory.num_visible,
             buffer_bytes=vectors,
             # Every token looks its addresses up, however few the rows behind them.
             address_bytes=memory.num_selected * _INT32_BYTES if memory.shuffle else 0,
@@ -244,7 +251,7 @@ class MemoryLayer(MemorySlot):
             (query, pre_inputs),
             (self._retrieval_arrays(), window.store, start),
         )
-        y = sharding.gather_sequence(self._project(x, pooled.astype(x.dtype)))
+        y = sharding.gather_sequence(self.project(x, pooled.astype(x.dtype)))
         selections = x.shape[0] * x.shape[1] * memory.num_heads
         stats = MemoryStats(
             balance_loss=retrieval.balance_loss(*sums["balance"]) if "balance" in sums else None,
@@ -255,7 +262,7 @@ class MemoryLayer(MemorySlot):
         )
         return y, stats
 
-    def _project(
+    def project(
         self, x: Float[Array, "b t d"], pooled: Float[Array, "b t e"]
     ) -> Float[Array, "b t d"]:
         """Returns the output from the pooled values."""
@@ -265,6 +272,20 @@ class MemoryLayer(MemorySlot):
         if self.config.projection == "none":
             return pooled
         return layers.linear(pooled, self.output[...], self._optional("output_bias"))
+
+    def locate(
+        self, virtual: Int[Array, "t hk"], start: Int[Array, ""], num_rows: int
+    ) -> tuple[Int[Array, "t hk"], Int[Array, "t hk"], Int[Array, "t hk"]]:
+        """Returns of each virtual address its block, its row as hits are counted, and as stored.
+
+        Args:
+          virtual: addresses, the selections of a head side by side.
+          start: first row of the layer's window.
+          num_rows: of the store.
+        """
+        return retrieval.table_rows(
+            virtual, start, num_visible=self.config.num_visible, num_rows=num_rows
+        )
 
     def _optional(self, name: str) -> Array | None:
         """Returns a variable's array, or None where the configuration does without it."""
@@ -310,9 +331,7 @@ class MemoryLayer(MemorySlot):
             implementation=memory.product_key_top_k,
         )
         virtual = retrieval.virtual_addresses(grid, weights["shuffle"])
-        block, visible, rows = retrieval.table_rows(
-            virtual, start, num_visible=memory.num_visible, num_rows=num_rows
-        )
+        block, visible, rows = self.locate(virtual, start, num_rows)
         value_weights = retrieval.value_weights(
             scores, memory.score_activation, num_heads=memory.num_heads
         )
@@ -341,7 +360,7 @@ class MemoryLayer(MemorySlot):
             totals = totals.reshape(num_tokens, memory.num_heads, memory.top_m)
             sums["top_score"] = totals[..., 0].sum()
             sums["last_score"] = totals[..., -1].sum()
-            sums["hits"] = jnp.zeros(memory.num_visible, jnp.int32).at[visible].add(1)
+            sums["hits"] = jnp.zeros(self.num_counters, jnp.int32).at[visible].add(1)
         return pooled.reshape(batch, length, -1), sums
 
     def _normalised_query(

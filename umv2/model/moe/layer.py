@@ -116,6 +116,7 @@ class MixtureOfExperts(nnx.Module):
             selected=moe.top_k * expert,
             num_choices=moe.num_experts,
             num_picked=moe.top_k,
+            counters=moe.num_experts,
             shared_reads=True,
         )
 

@@ -1,0 +1,45 @@
+"""Memory+ with the gate of its published code: a scalar decides how much of the output passes.
+
+Memory(y) = sigmoid(w . y + b) MemoryPlus(y)   (arXiv 2412.09764; `mem_gated` in its code)
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float
+
+from umv2.config import ModelConfig
+from umv2.model import layers
+from umv2.model.memory.layer import MemoryLayer
+from umv2.model.parameter import Initializer
+from umv2.model.slots import LayerCost
+
+
+class GatedMemory(MemoryLayer):
+    """A memory layer whose output is multiplied by a sigmoid of its input, one of each token."""
+
+    def __init__(self, config: ModelConfig, *, init: Initializer):
+        super().__init__(config, init=init)
+        self.gate = init.normal(
+            "gate",
+            (config.hidden_size, 1),
+            std=layers.linear_std(config.hidden_size),
+            axes=("hidden", None),
+            group="matrices",
+        )
+        self.gate_bias = init.constant(1, 0.0)
+
+    @classmethod
+    def cost(cls, config: ModelConfig) -> LayerCost:
+        """Returns what one layer costs."""
+        cost = super().cost(config)
+        return dataclasses.replace(
+            cost, projections=cost.projections + config.hidden_size, biases=cost.biases + 1
+        )
+
+    def project(
+        self, x: Float[Array, "b t d"], pooled: Float[Array, "b t e"]
+    ) -> Float[Array, "b t d"]:
+        """Returns the gated output from the pooled values."""
+        gate = layers.linear(x, self.gate[...], self.gate_bias[...])
+        return super().project(x, pooled) * jax.nn.sigmoid(gate)
