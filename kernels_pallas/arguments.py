@@ -8,7 +8,8 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,46 +18,37 @@ from jax import Array
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from kernels_pallas.common import check
+from kernels_pallas.protocol import ArraySpec, Call
 
 _INT32 = np.iinfo(np.int32)
 
 
-class Argument(NamedTuple):
-    """An array that was passed, and what it must be.
-
-    Attributes:
-        array: what was passed.
-        axes: of the array, as messages name them: "[num_tokens, top_m]".
-        kind: floating-point numbers, or ids in int32.
-        optional: whether None will do.
-    """
-
-    array: Any
-    axes: str
-    kind: Literal["floats", "ids"] = "floats"
-    optional: bool = False
-
-
-def as_arrays(arguments: Mapping[str, Argument]) -> dict[str, Any]:
-    """Returns arguments as arrays of JAX (None for the absent), their ranks and dtypes checked.
+def as_arrays(call_type: type[Call], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a call's arrays as arrays of JAX (None for the absent), ranks and dtypes checked.
 
     NumPy's ids may have any integer dtype; JAX would cut those off that int32 does not hold.
+
+    Args:
+        call_type: declares the arrays; `given` has an entry for each.
+        given: what was passed, by name.
 
     Raises:
         ValueError: an argument is no array, or has another rank, dtype or range.
     """
     return {
-        name: None if x.array is None and x.optional else _as_array(name, x.array, x.axes, x.kind)
-        for name, x in arguments.items()
+        name: None if given[name] is None and spec.optional else as_array(name, given[name], spec)
+        for name, spec in call_type.specs().items()
     }
 
 
-def _as_array(name: str, array: Any, axes: str, kind: str) -> Array:
+def as_array(name: str, array: Any, spec: ArraySpec) -> Array:
+    """Returns one argument as an array of JAX; see `as_arrays`."""
+    axes = spec.axes
     is_array = isinstance(getattr(array, "dtype", None), np.dtype)
     check(is_array, name, type(array).__name__, f"an array of JAX or NumPy, {axes}")
     check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
     dtype = array.dtype
-    if kind == "floats":
+    if spec.kind == "floats":
         # Narrower types have no common type with float32, wider ones none in JAX.
         floating = jnp.issubdtype(dtype, jnp.floating) and 2 <= dtype.itemsize <= 8
         check(floating, f"{name}.dtype", dtype, "a floating-point dtype of 16 to 64 bits")
@@ -129,11 +121,12 @@ def _require_ids(name: str, size: int, least: Any, greatest: Any) -> None:
 def per_device(
     operator_name: str,
     function: Callable[..., Any],
-    arrays: Mapping[str, Array | None],
-    static: tuple[Any, ...],
-    token_axes: Mapping[str, int],
+    call: Call,
+    *static: Any,
+    others: Mapping[str, Array] = MappingProxyType({}),
+    tokens_may_be_sharded: bool = True,
 ) -> Any:
-    """Calls `function(*arrays, *static)`, once per device on a mesh with explicit axes.
+    """Calls `function(call, *others, *static)`, once per device on a mesh with explicit axes.
 
     There each device works on its shard of the tokens and replicas of everything else. Inside
     `jax.shard_map`, and where no axis is explicit, this is a plain call.
@@ -141,50 +134,55 @@ def per_device(
     Args:
         operator_name: for messages.
         function: of arrays of one device; the first axis of its results is that of tokens.
-        arrays: by argument.
-        static: what else the function takes; hashable.
-        token_axes: the axis of tokens of the arguments that may be sharded, over that axis alone.
+        call: the operator's arguments. Arrays may be sharded over their token axis.
+        *static: what else the function takes; hashable.
+        others: arrays by name that the function takes beside the call; never sharded.
+        tokens_may_be_sharded: False where every array must be replicated.
 
     Raises:
         ValueError: another axis is sharded, or tokens of one argument unlike those of another.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.explicit_axes:
-        return function(*arrays.values(), *static)
-    specs = {
-        name: jax.typeof(array).sharding.spec for name, array in arrays.items() if array is not None
+        return function(call, *others.values(), *static)
+    arrays = call.arrays | dict(others)
+    token_axes = {
+        name: spec.token_axis
+        for name, spec in call.specs().items()
+        if spec.token_axis is not None and tokens_may_be_sharded
     }
+    specs = {name: jax.typeof(array).sharding.spec for name, array in arrays.items()}
     entries = {specs[name][axis] for name, axis in token_axes.items() if name in specs} - {None}
     tokens = entries.pop() if entries else None
     or_tokens = ", or sharded over tokens like the other arguments," if token_axes else ""
     rule = f"replicated{or_tokens} unless {operator_name} is called inside jax.shard_map"
     for name, spec in specs.items():
-        others = [entry for axis, entry in enumerate(spec) if axis != token_axes.get(name)]
-        check(not entries and not any(others), f"{name}.sharding", spec, rule)
+        remaining = [entry for axis, entry in enumerate(spec) if axis != token_axes.get(name)]
+        check(not entries and not any(remaining), f"{name}.sharding", spec, rule)
 
-    def placed(name: str, array: Array | None) -> Array | None:
-        if array is None:
-            return None
+    def placed(name: str, array: Array) -> Array:
         axis = token_axes.get(name)
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, tokens)
         return jax.sharding.reshard(array, spec)
 
     out_spec = PartitionSpec(tokens) if tokens else PartitionSpec()
-    mapped = _mapped(function, static, out_spec, mesh)
+    structure = jax.tree.structure((call, *others.values()))
+    mapped = _mapped(function, structure, static, out_spec, mesh)
     return mapped(*(placed(name, array) for name, array in arrays.items()))
 
 
 @functools.cache
 def _mapped(
     function: Callable[..., Any],
+    structure: Any,
     static: tuple[Any, ...],
     out_spec: PartitionSpec,
     mesh: AbstractMesh,
 ) -> Callable[..., Any]:
     """The function mapped over devices: one object for equal calls, so that JAX compiles once."""
 
-    def local(*arrays: Array | None) -> Any:
-        return function(*arrays, *static)
+    def local(*arrays: Array) -> Any:
+        return function(*jax.tree.unflatten(structure, arrays), *static)
 
     axes = frozenset(mesh.explicit_axes)
     return jax.jit(jax.shard_map(local, mesh=mesh, out_specs=out_spec, axis_names=axes))

@@ -6,10 +6,11 @@ is the plain array type.
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jax import Array
 
-__all__ = ["AnyArray", "Array", "Float", "Int32", "Integer"]
+__all__ = ["AbstractArray", "AnyArray", "Array", "Float", "Int32", "Integer"]
 
 try:
     from jaxtyping import Float, Int32, Integer
@@ -22,8 +23,11 @@ except ImportError:
 
         Float = Int32 = Integer = _Unchecked
 
-# What the operators take; type checkers need not tell them apart. Backends get arrays of JAX.
+# AnyArray is what the operators take, whose parts type checkers need not tell apart. Backends get
+# arrays of JAX, or where nothing but shapes and dtypes matters an AbstractArray.
 if TYPE_CHECKING:
     AnyArray = Any
+    AbstractArray = Array
 else:
     AnyArray = Array | np.ndarray
+    AbstractArray = Array | jax.ShapeDtypeStruct

@@ -42,6 +42,11 @@ def chunk_tokens(bytes_per_token: int, chunk_bytes: int) -> int:
     return 1 << (num_tokens.bit_length() - 1)
 
 
+def accumulation_dtype(*arrays: Array | jax.ShapeDtypeStruct | None) -> jnp.dtype:
+    """Returns the dtype of sums: float32, or float64 where an array already is."""
+    return jnp.result_type(jnp.float32, *(array.dtype for array in arrays if array is not None))
+
+
 def padded(size: int, multiple: int) -> int:
     """Returns the least multiple that is not below a size."""
     return -(-size // multiple) * multiple

@@ -9,9 +9,11 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
+
+from kernels_pallas.protocol import Backend, Call
 
 logger = logging.getLogger(__name__)
 
@@ -22,31 +24,30 @@ class UnsupportedError(ValueError):
     """The implementation that was asked for cannot take this call; the message says why."""
 
 
-class Backends(Mapping[str, Any]):
+class Backends[B: Backend[Any, Any]](Mapping[str, B]):
     """The modules that implement an operator, by name; each is imported when it is first used.
 
     Pallas's compilers would double the time of an import that may only want plain XLA.
     """
 
-    def __init__(self, package: str, names: tuple[str, ...]) -> None:
-        self._package, self._names = package, names
+    def __init__(self, package: str, modules: Mapping[str, str]) -> None:
+        """Names the modules of a package: `{"pallas_tpu": "tpu.backend"}`."""
+        self._modules = {name: f"{package}.{module}" for name, module in modules.items()}
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._names:
-            raise KeyError(name)
-        return importlib.import_module(f"{self._package}.{name}")
+    def __getitem__(self, name: str) -> B:
+        return cast(B, importlib.import_module(self._modules[name]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._modules)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._modules)
 
-    def unsupported_reasons(self, *case: Any) -> dict[str, Callable[[], str | None]]:
-        """For each module, what its `unsupported_reason` says of a case, once it is asked."""
+    def unsupported_reasons(self, call: Call, platform: str) -> dict[str, Callable[[], str | None]]:
+        """Returns, for each module, what its `unsupported_reason` says of a call, once asked."""
 
         def reason(name: str) -> str | None:
-            return self[name].unsupported_reason(*case)
+            return self[name].unsupported_reason(call, platform)
 
         return {name: functools.partial(reason, name) for name in self}
 

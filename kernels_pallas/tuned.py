@@ -11,11 +11,11 @@ How a backend takes part. It has a frozen dataclass of whole numbers and boolean
     blocks = heuristic(...)
     blocks = tuned.lookup(
         blocks,
-        tuned.Key.of("value_aggregation", "pallas_gpu", "forward", sizes(...), values.dtype),
+        tuned.Key.of("value_aggregation", "pallas_gpu", "forward", call.sizes, call.values.dtype),
         platform="gpu",
     ) or blocks
 
-with `sizes` of the operator's `shapes.py`. That is all: `bench --tune` learns from this call which
+That is all: `bench --tune` learns from this call which
 keys a shape has and from which blocks to set out, and tries one field after the other at a quarter,
 half, double and four times its value. Blocks that the backend cannot compile, or with
 which it computes something else, are reported and left out, so `Blocks` need not say which of its
@@ -39,7 +39,7 @@ import jax
 
 from kernels_pallas import dispatch
 
-Operator = Literal["value_aggregation", "product_key_top_k"]
+Operator = Literal["value_aggregation", "table_gradient", "product_key_top_k"]
 # "both" where one choice serves the forward and the backward pass.
 Pass = Literal["forward", "backward", "both"]
 

@@ -111,7 +111,7 @@ def aggregation_cost(shape: aggregation_shapes.Shape, itemsize: int) -> dict[str
     their gradients, all of 4 bytes, move once; gradients of the tables, dense, are written once.
     Frequent rows may come from a cache, so ids that are not uniform can beat a copy.
     """
-    selections = shape.num_tokens * shape.top_m
+    selections = shape.num_tokens * shape.num_selected
     row = shape.value_dim + shape.pre_value_dim
     rows = itemsize * selections * row
     ids = selections * (2 if shape.num_slots > 1 else 1)

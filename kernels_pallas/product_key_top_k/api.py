@@ -1,23 +1,23 @@
 """The public operator: checks its arguments and owns the derivative."""
 
+import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas import arguments, dispatch, tuned
-from kernels_pallas.arguments import Argument
 from kernels_pallas.array_types import AnyArray, Array, Float, Int32
 from kernels_pallas.common import check, chunk_tokens, vary_alike
-from kernels_pallas.product_key_top_k.options import Options
-from kernels_pallas.product_key_top_k.reference import scores_dtype
-from kernels_pallas.product_key_top_k.shapes import sizes
+from kernels_pallas.product_key_top_k.call import TopKBackend, TopKCall
+from kernels_pallas.protocol import cotangents
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
-# Each has `unsupported_reason`, `forward` and `backward`, of the same arguments in the same order.
-BACKENDS = dispatch.Backends("kernels_pallas.product_key_top_k", get_args(Implementation))
+BACKENDS = dispatch.Backends[TopKBackend](
+    "kernels_pallas.product_key_top_k",
+    {"xla": "xla", "pallas_tpu": "tpu.backend", "pallas_gpu": "gpu.backend"},
+)
 
 # What an unnamed implementation is: the first that can take the call.
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
@@ -88,7 +88,9 @@ def product_key_top_k(
         query: of each head, side, rank and token; heads and ranks that share a query may be 1.
         keys: of each head, side and rank.
         u: what weights the ranks of a row key's score in the shortlist, the first left singular
-            vector of the summed cores.
+            vector of the summed cores. Its sign matters: (-u, -v) are singular vectors as well, but
+            shortlist the keys of the lowest S u and S v, so that other pairs are selected.
+            `jnp.linalg.svd` returns either; `fix_signs` settles it.
         v: the same for columns, the first right singular vector. The closer the cores are to
             lambda u v^T, the less often the selection has to look at the whole grid.
         cores: Tucker cores; None, as are then u and v, for additive scores.
@@ -111,98 +113,62 @@ def product_key_top_k(
             the argument, what it got and the rule.
         UnsupportedError: the named implementation cannot take the call; the message says why.
     """
-    arrays = _checked_arrays(query, keys, u, v, cores)
-    query, keys, u, v, cores = arrays.values()
-    top_m, shortlist, chunk_size = _checked_options(keys, top_m, shortlist, chunk_size)
+    given = {"query": query, "keys": keys, "u": u, "v": v, "cores": cores}
+    arrays = _checked_arrays(given)
+    top_m, shortlist, chunk = _checked_options(arrays["keys"], top_m, shortlist, chunk_size)
     target = dispatch.lowering_platform(platform)
-    num_heads, num_sides, rank, num_keys, _ = keys.shape
-    row = num_heads * num_sides * rank * num_keys * scores_dtype(query, keys).itemsize
-    chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    call = TopKCall(**arrays, top_m=top_m, shortlist=shortlist)
+    chosen, call = _choose(call, chunk, implementation, target)
+    return arguments.per_device("product_key_top_k", _local_top_k, call, chosen)
+
+
+def _choose(
+    call: TopKCall, chunk_size: int | None, implementation: str | None, platform: str
+) -> tuple[str, TopKCall]:
+    """Which implementation gets a call whose arguments are sound, and its chunks of tokens."""
+    num_heads, num_sides, rank, num_keys, _ = call.keys.shape
+    row = num_heads * num_sides * rank * num_keys * call.dtype.itemsize
+    chunk_bytes = _CPU_CHUNK_BYTES if platform == "cpu" else _ACCELERATOR_CHUNK_BYTES
     default = tuned.Chunks(chunk_tokens(row, chunk_bytes))
-    options = Options(top_m, shortlist, chunk_size or default.chunk_size)
-    reasons = BACKENDS.unsupported_reasons(query, keys, u, v, cores, options, target)
-    chosen = dispatch.choose("product_key_top_k", implementation, target, AUTOMATIC, reasons)
+    call = dataclasses.replace(call, chunk_size=chunk_size or default.chunk_size)
+    reasons = BACKENDS.unsupported_reasons(call, platform)
+    chosen = dispatch.choose("product_key_top_k", implementation, platform, AUTOMATIC, reasons)
     if chosen == "xla" and chunk_size is None:
-        shape = sizes(query, keys, cores, top_m=top_m, shortlist=shortlist)
-        key = tuned.Key.of("product_key_top_k", "xla", "both", shape, query.dtype)
-        chunks = tuned.lookup(default, key, platform=target) or default
-        options = options._replace(chunk_size=chunks.chunk_size)
-    return arguments.per_device(
-        "product_key_top_k",
-        _local_top_k,
-        arrays,
-        (options, chosen),
-        token_axes={"query": 3},
-    )
+        key = tuned.Key.of("product_key_top_k", "xla", "both", call.sizes, call.query.dtype)
+        chunks = tuned.lookup(default, key, platform=platform) or default
+        call = dataclasses.replace(call, chunk_size=chunks.chunk_size)
+    return chosen, call
 
 
-def _local_top_k(
-    query: Array,
-    keys: Array,
-    u: Array | None,
-    v: Array | None,
-    cores: Array | None,
-    options: Options,
-    implementation: str,
-) -> tuple[Array, Array]:
-    return _top_k(*vary_alike((query, keys, u, v, cores)), options, implementation)
+def _local_top_k(call: TopKCall, implementation: str) -> tuple[Array, Array]:
+    return _top_k(vary_alike(call), implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _top_k(
-    query: Array,
-    keys: Array,
-    u: Array | None,
-    v: Array | None,
-    cores: Array | None,
-    options: Options,
-    implementation: str,
-) -> tuple[Array, Array]:
-    options = options._replace(with_chosen=False)
-    scores, addresses, _ = BACKENDS[implementation].forward(query, keys, u, v, cores, options)
-    return scores, addresses
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _top_k(call: TopKCall, implementation: str) -> tuple[Array, Array]:
+    result = BACKENDS[implementation].forward(call)
+    return result.scores, result.addresses
 
 
-def _top_k_fwd(
-    query: Array,
-    keys: Array,
-    u: Array | None,
-    v: Array | None,
-    cores: Array | None,
-    options: Options,
-    implementation: str,
-) -> tuple[tuple[Array, Array], Any]:
-    forward = BACKENDS[implementation].forward
-    scores, addresses, chosen = forward(query, keys, u, v, cores, options)
-    return (scores, addresses), (query, keys, u, v, cores, addresses, chosen)
+def _top_k_fwd(call: TopKCall, implementation: str) -> tuple[tuple[Array, Array], Any]:
+    result = BACKENDS[implementation].forward(call, with_chosen=True)
+    # The scores are not needed again.
+    return (result.scores, result.addresses), (call, result.addresses, result.chosen)
 
 
-def _top_k_bwd(
-    options: Options, implementation: str, residuals: Any, grads: Any
-) -> tuple[Array | None, ...]:
-    query, keys, u, v, cores, addresses, chosen = residuals
-    query_grad, keys_grad, cores_grad = BACKENDS[implementation].backward(
-        query, keys, cores, addresses, chosen, grads[0], options
-    )
-    zeros = [None if x is None else jnp.zeros_like(x) for x in (u, v)]
-    return query_grad, keys_grad, *zeros, cores_grad
+def _top_k_bwd(implementation: str, residuals: Any, grads: Any) -> tuple[TopKCall]:
+    call, addresses, chosen = residuals
+    gradients = BACKENDS[implementation].backward(call, addresses, chosen, grads[0])
+    return (cotangents(call, gradients),)
 
 
 _top_k.defvjp(_top_k_fwd, _top_k_bwd)
 
 
-def _checked_arrays(query: Any, keys: Any, u: Any, v: Any, cores: Any) -> dict[str, Any]:
+def _checked_arrays(passed: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments as arrays of JAX that fit together, by name."""
-    arrays = arguments.as_arrays(
-        {
-            "query": Argument(query, "[num_heads or 1, 2, rank or 1, num_tokens, key_dim]"),
-            "keys": Argument(keys, "[num_heads, 2, rank, num_keys, key_dim]"),
-            "u": Argument(u, "[num_heads, rank]", optional=True),
-            "v": Argument(v, "[num_heads, rank]", optional=True),
-            "cores": Argument(cores, "[num_cores, num_heads, rank, rank]", optional=True),
-        }
-    )
-    query, keys, u, v, cores = arrays.values()
+    arrays = arguments.as_arrays(TopKCall, passed)
+    query, keys, u, v, cores = (arrays[name] for name in ("query", "keys", "u", "v", "cores"))
     num_heads, num_sides, rank, num_keys, key_dim = keys.shape
     check(num_sides == 2, "keys.shape[1]", num_sides, "2, rows and columns")
     check(num_keys <= MAX_NUM_KEYS, "keys.shape[3]", num_keys, f"at most {MAX_NUM_KEYS}")

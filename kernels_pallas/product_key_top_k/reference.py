@@ -8,11 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.array_types import Array, Float, Int32
-
-
-def scores_dtype(query: Array, keys: Array) -> jnp.dtype:
-    """float32, or float64 where an array already is."""
-    return jnp.result_type(jnp.float32, query.dtype, keys.dtype)
+from kernels_pallas.common import accumulation_dtype
 
 
 def product_key_top_k_reference(
@@ -30,7 +26,7 @@ def product_key_top_k_reference(
     """Defines `product_key_top_k`; arguments, result and dtype are the same."""
     num_heads, _, rank, num_keys, _ = keys.shape
     num_tokens = query.shape[3]
-    dtype = scores_dtype(query, keys)
+    dtype = accumulation_dtype(query, keys)
     query = jnp.broadcast_to(query, (num_heads, 2, rank, *query.shape[3:])).astype(dtype)
     by_key = jnp.einsum(
         "hsrtq,hsrnq->hstnr", query, keys.astype(dtype), precision=jax.lax.Precision.HIGHEST

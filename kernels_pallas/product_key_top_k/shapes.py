@@ -93,23 +93,6 @@ class Shape:
         }
 
 
-def sizes(query: Any, keys: Any, cores: Any, *, top_m: int, shortlist: int) -> dict[str, int]:
-    """The sizes of a call by name, for the key under which blocks are measured."""
-    num_heads, _, rank, num_keys, key_dim = keys.shape
-    return {
-        "num_tokens": query.shape[3],
-        "num_keys": num_keys,
-        "shortlist": shortlist,
-        "top_m": top_m,
-        "key_dim": key_dim,
-        "num_heads": num_heads,
-        "rank": rank,
-        "num_cores": 0 if cores is None else cores.shape[0],
-        "query_heads": query.shape[0],
-        "query_ranks": query.shape[2],
-    }
-
-
 SHAPES = (
     # No size is a multiple of a block's.
     Shape("tucker", "ci", 11, 21, 9, 13, 8, num_heads=2),

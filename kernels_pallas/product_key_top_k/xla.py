@@ -16,8 +16,7 @@ from jax import lax
 
 from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.common import add_up, scan_chunks
-from kernels_pallas.product_key_top_k.options import Options
-from kernels_pallas.product_key_top_k.reference import scores_dtype
+from kernels_pallas.product_key_top_k.call import TopK, TopKCall
 from kernels_pallas.product_key_top_k.selection import best, top_k
 
 # How far beyond m the staircase reaches where Tucker scores are not monotone, and the share of the
@@ -75,36 +74,22 @@ class _Staircase:
         return [(rows, columns) for rows, columns in parts if size[rows] and size[columns]]
 
 
-def unsupported_reason(
-    query: Any, keys: Any, u: Any, v: Any, cores: Any, options: Options, platform: str
-) -> str | None:
-    """Why this implementation cannot take arguments of these shapes and dtypes: it always can."""
-    del query, keys, u, v, cores, options, platform
+def unsupported_reason(call: TopKCall, platform: str) -> str | None:
+    """Returns None: this implementation takes every call."""
+    del call, platform
     return None
 
 
-def forward(
-    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
-    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
-    u: Float[Array, "num_heads rank"] | None,
-    v: Float[Array, "num_heads rank"] | None,
-    cores: Float[Array, "num_cores num_heads rank rank"] | None,
-    options: Options,
-) -> tuple[Array, Array, Array | None]:
-    """Computes the results of `product_key_top_k`, and what its backward pass needs.
-
-    Returns:
-        scores, addresses, and S of the chosen keys, [num_tokens, 2, num_heads, rank, top_m], if
-        the options want it.
-    """
-    top_m, shortlist = options.top_m, options.shortlist
-    dtype = scores_dtype(query, keys)
+def forward(call: TopKCall, with_chosen: bool = False) -> TopK:
+    """Computes the results of `product_key_top_k`, `chunk_size` tokens at a time."""
+    query, keys, cores = call.query, call.keys, call.cores
+    top_m, shortlist = call.top_m, call.shortlist
     num_heads, num_keys, num_tokens = keys.shape[0], keys.shape[3], query.shape[3]
 
     def choose(_: None, query: Array) -> tuple[None, tuple[Array, Array, Array | None]]:
-        by_side = _key_scores(query, keys, dtype)
-        rows, row_scores = _shortlist(by_side[:, 0], u, shortlist)
-        columns, column_scores = _shortlist(by_side[:, 1], v, shortlist)
+        by_side = _key_scores(query, keys, call.dtype)
+        rows, row_scores = _shortlist(by_side[:, 0], call.u, shortlist)
+        columns, column_scores = _shortlist(by_side[:, 1], call.v, shortlist)
         places = _best_pairs(row_scores, column_scores, cores, top_m)
         i, j = places // shortlist, places % shortlist
         addresses = _take(rows, i) * num_keys + _take(columns, j)
@@ -112,26 +97,23 @@ def forward(
         return None, (
             _pair_scores(chosen, cores),
             jnp.moveaxis(addresses, 2, 0),
-            jnp.moveaxis(chosen, 4, 0) if options.with_chosen else None,
+            jnp.moveaxis(chosen, 4, 0) if with_chosen else None,
         )
 
-    _, results = scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), options.chunk_size)
+    _, results = scan_chunks(choose, None, jnp.moveaxis(query, 3, 0), call.chunk_size)
     scores, addresses, chosen = results
     pairs = (num_tokens, num_heads * top_m)
-    return scores.reshape(*pairs, scores.shape[-1]), addresses.reshape(pairs), chosen
+    return TopK(scores.reshape(*pairs, scores.shape[-1]), addresses.reshape(pairs), chosen)
 
 
 def backward(
-    query: Float[Array, "query_heads 2 query_ranks num_tokens key_dim"],
-    keys: Float[Array, "num_heads 2 rank num_keys key_dim"],
-    cores: Float[Array, "num_cores num_heads rank rank"] | None,
+    call: TopKCall,
     addresses: Int32[Array, "num_tokens pairs"],
     chosen: Float[Array, "num_tokens 2 num_heads rank top_m"],
     scores_grad: Float[Array, "num_tokens pairs num_cores"],
-    options: Options,
-) -> tuple[Array, Array, Array | None]:
-    """Computes the gradients of (query, keys, cores), each in its own dtype."""
-    dtype = scores_dtype(query, keys)
+) -> dict[str, Array]:
+    """Computes the gradients of query, keys and cores, each in its own dtype."""
+    query, keys, cores, dtype = call.query, call.keys, call.cores, call.dtype
     num_tokens, _, num_heads, _, top_m = chosen.shape
     num_keys = keys.shape[3]
     query_axes = _query_axes(query, keys)
@@ -167,12 +149,10 @@ def backward(
         chosen,
         scores_grad.reshape(num_tokens, num_heads, top_m, scores_grad.shape[-1]),
     )
-    (keys_grad, cores_grad), query_grad = scan_chunks(
-        accumulate, zeros, per_token, options.chunk_size
-    )
+    (keys_grad, cores_grad), query_grad = scan_chunks(accumulate, zeros, per_token, call.chunk_size)
     query_grad = jnp.moveaxis(query_grad, 0, 3).astype(query.dtype)
-    cores_grad = None if cores is None else cores_grad.astype(cores.dtype)
-    return query_grad, keys_grad.astype(keys.dtype), cores_grad
+    gradients = {"query": query_grad, "keys": keys_grad.astype(keys.dtype)}
+    return gradients if cores is None else gradients | {"cores": cores_grad.astype(cores.dtype)}
 
 
 def _query_axes(query: Array, keys: Array) -> str:

@@ -5,13 +5,11 @@ from kernels_pallas.value_aggregation.api import (
     value_aggregation,
     value_aggregation_row_gradients,
 )
-from kernels_pallas.value_aggregation.row_products import row_products
-from kernels_pallas.value_aggregation.table_gradient import RowGradients
+from kernels_pallas.value_aggregation.call import RowGradients
 
 __all__ = [
     "RowGradients",
     "activate",
-    "row_products",
     "value_aggregation",
     "value_aggregation_row_gradients",
 ]

@@ -1,32 +1,34 @@
 """The public operator: checks its arguments and owns the derivative."""
 
+import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import arguments, dispatch, tuned
-from kernels_pallas.arguments import Argument
+from kernels_pallas import arguments, dispatch, tables, tuned
 from kernels_pallas.array_types import AnyArray, Array, Float, Integer
-from kernels_pallas.common import check, chunk_tokens, vary_alike
+from kernels_pallas.common import check, vary_alike
+from kernels_pallas.protocol import ArraySpec, cotangents
+from kernels_pallas.tables import Implementation
 from kernels_pallas.value_aggregation.activation import check_activation
-from kernels_pallas.value_aggregation.options import Options
-from kernels_pallas.value_aggregation.reference import Activation, accumulation_dtype
-from kernels_pallas.value_aggregation.shapes import sizes
-from kernels_pallas.value_aggregation.table_gradient import RowGradients
+from kernels_pallas.value_aggregation.call import (
+    AggregationBackend,
+    AggregationCall,
+    RowGradients,
+)
+from kernels_pallas.value_aggregation.reference import Activation
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
-
-# Each has `unsupported_reason`, `forward`, `backward` and `row_gradients`, which take the same
-# arguments in the same order; and, for `row_products`, `row_products` and `table_gradient`.
-BACKENDS = dispatch.Backends("kernels_pallas.value_aggregation", get_args(Implementation))
-
-# What an unnamed implementation is: the first that can take the call. The Pallas kernels have been
-# compiled and interpreted but not run on a device, so they are there by name until measured.
-AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
-
-MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
+BACKENDS = dispatch.Backends[AggregationBackend](
+    "kernels_pallas.value_aggregation",
+    {
+        "xla": "xla",
+        "pallas_tpu": "tpu.backend",
+        "pallas_sparsecore": "sparsecore.backend",
+        "pallas_gpu": "gpu.backend",
+    },
+)
 
 # Pre-values and values are two tables, not one of wider rows. Measured on CPU, forward + backward
 # in milliseconds, medians of 9 interleaved runs on 2 shared cores, float32, T = 2048, K = 32,
@@ -43,31 +45,16 @@ MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are in
 # times as fast at best, 0.86 at worst. The padding it saves is a quarter at the smallest size and
 # next to nothing at the others.
 
-# Bytes of rows that one chunk of tokens fetches, when the caller names no chunk size.
-# CPU, measured: forward + backward in milliseconds, best of 5 interleaved runs on 2 shared cores,
-# float32, K = 32, 129,600 rows:
-#
-#     T, D_v = D_p    chunks of 32     64    128    256   1024 tokens   no chunks
-#     2048, 192                174    161    176    156    181             360
-#     2048, 384                385    375    372    404    488            1020
-#     8192, 192                401    361    367    421    414             826
-#
-# Chunks of 3 to 13 MB of rows are equally good within the noise; 8 MiB lies between.
-_CPU_CHUNK_BYTES = 8 * 2**20
-# An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
-# easily holds. Reasoned, not measured.
-_ACCELERATOR_CHUNK_BYTES = 256 * 2**20
-
 
 def value_aggregation(
     values: Float[AnyArray, "num_values value_dim"],
-    indices: Integer[AnyArray, "num_tokens top_m"],
-    scores: Float[AnyArray, "num_tokens top_m num_cores"],
+    indices: Integer[AnyArray, "num_tokens num_selected"],
+    scores: Float[AnyArray, "num_tokens num_selected num_cores"],
     *,
     pre_values: Float[AnyArray, "num_values pre_value_dim"] | None = None,
     pre_inputs: Float[AnyArray, "num_tokens pre_value_dim"] | None = None,
     activation: Activation | None = None,
-    slots: Integer[AnyArray, "num_tokens top_m"] | None = None,
+    slots: Integer[AnyArray, "num_tokens num_selected"] | None = None,
     num_slots: int = 1,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
@@ -122,29 +109,30 @@ def value_aggregation(
             the argument, what it got and the rule.
         UnsupportedError: the named implementation cannot take the call; the message says why.
     """
-    arrays = _checked_arrays(values, indices, scores, pre_values, pre_inputs, slots)
-    asked = _checked_options(arrays, activation, num_slots, chunk_size)
-    where = (implementation, platform)
-    chosen, options = choose("value_aggregation", tuple(arrays.values()), asked, where)
-    return arguments.per_device(
-        "value_aggregation",
-        _local_aggregate,
-        arrays,
-        (options, chosen),
-        token_axes=dict.fromkeys(("indices", "scores", "pre_inputs", "slots"), 0),
-    )
+    arrays = {
+        "values": values,
+        "indices": indices,
+        "scores": scores,
+        "pre_values": pre_values,
+        "pre_inputs": pre_inputs,
+        "slots": slots,
+    }
+    name = "value_aggregation"
+    call = _checked(arrays, activation, num_slots)
+    chosen, call = _choose(name, call, chunk_size, (implementation, platform))
+    return arguments.per_device(name, _local_aggregate, call, chosen)
 
 
 def value_aggregation_row_gradients(
     values: Float[AnyArray, "num_values value_dim"],
-    indices: Integer[AnyArray, "num_tokens top_m"],
-    scores: Float[AnyArray, "num_tokens top_m num_cores"],
+    indices: Integer[AnyArray, "num_tokens num_selected"],
+    scores: Float[AnyArray, "num_tokens num_selected num_cores"],
     output_grad: Float[AnyArray, "num_tokens {num_slots}*value_dim"],
     *,
     pre_values: Float[AnyArray, "num_values pre_value_dim"] | None = None,
     pre_inputs: Float[AnyArray, "num_tokens pre_value_dim"] | None = None,
     activation: Activation | None = None,
-    slots: Integer[AnyArray, "num_tokens top_m"] | None = None,
+    slots: Integer[AnyArray, "num_tokens num_selected"] | None = None,
     num_slots: int = 1,
     max_rows: int | None = None,
     chunk_size: int | None = None,
@@ -168,145 +156,104 @@ def value_aggregation_row_gradients(
     Args:
         values: see `value_aggregation`, as for all arguments not listed here.
         output_grad: the gradient of the output.
-        max_rows: how many rows of the tables there is room for. By default there is for all,
-            min(num_tokens * top_m, num_values). Where more are selected, those of the smallest ids
-            are returned, and `num_rows` tells how many there are.
+        max_rows: capacity for rows of the tables, by default that for all,
+            min(num_tokens * num_selected, num_values). Where more are selected, those of the
+            smallest ids are returned, and `num_rows` is how many there are.
 
     Raises:
         ValueError, UnsupportedError: as `value_aggregation`.
     """
-    arrays = _checked_arrays(values, indices, scores, pre_values, pre_inputs, slots)
-    asked = _checked_options(arrays, activation, num_slots, chunk_size)
+    arrays = {
+        "values": values,
+        "indices": indices,
+        "scores": scores,
+        "pre_values": pre_values,
+        "pre_inputs": pre_inputs,
+        "slots": slots,
+    }
     name = "value_aggregation_row_gradients"
-    chosen, options = choose(name, tuple(arrays.values()), asked, (implementation, platform))
-    values, indices = arrays["values"], arrays["indices"]
-    expected = (indices.shape[0], options.num_slots * values.shape[1])
-    axes = "[num_tokens, num_slots * value_dim]"
-    arrays |= arguments.as_arrays({"output_grad": Argument(output_grad, axes)})
-    shape = arrays["output_grad"].shape
-    check(shape == expected, "output_grad.shape", shape, f"{axes} = {expected}")
-    if max_rows is None:
-        max_rows = min(indices.size, values.shape[0])
-    max_rows = arguments.whole_number("max_rows", max_rows)
-    check(max_rows >= 0, "max_rows", max_rows, "at least 0")
-    static = (max_rows, options, chosen)
-    return arguments.per_device(name, _local_row_gradients, arrays, static, {})
+    call = _checked(arrays, activation, num_slots)
+    chosen, call = _choose(name, call, chunk_size, (implementation, platform))
+    spec = ArraySpec("[num_tokens, num_slots * value_dim]", "floats", False, None)
+    gradient = arguments.as_array("output_grad", output_grad, spec)
+    expected = (call.indices.shape[0], call.num_slots * call.values.shape[1])
+    check(
+        gradient.shape == expected, "output_grad.shape", gradient.shape, f"{spec.axes} = {expected}"
+    )
+    capacity = tables.checked_capacity(max_rows, call.indices, call.values.shape[0])
+    return arguments.per_device(
+        name,
+        _local_row_gradients,
+        call,
+        capacity,
+        chosen,
+        others={"output_grad": gradient},
+        tokens_may_be_sharded=False,
+    )
 
 
-def _local_aggregate(
-    values: Array,
-    indices: Array,
-    scores: Array,
-    pre_values: Array | None,
-    pre_inputs: Array | None,
-    slots: Array | None,
-    options: Options,
-    implementation: str,
-) -> Array:
-    values, scores, pre_values, pre_inputs = vary_alike(
-        (values, scores, pre_values, pre_inputs), (indices, slots)
-    )
-    return _aggregate(
-        values, indices, scores, pre_values, pre_inputs, slots, options, implementation
-    )
+def _local_aggregate(call: AggregationCall, implementation: str) -> Array:
+    return _aggregate(vary_alike(call), implementation)
 
 
 def _local_row_gradients(
-    values: Array,
-    indices: Array,
-    scores: Array,
-    pre_values: Array | None,
-    pre_inputs: Array | None,
-    slots: Array | None,
-    output_grad: Array,
-    max_rows: int,
-    options: Options,
-    implementation: str,
+    call: AggregationCall, output_grad: Array, max_rows: int, implementation: str
 ) -> RowGradients:
-    values, scores, pre_values, pre_inputs, output_grad = vary_alike(
-        (values, scores, pre_values, pre_inputs, output_grad), (indices, slots)
-    )
     # What is returned names rows, whatever the ids are.
-    indices = jnp.clip(indices, 0, max(0, values.shape[0] - 1))
-    return BACKENDS[implementation].row_gradients(
-        values, indices, scores, pre_values, pre_inputs, slots, output_grad, max_rows, options
-    )
+    nearest = jnp.clip(call.indices, 0, max(0, call.values.shape[0] - 1))
+    call = dataclasses.replace(call, indices=nearest)
+    call, output_grad = vary_alike((call, output_grad))
+    return BACKENDS[implementation].row_gradients(call, output_grad, max_rows)
 
 
-def choose(
+def _choose(
     operator: str,
-    arrays: tuple[Any, Any, Any, Any, Any, Any],
-    asked: tuple[Activation | None, int, int | None],
+    call: AggregationCall,
+    chunk_size: Any,
     where: tuple[str | None, dispatch.Platform | None],
-) -> tuple[str, Options]:
-    """Which of the implementations gets a call whose arguments are sound, and with what options."""
-    values, indices, scores, pre_values, pre_inputs, _ = arrays
-    activation, num_slots, chunk_size = asked
+) -> tuple[str, AggregationCall]:
+    """Which implementation gets a call whose arguments are sound, and its chunks of tokens."""
     implementation, platform = where
     target = dispatch.lowering_platform(platform)
-    row_dim = values.shape[1] + (0 if pre_values is None else pre_values.shape[1])
-    itemsize = accumulation_dtype(values, scores, pre_values, pre_inputs).itemsize
-    chunk_bytes = _CPU_CHUNK_BYTES if target == "cpu" else _ACCELERATOR_CHUNK_BYTES
-    default = tuned.Chunks(chunk_tokens(indices.shape[1] * row_dim * itemsize, chunk_bytes))
-    options = Options(activation, num_slots, chunk_size or default.chunk_size)
-    reasons = BACKENDS.unsupported_reasons(*arrays, options, target)
-    chosen = dispatch.choose(operator, implementation, target, AUTOMATIC, reasons)
-    if chosen == "xla" and chunk_size is None:
-        shape = sizes(values, scores, pre_values, num_slots)
-        key = tuned.Key.of("value_aggregation", "xla", "both", shape, values.dtype)
-        chunks = tuned.lookup(default, key, platform=target) or default
-        options = options._replace(chunk_size=chunks.chunk_size)
-    return chosen, options
+    asked = arguments.chunk_tokens(chunk_size)
+    row_dim = sum(table.shape[1] for table in call.tables.values())
+    default = tables.default_chunk(call.indices.shape[1], row_dim, call.dtype, target)
+    call = dataclasses.replace(call, chunk_size=asked or default)
+    reasons = BACKENDS.unsupported_reasons(call, target)
+    chosen = dispatch.choose(operator, implementation, target, tables.AUTOMATIC, reasons)
+    if chosen == "xla" and asked is None:
+        key = tuned.Key.of("value_aggregation", "xla", "both", call.sizes, call.values.dtype)
+        chunks = tuned.lookup(tuned.Chunks(default), key, platform=target)
+        call = dataclasses.replace(call, chunk_size=chunks.chunk_size if chunks else default)
+    return chosen, call
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _aggregate(
-    values: Array,
-    indices: Array,
-    scores: Array,
-    pre_values: Array | None,
-    pre_inputs: Array | None,
-    slots: Array | None,
-    options: Options,
-    implementation: str,
-) -> Array:
-    arrays = (values, indices, scores, pre_values, pre_inputs, slots)
-    return BACKENDS[implementation].forward(*arrays, options)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _aggregate(call: AggregationCall, implementation: str) -> Array:
+    return BACKENDS[implementation].forward(call)
 
 
-def _aggregate_fwd(*args: Any) -> tuple[Array, Any]:
-    return _aggregate(*args), args[:6]
+def _aggregate_fwd(call: AggregationCall, implementation: str) -> tuple[Array, AggregationCall]:
+    return _aggregate(call, implementation), call
 
 
 def _aggregate_bwd(
-    options: Options, implementation: str, residuals: Any, output_grad: Array
-) -> tuple[Array | None, ...]:
-    grads = BACKENDS[implementation].backward(*residuals, output_grad, options)
-    values_grad, scores_grad, pre_values_grad, pre_inputs_grad = grads
-    return values_grad, None, scores_grad, pre_values_grad, pre_inputs_grad, None
+    implementation: str, call: AggregationCall, output_grad: Array
+) -> tuple[AggregationCall]:
+    return (cotangents(call, BACKENDS[implementation].backward(call, output_grad)),)
 
 
 _aggregate.defvjp(_aggregate_fwd, _aggregate_bwd)
 
 
-def _checked_arrays(
-    values: Any, indices: Any, scores: Any, pre_values: Any, pre_inputs: Any, slots: Any
-) -> dict[str, Any]:
-    """Returns the arguments as arrays of JAX that fit together, by name."""
-    arrays = arguments.as_arrays(
-        {
-            "values": Argument(values, "[num_values, value_dim]"),
-            "indices": Argument(indices, "[num_tokens, top_m]", "ids"),
-            "scores": Argument(scores, "[num_tokens, top_m, num_cores]"),
-            "pre_values": Argument(pre_values, "[num_values, pre_value_dim]", optional=True),
-            "pre_inputs": Argument(pre_inputs, "[num_tokens, pre_value_dim]", optional=True),
-            "slots": Argument(slots, "[num_tokens, top_m]", "ids", optional=True),
-        }
-    )
-    values, indices, scores, pre_values, pre_inputs, slots = arrays.values()
+def _checked(passed: dict[str, Any], activation: Any, num_slots: Any) -> AggregationCall:
+    """Returns the arguments as arrays of JAX that fit together."""
+    arrays = arguments.as_arrays(AggregationCall, passed)
+    values, indices, scores = arrays["values"], arrays["indices"], arrays["scores"]
+    pre_values, pre_inputs, slots = (arrays[n] for n in ("pre_values", "pre_inputs", "slots"))
     num_values, value_dim = values.shape
     num_tokens, _, num_cores = scores.shape
-    check_num_values("values", num_values, indices)
+    tables.check_num_values("values", num_values, indices)
     rule = f"the shape of indices, {indices.shape}"
     check(scores.shape[:2] == indices.shape, "scores.shape[:2]", scores.shape[:2], rule)
     divides = num_cores > 0 and value_dim % num_cores == 0
@@ -323,24 +270,7 @@ def _checked_arrays(
         rule = f"[num_tokens, pre_value_dim] = {expected}"
         check(pre_inputs.shape == expected, "pre_inputs.shape", pre_inputs.shape, rule)
     arguments.check_ids("indices", indices, num_values)
-    return arrays
 
-
-def check_num_values(name: str, num_values: int, indices: Array) -> None:
-    """Checks that a table has rows where some are selected, and no more than ids can name.
-
-    Raises:
-        ValueError: it has not.
-    """
-    check(num_values <= MAX_NUM_VALUES, f"{name} rows", num_values, f"at most {MAX_NUM_VALUES}")
-    rule = f"at least 1, as indices, {indices.shape}, select some"
-    check(num_values > 0 or indices.size == 0, f"{name} rows", num_values, rule)
-
-
-def _checked_options(
-    arrays: dict[str, Any], activation: Activation | None, num_slots: Any, chunk_size: Any
-) -> tuple[Activation | None, int, int | None]:
-    pre_values, slots = arrays["pre_values"], arrays["slots"]
     check_activation(activation)
     unused = activation is not None and pre_values is None
     check(not unused, "activation", repr(activation), "None without pre_values")
@@ -349,7 +279,7 @@ def _checked_options(
     check(slots is not None or num_slots == 1, "num_slots", num_slots, "1 without slots")
     if slots is not None:
         arguments.check_ids("slots", slots, num_slots)
-    return activation, num_slots, arguments.chunk_tokens(chunk_size)
+    return AggregationCall(**arrays, activation=activation, num_slots=num_slots)
 
 
 def _presence(array: Array | None) -> str:

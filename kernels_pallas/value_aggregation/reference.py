@@ -9,31 +9,29 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.array_types import Array, Float, Int32
+from kernels_pallas.common import accumulation_dtype
 
 Activation = Literal["gelu", "silu", "relu"]
 
 
-def accumulation_dtype(*arrays: Array | jax.ShapeDtypeStruct | None) -> jnp.dtype:
-    """float32, or float64 where an array already is."""
-    return jnp.result_type(jnp.float32, *(array.dtype for array in arrays if array is not None))
-
-
 def value_aggregation_reference(
     values: Float[Array, "num_values value_dim"],
-    indices: Int32[Array, "num_tokens top_m"],
-    scores: Float[Array, "num_tokens top_m num_cores"],
+    indices: Int32[Array, "num_tokens num_selected"],
+    scores: Float[Array, "num_tokens num_selected num_cores"],
     *,
     pre_values: Float[Array, "num_values pre_value_dim"] | None = None,
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None = None,
     activation: Activation | None = None,
-    slots: Int32[Array, "num_tokens top_m"] | None = None,
+    slots: Int32[Array, "num_tokens num_selected"] | None = None,
     num_slots: int = 1,
 ) -> Float[Array, "num_tokens {num_slots}*value_dim"]:
     """Defines `value_aggregation`; arguments, result and dtype are the same."""
     dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
     weights = scores.astype(dtype)
     if pre_values is not None and pre_inputs is not None:
-        pre_scores = row_products_reference(pre_values, indices, pre_inputs.astype(dtype))
+        pre_scores = jnp.sum(
+            pre_values[indices].astype(dtype) * pre_inputs.astype(dtype)[:, None, :], axis=-1
+        )
         weights *= _activate(pre_scores, activation)[:, :, None]
 
     slice_dim = values.shape[-1] // scores.shape[-1]
@@ -45,16 +43,6 @@ def value_aggregation_reference(
         for slot in range(num_slots)
     ]
     return jnp.concatenate(per_slot, axis=-1)
-
-
-def row_products_reference(
-    table: Float[Array, "num_values dim"],
-    indices: Int32[Array, "num_tokens top_m"],
-    inputs: Float[Array, "num_tokens dim"],
-) -> Float[Array, "num_tokens top_m"]:
-    """Defines `row_products`; arguments, result and dtype are the same."""
-    dtype = accumulation_dtype(table, inputs)
-    return jnp.sum(table[indices].astype(dtype) * inputs.astype(dtype)[:, None, :], axis=-1)
 
 
 def _activate(x: Array, activation: Activation | None) -> Array:

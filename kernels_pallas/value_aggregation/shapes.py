@@ -24,14 +24,14 @@ class Shape:
     name: str
     tag: Literal["ci", "model"]
     num_tokens: int
-    top_m: int
+    num_selected: int
     num_values: int
     value_dim: int
     pre_value_dim: int = 0  # 0: no pre-values
     num_cores: int = 1
     activation: Activation | None = None
     num_slots: int = 1  # 1: no slots
-    ids: Ids = "uniform"  # for tests; a benchmark is told which
+    ids: Ids = "uniform"  # for tests; a benchmark names them
 
     @property
     def options(self) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class Shape:
 
     def arguments(self, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays by argument. `dtype` is that of the tables."""
-        selections = (self.num_tokens, self.top_m)
+        selections = (self.num_tokens, self.num_selected)
         arrays: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
             "values": ((self.num_values, self.value_dim), dtype),
             "indices": (selections, jnp.int32),
@@ -96,20 +96,6 @@ def draw_ids(
             return np.full(shape, rng.integers(num_values))
         case "ends":
             return rng.choice([0, num_values - 1], shape)
-
-
-def sizes(values: Any, scores: Any, pre_values: Any, num_slots: int) -> dict[str, int]:
-    """The sizes of a call by name, for the key under which blocks are measured."""
-    num_tokens, top_m, num_cores = scores.shape
-    return {
-        "num_tokens": num_tokens,
-        "top_m": top_m,
-        "num_values": values.shape[0],
-        "value_dim": values.shape[1],
-        "pre_value_dim": 0 if pre_values is None else pre_values.shape[1],
-        "num_cores": num_cores,
-        "num_slots": num_slots,
-    }
 
 
 SHAPES = (

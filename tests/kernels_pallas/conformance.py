@@ -66,7 +66,7 @@ class Case:
         shape = self.shape
         if self.operator == "value_aggregation":
             # A sum over selections, each with a pre-score; or all selections of one row.
-            return shape.top_m * max(shape.value_dim + shape.pre_value_dim, shape.num_tokens)
+            return shape.num_selected * max(shape.value_dim + shape.pre_value_dim, shape.num_tokens)
         # The gradient of a core sums over all chosen pairs.
         return max(shape.key_dim, shape.num_tokens * shape.num_heads * shape.top_m)
 

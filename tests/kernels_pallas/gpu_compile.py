@@ -37,8 +37,7 @@ def compiled(case: dict[str, Any]) -> Any:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from kernels_pallas.product_key_top_k import product_key_top_k
-    from kernels_pallas.value_aggregation import row_products, value_aggregation
+    from kernels_pallas import product_key_top_k, row_products, value_aggregation
 
     operators: dict[str, Any] = {
         "value_aggregation": value_aggregation,

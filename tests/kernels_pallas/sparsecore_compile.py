@@ -24,7 +24,9 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from kernels_pallas.value_aggregation import pallas_sparsecore, value_aggregation
+from kernels_pallas.value_aggregation import value_aggregation
+from kernels_pallas.value_aggregation.call import AggregationCall
+from kernels_pallas.value_aggregation.sparsecore import backend as pallas_sparsecore
 from tests.kernels_pallas.tpu_compile import TABLES
 from tests.kernels_pallas.tpu_compile import arguments as natural_arguments
 
@@ -33,8 +35,8 @@ KERNELS = ("value_aggregation_forward", "value_aggregation_backward")
 
 def arguments(case: dict[str, Any], num_devices: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
     inputs = natural_arguments(case, num_devices)
-    num_tokens, top_m, num_cores = inputs["scores"].shape
-    by_core = jax.ShapeDtypeStruct((num_tokens, num_cores, top_m), jnp.float32)
+    num_tokens, num_selected, num_cores = inputs["scores"].shape
+    by_core = jax.ShapeDtypeStruct((num_tokens, num_cores, num_selected), jnp.float32)
     return inputs | {"scores": by_core}
 
 
@@ -63,13 +65,15 @@ def compiled(case: dict[str, Any]) -> Any:
 
     def token_grads(inputs: dict[str, Any]) -> Any:
         """The gradients that need the rows: the backward kernel alone."""
-        scores_by_core = inputs["scores"]
-        scores_grad, pre_inputs_grad, terms = pallas_sparsecore.token_grads(
-            **inputs | {"scores": jnp.swapaxes(scores_by_core, 1, 2)},
+        arrays = {n: x for n, x in inputs.items() if n not in ("scores", "output_grad")}
+        call = AggregationCall(
+            **arrays,
+            scores=jnp.swapaxes(inputs["scores"], 1, 2),
             activation=case.get("activation"),
         )
-        by_selection = [scores_grad, *(term.weights for term in terms)]
-        return [jnp.swapaxes(x, 1, 2) for x in by_selection], pre_inputs_grad
+        found = pallas_sparsecore.token_gradients(call, inputs["output_grad"])
+        by_selection = [found.scores, *(term.weights for term in found.terms)]
+        return [jnp.swapaxes(x, 1, 2) for x in by_selection], found.pre_inputs
 
     what = case["what"]
     if what == "sharded":

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuned
-from kernels_pallas.value_aggregation import sparsecore_arithmetic, sparsecore_pipeline
+from kernels_pallas.value_aggregation.sparsecore import arithmetic as sparsecore_arithmetic
+from kernels_pallas.value_aggregation.sparsecore import pipeline as sparsecore_pipeline
 
 NUM_SUBCORES = 2
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from kernels_pallas.table_gradient.tpu.backend import sum_by_row
 from kernels_pallas.value_aggregation import value_aggregation_row_gradients
 from kernels_pallas.value_aggregation.api import BACKENDS
-from kernels_pallas.value_aggregation.options import Options
-from kernels_pallas.value_aggregation.table_gradient_tpu import sum_by_row
+from kernels_pallas.value_aggregation.call import AggregationCall
 from tests.kernels_pallas.tpu_compile import arguments, row_major
 
 
@@ -37,9 +37,8 @@ def compiled(case: dict[str, Any]) -> Any:
         )
 
     def dense(inputs: dict[str, Any]) -> Any:
-        names = ("values", "indices", "scores", "pre_values", "pre_inputs", "slots", "output_grad")
-        arrays = [inputs.get(name) for name in names]
-        return BACKENDS["pallas_tpu"].backward(*arrays, Options(None, 1, 1))
+        arrays = {name: x for name, x in inputs.items() if name != "output_grad"}
+        return BACKENDS["pallas_tpu"].backward(AggregationCall(**arrays), inputs["output_grad"])
 
     function = {"rows": rows, "dense": dense}[case["what"]]
     reverse = ("indices", "scores")
@@ -57,7 +56,7 @@ def compiled(case: dict[str, Any]) -> Any:
 
 def compiled_sums(case: dict[str, Any], sharding: Any) -> Any:
     num_tokens, dtype = case["num_tokens"], jnp.dtype(case["table_dtype"])
-    selections = (num_tokens * case["top_m"],)
+    selections = (num_tokens * case["num_selected"],)
     ids = jax.ShapeDtypeStruct(selections, jnp.int32)
     weights = [jax.ShapeDtypeStruct(selections, jnp.float32)] * case["num_cores"]
     factors = jax.ShapeDtypeStruct((num_tokens, case["dim"]), jnp.float32)

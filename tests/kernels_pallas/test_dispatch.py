@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ print("jax.experimental.pallas" in sys.modules)
 
 
 def test_backends_have_the_names_of_their_operator_alone() -> None:
-    backends = dispatch.Backends("kernels_pallas.value_aggregation", ("xla",))
+    backends = dispatch.Backends[Any]("kernels_pallas.value_aggregation", {"xla": "xla"})
     assert list(backends) == ["xla"]
     assert backends["xla"].__name__ == "kernels_pallas.value_aggregation.xla"
     with pytest.raises(KeyError):

@@ -75,7 +75,7 @@ def test_a_key_is_every_size_the_dtype_and_the_pass() -> None:
     (request,) = requests
     sizes = dict(request.key.shape)
     assert request.key[:3] == ("value_aggregation", "xla", "both")
-    assert (sizes["num_tokens"], sizes["top_m"], sizes["num_cores"]) == (19, 5, 3)
+    assert (sizes["num_tokens"], sizes["num_selected"], sizes["num_cores"]) == (19, 5, 3)
     assert request.key.dtype == "float32"
     assert request.platform == "cpu"
     assert isinstance(request.default, Chunks)
@@ -110,7 +110,10 @@ def test_measuring_again_replaces_an_entry() -> None:
         (lambda c, e: e.update(operator="gather"), "entry 0: operator is 'gather', must be one"),
         (lambda c, e: e["blocks"].update(warps=4), r"blocks has \['chunk_size', 'warps'\], the"),
         (lambda c, e: e["blocks"].pop("chunk_size"), r"blocks has \[\], the code has \['chunk_"),
-        (lambda c, e: e["shape"].pop("top_m"), "value_aggregation, xla, both: shape has .*bench"),
+        (
+            lambda c, e: e["shape"].pop("num_selected"),
+            "value_aggregation, xla, both: shape has .*bench",
+        ),
         (lambda c, e: c["entries"].append(e), "entry 1 repeats the key"),
     ],
 )

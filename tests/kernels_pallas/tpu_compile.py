@@ -15,18 +15,19 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
-from kernels_pallas.value_aggregation import row_products, value_aggregation
+from kernels_pallas import row_products
+from kernels_pallas.value_aggregation import value_aggregation
 
 TABLES = ("values", "pre_values")
 
 
 def arguments(case: dict[str, Any], num_devices: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-    num_tokens, top_m = case["num_tokens"] * num_devices, case["top_m"]
+    num_tokens, num_selected = case["num_tokens"] * num_devices, case["num_selected"]
     num_values, num_cores = case["num_values"], case["num_cores"]
     shapes = {
         "values": (num_values, case["value_dim"]),
-        "indices": (num_tokens, top_m),
-        "scores": (num_tokens, top_m, num_cores),
+        "indices": (num_tokens, num_selected),
+        "scores": (num_tokens, num_selected, num_cores),
     }
     if case["pre_value_dim"]:
         shapes["pre_values"] = (num_values, case["pre_value_dim"])

@@ -15,9 +15,10 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from kernels_pallas.product_key_top_k import pallas_tpu, product_key_top_k
-from kernels_pallas.product_key_top_k.options import Options
+from kernels_pallas.product_key_top_k import product_key_top_k
+from kernels_pallas.product_key_top_k.call import TopKCall
 from kernels_pallas.product_key_top_k.shapes import Shape
+from kernels_pallas.product_key_top_k.tpu import backend as pallas_tpu
 
 KERNELS = ("product_key_top_k_forward", "product_key_top_k_backward")
 
@@ -26,10 +27,10 @@ def compiled(case: dict[str, Any]) -> Any:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"])
     shape = Shape("case", "ci", **case["shape"])
     arrays = shape.arguments(case["dtype"])
-    call = {**shape.options, "implementation": "pallas_tpu"}
+    named = {**shape.options, "implementation": "pallas_tpu"}
 
     def top_k(arrays: dict[str, Any]) -> Any:
-        return product_key_top_k(**arrays, **call)
+        return product_key_top_k(**arrays, **named)
 
     def grads(arrays: dict[str, Any]) -> Any:
         def loss(floats: dict[str, Any]) -> Any:
@@ -45,7 +46,7 @@ def compiled(case: dict[str, Any]) -> Any:
 
         def sharded(arrays: dict[str, Any]) -> Any:
             run = jax.shard_map(
-                lambda arrays: product_key_top_k(**arrays, **call)[0],
+                lambda arrays: product_key_top_k(**arrays, **named)[0],
                 in_specs=({name: specs(name) for name in arrays},),
                 out_specs=PartitionSpec("data"),
             )
@@ -61,28 +62,23 @@ def compiled(case: dict[str, Any]) -> Any:
             }
             return jax.jit(jax.grad(sharded)).lower(placed).compile()
 
-    call["platform"] = "tpu"
+    named["platform"] = "tpu"
     sharding = SingleDeviceSharding(topology.devices[0])
     # The compiler chooses layouts, so that it has no copies to make.
     free = Format(Layout.AUTO, sharding)
     if case["what"] == "mapped":
         arrays = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in arrays.items()}
         return jax.jit(jax.vmap(top_k), in_shardings=sharding).lower(arrays).compile()
-    options = Options(shape.top_m, shape.shortlist, chunk_size=1)
-    inputs = [arrays[name] for name in ("query", "keys", "u", "v", "cores")]
-    forward = partial(pallas_tpu.forward, options=options)
+    call = TopKCall(**arrays, **shape.options)
     if case["what"] == "forward":
-        forward = partial(pallas_tpu.forward, options=options._replace(with_chosen=False))
-        return jax.jit(forward, in_shardings=free, out_shardings=free).lower(*inputs).compile()
+        jitted = jax.jit(pallas_tpu.forward, in_shardings=free, out_shardings=free)
+        return jitted.lower(call).compile()
     if case["what"] == "backward":
-        scores, addresses, chosen = jax.eval_shape(forward, *inputs)
-
-        def backward(arrays: dict[str, Any], addresses: Any, chosen: Any, grad: Any) -> Any:
-            inputs = (arrays["query"], arrays["keys"], arrays["cores"])
-            return pallas_tpu.backward(*inputs, addresses, chosen, grad, options)
-
-        jitted = jax.jit(backward, in_shardings=free, out_shardings=free)
-        return jitted.lower(arrays, addresses, chosen, scores).compile()
+        scores, addresses, chosen = jax.eval_shape(
+            partial(pallas_tpu.forward, with_chosen=True), call
+        )
+        jitted = jax.jit(pallas_tpu.backward, in_shardings=free, out_shardings=free)
+        return jitted.lower(call, addresses, chosen, scores).compile()
     return jax.jit(grads, in_shardings=free, out_shardings=free).lower(arrays).compile()
 
 

@@ -1,0 +1,64 @@
+"""What a backend of row products takes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import protocol
+from kernels_pallas.array_types import AbstractArray, Array, Float, Int32
+from kernels_pallas.common import accumulation_dtype
+from kernels_pallas.protocol import Backend, Call, array
+from kernels_pallas.table_gradient.call import TableGradientCall
+from kernels_pallas.value_aggregation.call import AggregationCall
+
+
+@protocol.call
+class RowProductsCall(Call):
+    """The arguments of `row_products`.
+
+    Attributes:
+        chunk_size: tokens that "xla" processes at once.
+    """
+
+    table: Float[AbstractArray, "num_values dim"] = array("[num_values, dim]")
+    indices: Int32[AbstractArray, "num_tokens num_selected"] = array(
+        "[num_tokens, num_selected]", kind="ids", token_axis=0
+    )
+    inputs: Float[AbstractArray, "num_tokens dim"] = array("[num_tokens, dim]", token_axis=0)
+    chunk_size: int = 1
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of accumulation and of the output: float32, or float64 where an array is."""
+        return accumulation_dtype(self.table, self.inputs)
+
+    def aggregation(
+        self, numbers: Float[AbstractArray, "num_tokens num_selected"] | None = None
+    ) -> AggregationCall:
+        """Returns the value aggregation of the same rows, weighted by numbers.
+
+        This operator is its derivative by the numbers, which do not matter there: by default they
+        have a shape and a dtype alone.
+        """
+        shape = (*self.indices.shape, 1)
+        scores: Any = jax.ShapeDtypeStruct(shape, self.dtype)
+        if numbers is not None:
+            scores = numbers.reshape(shape)
+        return AggregationCall(
+            values=self.table, indices=self.indices, scores=scores, chunk_size=self.chunk_size
+        )
+
+    def table_gradient(self, numbers: Float[Array, "num_tokens num_selected"]) -> TableGradientCall:
+        """Returns the gradient of the table from that of the output."""
+        return TableGradientCall(
+            indices=self.indices,
+            weights=numbers[:, :, None],
+            factors=self.inputs,
+            num_values=self.table.shape[0],
+            dtype=self.table.dtype,
+            chunk_size=self.chunk_size,
+        )
+
+
+type RowProductsBackend = Backend[RowProductsCall, Array]

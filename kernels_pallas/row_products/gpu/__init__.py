@@ -1,0 +1,1 @@
+"""On Hopper GPUs, in Pallas Mosaic GPU."""

@@ -1,0 +1,1 @@
+"""On the SparseCores of a TPU."""

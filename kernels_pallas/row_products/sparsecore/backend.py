@@ -1,0 +1,18 @@
+"""Row products on SparseCores: value aggregation's backward kernel, without pre-values."""
+
+import jax.numpy as jnp
+
+from kernels_pallas.array_types import Array, Float
+from kernels_pallas.row_products.call import RowProductsCall
+from kernels_pallas.value_aggregation.sparsecore import backend as pallas_sparsecore
+
+
+def unsupported_reason(call: RowProductsCall, platform: str) -> str | None:
+    """Returns why value aggregation cannot take the table, which it calls "values", or None."""
+    return pallas_sparsecore.unsupported_reason(call.aggregation(), platform)
+
+
+def forward(call: RowProductsCall) -> Float[Array, "num_tokens num_selected"]:
+    """Computes the output of `row_products`; no score enters its gradient."""
+    aggregation = call.aggregation(jnp.zeros_like(call.indices, jnp.float32))
+    return pallas_sparsecore.token_gradients(aggregation, call.inputs).scores[:, :, 0]

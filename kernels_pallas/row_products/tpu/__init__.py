@@ -1,0 +1,1 @@
+"""On the TensorCores of a TPU."""

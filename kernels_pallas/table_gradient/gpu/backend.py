@@ -1,0 +1,412 @@
+"""Gradients of tables on Hopper and newer GPUs: selections sorted by row, summed slice by slice.
+
+A block of one warpgroup takes a slice of the sorted selections and adds weight x factor in
+registers as long as the row stays the same; then it writes the row, once. What two slices share,
+because a row's selections begin in one and go on in the next, they leave to a second kernel, which
+adds such parts from left to right. So a row that very many selections share is summed by many
+blocks; the order of its sum depends on the sizes of the slices alone, and no atomics are needed.
+
+Factors are read again for every selection. They have a row a token, [T, D] float32: at the paper's
+sizes they fit into the L2 cache of 50 MB, whose bandwidth, not that of device memory, they take.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from kernels_pallas import tuned
+from kernels_pallas.array_types import Array, Float, Int32
+from kernels_pallas.common import accumulation_dtype, check, vary_alike
+from kernels_pallas.table_gradient.call import TableGradientCall, TableRows, Term
+from kernels_pallas.table_gradient.gpu import fetch
+from kernels_pallas.table_gradient.selections import sort_selections, unique_ids
+
+_THREADS = 128  # of a warpgroup, which share the columns of a row
+_UNROLLED = 8  # parts of other slices that are fetched together
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a sum of selections is cut into blocks of the grid.
+
+    Attributes:
+        slice_size: selections of a block, a multiple of slice_rows.
+        slice_rows: selections a step, a multiple of four; their factors arrive together.
+        slice_stages: steps whose factors are on their way or in use.
+    """
+
+    slice_size: int
+    slice_rows: int
+    slice_stages: int
+
+
+def heuristic(num_selections: int, row_bytes: int) -> Blocks:
+    """Blocks for factors of `row_bytes`.
+
+    Four blocks for each of 132 multiprocessors, if slices of 32 to 256 selections allow it: longer
+    ones leave fewer parts to be added, but a single row's sum is that much more serial. The ring
+    has about 24 KB, so that seven or more blocks share a multiprocessor. Reasoned, not measured.
+    """
+    size = max(32, min(256, num_selections // (4 * 132)))
+    rows = 8 if 8 * row_bytes <= 12 * 2**10 else 4
+    stages = max(2, min(8, 24 * 2**10 // (rows * row_bytes)))
+    return Blocks(1 << (size.bit_length() - 1), rows, stages)
+
+
+def _choose_blocks(
+    num_selections: int, num_cores: int, factors: Any, num_rows: int, dtype: DTypeLike
+) -> Blocks:
+    """Measured blocks, where there are some for these very sizes, else those of `heuristic`."""
+    num_tokens, dim = factors.shape
+    blocks = heuristic(num_selections, 4 * dim)
+    shape = {
+        "num_selections": num_selections,
+        "num_tokens": num_tokens,
+        "num_rows": num_rows,
+        "dim": dim,
+        "num_cores": num_cores,
+    }
+    key = tuned.Key.of("table_gradient", "pallas_gpu", "backward", shape, dtype)
+    return tuned.lookup(blocks, key, platform="gpu") or blocks
+
+
+def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
+    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    dim = call.factors.shape[1]
+    known = call.dtype in (jnp.float32, jnp.bfloat16)
+    size = dim * min(4, call.dtype.itemsize)
+    needed = shared_bytes(dim)
+    reasons = [
+        *fetch.device_reasons(platform),
+        (
+            accumulation_dtype(call.weights, call.factors) != jnp.float32,
+            "it accumulates in float32, not in float64",
+        ),
+        (not known, f"the gradient must be float32 or bfloat16, dtype is {call.dtype}"),
+        (
+            size % fetch.COPY_BYTES != 0,
+            f"rows must be multiples of {fetch.COPY_BYTES} bytes, those of the table have {size}",
+        ),
+        (call.num_values == 0 or dim == 0, "the table is empty"),
+        (0 in call.indices.shape, f"indices is empty, {call.indices.shape}"),
+        (
+            needed > fetch.SHARED_BYTES,
+            f"rows of {dim} elements need {needed} bytes of shared memory, "
+            f"there are {fetch.SHARED_BYTES}",
+        ),
+    ]
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def shared_bytes(dim: int) -> int:
+    """The least shared memory that the kernel needs: two stages of four rows, and a single row."""
+    sums = (2 * fetch.QUAD * 4 + 4) * (fetch.padded(dim) + fetch.COLUMNS)
+    return sums + fetch.OTHER_SHARED_BYTES
+
+
+def forward(call: TableGradientCall) -> Float[Array, "num_values dim"]:
+    """Computes the dense gradient."""
+    ids, order, _ = sort_selections(call.indices)
+    return sum_by_row(ids, order, call.weights, call.factors, call.num_values, call.dtype)
+
+
+def rows(call: TableGradientCall, max_rows: int) -> TableRows:
+    """Computes the same row by row."""
+    return rows_of_tables(call.indices, call.num_values, max_rows, [call.term])[0]
+
+
+def of_tables(
+    tables: Sequence[Any],
+    indices: Int32[Array, "num_tokens num_selected"],
+    terms: list[Term],
+) -> list[Array]:
+    """The gradient of each table, in its own dtype, from what it is a sum of; sorted once."""
+    ids, order, _ = sort_selections(indices)
+    return [
+        sum_by_row(ids, order, term.weights, term.factors, table.shape[0], table.dtype)
+        for table, term in zip(tables, terms, strict=True)
+    ]
+
+
+def rows_of_tables(
+    indices: Int32[Array, "num_tokens num_selected"],
+    num_values: int,
+    max_rows: int,
+    terms: list[Term],
+) -> list[TableRows]:
+    """The same in float32, row by row."""
+    selections = sort_selections(indices)
+    ids, num_rows = unique_ids(selections.ids, num_values, max_rows)
+    rows, order = selections.rows, selections.order
+    sums = [
+        sum_by_row(rows, order, term.weights, term.factors, max_rows, jnp.float32) for term in terms
+    ]
+    return [TableRows(ids, num_rows, x) for x in sums]
+
+
+def sum_by_row(
+    rows: Int32[Array, "num_selections"],
+    order: Int32[Array, "num_selections"],
+    weights: Float[Array, "num_tokens num_selected num_cores"],
+    factors: Float[Array, "num_tokens dim"],
+    num_rows: int,
+    dtype: DTypeLike,
+    blocks: Blocks | None = None,
+) -> Float[Array, "{num_rows} dim"]:
+    """Sums weight x factor by row, in float32; the i-th slice of a factor has the i-th weight.
+
+    Args:
+        rows: where each selection adds, rising: the ids for a dense gradient, the numbers of the
+            different ids for a row-sparse one. Selections of rows from `num_rows` on are left out.
+        order: which selection that is, in the flattened weights.
+        weights: of the selections, not sorted.
+        factors: of the tokens.
+        num_rows: rows of the result.
+        dtype: of the result.
+        blocks: in place of the measured ones, or those of `heuristic`.
+    """
+    blocks = blocks or _choose_blocks(rows.size, weights.shape[2], factors, num_rows, dtype)
+    size, step = blocks.slice_size, blocks.slice_rows
+    check(step > 0 and step % fetch.QUAD == 0, "slice_rows", step, "a multiple of 4")
+    check(size > 0 and size % step == 0, "slice_size", size, f"a multiple of slice_rows = {step}")
+    check(blocks.slice_stages > 0, "slice_stages", blocks.slice_stages, "at least 1")
+    num_cores, dim = weights.shape[2], factors.shape[1]
+    factors = factors.astype(jnp.float32)
+    if num_rows == 0:
+        return vary_alike(jnp.zeros((0, dim), dtype), (rows, weights, factors))
+    padding = (0, -rows.size % size)
+    tokens = jnp.pad(order // weights.shape[1], padding)
+    weights = jnp.pad(weights.astype(jnp.float32).reshape(-1, num_cores)[order], (padding, (0, 0)))
+    rows = jnp.pad(rows, padding, constant_values=num_rows)
+
+    def launch(rows: Array, tokens: Array, weights: Array, factors: Array) -> list[Array]:
+        zeros = jnp.zeros((num_rows, dim), dtype)
+        return [_add_rows(rows, tokens, weights, factors, zeros, blocks)]
+
+    return fetch.call_kernels(launch, rows, tokens, weights, factors)[0]
+
+
+def _add_rows(
+    rows: Array, tokens: Array, weights: Array, factors: Array, zeros: Array, blocks: Blocks
+) -> Array:
+    """Adds to rows of `zeros`, in place."""
+    num_slices = rows.size // blocks.slice_size
+    dim = factors.shape[1]
+    width = _padded(dim)
+    part = jax.ShapeDtypeStruct((num_slices, width), jnp.float32)
+    buffers, arrived = fetch.ring_scratch(
+        [width], [jnp.float32], blocks.slice_rows, blocks.slice_stages
+    )
+    staged = plgpu.SMEM((width,), zeros.dtype)
+    table = jax.new_ref(zeros)
+
+    def sum_slices(*refs: Any) -> None:
+        _sum_slice_kernel(*refs, blocks=blocks)
+
+    def join_slices(*refs: Any) -> None:
+        _join_slices_kernel(*refs, slice_size=blocks.slice_size)
+
+    heads, tails = plgpu.kernel(
+        sum_slices,
+        kernel_name="value_aggregation_sum_slices",
+        out_type=[part, part],
+        scratch_types=[*buffers, arrived, staged],
+        grid=(num_slices,),
+        grid_names=("slice",),
+    )(rows, tokens, weights, factors, table)
+    if num_slices == 1:
+        return jax.freeze(table)
+    plgpu.kernel(
+        join_slices,
+        kernel_name="value_aggregation_join_slices",
+        scratch_types=[staged],
+        grid=(num_slices,),
+        grid_names=("slice",),
+    )(rows, heads, tails, table)
+    return jax.freeze(table)
+
+
+def _sum_slice_kernel(
+    # Inputs, in device memory.
+    rows: Any,  # [slices * slice_size]
+    tokens: Any,  # [slices * slice_size]
+    weights: Any,  # [slices * slice_size, cores]
+    factors: Any,  # [T, D]
+    table: Any,  # [num_rows, D], written in place
+    # Outputs: parts of rows that slices share, uninitialized where there are none.
+    heads: Any,  # [slices, width]: the rest of a row that began in an earlier slice
+    tails: Any,  # [slices, width]: the beginning of a row that goes on in the next slice
+    # Scratch.
+    buffer: Any,  # [stages, slice_rows, width]
+    arrived: Any,
+    staged: Any,  # [width]
+    *,
+    blocks: Blocks,
+) -> None:
+    """Sums the rows of a slice; see the module."""
+    index = lax.axis_index("slice")
+    start = index * blocks.slice_size
+    ends = _slice_ends(rows, index, blocks.slice_size)
+    num_rows, dim = table.shape
+    width, num_cores = staged.shape[0], weights.shape[1]
+    zeros = _zeros(width)
+    ring = fetch.Ring({"factors": factors}, {"factors": buffer}, arrived)
+    steps = blocks.slice_size // blocks.slice_rows
+
+    def token_of(step: Array) -> Callable[[Array], Array]:
+        first = start + step * blocks.slice_rows
+        return lambda place: tokens[first + place]
+
+    def finish(row: Array, total: Array, is_first: Array) -> None:
+        """Writes a row that the slice has seen the last of."""
+        is_head = is_first & ends.began_before
+
+        @pl.when(is_head)
+        def leave_to_the_slice_it_began_in() -> None:
+            heads[index] = total
+
+        @pl.when(~is_head & (row < num_rows))
+        def write() -> None:
+            _write_row(total, table.at[row], staged)
+
+    def add_step(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, row, is_first = carry
+        places = range(blocks.slice_rows)
+        first = start + step * blocks.slice_rows
+        next_rows = [rows[first + place] for place in places]
+        step_weights = [[weights[first + place, i] for i in range(num_cores)] for place in places]
+        stage = ring.wait(step)
+        for place in places:
+            is_new = next_rows[place] != row
+            pl.when(is_new)(functools.partial(finish, row, total, is_first))
+            factor = plgpu.load(buffer.at[stage, place], layout=_columns(width))
+            product = _by_core(step_weights[place], width, dim // num_cores) * factor
+            total = _where(is_new, zeros, total) + product
+            row, is_first = next_rows[place], is_first & ~is_new
+        later = step + blocks.slice_stages
+        pl.when(later < steps)(lambda: ring.refill(later, token_of(later)))
+        return total, row, is_first
+
+    ahead = min(blocks.slice_stages, steps)
+    lax.fori_loop(0, ahead, lambda step, _: ring.start(step, token_of(step)), None)
+    total, row, is_first = lax.fori_loop(
+        0, steps, add_step, (zeros, ends.first_row, jnp.bool_(True))
+    )
+
+    is_tail = ends.goes_on & ~(is_first & ends.began_before)
+
+    @pl.when(is_tail)
+    def leave_to_be_joined() -> None:
+        tails[index] = total
+
+    pl.when(~is_tail)(lambda: finish(row, total, is_first))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _join_slices_kernel(
+    # Inputs, in device memory.
+    rows: Any,  # [slices * slice_size]
+    heads: Any,  # [slices, width]
+    tails: Any,  # [slices, width]
+    table: Any,  # [num_rows, D], written in place
+    # Scratch.
+    staged: Any,  # [width]
+    *,
+    slice_size: int,
+) -> None:
+    """Writes the row that begins in a slice and goes on in later ones, if there is such a row."""
+    index = lax.axis_index("slice")
+    ends = _slice_ends(rows, index, slice_size)
+    num_slices, width = heads.shape
+    num_rows, _ = table.shape
+    zeros = _zeros(width)
+    begins_here = ~ends.began_before | (ends.first_row != ends.last_row)
+
+    def shares_row(other: Array) -> Array:
+        first = rows[jnp.minimum(other, num_slices - 1) * slice_size]
+        return (other < num_slices) & (first == ends.last_row)
+
+    @pl.when(ends.goes_on & begins_here & (ends.last_row < num_rows))
+    def join() -> None:
+        def add(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            other, total = carry
+            parts = []
+            for ahead in range(_UNROLLED):
+                head = plgpu.load(
+                    heads.at[jnp.minimum(other + ahead, num_slices - 1)], layout=_columns(width)
+                )
+                parts.append(_where(shares_row(other + ahead), head, zeros))
+            for part in parts:
+                total += part
+            return other + _UNROLLED, total
+
+        tail = plgpu.load(tails.at[index], layout=_columns(width))
+        _, total = lax.while_loop(lambda carry: shares_row(carry[0]), add, (index + 1, tail))
+        _write_row(total, table.at[ends.last_row], staged)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SliceEnds:
+    """How a slice of selections meets its neighbours."""
+
+    first_row: Array
+    last_row: Array
+    began_before: Array  # whether the slice before ends with first_row
+    goes_on: Array  # whether the slice after begins with last_row
+
+
+def _slice_ends(rows: Any, index: Array, slice_size: int) -> _SliceEnds:
+    start, end = index * slice_size, (index + 1) * slice_size
+    num_selections = rows.shape[0]
+    first_row, last_row = rows[start], rows[end - 1]
+    before, after = rows[jnp.maximum(start - 1, 0)], rows[jnp.minimum(end, num_selections - 1)]
+    return _SliceEnds(
+        first_row,
+        last_row,
+        (start > 0) & (before == first_row),
+        (end < num_selections) & (after == last_row),
+    )
+
+
+def _write_row(total: Array, row: Any, staged: Any) -> None:
+    """Starts to write a row to device memory, of which `staged` has the padded width."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for the row before
+    staged[...] = total.astype(staged.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, row.shape[0])], row)
+
+
+def _by_core(weights: list[Array], width: int, core_dim: int) -> Array:
+    """The weight of each core on the columns of its slice."""
+    *others, spread = weights
+    position = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=_columns(width))
+    for core, weight in reversed(list(enumerate(others))):
+        spread = jnp.where(position < (core + 1) * core_dim, weight, spread)
+    return spread
+
+
+def _where(condition: Array, row: Array, other: Array) -> Array:
+    """One row or the other; Mosaic GPU broadcasts no condition by itself."""
+    return jnp.where(lax.broadcast_in_dim(condition, row.shape, ()), row, other)
+
+
+def _zeros(width: int) -> Array:
+    return plgpu.layout_cast(jnp.zeros((width,), jnp.float32), _columns(width))
+
+
+def _columns(width: int) -> Any:
+    """The layout of a row over the threads of a warpgroup."""
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=1)
+
+
+def _padded(dim: int) -> int:
+    return -(-dim // _THREADS) * _THREADS

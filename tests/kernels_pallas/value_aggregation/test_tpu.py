@@ -1,0 +1,224 @@
+"""The TPU kernels of value aggregation: in the interpreter, and compiled for chips elsewhere."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.dispatch import UnsupportedError
+from kernels_pallas.value_aggregation import value_aggregation
+from kernels_pallas.value_aggregation.reference import Activation, value_aggregation_reference
+from kernels_pallas.value_aggregation.tpu import backend as pallas_tpu
+from tests.kernels_pallas.aot import CHIPS, FUSED_BYTES, run_cases
+from tests.kernels_pallas.value_aggregation.test_api import (
+    assert_all_close,
+    make_inputs,
+    output_and_grads,
+)
+
+ON_TPU: dict[str, Any] = {"implementation": "pallas_tpu", "platform": "tpu"}
+
+SMALL: dict[str, Any] = {
+    "num_tokens": 300,
+    "num_selected": 6,
+    "num_values": 512,
+    "value_dim": 24,
+    "pre_value_dim": 136,
+}
+PAPER: dict[str, dict[str, Any]] = {
+    "227M": {"num_values": 360**2, "num_selected": 32, "value_dim": 192, "pre_value_dim": 192},
+    "1B": {"num_values": 528**2, "num_selected": 128, "value_dim": 768, "pre_value_dim": 384},
+    "500M": {"num_values": 964**2, "num_selected": 94, "value_dim": 216, "pre_value_dim": 72},
+    # Its table of values has more than 2^31 elements.
+    "120B": {"num_values": 1696**2, "num_selected": 256, "value_dim": 960, "pre_value_dim": 320},
+}
+
+
+@pytest.fixture
+def few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a few tokens and a narrow row span several blocks; the interpreter has no registers."""
+    monkeypatch.setattr(pallas_tpu, "_LANES", 8)
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    """Runs TPU kernels on CPU, on two cores; a race, a read out of bounds or of nothing shows."""
+    params = pltpu.InterpretParams(
+        num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
+    )
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def assert_matches_reference(
+    inputs: dict[str, Any], activation: Activation | None = None, tolerance: float = 1e-5
+) -> None:
+    want = output_and_grads(value_aggregation_reference, inputs, activation=activation)
+    got = output_and_grads(value_aggregation, inputs, activation=activation, **ON_TPU)
+    assert_all_close(got, want, tolerance)
+
+
+@pytest.mark.usefixtures("interpreter", "few_lanes")
+@pytest.mark.parametrize(
+    ("shape", "activation"),
+    [
+        # 19 tokens are three blocks of 8, the last one ragged, in two parts; rows are two or three
+        # chunks of 8 lanes, which three cores share unevenly.
+        ({"num_tokens": 19, "num_cores": 3, "value_dim": 21, "pre_value_dim": 10}, "silu"),
+        ({"num_tokens": 1, "num_selected": 1, "num_cores": 1, "pre_value_dim": 0}, None),
+        ({"num_tokens": 3, "num_selected": 5, "indices": np.full((3, 5), 10)}, "gelu"),
+    ],
+    ids=["ragged", "one", "equal_ids"],
+)
+def test_kernels_match_the_reference(shape: dict[str, Any], activation: Activation | None) -> None:
+    assert_matches_reference(make_inputs(**shape), activation)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("pre_value_dim", [0, 5])
+def test_bfloat16_rows_are_picked_from_their_pairs(pre_value_dim: int) -> None:
+    # Both ends of the table, both rows of a pair.
+    indices = np.array([[0, 1, 11], [10, 0, 0]])
+    inputs = make_inputs(
+        num_tokens=2,
+        num_values=12,
+        indices=indices,
+        pre_value_dim=pre_value_dim,
+        table_dtype=jnp.bfloat16,
+    )
+    # One bfloat16 rounding of the table gradients; the output is float32.
+    assert_matches_reference(inputs, "relu" if pre_value_dim else None, tolerance=2**-7)
+    want = value_aggregation_reference(**inputs)
+    got = value_aggregation(**inputs, **ON_TPU)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("shape", "activation"),
+    [
+        ({"num_tokens": 131, "num_selected": 2, "num_cores": 1}, "relu"),
+        ({"num_tokens": 17, "num_selected": 9, "value_dim": 264, "pre_value_dim": 136}, None),
+        ({"num_tokens": 2, "num_selected": 94, "value_dim": 24}, "gelu"),
+    ],
+    ids=["two_lane_blocks", "several_registers", "many_selected"],
+)
+def test_kernels_match_the_reference_at_full_lanes(
+    shape: dict[str, Any], activation: Activation | None
+) -> None:
+    assert_matches_reference(make_inputs(**shape), activation, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter", "few_lanes")
+def test_vmap_equals_a_python_loop() -> None:
+    tables = make_inputs(num_tokens=2)
+    indices = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 2, 3)), jnp.int32)
+
+    def output(indices: jax.Array) -> jax.Array:
+        return value_aggregation(**tables | {"indices": indices}, **ON_TPU)
+
+    want = jnp.stack([output(row) for row in indices])
+    assert not np.array_equal(want[0], want[1])
+    np.testing.assert_allclose(jax.vmap(output)(indices), want, rtol=1e-6)
+
+
+def test_each_pass_has_kernels_that_a_profile_names() -> None:
+    inputs = make_inputs()
+    forward = str(jax.make_jaxpr(lambda: value_aggregation(**inputs, **ON_TPU))())
+    both = str(jax.make_jaxpr(lambda: output_and_grads(value_aggregation, inputs, **ON_TPU))())
+    assert forward.count("pallas_call[") == 1
+    assert "name=value_aggregation_forward" in forward
+    assert both.count("pallas_call[") == 4
+    assert "name=value_aggregation_backward" in both
+    assert both.count("name=value_aggregation_row_sums") == 2  # one for each table
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"num_slots": 2}, r"slots are not implemented \(num_slots = 2\)"),
+        ({"table_dtype": jnp.float16}, "rows must be float32 or bfloat16, values are float16"),
+        ({"table_dtype": jnp.bfloat16}, "bfloat16 rows are fetched in pairs, values has 11"),
+        (
+            {"num_selected": 1000},
+            "num_selected = 1000 needs 1024000 bytes of SMEM, there are 917504",
+        ),
+        ({"num_selected": 800, "value_dim": 2048}, "num_selected = 800 needs .* bytes of VMEM"),
+        ({"num_tokens": 0}, r"indices is empty, \(0, 3\)"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
+    shape: dict[str, Any], reason: str
+) -> None:
+    inputs = make_inputs(**shape)
+    with pytest.raises(UnsupportedError, match=reason):
+        value_aggregation(**inputs, **ON_TPU)
+    automatic = jax.make_jaxpr(lambda: value_aggregation(**inputs, platform="tpu"))()
+    assert "pallas_call" not in str(automatic)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="it accumulates in float32, not in float64"):
+        value_aggregation(**make_inputs(dtype=jnp.float64), **ON_TPU)
+
+
+def test_kernels_compile_for_every_chip_without_temporaries() -> None:
+    cases: list[dict[str, Any]] = [
+        {"topology": chip, "what": "forward", "table_dtype": dtype, "num_cores": 2, **SMALL}
+        for chip in CHIPS
+        for dtype in ("float32", "bfloat16")
+    ]
+    for case, result in zip(cases, run_cases("tpu_compile.py", *cases), strict=True):
+        assert result["kernels"] == ["value_aggregation_forward"], case
+        assert result["temporaries"] == 0, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_gradients_compile_alone_over_a_mesh_and_mapped(chip: str) -> None:
+    kinds = ("token_grads", "grads", "sharded", "mapped")
+    cases: list[dict[str, Any]] = [
+        {
+            "topology": chip,
+            "what": kind,
+            "table_dtype": "bfloat16",
+            "num_cores": 2,
+            "activation": "gelu",
+            **SMALL,
+        }
+        for kind in kinds
+    ]
+    results = dict(zip(kinds, run_cases("tpu_compile.py", *cases), strict=True))
+    for kind in ("token_grads", "grads", "sharded"):
+        assert "value_aggregation_backward" in results[kind]["kernels"], kind
+    assert results["token_grads"]["temporaries"] < FUSED_BYTES
+    assert results["mapped"]["kernels"] == ["value_aggregation_forward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_papers_sizes_need_no_temporaries(chip: str) -> None:
+    cases: list[dict[str, Any]] = [
+        {
+            "topology": chip,
+            "what": "forward",
+            "table_dtype": dtype,
+            "num_tokens": 8192,
+            "num_cores": 2,
+            **shape,
+        }
+        for shape in PAPER.values()
+        for dtype in ("float32", "bfloat16")
+    ]
+    for case, result in zip(cases, run_cases("tpu_compile.py", *cases), strict=True):
+        rows = 4 * 8192 * case["num_selected"] * (case["value_dim"] + case["pre_value_dim"])
+        assert result["temporaries"] < FUSED_BYTES < rows / 100, case
