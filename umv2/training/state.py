@@ -121,17 +121,19 @@ def map_declared[T](
       other: in place of all other arrays.
     """
     values = _of_weights(config, function)
-    anything: Any = other
-    return TrainState(
-        step=anything,
-        params=values.params,
-        store=values.store,
-        buffers=values.buffers,
-        optimizer=create_optimizer(config).map_moments(
-            lambda value: value, state.optimizer, values, other
-        ),
-        usage=jax.tree.map(lambda _: anything, state.usage),
+    moments = create_optimizer(config).map_moments(
+        lambda value: value, state.optimizer, values, other
     )
+    parts = (
+        (state.step, other),
+        (state.params, values.params),
+        (state.store, values.store),
+        (state.buffers, values.buffers),
+        (state.optimizer, moments),
+        (state.usage, dict.fromkeys(state.usage, other)),
+    )
+    leaves = [v for part, of in parts for v in jax.tree.structure(part).flatten_up_to(of)]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
 def _of_weights(config: Config, function: Callable[[str, Declaration], Any]) -> Any:

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,6 +13,12 @@ from umv2.config import MemoryConfig
 from umv2.model.memory import retrieval
 from umv2.model.parameter import Declaration
 from umv2.types import struct
+
+# An abstract store has shapes and dtypes in place of arrays; type checkers need not tell them apart.
+if TYPE_CHECKING:
+    Table = Array
+else:
+    Table = Array | jax.ShapeDtypeStruct
 
 # Of both arrays of a store.
 TABLE = Declaration(axes=("table", "row", "column"), group="values", served="compute")
@@ -26,8 +33,8 @@ class ValueStore:
     None where pre_value_dim is 0.
     """
 
-    values: Float[Array, "*l n v"]
-    pre_values: Float[Array, "*l n p"] | None
+    values: Float[Table, "*l n v"]
+    pre_values: Float[Table, "*l n p"] | None
 
     @property
     def num_rows(self) -> int:
