@@ -2,7 +2,7 @@
 
 A multiply-add counts as two FLOPs. Norms, activations, rotations, softmaxes and top-k selections
 are left out: they are no sums of products, and below 1 % of the FLOPs at the paper's sizes. (A
-selection may still take longer than its share: it is comparisons, which no matrix unit makes.)
+selection may still take longer than its FLOPs say: it is comparisons, which no matrix unit makes.)
 """
 
 import dataclasses
@@ -168,7 +168,7 @@ class TrainingMemory:
     """Bytes that training holds from step to step, over all devices, every array once.
 
     Activations, the batch, and copies in the compute dtype come on top, and go with the step;
-    gradients are whole only at the end of the backward pass. Replicas hold everything again.
+    gradients are complete only at the end of the backward pass. Replicas hold everything again.
     """
 
     parameters: int

@@ -1,4 +1,4 @@
-"""What value tables that are divided over devices cost: bytes exchanged, and bytes held.
+"""What sharded value tables cost: bytes exchanged, and bytes held.
 
 The counterpart of `umv2.model.memory.exchange`, collective by collective. Counted is what one
 device receives over the mesh axis `memory` when every collective moves as little as it can; tests
@@ -30,7 +30,7 @@ _MOMENTS = 2  # of AdamW, in float32 as the tables
 
 @dataclasses.dataclass(frozen=True)
 class ExchangedBytes:
-    """Bytes that one device receives in one memory layer, by kind of collective."""
+    """Bytes that one device receives in one memory layer, by collective."""
 
     forward: Mapping[str, int]
     backward: Mapping[str, int]
@@ -55,7 +55,7 @@ def exchanged_bytes(
     Args:
       memory: sizes of the layer.
       layout: of the tables.
-      size: M, devices along the axis that divides them.
+      size: M, devices along the axis that shards them.
       num_tokens: tokens of each device in one pass.
       itemsize: bytes of an element of the compute dtype.
       remat: whether the backward pass repeats the forward pass, exchanges included.
@@ -63,9 +63,9 @@ def exchanged_bytes(
     forward: collections.Counter[str] = collections.Counter()
     backward: collections.Counter[str] = collections.Counter()
 
-    def count(kind: str, operand: int, gradient: str = "") -> None:
+    def count(name: str, operand: int, gradient: str = "") -> None:
         """Counts a collective of `operand` bytes a device, and the one that is its gradient."""
-        forward[kind] += _received(kind, operand, size)
+        forward[name] += _received(name, operand, size)
         if gradient == "reduce-scatter":  # of what was gathered
             operand *= size
         elif gradient == "all-gather":  # of the part that was kept
@@ -104,9 +104,9 @@ def exchanged_bytes(
     return ExchangedBytes(dict(forward), dict(backward + forward if remat else backward))
 
 
-def _received(kind: str, operand: int, size: int) -> int:
+def _received(name: str, operand: int, size: int) -> int:
     """Bytes that one of `size` devices receives through a collective on operands of these bytes."""
-    match kind:
+    match name:
         case "all-gather":
             return operand * (size - 1)
         case "all-reduce":
@@ -137,11 +137,11 @@ def _padded(size: int, multiple: int) -> int:
 def choose(
     config: ModelConfig, size: int, num_tokens: int, *, capacity: int | None = None
 ) -> tuple[Layout, str]:
-    """Chooses how value tables are divided: by what exchanges fewer bytes, of what is possible.
+    """Chooses how value tables are sharded: by what exchanges fewer bytes, of what is possible.
 
     Args:
       config: of a model with memory layers.
-      size: mesh.memory, the devices that share the tables.
+      size: mesh.memory, the devices that hold the tables.
       num_tokens: tokens of each device in one pass.
       capacity: bytes that a device has for tables and moments; None: any.
 
@@ -155,7 +155,7 @@ def choose(
     possible = [layout for layout, fault in faults.items() if fault is None]
     if not possible:
         reasons = "; by ".join(f"{layout}: {fault}" for layout, fault in faults.items())
-        raise ConfigError(f"mesh.memory={size}: cannot divide the value tables. By {reasons}")
+        raise ConfigError(f"mesh.memory={size}: cannot shard the value tables. By {reasons}")
     received = {
         layout: exchanged_bytes(
             config.memory,
@@ -205,8 +205,8 @@ def with_layout(
     if not config.model.placements or size == 1:
         return config
     if named == "auto":
-        share = -(-num_tokens // math.prod(mesh_sizes.values()))
-        layout, explanation = choose(config.model, size, share, capacity=capacity)
+        local_tokens = -(-num_tokens // math.prod(mesh_sizes.values()))
+        layout, explanation = choose(config.model, size, local_tokens, capacity=capacity)
         logging.info("%s", explanation)
         return dataclasses.replace(
             config, mesh=dataclasses.replace(config.mesh, table_sharding=layout)
@@ -217,7 +217,7 @@ def with_layout(
 
 
 def _sizes(config: ModelConfig) -> dict[Layout, list[int]]:
-    """The numbers of devices that can divide the tables, by layout."""
+    """The numbers of devices that can shard the tables, by layout."""
     memory = config.memory
     return {
         "columns": exchange.column_sizes(memory.value_dim, memory.pre_value_dim, memory.num_cores),

@@ -12,7 +12,7 @@ from umv2.cost import accounting
 TOLERANCE = 0.01
 # A width is a multiple of the largest power of two, up to this one, ...
 _MAX_MULTIPLE = 64
-# ... whose steps change the active parameters by less than this share.
+# ... whose steps change the active parameters by less than this fraction.
 _MAX_STEP = 0.0025
 _EXPERT = "moe.expert_size"
 # What is sized, by path below `model`; a family has only some of them.
@@ -193,7 +193,7 @@ def _numbers_of_keys(
 def _numbers_of_experts(target: Quantities, candidate: Config) -> range:
     """Returns the numbers around that at which active and total parameters are both met."""
     model, num_experts = candidate.model, candidate.model.moe.top_k
-    for _ in range(4):  # the router takes its share of the active parameters, and so of the width
+    for _ in range(4):  # the router has active parameters too, so the width depends on it
         fixed = {"moe.num_experts": num_experts}
         sized = _with_widths(target, candidate, fixed, _EXPERT, (_EXPERT,))
         widths = [sizes[_EXPERT] for sizes in sized]

@@ -1,8 +1,8 @@
 """What one decode step reads from memory: bytes of weights, rows, experts and cache, part by part.
 
-A step gives each of `batch_size` sequences one token. Every weight is read once for the whole
-batch; rows of tables are read for each token, experts once if any token chose them. Counted are
-the bytes asked for, each once: hardware moves whole sectors (32 to 128 bytes), so narrow rows cost
+A step gives each of `batch_size` sequences one token. Every weight is read once for all
+of them; rows of tables are read for each token, experts once if any token chose them. Counted are
+the bytes asked for, each once: hardware moves sectors of 32 to 128 bytes, so narrow rows cost
 more, and what a kernel writes and reads again (activations, logits, scores) is left out.
 """
 
@@ -29,7 +29,7 @@ class Precision:
 class DecodeBytes:
     """Bytes read in one decode step, by part.
 
-    `embedding` is one row a sequence; `head` is the whole matrix, even where it is tied to the
+    `embedding` is one row a sequence; `head` is all of the matrix, even where it is tied to the
     embedding. `sparse_values` are rows of tables, or experts. `buffers` are the addresses looked
     up in the shuffle, and u and v.
     """

@@ -21,9 +21,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
 
     Processes whose devices hold the same rows (those of one `tensor` group) each load them.
     """
-    shares = batch_sharding(mesh).devices_indices_map((batch_size,))
-    local_shares = [shares[device][0] for device in mesh.local_devices]
-    return tuple(sorted({row for share in local_shares for row in range(batch_size)[share]}))
+    shards = batch_sharding(mesh).devices_indices_map((batch_size,))
+    local_shards = [shards[device][0] for device in mesh.local_devices]
+    return tuple(sorted({row for shard in local_shards for row in range(batch_size)[shard]}))
 
 
 def local_to_global(mesh: Mesh, tree: Any) -> Any:
@@ -40,15 +40,15 @@ def local_to_global(mesh: Mesh, tree: Any) -> Any:
 
 
 def gather_to_hosts(mesh: Mesh, array: Array) -> np.ndarray:
-    """Returns a batch array whole, on every process."""
+    """Returns all of a batch array, on every process."""
     with jax.disable_jit(False):  # without jit nothing would be resharded
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
-    return np.asarray(whole.addressable_data(0))
+        replicated = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+    return np.asarray(replicated.addressable_data(0))
 
 
 def split_microbatches(x: Array, parts: int) -> Array:
     """[b, ...] -> [parts, b / parts, ...]; every device's rows stay on that device."""
     shape = (x.shape[0] // parts, parts, *x.shape[1:])
-    # Told so, because where devices have a row each JAX would rather divide the parts.
+    # Said, because where devices have a row each JAX would rather shard the microbatches.
     sharding = PartitionSpec(DATA_AXES) if on_mesh() else None
     return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=sharding), 1, 0)

@@ -35,11 +35,11 @@ def create_mesh(
 
     Args:
       config: the mesh section.
-      *batch_sizes: sequences of each kind of batch that will be sharded.
+      *batch_sizes: sequences of each batch that will be sharded.
       devices: those of a topology to compile for; by default those that are there.
 
     Raises:
-      ConfigError: more devices than there are, or a batch that they do not divide.
+      ConfigError: more devices than there are, or a batch that it cannot shard evenly.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(config, len(devices))
@@ -55,20 +55,21 @@ def create_mesh(
             f"{in_use or 'mesh.replica=1'}: uses {num_used} of {len(devices)} devices; several"
             f" processes must use all: mesh.replica={replicas} does"
         )
-    shares = num_batch_shards(sizes)
+    shards = num_batch_shards(sizes)
     for batch_size in batch_sizes:
-        if batch_size % shares:
+        if batch_size % shards:
             raise ConfigError(
-                f"{in_use}: {shares} shares (replica x fsdp x memory) must divide every batch, and"
-                f" one has {batch_size} sequences (train.batch_size / train.gradient_accumulation,"
-                f" evaluation.batch_size); {-(-batch_size // shares) * shares} would do"
+                f"{in_use}: every batch must be a multiple of its {shards} shards (replica x fsdp x"
+                f" memory), and one has {batch_size} sequences (train.batch_size /"
+                f" train.gradient_accumulation, evaluation.batch_size);"
+                f" {-(-batch_size // shards) * shards} would do"
             )
     shape = tuple(sizes.values())
     grid = _arranged(devices[:num_used], shape)
     # Without jit (debugging) no axis is explicit: some of JAX's operations mistype shardings there,
     # and within `shard_map` a print shows tracers. All acts on global arrays, as on one device.
-    kind = AxisType.Auto if jax.config.jax_disable_jit else AxisType.Explicit
-    return Mesh(grid, AXES, axis_types=(kind,) * len(AXES))
+    axis_type = AxisType.Auto if jax.config.jax_disable_jit else AxisType.Explicit
+    return Mesh(grid, AXES, axis_types=(axis_type,) * len(AXES))
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -79,7 +80,7 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def num_batch_shards(sizes: Mapping[str, int]) -> int:
-    """Returns into how many shares a mesh of these sizes divides the batch."""
+    """Returns the number of shards of a batch on a mesh of these sizes."""
     return math.prod(sizes[axis] for axis in DATA_AXES)
 
 

@@ -13,16 +13,16 @@ from umv2.sharding.rules import entry_of
 
 
 def create[T](function: Callable[..., T], shardings: Any, *arguments: Any) -> T:
-    """Computes new arrays sharded as they are to be stored, with no device holding one whole."""
+    """Computes new arrays with the given shardings; no device ever holds all of one."""
     if jax.config.jax_disable_jit:
         return jax.device_put(function(*arguments), shardings)
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))(*arguments)
 
 
 def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
-    """Returns a parameter that the given axes no longer divide: what a device computes with.
+    """All-gathers a parameter over the given axes: what a device computes with.
 
-    The gradient goes back to where the parts are stored.
+    Its gradient is reduced and scattered back.
     """
     if not on_mesh():
         return parameter
@@ -51,8 +51,8 @@ def defer_gradient_reduction(tree: Any) -> Any:
 def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
     """Returns x @ weight in the dtype of x, the weight gathered in that dtype.
 
-    Divided as x is, but for the last axis, which is sharded as the weight's is; summed over devices
-    where the contracted axis is sharded.
+    Sharded as x is, but for the last axis, which is sharded as the weight's is; all-reduced where
+    the contracted axis is sharded.
     """
     weight = gathered(weight.astype(x.dtype))
     if not on_mesh():
@@ -96,7 +96,7 @@ def shard_batch_like(array: Array, x: Array) -> Array:
 
 
 def shard_batch_only(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
-    """Returns an array of which every device has whole rows, those of its share of the batch."""
+    """Returns an array sharded along the batch alone."""
     return jax.sharding.reshard(x, PartitionSpec(DATA_AXES)) if on_mesh() else x
 
 
@@ -120,9 +120,9 @@ def shard_map(function: Callable[..., Any], *arguments: Any, out_specs: Any) -> 
 
 
 def shard_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Divides the sequence over `tensor`, whose devices hold the same tokens.
+    """Shards the sequence over `tensor`, whose devices hold the same tokens.
 
-    A sequence that it does not divide, as when decoding, stays: the devices do the same work.
+    A sequence of another length, as when decoding, stays: the devices do the same work.
     """
     if not on_mesh():
         return x
@@ -135,16 +135,16 @@ def gather_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
     return jax.sharding.reshard(x, PartitionSpec(DATA_AXES)) if on_mesh() else x
 
 
-def table_layout(values: Float[Array, "*l n v"]) -> Literal["whole", "rows", "columns"]:
-    """Returns what `memory` divides of a value table."""
+def table_layout(values: Float[Array, "*l n v"]) -> Literal["replicated", "rows", "columns"]:
+    """Returns which dimension of a value table `memory` shards."""
     if not on_mesh():
-        return "whole"
+        return "replicated"
     rows, columns = (MEMORY in axes_of(entry) for entry in spec(values).partitions[-2:])
-    return "rows" if rows else "columns" if columns else "whole"
+    return "rows" if rows else "columns" if columns else "replicated"
 
 
 def sharded_axes(array: Array, axis: int) -> tuple[str, ...]:
-    """Returns the mesh axes that divide one dimension of an array."""
+    """Returns the mesh axes that shard one dimension of an array."""
     return axes_of(spec(array)[axis]) if on_mesh() else ()
 
 
@@ -168,7 +168,7 @@ def scatter_tokens(x: Float[Array, "mt d"], over: tuple[str, ...]) -> Float[Arra
 def shard_map_tokens(
     function: Callable[..., tuple[Any, Any]], batched: Any, shared: Any
 ) -> tuple[Any, Any]:
-    """Runs a function of per-device arrays on every device's share of the batch.
+    """Runs a function of per-device arrays on every device's shard of the batch.
 
     Args:
       function: `(batched, shared) -> (outputs, sums)`, written for one device.
