@@ -395,7 +395,7 @@ def test_the_default_corpus_loads(config: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "hugging_face"}, "--mode=prepare"),
+        ({"source": "hugging_face", "hugging_face_name": "x"}, "--mode=prepare"),
         ({"held_out_fraction": 1e-9}, "held_out_fraction=1e-09: leaves all of 40 documents"),
         ({"held_out_fraction": 1 - 1e-9}, "leaves nothing of 40 documents for training"),
         ({"sequence_length": 100_000}, "sequence_length=100000: .* hold only .* less than one"),

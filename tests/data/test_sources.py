@@ -6,13 +6,170 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from umv2.config import DataConfig
+from umv2.config import ConfigError, DataConfig, LongContextDataConfig
+from umv2.config.data import SOURCE_RULES, SourceRule
+from umv2.data import sources
+from umv2.data.corpus import load_corpus, open_corpus
+from umv2.data.documents import InMemoryDocuments
+from umv2.data.hashing import content_hashes
+from umv2.data.loader import held_out_batches, train_batches
 from umv2.data.paths import DataError
-from umv2.data.sources import content_hashes, text_documents
+from umv2.data.prepare import prepare, train_tokenizer
+from umv2.data.sources import (
+    OpenedTokens,
+    TextSource,
+    TokenSource,
+    Vocabulary,
+    resolve,
+    text_documents,
+)
+from umv2.data.tokenizers import ByteTokenizer
 
 type Library = Callable[[Callable[..., object]], None]
+
+# The recipe of docs/extending for a source of data, as it stands there.
+RECIPE = '''\
+from collections.abc import Iterator
+
+from umv2.config import DataConfig
+from umv2.config.data import SourceRule
+from umv2.data import sources
+
+
+def count_aloud(config: DataConfig) -> Iterator[str]:
+    """Yields the numbers up to that in data.text_field, a document each, ten times over."""
+    for number in range(int(config.text_field)):
+        yield f"{number}, " * 10
+
+
+sources.register(
+    sources.TextSource(
+        "counting",
+        documents=count_aloud,
+        rule=SourceRule("text", needs={"text_field": "the number to count to"}),
+    )
+)
+'''
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(sources, "_REGISTRY", dict(sources._REGISTRY))
+
+
+@pytest.fixture
+def counting(config: DataConfig) -> DataConfig:
+    exec(compile(RECIPE, "docs/extending", "exec", dont_inherit=True), {})
+    return dataclasses.replace(config, source="counting", text_field="40", sequence_length=16)
+
+
+def test_one_entry_adds_a_source(counting: DataConfig, tmp_path: Path) -> None:
+    counting.validate()
+    corpus = open_corpus(counting, vocab_size=257)
+    assert corpus.identity.description["source"] == "counting"
+    assert corpus.identity.description["documents"] == 40
+    training = train_batches(corpus, counting, batch_size=4)
+    assert "7, 7, 7" in ByteTokenizer().decode(
+        np.concatenate([next(training).inputs.ravel() for _ in range(40)])
+    )
+    training.close()
+    held_out = list(held_out_batches(corpus, counting, batch_size=4))
+    weight = sum(int(batch.weights.sum()) for batch in held_out)
+    assert weight == corpus.held_out.lengths.sum() + len(corpus.held_out.lengths)
+
+    manifest = prepare(counting, tmp_path / "shards", num_processes=1)
+    assert (manifest.num_documents, manifest.origin["source"]) == (40, "counting")
+    shards = dataclasses.replace(
+        counting, source="array_record", paths=(f"{tmp_path}/shards/*.array_record",)
+    )
+    assert open_corpus(shards, 257).identity.documents == corpus.identity.documents
+    train_tokenizer(counting, tmp_path / "bpe.json", 260)
+
+
+def test_documents_of_tasks_stand_beside_a_registered_text(counting: DataConfig) -> None:
+    tasks = LongContextDataConfig(("key_value",), 4, 0.25, 1.0, 0, 0)
+    mixed = dataclasses.replace(counting, long_context=tasks, sequence_length=128)
+    train = open_corpus(mixed, 257).train
+    assert ":" in ByteTokenizer().decode(train.read(0, 0, int(train.lengths[0])))
+
+
+def test_a_registered_source_keeps_its_rule_before_it_is_read(counting: DataConfig) -> None:
+    wanted = dataclasses.replace(counting, text_field="")
+    expected = "data.text_field='': source 'counting' needs the number to count to"
+    with pytest.raises(ConfigError, match=f"^{expected}$"):
+        open_corpus(wanted, 257)
+    with pytest.raises(ConfigError, match=r"^data.tokenizer='none': only token files \("):
+        open_corpus(dataclasses.replace(counting, tokenizer="none", end_of_text_id=256), 257)
+
+
+def test_one_entry_adds_a_source_of_tokens(config: DataConfig) -> None:
+    def open_squares(config: DataConfig, vocabulary: Vocabulary) -> OpenedTokens:
+        lengths = np.arange(1, 41)
+        tokens = np.arange(lengths.sum()) ** 2 % (vocabulary.size - 1)
+        hashes = content_hashes(part.tobytes() for part in np.split(tokens, lengths.cumsum()[:-1]))
+        return OpenedTokens(InMemoryDocuments(tokens, lengths, hashes), vocabulary.tokenizer)
+
+    sources.register(TokenSource("squares", open=open_squares))
+    squares = dataclasses.replace(config, source="squares", tokenizer="none", end_of_text_id=99)
+    corpus = open_corpus(squares, 100)
+    assert (corpus.identity.tokenizer, corpus.held_out_bytes) == ("", None)
+    assert len(corpus.train.lengths) + len(corpus.held_out.lengths) == 40
+    tasks = LongContextDataConfig(("key_value",), 4, 0.25, 1.0, 0, 0)
+    with pytest.raises(ConfigError, match="mixes documents with text, and source 'squares' holds"):
+        open_corpus(dataclasses.replace(squares, long_context=tasks), 100)
+    with pytest.raises(DataError, match="'squares' holds tokens, not text"):
+        text_documents(squares)
+
+
+def test_a_source_that_streams_is_only_prepared(config: DataConfig) -> None:
+    sources.register(
+        TextSource("feed", documents=lambda config: iter(["one"]), rule=SourceRule("stream"))
+    )
+    feed = dataclasses.replace(config, source="feed")
+    assert list(text_documents(feed)) == ["one"]
+    with pytest.raises(DataError, match=r"^data.source='feed' is streamed once: .*mode=prepare"):
+        load_corpus(feed, ByteTokenizer(), vocab_size=257)
+
+
+def test_a_misspelt_source_is_named_with_the_nearest(config: DataConfig, tmp_path: Path) -> None:
+    misspelt = dataclasses.replace(config, source="aray_record")
+    expected = (
+        "data.source='aray_record': must be one of 'standard_library', 'site_packages', 'text',"
+        " 'array_record', 'memmap', 'hugging_face' (nearest: array_record)"
+    )
+    for work in (
+        lambda: open_corpus(misspelt, 257),
+        lambda: prepare(misspelt, tmp_path / "shards", num_processes=1),
+        lambda: train_tokenizer(misspelt, tmp_path / "bpe.json", 300),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            work()
+        assert str(caught.value) == expected
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="'text' is registered already"):
+        sources.register(TextSource("text", documents=lambda config: iter(())))
+
+
+@pytest.mark.parametrize("name", SOURCE_RULES)
+def test_the_rule_of_a_source_is_checked_with_the_configuration(
+    config: DataConfig, name: str
+) -> None:
+    """A mistake shows when the configuration is read, although that loads no source."""
+    filled = dataclasses.replace(config, source=name, paths=("a",), hugging_face_name="a")
+    source = resolve(filled)
+    assert (source.name, source.rule) == (name, SOURCE_RULES[name])
+    assert isinstance(source, TokenSource) == (source.rule.holds == "tokens")
+
+
+def test_every_source_of_the_package_has_its_rule_there() -> None:
+    assert sources._REGISTRY.keys() == SOURCE_RULES.keys()
 
 
 def test_standard_library_is_in_fixed_order_and_leaves_tests_out(config: DataConfig) -> None:
@@ -85,7 +242,7 @@ def test_the_environment_has_installed_sources(config: DataConfig) -> None:
 
 def test_token_sources_have_no_text(config: DataConfig) -> None:
     with pytest.raises(DataError, match="'memmap' holds tokens"):
-        list(text_documents(dataclasses.replace(config, source="memmap")))
+        list(text_documents(dataclasses.replace(config, source="memmap", paths=("a",))))
 
 
 def test_text_is_the_documents_of_all_files(config: DataConfig, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from tests.tiny_run import logged
 from umv2.config import DataConfig
 from umv2.data.corpus import load_corpus
 from umv2.data.documents import Documents, InMemoryDocuments
+from umv2.data.hashing import content_hashes
 from umv2.data.loader import held_out_batches, train_batches
 from umv2.data.paths import DataError
 from umv2.data.prepare import prepare
-from umv2.data.sources import content_hashes
 from umv2.data.split import is_held_out, split_texts, split_tokens, training_texts
 from umv2.data.tokenizers import ByteTokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from umv2.config import DataConfig, LongContextDataConfig
-from umv2.data.corpus import Corpus, load_corpus
+from umv2.data.corpus import Corpus, Purpose, load_corpus
 from umv2.data.documents import Documents
 from umv2.data.loader import train_batches
 from umv2.data.tokenizers import ByteTokenizer
@@ -98,6 +98,19 @@ def test_held_out_text_and_the_seed_of_documents(config: DataConfig, text_folder
     again = load_corpus(mixed(config, text_folder), TOKENIZER, vocab_size=264)
     np.testing.assert_array_equal(hashes, again.train.content_hashes)
     assert not set(hashes) & set(other.train.content_hashes)
+
+
+def test_tasks_are_not_written_to_evaluate(config: DataConfig, text_folder: Path) -> None:
+    def load(purpose: Purpose, **changes: Any) -> Corpus:
+        settings = mixed(config, text_folder, **changes)
+        return load_corpus(settings, TOKENIZER, vocab_size=264, purpose=purpose)
+
+    plain = load("train", num_documents=0)
+    evaluated = load("evaluate", warm_up_steps=3)
+    assert evaluated.warm_up is None
+    assert evaluated.identity == plain.identity
+    assert evaluated.held_out_texts == plain.held_out_texts
+    np.testing.assert_array_equal(evaluated.train.content_hashes, plain.train.content_hashes)
 
 
 def test_answers_alone_count_where_the_context_has_no_weight(

@@ -1,15 +1,10 @@
 """The configuration of data (`data`)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from umv2.config.schema import (
-    Interval,
-    Natural,
-    Positive,
-    Seed,
-    require,
-)
+from umv2.config.schema import Interval, Natural, Positive, Seed, require
 
 # The modules of umv2/data/long_context.
 LongContextTask = Literal[
@@ -39,9 +34,7 @@ class LongContextDataConfig:
 class DataConfig:
     """Where text comes from and how it becomes sequences (`data`)."""
 
-    source: Literal[
-        "standard_library", "site_packages", "text", "array_record", "memmap", "hugging_face"
-    ]
+    source: str  # a name in the registry of umv2/data/sources
     paths: tuple[str, ...]
     text_field: str
     memmap_dtype: Literal["uint16", "uint32"]
@@ -60,25 +53,11 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises ConfigError for impossible values."""
-        if self.source in ("text", "array_record", "memmap"):
-            require(
-                bool(self.paths), "data.paths", self.paths, f"source {self.source!r} needs globs"
-            )
-        if self.source == "hugging_face":
-            require(
-                bool(self.hugging_face_name),
-                "data.hugging_face_name",
-                self.hugging_face_name,
-                "source 'hugging_face' needs the name of a data set",
-            )
+        # A source that is registered elsewhere brings its rule, checked when the source is opened.
+        if self.source in SOURCE_RULES:
+            SOURCE_RULES[self.source].check(self)
         tasks = self.long_context
         if tasks.num_documents:
-            require(
-                self.source in ("standard_library", "site_packages", "text"),
-                "data.long_context.num_documents",
-                tasks.num_documents,
-                f"mixes documents with text, and source {self.source!r} holds none",
-            )
             require(
                 bool(tasks.tasks),
                 "data.long_context.tasks",
@@ -100,14 +79,54 @@ class DataConfig:
             )
         if self.tokenizer == "none":
             require(
-                self.source in ("array_record", "memmap"),
-                "data.tokenizer",
-                self.tokenizer,
-                "only token files (array_record, memmap) can do without a tokenizer",
-            )
-            require(
                 self.end_of_text_id >= 0,
                 "data.end_of_text_id",
                 self.end_of_text_id,
                 "must be given (>= 0) where there is no tokenizer",
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRule:
+    """What a source of data asks of the other fields.
+
+    Attributes:
+      holds: "text" that a run reads into memory, "stream" for text that is read once, to prepare
+        shards of it, or "tokens".
+      needs: fields that must not be empty, by name, and what each must give, for messages.
+    """
+
+    holds: Literal["text", "stream", "tokens"] = "text"
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check(self, config: DataConfig) -> None:
+        """Raises ConfigError for the first field that breaks the rule."""
+        for field, what in self.needs.items():
+            value = getattr(config, field)
+            require(bool(value), f"data.{field}", value, f"source {config.source!r} needs {what}")
+        num_documents = config.long_context.num_documents
+        require(
+            self.holds == "text" or not num_documents,
+            "data.long_context.num_documents",
+            num_documents,
+            f"mixes documents with text, and source {config.source!r} holds none",
+        )
+        require(
+            self.holds == "tokens" or config.tokenizer != "none",
+            "data.tokenizer",
+            config.tokenizer,
+            f"only token files ({', '.join(_TOKEN_SOURCES)}) can do without a tokenizer",
+        )
+
+
+_PATHS = {"paths": "globs"}
+# Of the sources of umv2/data/sources: configurations are checked without loading those.
+SOURCE_RULES: Mapping[str, SourceRule] = {
+    "standard_library": SourceRule("text"),
+    "site_packages": SourceRule("text"),
+    "text": SourceRule("text", _PATHS),
+    "array_record": SourceRule("tokens", _PATHS),
+    "memmap": SourceRule("tokens", _PATHS),
+    "hugging_face": SourceRule("stream", {"hugging_face_name": "the name of a data set"}),
+}
+_TOKEN_SOURCES = [name for name, rule in SOURCE_RULES.items() if rule.holds == "tokens"]

@@ -2,30 +2,26 @@
 
 import dataclasses
 import functools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
+from jaxtyping import Bool, UInt64
 
-from umv2 import distributed, files
+from umv2 import distributed
 from umv2.config import DataConfig
-from umv2.data import tasks
-from umv2.data.documents import Documents, DocumentSubset, InMemoryDocuments, MemmapDocuments
-from umv2.data.packing import PackedStream
-from umv2.data.paths import DataError, matching_files
-from umv2.data.shards import ArrayRecordDocuments
-from umv2.data.sources import (
-    content_hash,
-    content_hashes,
-    hash_of_all,
-    text_documents,
-)
+from umv2.data import sources, tasks, token_cache
+from umv2.data.documents import Documents, DocumentSubset
+from umv2.data.hashing import content_hashes, hash_of_all
+from umv2.data.packing import num_targets
+from umv2.data.paths import DataError
+from umv2.data.sources import TextSource, TokenSource, Vocabulary
 from umv2.data.split import split_texts, split_tokens
-from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from umv2.data.tokenizers import Tokenizer, load_tokenizer
+
+Purpose = Literal["train", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +44,25 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token documents of both sides of the split."""
+    """Token documents of both sides of the split.
+
+    Attributes:
+      train: documents to train on; with those of `data.long_context`, if any, among them.
+      held_out: documents to evaluate on.
+      end_of_text_id: the id that ends a document.
+      tokenizer: that made the tokens; None for token files without one.
+      held_out_texts: the held-out documents in UTF-8; None where the source holds tokens.
+      identity: what tells this corpus from another one.
+      warm_up: documents of the first `data.long_context.warm_up_steps` steps; None without any.
+    """
 
     train: Documents
     held_out: Documents
     end_of_text_id: int
     tokenizer: Tokenizer | None
-    # UTF-8; None where the source holds tokens.
     held_out_texts: tuple[bytes, ...] | None = dataclasses.field(repr=False)
     identity: Identity
-    warm_up: Documents | None = None  # of the first `data.long_context.warm_up_steps`
+    warm_up: Documents | None = None
 
     @functools.cached_property
     def held_out_bytes(self) -> int | None:
@@ -67,7 +72,7 @@ class Corpus:
         if self.tokenizer is None:
             return None
         sizes = self.tokenizer.token_bytes()
-        return sum(int(sizes[tokens].sum()) for tokens in _whole_documents(self.held_out))
+        return sum(int(sizes[tokens].sum()) for tokens in _tokens_of_each(self.held_out))
 
     def held_out_documents(self) -> tuple[bytes, ...]:
         """Returns the text of the held-out documents, in UTF-8.
@@ -80,7 +85,7 @@ class Corpus:
         if self.tokenizer is None:
             raise DataError("data.tokenizer='none': tokens without a tokenizer have no text")
         decode = self.tokenizer.decode
-        return tuple(decode(tokens).encode() for tokens in _whole_documents(self.held_out))
+        return tuple(decode(tokens).encode() for tokens in _tokens_of_each(self.held_out))
 
     def held_out_text(self) -> bytes:
         """Returns the held-out documents joined, in UTF-8, to compare with compressors.
@@ -91,9 +96,24 @@ class Corpus:
         return b"".join(self.held_out_documents())
 
 
-def _whole_documents(documents: Documents) -> Iterator[np.ndarray]:
+def _tokens_of_each(documents: Documents) -> Iterator[np.ndarray]:
     for index, length in enumerate(documents.lengths):
         yield documents.read(index, 0, int(length))
+
+
+def open_corpus(config: DataConfig, vocab_size: int, *, purpose: Purpose = "train") -> Corpus:
+    """Loads the configured tokenizer and corpus; what one process cannot read ends all.
+
+    Raises:
+      ConfigError: there is no such source, or a field breaks its rule.
+      DataError: for input that cannot be trained on.
+    """
+
+    def load() -> Corpus:
+        tokenizer = load_tokenizer(config.tokenizer, config.end_of_text_id)
+        return load_corpus(config, tokenizer, vocab_size=vocab_size, purpose=purpose)
+
+    return distributed.everywhere(load)
 
 
 def load_corpus(
@@ -102,6 +122,7 @@ def load_corpus(
     *,
     vocab_size: int,
     cache_dir: Path | None = None,
+    purpose: Purpose = "train",
 ) -> Corpus:
     """Opens, checks and splits the documents of the configured source.
 
@@ -113,86 +134,44 @@ def load_corpus(
       tokenizer: of the text, or of the token files; None for token files without one.
       vocab_size: of the model; every token id must lie below.
       cache_dir: keeps the tokens of text by content; `~/.cache/umv2` without. Bytes are not kept.
+      purpose: to "evaluate", the documents of `data.long_context`, which are to train on, are not
+        written: `train` is then the training side of the source alone.
 
     Raises:
+      ConfigError: there is no such source, or a field breaks its rule.
       DataError: for input that cannot be trained on.
     """
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"data.tokenizer={config.tokenizer!r}: its {tokenizer.vocab_size} ids do not fit"
-            f" model.vocab_size={vocab_size}"
-        )
-    end_of_text_id = config.end_of_text_id if tokenizer is None else tokenizer.end_of_text_id
-    if not 0 <= end_of_text_id < vocab_size:
-        raise DataError(
-            f"data.end_of_text_id={end_of_text_id}: must lie in [0, model.vocab_size={vocab_size})"
-        )
-    documents: Documents
-    texts: list[bytes] | None = None
-    fingerprint = tokenizer.fingerprint if tokenizer else ""
-    match config.source:
-        case "standard_library" | "site_packages" | "text":
-            if tokenizer is None:
-                raise DataError(
-                    f"data.tokenizer='none': source {config.source!r} needs a tokenizer"
-                )
-            whole = [text.encode() for text in text_documents(config)]
-            hashes = content_hashes(whole)
-            texts, held_out = split_texts(whole, hashes, config.held_out_fraction)
-            documents = _tokenize(texts, tokenizer, cache_dir or _default_cache_dir())
-        case "memmap":
-            paths = matching_files(config.paths)
-            found = MemmapDocuments(paths, config.memmap_dtype, end_of_text_id, vocab_size)
-            hashes = found.content_hashes
-            documents, held_out = split_tokens(found, config.held_out_fraction)
-        case "array_record":
-            shards = ArrayRecordDocuments(
-                matching_files(config.paths),
-                end_of_text_id=end_of_text_id,
-                vocab_size=vocab_size,
-                tokenizer_fingerprint=fingerprint or None,
-            )
-            fingerprint, hashes = shards.tokenizer_fingerprint, shards.content_hashes
-            documents, held_out = split_tokens(shards, config.held_out_fraction)
-        case "hugging_face":
-            raise DataError(
-                "data.source='hugging_face' is streamed once: tokenize it with"
-                " `python main.py --mode=prepare`, then train with data.source='array_record'"
-            )
-    train: Documents = DocumentSubset(documents, np.flatnonzero(~held_out))
+    source = sources.resolve(config)
+    vocabulary = _vocabulary(config, tokenizer, vocab_size)
+    match source:
+        case TextSource():
+            split = _split_text(config, source, tokenizer, cache_dir)
+        case TokenSource():
+            split = _split_tokens(config, source, vocabulary)
+    train: Documents = DocumentSubset(split.documents, np.flatnonzero(~split.is_held_out))
     warm_up: Documents | None = None
-    if config.long_context.num_documents:
-        assert texts is not None  # the configuration is checked
+    if purpose == "train" and config.long_context.num_documents:
+        # The rule of the source, which `resolve` checked, lets tasks stand beside text alone.
+        assert split.texts is not None
         assert tokenizer is not None
-        told = [texts[i].decode() for i in np.flatnonzero(~held_out)]
-        train = tasks.mixture(config, train, tokenizer, told)
+        fillers = [split.texts[i].decode() for i in np.flatnonzero(~split.is_held_out)]
+        train = tasks.mixture(config, train, tokenizer, fillers)
         if config.long_context.warm_up_steps:
             warm_up = tasks.warm_up(config, tokenizer)
     corpus = Corpus(
         train=train,
-        held_out=DocumentSubset(documents, np.flatnonzero(held_out)),
-        end_of_text_id=end_of_text_id,
+        held_out=DocumentSubset(split.documents, np.flatnonzero(split.is_held_out)),
+        end_of_text_id=vocabulary.end_of_text_id,
         tokenizer=tokenizer,
-        held_out_texts=None if texts is None else tuple(texts[i] for i in np.flatnonzero(held_out)),
-        identity=Identity(
-            tokenizer=fingerprint,
-            documents=hash_of_all(hashes),
-            held_out=hash_of_all(documents.content_hashes[held_out]),
-            description={
-                "source": config.source,
-                "documents": len(hashes),
-                "tokens": int(documents.lengths.sum()),
-                "held_out_documents": int(held_out.sum()),
-                "held_out_tokens": int(documents.lengths[held_out].sum()),
-            },
-        ),
+        held_out_texts=split.held_out_texts(),
+        identity=split.identity(config.source),
         warm_up=warm_up,
     )
-    stream = PackedStream(corpus.train, end_of_text_id, shuffle_seed=None)
-    if stream.num_targets < config.sequence_length:
+    if num_targets(corpus.train) < config.sequence_length:
         raise DataError(
             f"data.sequence_length={config.sequence_length}: the {len(corpus.train.lengths)}"
-            f" training documents hold only {stream.num_targets} tokens, less than one sequence"
+            f" training documents hold only {num_targets(corpus.train)} tokens, less than one"
+            " sequence"
         )
     logging.info(
         "corpus: %d documents (%d tokens) to train, %d (%d tokens) held out",
@@ -204,77 +183,78 @@ def load_corpus(
     return corpus
 
 
-def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
-    """Loads the configured tokenizer and corpus; what one process cannot read ends all.
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The documents of a source, each on its side.
 
-    Raises:
-      DataError: for input that cannot be trained on.
+    Attributes:
+      documents: of both sides; parts of documents where the split cuts them.
+      is_held_out: of each of `documents`.
+      texts: `documents` in UTF-8; None where the source holds tokens.
+      content_hashes: of the documents as they were before the split.
+      tokenizer: fingerprint of what made the tokens; "" where it is not known.
     """
 
-    def load() -> Corpus:
-        tokenizer = load_tokenizer(config.tokenizer, config.end_of_text_id)
-        return load_corpus(config, tokenizer, vocab_size=vocab_size)
+    documents: Documents
+    is_held_out: Bool[np.ndarray, "pieces"]
+    texts: list[bytes] | None
+    content_hashes: UInt64[np.ndarray, "n"]
+    tokenizer: str
 
-    return distributed.everywhere(load)
+    def held_out_texts(self) -> tuple[bytes, ...] | None:
+        if self.texts is None:
+            return None
+        return tuple(self.texts[i] for i in np.flatnonzero(self.is_held_out))
 
-
-def _default_cache_dir() -> Path | None:
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "umv2"
-    try:
-        return Path.home() / ".cache" / "umv2"
-    except RuntimeError:  # a user without a home
-        return None
-
-
-def _tokenize(
-    texts: Sequence[bytes], tokenizer: Tokenizer, cache_dir: Path | None
-) -> InMemoryDocuments:
-    hashes = content_hashes(texts)
-    if isinstance(tokenizer, ByteTokenizer):
-        lengths = np.array([len(text) for text in texts], np.int64)
-        return InMemoryDocuments(np.frombuffer(b"".join(texts), np.uint8), lengths, hashes)
-    key = np.uint64(content_hash(hashes.tobytes() + tokenizer.fingerprint.encode()))
-    path = cache_dir / f"tokens-{key:016x}.npz" if cache_dir else None
-    cached = _cached_tokens(path, key, len(texts), tokenizer.vocab_size) if path else None
-    if cached:
-        return InMemoryDocuments(*cached, hashes)
-    # Shown on a terminal (None), and not by processes that are to be quiet.
-    disable = None if logging.level_info() else True
-    bar = tqdm(texts, "tokenizing", unit=" documents", disable=disable)
-    encoded = [tokenizer.encode(text.decode()) for text in bar]
-    lengths = np.array([len(tokens) for tokens in encoded], np.int64)
-    tokens = np.concatenate(encoded)
-    if path:
-        try:
-            with files.replacing(path) as unfinished:
-                np.savez(unfinished, key=key, tokens=tokens, lengths=lengths)
-        except files.FileError as error:
-            logging.warning("tokens are not kept for the next run: %s", error)
-    return InMemoryDocuments(tokens, lengths, hashes)
+    def identity(self, source: str) -> Identity:
+        held_out, lengths = self.is_held_out, self.documents.lengths
+        return Identity(
+            tokenizer=self.tokenizer,
+            documents=hash_of_all(self.content_hashes),
+            held_out=hash_of_all(self.documents.content_hashes[held_out]),
+            description={
+                "source": source,
+                "documents": len(self.content_hashes),
+                "tokens": int(lengths.sum()),
+                "held_out_documents": int(held_out.sum()),
+                "held_out_tokens": int(lengths[held_out].sum()),
+            },
+        )
 
 
-def _cached_tokens(
-    path: Path, key: np.uint64, num_documents: int, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Reads tokens and lengths of documents; None, and a warning, where the file does not do."""
-    try:
-        with np.load(path) as cached:
-            tokens, lengths, its_key = cached["tokens"], cached["lengths"], cached["key"]
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # of zip, of zlib, of the header's parser: any for a damaged file
-        logging.warning("%s: the text is tokenized again: %s", path, error)
-        return None
-    if not (
-        its_key == key
-        and (tokens.dtype, lengths.dtype) == (np.int32, np.int64)
-        and tokens.ndim == 1
-        and lengths.shape == (num_documents,)
-        and lengths.min() >= 0
-        and lengths.sum() == len(tokens)
-        and (not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab_size))
-    ):
-        logging.warning("%s: the text is tokenized again: not its tokens", path)
-        return None
-    return tokens, lengths
+def _vocabulary(config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> Vocabulary:
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"data.tokenizer={config.tokenizer!r}: its {tokenizer.vocab_size} ids do not fit"
+            f" model.vocab_size={vocab_size}"
+        )
+    end_of_text_id = config.end_of_text_id if tokenizer is None else tokenizer.end_of_text_id
+    if not 0 <= end_of_text_id < vocab_size:
+        raise DataError(
+            f"data.end_of_text_id={end_of_text_id}: must lie in [0, model.vocab_size={vocab_size})"
+        )
+    return Vocabulary(vocab_size, end_of_text_id, tokenizer.fingerprint if tokenizer else "")
+
+
+def _split_text(
+    config: DataConfig, source: TextSource, tokenizer: Tokenizer | None, cache_dir: Path | None
+) -> _Split:
+    if source.rule.holds == "stream":
+        raise DataError(
+            f"data.source={source.name!r} is streamed once: tokenize it with"
+            " `python main.py --mode=prepare`, then train with data.source='array_record'"
+        )
+    if tokenizer is None:
+        raise DataError(f"data.tokenizer='none': source {source.name!r} needs a tokenizer")
+    contents = [text.encode() for text in sources.text_documents(config)]
+    hashes = content_hashes(contents)
+    texts, is_held_out = split_texts(contents, hashes, config.held_out_fraction)
+    documents = token_cache.tokenize(texts, tokenizer, cache_dir or token_cache.default_cache_dir())
+    return _Split(documents, is_held_out, texts, hashes, tokenizer.fingerprint)
+
+
+def _split_tokens(config: DataConfig, source: TokenSource, vocabulary: Vocabulary) -> _Split:
+    opened = source.open(config, vocabulary)
+    documents, is_held_out = split_tokens(opened.documents, config.held_out_fraction)
+    hashes = opened.documents.content_hashes
+    return _Split(documents, is_held_out, None, hashes, opened.tokenizer)

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer, UInt64
 from tqdm import tqdm
 
+from umv2.data.hashing import content_hashes
 from umv2.data.paths import DataError, format_of
-from umv2.data.sources import content_hashes
 
 _SCAN_TOKENS = 1 << 22
 _FEWEST_FOR_ENTROPY = 1 << 12

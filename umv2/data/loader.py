@@ -13,9 +13,14 @@ from umv2.types import Batch
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches in numpy arrays, built ahead of need; `close()` ends the threads or processes."""
+    """Batches in numpy arrays, built ahead of need.
+
+    Attributes:
+      num_batches: how many there are from the first one on; no end of them in training.
+    """
 
     def __init__(self, batches: PackedBatches, config: DataConfig, start_step: int) -> None:
+        """Starts the threads or processes that build batches; `close` ends them."""
         self.num_batches = len(batches) - start_step
         # One thread: it keeps batches in order of need and off the training loop, and packing holds
         # the interpreter lock for most of its time. num_workers adds processes.
@@ -55,7 +60,7 @@ def train_batches(
 ) -> BatchIterator:
     """Yields `rows`, by default all, of every batch from `start_step` on, without end.
 
-    Processes that shard a batch each take their `sharding.local_rows`. Worker processes
+    Processes among which a batch is sharded each take their `sharding.local_rows`. Worker processes
     (`config.num_workers`) need absl's flags to be parsed.
     """
     batches = TrainBatches(
@@ -79,7 +84,7 @@ def held_out_batches(
     """Yields `rows`, by default all, of one pass over the held-out documents, in a fixed order.
 
     Every token, and the end-of-text after each document, is a target of weight 1 exactly once; the
-    rest of the last batch has weight 0.
+    padding of the last batch has weight 0.
     """
     batches = PackedBatches(
         corpus.held_out,

@@ -24,6 +24,7 @@ from umv2 import files
 from umv2.config import DataConfig
 from umv2.config.schema import UserError, differing_fields
 from umv2.data.documents import little_endian
+from umv2.data.hashing import content_hashes, hash_of_all
 from umv2.data.paths import DataError
 from umv2.data.shards import (
     MANIFEST_NAME,
@@ -33,7 +34,7 @@ from umv2.data.shards import (
     shard_name,
     some,
 )
-from umv2.data.sources import content_hashes, hash_of_all, source_files, text_documents
+from umv2.data.sources import source_files, text_documents
 from umv2.data.split import training_texts
 from umv2.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 

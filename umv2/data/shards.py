@@ -15,8 +15,8 @@ from jaxtyping import Int32, Int64, Integer, UInt64
 
 from umv2 import files
 from umv2.data.documents import EvenlyWeighted, little_endian, map_files, unknown_id
+from umv2.data.hashing import HASH_BYTES, hash_of_all
 from umv2.data.paths import DataError
-from umv2.data.sources import HASH_BYTES, hash_of_all
 
 MANIFEST_NAME = "tokens.json"
 

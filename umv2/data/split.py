@@ -12,8 +12,8 @@ from absl import logging
 from jaxtyping import Bool, UInt64
 
 from umv2.data.documents import DocumentPieces, Documents
+from umv2.data.hashing import content_hashes
 from umv2.data.paths import DataError
-from umv2.data.sources import content_hashes
 
 
 def is_held_out(

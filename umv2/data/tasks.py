@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from umv2.config import DataConfig
 from umv2.data.documents import Documents, InMemoryDocuments
+from umv2.data.hashing import content_hashes
 from umv2.data.long_context import TASKS, Example, Task, make_example, recall
-from umv2.data.sources import content_hashes
 from umv2.data.tokenizers import Tokenizer
 
 _SHORTEST = 1 / 8  # of a sequence
