@@ -151,15 +151,15 @@ def test_bytes_by_hand() -> None:
     # (4.44 on average), and a quarter more; for each an id, two weights, and for a group its token.
     groups = model_exchange.groups(1000, 128, 1, 4)
     assert groups.size == 8
-    assert groups.room == pytest.approx(1000 * 4.44 * 1.25, rel=0.01)
+    assert groups.capacity == pytest.approx(1000 * 4.44 * 1.25, rel=0.01)
     assert rows.forward == {
-        "all-to-all": 3 * groups.room * (8 * (4 + 2 * 2) + 4),
+        "all-to-all": 3 * groups.capacity * (8 * (4 + 2 * 2) + 4),
         "all-gather": 1000 * 3 * 384 * 2,
         "reduce-scatter": 1000 * 3 * 768 * 2,
         "all-reduce": 6,
     }
     assert rows.backward == {
-        "all-to-all": 3 * groups.room * 8 * 2 * 2,
+        "all-to-all": 3 * groups.capacity * 8 * 2 * 2,
         "reduce-scatter": 1000 * 3 * 384 * 2,
         "all-gather": 1000 * 3 * 768 * 2,
     }

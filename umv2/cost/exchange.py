@@ -93,10 +93,10 @@ def exchanged_bytes(
         count("all-to-all", pooled, "all-to-all")
     else:
         groups = exchange.groups(num_tokens, memory.num_selected, memory.num_slots, size)
-        sent = size * groups.room * groups.size  # places for selections
+        sent = size * groups.capacity * groups.size  # places for selections
         count("all-reduce", int32)  # the number of rounds
         count("all-to-all", sent * int32)  # ids
-        count("all-to-all", size * groups.room * int32)  # whose they are
+        count("all-to-all", size * groups.capacity * int32)  # whose they are
         count("all-to-all", sent * memory.num_cores * itemsize, "all-to-all")  # weights
         if memory.pre_value_dim:
             count("all-gather", pre_inputs, "reduce-scatter")

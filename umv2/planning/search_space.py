@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from umv2 import sharding
 from umv2.config import Config, ConfigError
 from umv2.cost import accounting, exchange
-from umv2.model.memory import exchange as table_exchange
+from umv2.model.memory.exchange import column_fault, row_fault
 from umv2.model.slots import memory_layer
 from umv2.planning import ahead_of_time, topology
 from umv2.planning.ahead_of_time import Step
@@ -280,9 +280,9 @@ def _divides(config: Config, layout: str, size: int) -> bool:
     memory = config.model.memory
     if layout == "rows":
         rows = memory_layer(config.model).table_rows(config.model)
-        return table_exchange.row_fault(rows, size) is None
+        return row_fault(rows, size) is None
     dims = (memory.value_dim, memory.pre_value_dim, memory.num_cores)
-    return table_exchange.column_fault(*dims, size) is None
+    return column_fault(*dims, size) is None
 
 
 def _batch(config: Config) -> int:

@@ -132,7 +132,10 @@ def map_declared[T](
         (state.optimizer, moments),
         (state.usage, dict.fromkeys(state.usage, other)),
     )
-    leaves = [v for part, of in parts for v in jax.tree.structure(part).flatten_up_to(of)]
+    leaves: list[Any] = []
+    for part, of in parts:
+        part_structure: Any = jax.tree.structure(part)
+        leaves += part_structure.flatten_up_to(of)
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 

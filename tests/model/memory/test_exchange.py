@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from umv2.model.memory import exchange
+from umv2.model.memory.exchange import rows as exchange_rows
 
 _TOKENS = PartitionSpec("memory")
 _TABLES = {
-    "whole": PartitionSpec(),
+    "replicated": PartitionSpec(),
     "columns": PartitionSpec(None, None, "memory"),
     "rows": PartitionSpec(None, "memory", None),
 }
@@ -127,7 +128,7 @@ def test_divided_tables_give_the_same_output_and_gradients(
 ) -> None:
     floats, integers = _arrays(**({"num_tokens": 48} | sizes))
     options: dict[str, Any] = {"activation": activation, "num_slots": sizes.get("num_slots", 1)}
-    expected = _output_and_gradients("whole", floats, integers, **options)
+    expected = _output_and_gradients("replicated", floats, integers, **options)
     assert all(np.any(grad) for grad in expected[1].values())
     divided = _output_and_gradients(layout, floats, integers, size, **options)
     _assert_same(divided, expected, 2e-6)
@@ -138,7 +139,7 @@ def test_in_float64_they_are_the_same_to_its_precision(x64: None, layout: exchan
     floats, integers = _arrays(num_tokens=24, num_cores=2, num_slots=2)
     assert floats["values"].dtype == jnp.float64
     options: dict[str, Any] = {"activation": "gelu", "num_slots": 2}
-    expected = _output_and_gradients("whole", floats, integers, **options)
+    expected = _output_and_gradients("replicated", floats, integers, **options)
     divided = _output_and_gradients(layout, floats, integers, 4, **options)
     _assert_same(divided, expected, 1e-13)
 
@@ -179,11 +180,11 @@ def test_what_does_not_fit_is_sent_in_further_rounds(
     integers["rows"] = skew(integers["rows"])
     assert _num_rounds(integers["rows"], size) == rounds
     options: dict[str, Any] = {"activation": "silu", "num_slots": 1}
-    expected = _output_and_gradients("whole", floats, integers, **options)
+    expected = _output_and_gradients("replicated", floats, integers, **options)
     divided = _output_and_gradients("rows", floats, integers, size, **options)
     _assert_same(divided, expected, 2e-6)
 
-    monkeypatch.setattr(exchange, "_later_rounds", lambda num_rounds, add, first: first)
+    monkeypatch.setattr(exchange_rows, "_later_rounds", lambda num_rounds, add, first: first)
     output, grads = _output_and_gradients("rows", floats, integers, size, **options)
     for some, every in ((output, divided[0]), *((grads[name], divided[1][name]) for name in grads)):
         assert np.abs(some - every).max() > 0.01 * np.abs(every).max()
@@ -210,8 +211,10 @@ def test_tokens_may_be_divided_further_and_layers_scanned(layout: exchange.Layou
         return jnp.sum(jax.lax.scan(layer, floats["weights"], length=2)[1])
 
     options: dict[str, Any] = {"activation": "silu", "num_slots": 2}
-    pool = functools.partial(_pool, "whole", **options)
-    expected = jax.jit(jax.value_and_grad(lambda f, i: loss(f, i, "whole", pool)))(floats, integers)
+    pool = functools.partial(_pool, "replicated", **options)
+    expected = jax.jit(jax.value_and_grad(lambda f, i: loss(f, i, "replicated", pool)))(
+        floats, integers
+    )
     pool = jax.shard_map(functools.partial(_pool, layout, **options), out_specs=tokens)
     with jax.set_mesh(mesh):
         placed = [
@@ -233,7 +236,7 @@ def test_floating_point_arrays_are_exchanged_in_the_compute_dtype(layout: exchan
     floats, integers = _arrays(num_tokens=16, num_cores=2, num_slots=2)
     options: dict[str, Any] = {"num_slots": 2, "dtype": jnp.bfloat16}
     output, grads = _output_and_gradients(layout, floats, integers, 4, **options)
-    expected = _output_and_gradients("whole", floats, integers, num_slots=2)
+    expected = _output_and_gradients("replicated", floats, integers, num_slots=2)
     _assert_same((output, grads), expected, 3e-2)
     assert {x.dtype for x in jax.tree.leaves((output, grads))} == {np.dtype("float32")}
 
@@ -261,10 +264,10 @@ def test_rows_chosen_at_random_take_one_round(num_tokens: int, top_m: int, size:
     for _ in range(4):
         owners = random.integers(size, size=(num_tokens, top_m))
         counts = np.stack([np.sum(owners == owner, axis=1) for owner in range(size)])
-        assert np.max(np.sum(-(-counts // groups.size), axis=1)) <= groups.room
-    # Places for selections, in groups that are not all full, and room for uneven loads.
+        assert np.max(np.sum(-(-counts // groups.size), axis=1)) <= groups.capacity
+    # Places for selections, in groups that are not all full, and capacity for uneven loads.
     even = num_tokens * top_m / size
-    assert 1.25 * even < groups.room * groups.size < 1.8 * even or even < 400
+    assert 1.25 * even < groups.capacity * groups.size < 1.8 * even or even < 400
 
 
 def test_sizes_that_do_not_divide_the_tables_are_named_with_one_that_does() -> None:

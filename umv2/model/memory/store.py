@@ -14,7 +14,7 @@ from umv2.model.memory import retrieval
 from umv2.model.parameter import Declaration
 from umv2.types import struct
 
-# An abstract store has shapes and dtypes in place of arrays; type checkers need not tell them apart.
+# An abstract store has shapes and dtypes in place of arrays; to type checkers they are the same.
 if TYPE_CHECKING:
     Table = Array
 else:

@@ -1,0 +1,96 @@
+"""Tables sharded by columns: every device pools its columns for the tokens of all.
+
+Ids go to all devices; each adds up its columns of the pre-scores, which are reduced, and of the
+values, which go back to their tokens.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from umv2 import kernels
+from umv2.model.memory.exchange.local import (
+    Options,
+    divisors,
+    fault,
+    flat,
+    pool,
+    smallest_dtype,
+)
+
+
+def column_sizes(value_dim: int, pre_value_dim: int, num_cores: int) -> list[int]:
+    """Returns the numbers of devices that can shard tables by columns, in rising order.
+
+    They divide the widths of both tables, and a device holds columns of one core, or all of some.
+    """
+    sizes = divisors(math.gcd(value_dim, pre_value_dim))
+    return [size for size in sizes if size % num_cores == 0 or num_cores % size == 0]
+
+
+def column_fault(value_dim: int, pre_value_dim: int, num_cores: int, size: int) -> str | None:
+    """Returns why `size` devices cannot shard tables by columns, with a size that can, or None."""
+    sizes = column_sizes(value_dim, pre_value_dim, num_cores)
+    rule = f"value_dim={value_dim} and pre_value_dim={pre_value_dim}"
+    if num_cores > 1:
+        rule += f", and be a divisor or a multiple of num_cores={num_cores}"
+    return fault(size, sizes, rule)
+
+
+# --- columns ---
+
+
+def own_cores(num_cores: int, size: int) -> int:
+    """Returns how many cores weight the columns of one device."""
+    return max(1, num_cores // size)
+
+
+def pool_columns(
+    values: Float[Array, "l n v"],
+    pre_values: Float[Array, "l n p"] | None,
+    rows: Int32[Array, "t k"],
+    weights: Float[Array, "t k c"],
+    pre_inputs: Float[Array, "t p_all"] | None,
+    slots: Int32[Array, "t k"] | None,
+    options: Options,
+) -> Float[Array, "t e"]:
+    """Pools this device's columns for the tokens of all devices, and joins those of its own."""
+    axis, num_slots = options.axis, options.num_slots
+    num_tokens = rows.shape[0]
+    rows = lax.all_gather(rows, axis, tiled=True)
+    if pre_values is not None and pre_inputs is not None:
+        own_inputs = lax.all_to_all(pre_inputs.astype(options.dtype), axis, 1, 0, tiled=True)
+        partial = kernels.row_products(
+            flat(pre_values),
+            rows,
+            own_inputs,
+            chunk_size=options.chunk_size,
+            implementation=options.implementation,
+        )
+        pre_scores = lax.psum_scatter(partial.astype(options.dtype), axis, tiled=True)
+        gates = kernels.activate(pre_scores.astype(partial.dtype), options.activation)
+        weights = weights * gates[:, :, None]
+    weights = _own_weights(weights, axis, options.dtype)
+    if slots is not None:
+        slots = lax.all_gather(slots.astype(smallest_dtype(num_slots)), axis, tiled=True)
+        slots = slots.astype(jnp.int32)
+    pooled = pool(values, None, rows, weights, None, slots, options)
+    pooled = pooled.astype(options.dtype).reshape(-1, num_slots, values.shape[-1])
+    return lax.all_to_all(pooled, axis, 0, 2, tiled=True).reshape(num_tokens, -1)
+
+
+def _own_weights(
+    weights: Float[Array, "t k c"], axis: str, dtype: DTypeLike
+) -> Float[Array, "mt k own"]:
+    """Returns, for all tokens, the weights of the cores that this device's columns belong to."""
+    num_cores = weights.shape[-1]
+    if num_cores == 1:
+        return lax.all_gather(weights.astype(dtype), axis, tiled=True)
+    # Devices with columns of one core get copies of its weights, whose gradients are summed
+    # unrounded.
+    copies = own_cores(num_cores, lax.axis_size(axis)) * lax.axis_size(axis) // num_cores
+    weights = jnp.repeat(weights, copies, axis=2).astype(dtype)
+    return lax.all_to_all(weights, axis, 2, 0, tiled=True)

@@ -1,0 +1,291 @@
+"""Tables sharded by rows: selections go to the devices that hold their rows.
+
+Partial sums go back to the tokens. No selection is ever left out: those that do not fit into the
+buffers, whose sizes are fixed, go in a further round.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Int32
+
+from umv2.model.memory.exchange.local import Options, divisors, fault, pool
+
+# Capacity for groups of selections in a round beyond an even load: a fraction, or, where loads are
+# small, this many standard deviations of what falls on a device when rows are picked at random.
+_SLACK, _DEVIATIONS = 0.25, 5
+_MAX_GROUP = 8
+
+
+def row_sizes(num_values: int) -> list[int]:
+    """Returns the numbers of devices that can shard tables by rows, in rising order."""
+    return divisors(num_values)
+
+
+def row_fault(num_values: int, size: int) -> str | None:
+    """Returns why `size` devices cannot shard tables by rows, with a size that can, or None."""
+    return fault(size, row_sizes(num_values), f"the {num_values} rows of a table")
+
+
+# --- rows ---
+
+
+class Groups(NamedTuple):
+    """How selections are sent: in groups of one line, a token's selections of one slot.
+
+    Attributes:
+      size: selections that a group holds at most, a power of two: a line's at an owner are cut into
+        groups of it, and value aggregation takes each for a token.
+      capacity: groups that a device sends to each owner in one round, at most.
+    """
+
+    size: int
+    capacity: int
+
+
+def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Groups:
+    """Returns the groups that suit an even load: each row as likely to be selected as any."""
+    num_buckets = num_slots * num_owners
+    size = 1 << (min(max(top_m // num_buckets, 1), _MAX_GROUP).bit_length() - 1)
+    # The groups that a line is expected to have at an owner.
+    expected = sum(_binomial(n, top_m, num_buckets) * -(-n // size) for n in range(top_m + 1))
+    even = num_tokens * num_slots * expected
+    capacity = math.ceil(even + max(_SLACK * even, _DEVIATIONS * math.sqrt(even)))
+    return Groups(
+        size, min(-(-capacity // 8) * 8, num_tokens * _arranged_groups(top_m, num_buckets, size))
+    )
+
+
+def _binomial(successes: int, trials: int, sides: int) -> float:
+    """The probability that of so many throws of fair dice so many show a certain side."""
+    if sides == 1:
+        return float(successes == trials)
+    misses = trials - successes
+    ways = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(misses + 1)
+    return math.exp(ways - successes * math.log(sides) + misses * math.log1p(-1 / sides))
+
+
+def _arranged_groups(top_m: int, num_buckets: int, size: int) -> int:
+    """Groups that any token's selections fit into, when the last of each bucket is padded."""
+    return -(-(top_m + num_buckets * (size - 1)) // size)
+
+
+class Routing(NamedTuple):
+    """Which of a device's selections go to whom.
+
+    Attributes:
+      keys: of each token's selections and of what fills groups up; weights are sorted by them.
+      rows: rows of their owner's part of the tables, in groups.
+      lines: of the groups, token * num_slots + slot.
+      order: of the groups when sorted by owner, lines rising.
+      ends: where the groups of each owner end among those.
+      num_rounds: rounds that it takes until all devices have sent all groups; at least 1.
+    """
+
+    keys: Int32[Array, "t w"]
+    rows: Int32[Array, "n g"]
+    lines: Int32[Array, " n"]
+    order: Int32[Array, " n"]
+    ends: Int32[Array, " m"]
+    num_rounds: Int32[Array, ""]
+
+
+def route(
+    rows: Int32[Array, "t k"],
+    slots: Int32[Array, "t k"] | None,
+    *,
+    own_rows: int,
+    num_slots: int,
+    axis: str,
+) -> Routing:
+    """Groups this device's selections by the devices that own their rows.
+
+    Sorts of each token's selections, and one of the groups, do it: accelerators sort side by side,
+    but fetch and add elements at places that the data name one by one.
+
+    Args:
+      rows: table * N + row.
+      slots: of the selections.
+      own_rows: rows of each table that a device owns, N/M.
+      num_slots: slots of a token.
+      axis: the mesh axis over which rows are sharded.
+    """
+    num_owners, (num_tokens, top_m) = lax.axis_size(axis), rows.shape
+    num_buckets = num_owners * num_slots
+    group, capacity = groups(num_tokens, top_m, num_slots, num_owners)
+    table, row = rows // (own_rows * num_owners), rows % (own_rows * num_owners)
+    bucket = row // own_rows * num_slots + (0 if slots is None else slots)
+    local = table * own_rows + row % own_rows
+    every = jnp.arange(num_buckets, dtype=jnp.int32)
+    counts = jnp.sum(bucket[:, :, None] == every[None, None, :], axis=1, dtype=jnp.int32)
+
+    # What pads the last group of each bucket; the rest is in no bucket, and comes last.
+    width = _arranged_groups(top_m, num_buckets, group) * group
+    fill = jnp.arange(group - 1, dtype=jnp.int32)[None, None, :] < (-counts % group)[:, :, None]
+    fill = jnp.where(fill, every[None, :, None], num_buckets).reshape(num_tokens, -1)
+    bucket = jnp.concatenate([bucket, fill], axis=1)
+    spare = width - bucket.shape[1]
+    bucket = jnp.pad(bucket, ((0, 0), (0, spare)), constant_values=num_buckets)
+    keys = bucket * width + jnp.arange(width, dtype=jnp.int32)[None, :]
+    local = jnp.pad(local, ((0, 0), (0, width - top_m)))
+    sorted_keys, local = lax.sort((keys, local), dimension=1, num_keys=1, is_stable=False)
+    local, sorted_keys = local.reshape(-1, group), sorted_keys.reshape(-1, group)
+    # Its row is one that the token has selected: zero times a row that is not finite is not zero.
+    local = jnp.where(sorted_keys % width < top_m, local, local[:, :1])
+
+    bucket = sorted_keys[:, 0] // width
+    token = lax.iota(jnp.int32, bucket.size) // (width // group)
+    _, order = lax.sort_key_val(bucket // num_slots, lax.iota(jnp.int32, bucket.size))
+    owned = jnp.sum(-(-counts // group), axis=0, dtype=jnp.int32).reshape(num_owners, num_slots)
+    owned = jnp.sum(owned, axis=1, dtype=jnp.int32)
+    most = -(-jnp.max(owned) // capacity)
+    # All devices of the mesh agree: the rounds of some must not wait for those of others.
+    num_rounds = lax.pmax(most, tuple(sorted(jax.typeof(most).manual_axis_type.varying)))
+    ends = jnp.cumsum(owned, dtype=jnp.int32)
+    lines = token * num_slots + bucket % num_slots
+    return Routing(keys, local, lines, order, ends, num_rounds)
+
+
+@jax.custom_vjp
+def _arrange(keys: Int32[Array, "t w"], weights: Float[Array, "t w c"]) -> Float[Array, "t w c"]:
+    """Sorts weights by keys, key modulo w being a weight's place: so does its derivative."""
+    columns = tuple(jnp.moveaxis(weights, -1, 0))
+    return jnp.stack(lax.sort((keys, *columns), dimension=1, is_stable=False)[1:], axis=-1)
+
+
+def _arrange_fwd(keys: Array, weights: Array) -> tuple[Array, Array]:
+    return _arrange(keys, weights), keys
+
+
+def _arrange_bwd(keys: Array, arranged_grad: Array) -> tuple[None, Array]:
+    places = lax.sort(keys, dimension=1, is_stable=False) % keys.shape[1]
+    return None, _arrange(places, arranged_grad)
+
+
+_arrange.defvjp(_arrange_fwd, _arrange_bwd)
+
+
+def pool_rows(
+    values: Float[Array, "l n v"],
+    pre_values: Float[Array, "l n p"] | None,
+    rows: Int32[Array, "t k"],
+    weights: Float[Array, "t k c"],
+    pre_inputs: Float[Array, "t p"] | None,
+    slots: Int32[Array, "t k"] | None,
+    options: Options,
+) -> Float[Array, "t e"]:
+    """Pools, of this device's rows, those that all devices' tokens selected."""
+    own_rows, num_slots = values.shape[1], options.num_slots
+    num_tokens, top_m, num_cores = weights.shape
+    routing = route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis)
+    if pre_inputs is not None:
+        pre_inputs = lax.all_gather(pre_inputs.astype(options.dtype), options.axis)
+    filled = ((0, 0), (0, routing.keys.shape[1] - top_m), (0, 0))
+    weights = _arrange(routing.keys, jnp.pad(weights.astype(options.dtype), filled))
+    weights = weights.reshape(*routing.rows.shape, num_cores)
+    arrays = (values, pre_values, weights, pre_inputs)
+    send = functools.partial(_round, options, num_tokens, top_m)
+    sums = _sum_of_rounds(send, routing.num_rounds, routing, arrays)
+    sums = sums.reshape(-1, sums.shape[-1]).astype(options.dtype)
+    return lax.psum_scatter(sums, options.axis, tiled=True).reshape(num_tokens, -1)
+
+
+def _round(
+    options: Options,
+    num_tokens: int,
+    top_m: int,
+    number: Int[Array, ""] | int,
+    routing: Routing,
+    arrays: tuple,
+) -> Float[Array, "m lines v"]:
+    """Returns this device's part of the pooled lines of all devices, of one round's selections."""
+    values, pre_values, weights, pre_inputs = arrays
+    axis, num_slots, num_owners = options.axis, options.num_slots, lax.axis_size(options.axis)
+    group, capacity = groups(num_tokens, top_m, num_slots, num_owners)
+    num_lines = num_tokens * num_slots
+
+    starts = jnp.concatenate([jnp.zeros_like(routing.ends[:1]), routing.ends[:-1]])
+    place = jnp.arange(capacity, dtype=jnp.int32)[None, :] + number * capacity + starts[:, None]
+    sent = place < routing.ends[:, None]
+    chosen = routing.order[jnp.minimum(place, routing.order.size - 1)]
+    # Beyond an owner's last group stands some other, without weight and of a line that none has.
+    lines = jnp.where(sent, routing.lines[chosen], num_lines)
+    weights = jnp.where(sent[:, :, None, None], weights[chosen], 0)
+    rows, lines, weights = (
+        lax.all_to_all(x, axis, 0, 0, tiled=True) for x in (routing.rows[chosen], lines, weights)
+    )
+    if pre_inputs is not None:
+        source = jnp.arange(num_owners, dtype=jnp.int32)[:, None]
+        token = lines // num_slots
+        pre_inputs = pre_inputs.at[source, token].get(mode="fill", fill_value=0)
+        pre_inputs = pre_inputs.reshape(-1, pre_inputs.shape[-1])
+    chunk_size = options.chunk_size and max(1, options.chunk_size * top_m // group)
+    pooled = pool(
+        values,
+        pre_values,
+        rows.reshape(-1, group),
+        weights.reshape(-1, *weights.shape[2:]),
+        pre_inputs,
+        None,
+        options._replace(num_slots=1, chunk_size=chunk_size),
+    )
+    pooled = pooled.reshape(num_owners, capacity, -1)
+    add = jax.vmap(
+        lambda sums, line, terms: sums.at[line].add(terms, mode="drop", indices_are_sorted=True)
+    )
+    return add(
+        jnp.zeros_like(pooled, shape=(num_owners, num_lines, pooled.shape[-1])), lines, pooled
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_rounds(
+    send: Callable[..., Array], num_rounds: Int32[Array, ""], routing: Routing, arrays: tuple
+) -> Array:
+    """Returns the sum of send(r, routing, arrays) over r < num_rounds, at least the first.
+
+    A loop of unknown length has no reverse derivative of its own: that of a sum is the sum of the
+    derivatives. Only the first round keeps what it computed for the backward pass; there is
+    seldom another.
+    """
+    return _sum_of_rounds_fwd(send, num_rounds, routing, arrays)[0]
+
+
+def _sum_of_rounds_fwd(
+    send: Callable[..., Array], num_rounds: Array, routing: Routing, arrays: tuple
+) -> tuple[Array, Any]:
+    first, first_vjp = jax.vjp(functools.partial(send, 0, routing), arrays)
+
+    def add(number: Array, total: Array) -> Array:
+        return total + send(number, routing, arrays)
+
+    total = _later_rounds(num_rounds, add, first)
+    return total, (first_vjp, num_rounds, routing, arrays)
+
+
+def _sum_of_rounds_bwd(send: Callable[..., Array], residuals: Any, total_grad: Array) -> tuple:
+    first_vjp, num_rounds, routing, arrays = residuals
+
+    def add(number: Array, grads: tuple) -> tuple:
+        _, vjp = jax.vjp(functools.partial(send, number, routing), arrays)
+        return jax.tree.map(jnp.add, grads, vjp(total_grad)[0])
+
+    return None, None, _later_rounds(num_rounds, add, first_vjp(total_grad)[0])
+
+
+_sum_of_rounds.defvjp(_sum_of_rounds_fwd, _sum_of_rounds_bwd)
+
+
+def _later_rounds[T](num_rounds: Array, add: Callable[[Array, T], T], first: T) -> T:
+    """Applies `add(r, total)` for the rounds after the first."""
+    _, total = lax.while_loop(
+        lambda carry: carry[0] < num_rounds,
+        lambda carry: (carry[0] + 1, add(*carry)),
+        (jnp.ones_like(num_rounds), first),
+    )
+    return total
