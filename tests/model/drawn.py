@@ -1,16 +1,20 @@
 """Modules with NumPy's random values: jax.random compiles a program for every shape."""
 
+import functools
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from umv2.config import ModelConfig
+from umv2.model import weights
+from umv2.model.weights import Weights
 
-def drawn[T](create: Callable[[], T], seed: int = 0) -> T:
-    """Returns what `create` returns, with other values, larger than those at initialisation.
+
+def drawn[T](abstract: T, seed: int = 0) -> T:
+    """Returns an abstract module, or tree, with values larger than those at initialisation.
 
     Norm weights lie around 1, everything else around 0; integers are permutations. The values of
     a variable are a function of its name and shape.
@@ -24,4 +28,12 @@ def drawn[T](create: Callable[[], T], seed: int = 0) -> T:
         center = 1.0 if "norm" in name else 0.0
         return jnp.asarray(generator.normal(center, 0.4, leaf.shape), leaf.dtype)
 
-    return jax.tree.map_with_path(draw, jax.eval_shape(create))
+    return jax.tree.map_with_path(draw, abstract)
+
+
+@functools.lru_cache(maxsize=8)
+def drawn_weights(config: ModelConfig, seed: int = 0) -> Weights:
+    """Returns the weights of a model as they are drawn at initialisation."""
+    # The default generator takes five times as long to compile.
+    key = jax.random.key(seed, impl="unsafe_rbg")
+    return jax.jit(lambda: weights.create(config, key))()

@@ -11,6 +11,7 @@ import pytest
 from configs import base
 from umv2.config import ModelConfig, from_config_dict
 from umv2.model import attention, layers
+from umv2.model.parameter import Initializer
 
 _LENGTH = 24
 
@@ -23,7 +24,7 @@ def _config(**changes: Any) -> ModelConfig:
 
 
 def _layer(**changes: Any) -> attention.Attention:
-    layer = attention.Attention(_config(**changes), key=jax.random.key(0))
+    layer = attention.Attention(_config(**changes), init=Initializer(jax.random.key(0)))
     layer.query_norm.weight[...] *= 4  # attention that is sharp enough to tell positions apart
     return layer
 

@@ -15,11 +15,12 @@ from flax import nnx
 
 from configs import families, tiny
 from umv2.config import ModelConfig, from_config_dict
-from umv2.model import layers
-from umv2.model.memory.layer import MemoryLayer
-from umv2.model.memory.store import StoreWindow, ValueStore, create_store
+from umv2.model import weights
+from umv2.model.memory.store import StoreWindow, ValueStore
 from umv2.model.moe.layer import MixtureOfExperts
-from umv2.training import state
+from umv2.model.parameter import ABSTRACT, Buffer, Initializer
+from umv2.model.slots import Observe, memory_layer
+from umv2.model.transformer import Transformer
 
 # Whatever a process shares: options of jax, flax and numpy, signals, hooks, the environment.
 _SETTINGS = """
@@ -109,13 +110,15 @@ class Holder(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.hidden_size))
         if rngs is not None:
             self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        key = jax.random.key(1)
+        init = Initializer(jax.random.key(1))
         self.layer: Any
-        if config.family == "moe":
-            self.layer = MixtureOfExperts(config, key=key)
+        if config.ffn == "moe":
+            self.layer = MixtureOfExperts(config, init=init)
             return
-        self.layer = MemoryLayer(config, key=key)
-        store = create_store(config, key=key)
+        kind = memory_layer(config)
+        self.layer = kind(config, init=init)
+        store = kind.create_store(config, init=init)
+        assert store is not None
         self.values = nnx.Param(store.values)
         if store.pre_values is not None:
             self.pre_values = nnx.Param(store.pre_values)
@@ -125,16 +128,15 @@ class Holder(nnx.Module):
         if hasattr(self, "dropout"):
             scaled = self.dropout(scaled)
         if not hasattr(self, "values"):
-            return self.layer(scaled)[0]
+            return self.layer(scaled, observe=Observe())[0]
         pre_values = self.pre_values[...] if hasattr(self, "pre_values") else None
         store = ValueStore(values=self.values[...], pre_values=pre_values)
-        return self.layer(scaled, store=StoreWindow(store=store, start=0))[0]
+        window = StoreWindow(store=store, start=0)
+        return self.layer(scaled, window=window, observe=Observe())[0]
 
 
 def model_config(family: str) -> ModelConfig:
-    values = tiny.get_config(family)
-    values.model.memory.initialization = "released"  # spares the calibration
-    return from_config_dict(values).model
+    return from_config_dict(tiny.get_config(family)).model
 
 
 def loss(model: Holder, x: Any) -> Any:
@@ -148,7 +150,7 @@ def test_a_model_that_holds_a_layer_has_gradients_of_its_parameters(family: str)
     def parts() -> Any:
         model = Holder(config, rngs=nnx.Rngs(0))
         gradients = nnx.grad(loss)(model, jnp.ones((1, 3, config.hidden_size)))
-        kinds = (nnx.Param, layers.Buffer)
+        kinds = (nnx.Param, Buffer)
         return gradients, *(nnx.to_pure_dict(nnx.state(model, kind)) for kind in kinds)
 
     gradients, parameters, buffers = jax.eval_shape(parts)
@@ -156,7 +158,7 @@ def test_a_model_that_holds_a_layer_has_gradients_of_its_parameters(family: str)
     memory = config.memory
     names = {"core_u", "core_v"} if memory.scoring == "tucker" else set()
     names |= {"shuffle"} if memory.shuffle else set()
-    assert set(buffers.get("layer", {})) == (names if config.family == "memory" else set())
+    assert set(buffers.get("layer", {})) == (names if config.placements else set())
 
 
 def in_graph_mode(model: Holder, x: Any) -> Any:
@@ -199,7 +201,7 @@ def test_a_model_that_holds_a_layer_is_trained_by_its_parameters() -> None:
     @jax.jit
     def train() -> Any:
         model = Holder(config, rngs=nnx.Rngs(0))
-        before = nnx.to_pure_dict(nnx.state(model, layers.Buffer))
+        before = nnx.to_pure_dict(nnx.state(model, Buffer))
         parameters = nnx.state(model, nnx.Param)
         moments = optimizer.init(parameters)
         losses = []
@@ -209,7 +211,7 @@ def test_a_model_that_holds_a_layer_is_trained_by_its_parameters() -> None:
             parameters = optax.apply_updates(parameters, updates)
             nnx.update(model, parameters)
             losses.append(value)
-        return losses, before, nnx.to_pure_dict(nnx.state(model, layers.Buffer))
+        return losses, before, nnx.to_pure_dict(nnx.state(model, Buffer))
 
     losses, before, after = train()
     assert losses[1] < losses[0]
@@ -217,13 +219,13 @@ def test_a_model_that_holds_a_layer_is_trained_by_its_parameters() -> None:
 
 
 def test_a_variable_at_two_paths_is_an_error_in_every_thread() -> None:
-    model, _ = jax.eval_shape(lambda: state.create_model(model_config("dense"), jax.random.key(0)))
+    model = Transformer(model_config("dense"), init=ABSTRACT)
     model.final_norm.weight = model.blocks.attention_norm.weight
     errors: list[str] = []
 
     def split() -> None:
         try:
-            state.split_model(model)
+            weights.split(model)
         except ValueError as error:
             errors.append(str(error))
 

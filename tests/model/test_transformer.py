@@ -15,27 +15,32 @@ import pytest
 from flax import nnx
 
 from configs import base
+from tests import slots
 from tests.model.drawn import drawn
 from umv2.config import ModelConfig, from_config_dict
-from umv2.model import attention, layers, transformer
+from umv2.model import attention, layers, stack, transformer
 from umv2.model.memory.store import StoreWindow, ValueStore
+from umv2.model.parameter import ABSTRACT
+from umv2.model.slots import Observe
 
 _LENGTH = 6
 
 
 def _config(num_layers: int = 4, **fields: Any) -> ModelConfig:
-    """A small model; fields of `model.memory` are named memory_..."""
+    """A small model: fields of `model.memory` are named memory_..., `slots` is as in tests.slots."""
     config = base.get_config()
+    slots.fill(config, fields.pop("slots", "memory"))
     config.model.update(
         vocab_size=24,
         hidden_size=16,
         num_layers=num_layers,
         num_heads=4,
         num_key_value_heads=2,
-        ffn_size=24,
         compute_dtype="float32",
         tie_embeddings=False,
     )
+    if config.model.ffn == "dense":
+        config.model.ffn_size = 24
     config.model.moe.update(num_experts=6, top_k=2, expert_size=8)
     config.model.memory.update(
         num_keys=4,
@@ -44,7 +49,6 @@ def _config(num_layers: int = 4, **fields: Any) -> ModelConfig:
         pre_value_dim=4,
         top_m=3,
         shortlist=3,
-        initialization="released",  # spares the calibration
     )
     for name, value in fields.items():
         if name.startswith("memory_"):
@@ -55,11 +59,11 @@ def _config(num_layers: int = 4, **fields: Any) -> ModelConfig:
 
 
 def _model(config: ModelConfig) -> transformer.Transformer:
-    return drawn(lambda: transformer.Transformer(config, key=jax.random.key(0)))
+    return drawn(transformer.Transformer(config, init=ABSTRACT))
 
 
 def _store(config: ModelConfig) -> ValueStore | None:
-    if config.family != "memory":
+    if not config.placements:
         return None
     rows, sizes = (len(config.placements), config.memory.num_values), config.memory
     generator = np.random.default_rng(1)
@@ -192,18 +196,19 @@ def test_program_size_is_flat_in_depth() -> None:
     assert lines(2) == lines(8)
 
 
-def test_prefill_and_decode_equal_the_full_forward_pass() -> None:
+@pytest.mark.parametrize("prefill", [True, False])
+def test_prefill_and_decode_equal_the_full_forward_pass(prefill: bool) -> None:
     config = _config(memory_read_layers=(1, 3), memory_write_layers=(2, 3))
     model, store, tokens = _model(config), _store(config), _tokens(8)
     full = jax.jit(lambda model: model(tokens, store=store))(model)
     assert full.cache is None
 
-    step = jax.jit(
-        lambda model, tokens, cache, position: model(
-            tokens, store=store, cache=cache, position=position
-        )
-    )
-    output = step(model, tokens[:, :5], model.empty_cache(2, 10), jnp.zeros(1, jnp.int32))
+    @functools.partial(jax.jit, static_argnames="prefill")
+    def step(model: Any, tokens: Any, cache: Any, position: Any, *, prefill: bool = False) -> Any:
+        return model(tokens, store=store, cache=cache, position=position, prefill=prefill)
+
+    empty, start = model.empty_cache(2, 10), jnp.zeros(1, jnp.int32)
+    output = step(model, tokens[:, :5], empty, start, prefill=prefill)
     logits = [output.logits]
     for position in range(5, 8):
         token = tokens[:, position : position + 1]
@@ -216,10 +221,11 @@ def test_prefill_and_decode_equal_the_full_forward_pass() -> None:
 def test_a_compiled_decode_step_counts_no_rows_unless_asked(wanted: str) -> None:
     config = _config()
     model, store = _model(config), _store(config)
+    observe = Observe(health=wanted == "statistics")
 
     def step(model: transformer.Transformer, cache: Any, token: jax.Array) -> Any:
-        output = model(token, store=store, cache=cache, position=jnp.full(1, 3))
-        return (output.logits, output.cache, output.stats if wanted == "statistics" else None)
+        output = model(token, store=store, cache=cache, position=jnp.full(1, 3), observe=observe)
+        return output.logits, output.cache, output.stats
 
     traced, _ = _trace(step, model, model.empty_cache(2, 8), _tokens(1))
     program = traced.lower().compile().as_text() or ""
@@ -232,9 +238,9 @@ def test_a_compiled_decode_step_counts_no_rows_unless_asked(wanted: str) -> None
 
 
 def test_grouped_queries_equal_repeated_key_value_heads() -> None:
-    grouped = drawn(lambda: attention.Attention(_config(), key=jax.random.key(0)))
+    grouped = drawn(attention.Attention(_config(), init=ABSTRACT))
     config = _config(num_key_value_heads=4)
-    repeated = drawn(lambda: attention.Attention(config, key=jax.random.key(0)))
+    repeated = drawn(attention.Attention(config, init=ABSTRACT))
     assert grouped.key.shape == (16, 8)
     for name in ("key", "value"):
         heads = getattr(grouped, name)[...].reshape(16, 2, 4)
@@ -246,7 +252,7 @@ def test_grouped_queries_equal_repeated_key_value_heads() -> None:
 
 
 def test_attention_depends_on_relative_positions_alone() -> None:
-    layer = drawn(lambda: attention.Attention(_config(), key=jax.random.key(0)))
+    layer = drawn(attention.Attention(_config(), init=ABSTRACT))
     x = jax.random.normal(jax.random.key(3), (2, _LENGTH, 16))
     _assert_close(layer(x, position=jnp.full(1, 7))[0], layer(x)[0])
     turned, _ = layer(x[:, ::-1])
@@ -305,9 +311,11 @@ _PRODUCT_KEYS = {
             },
             marks=pytest.mark.slow,
         ),
-        {"family": "dense"},
-        {"family": "moe", "ffn_size": 0},
-        pytest.param({"family": "moe"}, marks=pytest.mark.slow),
+        {"slots": "dense"},
+        {"slots": "moe"},
+        pytest.param({"slots": "moe", "ffn_size": 24}, marks=pytest.mark.slow),
+        {"slots": "both"},
+        pytest.param({"slots": "memory", "ffn": "none", "ffn_size": 0}, marks=pytest.mark.slow),
         _PRODUCT_KEYS | {"memory_query_norm": "layer", "memory_projection": "none"},
         pytest.param(
             _PRODUCT_KEYS
@@ -337,7 +345,8 @@ def test_every_kind_of_layer_trains_every_parameter(fields: dict[str, Any]) -> N
     parameters, rest = states
 
     def loss(parameters: Any, store: Any) -> tuple[jax.Array, Any]:
-        output = nnx.merge(graph, parameters, rest)(_tokens(), store=store)
+        model = nnx.merge(graph, parameters, rest)
+        output = model(_tokens(), store=store, observe=Observe(health=True, key_balance=True))
         return jnp.mean(jnp.square(output.logits)), output.stats
 
     (_, stats), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
@@ -346,35 +355,41 @@ def test_every_kind_of_layer_trains_every_parameter(fields: dict[str, Any]) -> N
     for path, gradient in jax.tree.leaves_with_path(gradients):
         assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
         assert np.any(gradient != 0), jax.tree_util.keystr(path)
-    assert stats.ffn_variance.shape == (4,)
-    assert (np.asarray(stats.ffn_variance) > 0).all() == (config.ffn_size > 0)
-    if config.placements:
-        count, hits = len(config.placements), np.asarray(stats.sparse.hits)
-        assert hits.shape == (count, config.num_selectable)
-        is_moe = config.family == "moe"
-        selected = config.moe.top_k if is_moe else config.memory.num_selected
-        assert (hits.sum(axis=1) == 2 * _LENGTH * selected).all()
-        assert stats.sparse.balance_loss.shape == (count,)
+    assert stats.feed_forward.ffn_variance.shape == (4,)
+    assert (np.asarray(stats.feed_forward.ffn_variance) > 0).all() == (config.ffn_size > 0)
+    assert (stats.memory is None) == (not config.placements)
+    assert (stats.feed_forward.router is None) == (config.ffn != "moe")
+    # Of each slot: its statistics, how many layers, what they choose from and how often a token.
+    memory, moe = config.memory, config.moe
+    for slot, count, choices, selected in (
+        (stats.memory, len(config.placements), memory.num_visible, memory.num_selected),
+        (stats.feed_forward.router, 4, moe.num_experts, moe.top_k),
+    ):
+        if slot is not None:
+            hits = np.asarray(slot.hits)
+            assert hits.shape == (count, choices)
+            assert (hits.sum(axis=1) == 2 * _LENGTH * selected).all()
+            assert slot.balance_loss.shape == (count,)
 
 
 def test_core_vectors_of_all_layers_are_refreshed() -> None:
     model = _model(_config())
     model.refresh()
-    model.sparse.cores[...] = model.sparse.cores[...].at[2].set(jnp.diag(jnp.asarray([1.0, 4.0])))
-    before = model.sparse.core_u[...]
+    model.memory.cores[...] = model.memory.cores[...].at[2].set(jnp.diag(jnp.asarray([1.0, 4.0])))
+    before = model.memory.core_u[...]
     model.refresh()
-    after = np.asarray(model.sparse.core_u[...])
+    after = np.asarray(model.memory.core_u[...])
     np.testing.assert_allclose(np.abs(after[2]), [[0, 1]], atol=1e-6)
     np.testing.assert_allclose(np.delete(after, 2, 0), np.delete(before, 2, 0), atol=1e-5)
 
 
-# --- where sparse layers stand ---
+# --- where memory layers stand ---
 
 
 def _plan(num_layers: int, *placements: tuple[int, int]) -> list[tuple]:
-    """(start, period, repeats, sparse_start, placements) of each segment; blocks from 1 given."""
+    """(start, period, repeats, memory_start, placements) of each segment; blocks from 1 given."""
     from_zero = tuple((read - 1, write - 1) for read, write in placements)
-    return [dataclasses.astuple(s) for s in transformer.plan_segments(num_layers, from_zero)]
+    return [dataclasses.astuple(s) for s in stack.plan_segments(num_layers, from_zero)]
 
 
 def test_plan_of_a_memory_layer_in_every_block() -> None:
@@ -413,9 +428,9 @@ def test_plans_hold_every_block_and_every_placement_once(
     placements = tuple((r, data.draw(st.integers(r, num_layers - 1))) for r in reads)
     end = 0
     found: list[tuple[int, int]] = []
-    for segment in transformer.plan_segments(num_layers, placements):
+    for segment in stack.plan_segments(num_layers, placements):
         assert segment.start == end
-        assert segment.sparse_start == len(found)
+        assert segment.memory_start == len(found)
         for copy in range(segment.repeats):
             offset = segment.start + copy * segment.period
             found += [(read + offset, write + offset) for read, write in segment.placements]
@@ -455,8 +470,8 @@ def test_memory_is_read_and_added_where_it_is_placed(
             y = block.ffn_norm(x)
             if index + 1 in reads:
                 place = reads.index(index + 1)
-                outputs[place], _ = member(model.sparse, place)(
-                    y, store=StoreWindow(store=store, start=16 * place)
+                outputs[place], _ = member(model.memory, place)(
+                    y, window=StoreWindow(store=store, start=16 * place), observe=Observe()
                 )
             x = x + block.ffn(y)
             for place, write in enumerate(writes):

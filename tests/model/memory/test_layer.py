@@ -13,10 +13,12 @@ from flax import nnx
 from configs import base
 from tests.model.drawn import drawn
 from umv2.config import ConfigError, ModelConfig, from_config_dict
-from umv2.model import initialization, layers
-from umv2.model.memory import retrieval
+from umv2.model import layers
+from umv2.model.memory import initialization, retrieval
 from umv2.model.memory.layer import MemoryLayer
-from umv2.model.memory.store import StoreWindow, ValueStore, create_store
+from umv2.model.memory.store import StoreWindow, ValueStore
+from umv2.model.parameter import ABSTRACT, Initializer
+from umv2.model.slots import Observe
 
 _SMALL = {
     "num_keys": 6,
@@ -25,7 +27,6 @@ _SMALL = {
     "pre_value_dim": 4,
     "top_m": 4,
     "shortlist": 4,
-    "initialization": "released",  # spares the calibration
 }
 
 
@@ -41,7 +42,7 @@ def _config(*, hidden_size: int = 16, num_layers: int = 2, **sizes: Any) -> Mode
 
 
 def _layer(config: ModelConfig, seed: int = 0) -> MemoryLayer:
-    return drawn(lambda: MemoryLayer(config, key=jax.random.key(0)), seed)
+    return drawn(MemoryLayer(config, init=ABSTRACT), seed)
 
 
 def _store(config: ModelConfig) -> ValueStore:
@@ -62,7 +63,8 @@ def _inputs(config: ModelConfig, num_tokens: int = 10, seed: int = 2) -> jax.Arr
 def _apply(
     layer: MemoryLayer, x: jax.Array, store: ValueStore, start: int = 0
 ) -> tuple[jax.Array, Any]:
-    return layer(x, store=StoreWindow(store=store, start=start))
+    window = StoreWindow(store=store, start=start)
+    return layer(x, window=window, observe=Observe(health=True, key_balance=True))
 
 
 def _assert_close(left: jax.Array, right: np.ndarray | jax.Array) -> None:
@@ -337,7 +339,7 @@ def test_an_implementation_for_other_hardware_is_one_error_that_names_the_field(
 
 
 def test_refreshed_core_vectors_follow_the_cores() -> None:
-    layer = MemoryLayer(_config(), key=jax.random.key(0))
+    layer = MemoryLayer(_config(), init=Initializer(jax.random.key(0)))
     first = layer.core_u[...]
     layer.refresh()
     np.testing.assert_allclose(layer.core_u[...], first, atol=1e-6)
@@ -383,26 +385,27 @@ def _principled(size: str, **overrides: Any) -> ModelConfig:
 @functools.partial(jax.jit, static_argnums=0)
 def _initial(config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Variances of memory and FFN outputs and mean per-core scores, over seeds and layers."""
-    std = initialization.linear_std(config.hidden_size)
-    down_std = std * initialization.residual_scale(config.num_layers)
+    std = layers.linear_std(config.hidden_size)
+    down_std = std * layers.residual_scale(config.num_layers)
     sizes = config.memory
 
     def of_layer(seed: jax.Array, index: jax.Array, store: ValueStore) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), index)
         x = jax.random.normal(key, (1, 32, config.hidden_size))
         x = layers.rms_norm(x, jnp.ones(config.hidden_size), config.norm_epsilon)
-        layer = MemoryLayer(config, key=key)
+        init = Initializer(key)
+        layer = MemoryLayer(config, init=init)
         with pytest.MonkeyPatch.context() as patch:
             scores = _record_scores(patch)
             window = StoreWindow(store=store, start=index * sizes.num_values)
-            y, _ = layer(x, store=window)
+            y, _ = layer(x, window=window, observe=Observe())
         ffn = layers.SwiGLU(
-            config.hidden_size, config.ffn_size, std=std, down_std=down_std, key=key
+            config.hidden_size, config.ffn_size, std=std, down_std=down_std, init=init
         )
         return jnp.mean(y**2), jnp.mean(ffn(x) ** 2), jnp.mean(scores[0])
 
     def of_seed(seed: jax.Array) -> Any:
-        store = create_store(config, key=jax.random.key(seed))
+        store = MemoryLayer.create_store(config, init=Initializer(jax.random.key(seed)))
         return jax.lax.map(lambda index: of_layer(seed, index, store), jnp.arange(_LAYERS))
 
     return jax.lax.map(of_seed, jnp.arange(_SEEDS))
@@ -469,8 +472,8 @@ def test_arms_differ_in_what_they_name() -> None:
 
 @pytest.mark.parametrize("expansion", [1, 2])
 def test_the_store_has_the_drawn_deviation_and_one_table_for_each_layer(expansion: int) -> None:
-    config = _config(num_layers=3, num_keys=20, key_expansion=expansion)
-    store = create_store(config, key=jax.random.key(1))
+    config = _config(num_layers=3, num_keys=20, key_expansion=expansion, initialization="released")
+    store = MemoryLayer.create_store(config, init=Initializer(jax.random.key(1)))
     assert store.values.shape == (3, 400, 12)
     assert store.pre_values is not None
     assert store.pre_values.shape == (3, 400, 4)

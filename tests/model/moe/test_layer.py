@@ -12,28 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
-from tests import meshes
+from tests import meshes, slots
 from tests.model.drawn import drawn
-from umv2 import config, sharding
+from umv2 import sharding
+from umv2.config import ModelConfig, from_config_dict
 from umv2.model.moe import experts
 from umv2.model.moe.layer import MixtureOfExperts
+from umv2.model.parameter import ABSTRACT, Initializer
+from umv2.model.slots import Observe
 
+HEALTH = Observe(health=True)
 _EXPERTS = 6
 _HIDDEN, _INNER = 8, 5
 
 
-def _config(**fields: Any) -> config.ModelConfig:
+def _config(**fields: Any) -> ModelConfig:
     config = base.get_config()
-    config.model.update(
-        family="moe", hidden_size=_HIDDEN, num_heads=2, num_key_value_heads=2, ffn_size=0
-    )
+    slots.fill(config, "moe", hidden_size=_HIDDEN, num_heads=2, num_key_value_heads=2)
     config.model.compute_dtype = "float32"
     config.model.moe.update({"num_experts": _EXPERTS, "top_k": 2, "expert_size": _INNER} | fields)
-    return config.from_config_dict(config).model
+    return from_config_dict(config).model
 
 
-def _layer(config: config.ModelConfig) -> MixtureOfExperts:
-    return drawn(lambda: MixtureOfExperts(config, key=jax.random.key(0)))
+def _layer(config: ModelConfig) -> MixtureOfExperts:
+    return drawn(MixtureOfExperts(config, init=ABSTRACT))
 
 
 def _inputs(batch: int = 2, length: int = 7, seed: int = 1) -> jax.Array:
@@ -45,14 +47,15 @@ def _inputs(batch: int = 2, length: int = 7, seed: int = 1) -> jax.Array:
 
 @jax.jit
 def _apply(layer: MixtureOfExperts, x: jax.Array) -> tuple[jax.Array, Any]:
-    return layer(x)
+    return layer(x, observe=HEALTH)
 
 
 def _objective(layer: MixtureOfExperts, x: jax.Array) -> jax.Array:
     """Of the output and both losses."""
-    y, stats = layer(x)
+    y, stats = layer(x, observe=HEALTH)
+    assert stats is not None
     weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape[1:] + x.shape[:1])
-    return jnp.sum(y * weights.transpose(2, 0, 1)) + stats.balance_loss + stats.router_z_loss
+    return jnp.sum(y * weights.transpose(2, 0, 1)) + stats.balance_loss + stats.z_loss
 
 
 def _loop(layer: MixtureOfExperts, x: jax.Array) -> dict[str, np.ndarray]:
@@ -81,8 +84,8 @@ def _loop(layer: MixtureOfExperts, x: jax.Array) -> dict[str, np.ndarray]:
     return {
         "y": y.reshape(x.shape),
         "hits": hits,
-        "router_probability": mean,
-        "router_z_loss": np.mean(np.square(partitions)),
+        "probability": mean,
+        "z_loss": np.mean(np.square(partitions)),
         "balance_loss": len(gate) * np.sum(hits / len(tokens) * mean),
         "top_score": np.mean(weights, axis=0)[0],
         "last_score": np.mean(weights, axis=0)[-1],
@@ -302,12 +305,11 @@ def test_gradient_adds_nothing_up_by_scattering() -> None:
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_equal_a_loop(remat: bool) -> None:
     config, x = _config(), _inputs()
-    layers = [
-        drawn(lambda: MixtureOfExperts(config, key=jax.random.key(0)), seed) for seed in (0, 1)
-    ]
+    layers = [drawn(MixtureOfExperts(config, init=ABSTRACT), seed) for seed in (0, 1)]
 
     def step(x: jax.Array, layer: MixtureOfExperts) -> tuple[jax.Array, Any]:
-        y, stats = layer(x)
+        y, stats = layer(x, observe=HEALTH)
+        assert stats is not None
         return x + y, stats.balance_loss
 
     def scanned(stacked: Any, x: jax.Array) -> jax.Array:
@@ -333,7 +335,9 @@ def test_scanned_layers_equal_a_loop(remat: bool) -> None:
 def test_eight_devices_equal_one() -> None:
     config = _config()
     layer, x = _layer(config), _inputs(batch=8, length=3)
-    run = jax.jit(lambda layer, x: (layer(x), jax.grad(_objective, argnums=(0, 1))(layer, x)))
+    run = jax.jit(
+        lambda layer, x: (layer(x, observe=HEALTH), jax.grad(_objective, argnums=(0, 1))(layer, x))
+    )
     one = run(layer, x)
     mesh = meshes.create(replica=8)
     with jax.set_mesh(mesh):
@@ -353,7 +357,7 @@ def test_bfloat16_layers_route_in_float32() -> None:
     # Routing sees nothing of the narrow products: it equals that of the same inputs, widened.
     wide, wide_stats = _apply(layer, x.astype(jnp.float32))
     np.testing.assert_array_equal(stats.hits, wide_stats.hits)
-    np.testing.assert_array_equal(stats.router_probability, wide_stats.router_probability)
+    np.testing.assert_array_equal(stats.probability, wide_stats.probability)
     np.testing.assert_allclose(
         y.astype(jnp.float32), wide, rtol=0.05, atol=0.02 * float(jnp.abs(wide).max())
     )
@@ -367,7 +371,7 @@ def test_bfloat16_layers_route_in_float32() -> None:
 
 def test_initial_deviations_are_those_of_linear_maps() -> None:
     config = dataclasses.replace(_config(expert_size=64), hidden_size=64, num_layers=8)
-    layer = MixtureOfExperts(config, key=jax.random.key(0))
+    layer = MixtureOfExperts(config, init=Initializer(jax.random.key(0)))
     linear = (2 / (5 * 64)) ** 0.5
     for name, expected in (("gate", linear), ("up", linear), ("down", linear / 4)):
         np.testing.assert_allclose(jnp.std(getattr(layer, name)[...]), expected, rtol=0.03)
