@@ -122,7 +122,7 @@ def merged(
     Args:
       path: of the file; none is there: there are the new records alone.
       records: the new ones; those of new cases come last.
-      by: fields that tell cases apart.
+      by: the fields that name a case.
 
     Raises:
       RecordsError: a line of the file that is no JSON object.

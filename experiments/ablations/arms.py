@@ -23,7 +23,7 @@ type Diff = Mapping[str, Any]
 # What the paper finds of an arm, relative to the arm that it is compared with.
 type Expected = Literal["higher", "lower", "equal", "not stated"]
 # held_out_loss: nats a token after the last step | decay_gain: how far the held-out loss falls
-# while the learning rate decays | answer_accuracy: share of multi-hop questions answered.
+# while the learning rate decays | answer_accuracy: of the multi-hop questions.
 type Measure = Literal["held_out_loss", "decay_gain", "answer_accuracy"]
 
 
@@ -111,7 +111,7 @@ class Ablation:
         return config
 
     def is_published(self, arm: str, scale: str) -> bool:
-        """Tells whether the paper gives the sizes of an arm at a scale."""
+        """Whether the paper gives the sizes of an arm at a scale."""
         entry = self.arms[arm]
         return scale == "paper" and bool(entry.published or entry.published_file)
 
@@ -176,7 +176,7 @@ def top_m(factor: float) -> Diff:
 
 
 def row_split(pre: int, value: int) -> Diff:
-    """Divides a row's width between Pre-value and Value, whose width stays even, for two cores."""
+    """Splits a row into Pre-value and Value, whose width stays even, for two cores."""
 
     def value_dim(config: ConfigDict, path: str) -> int:
         del path
@@ -200,19 +200,19 @@ def half_of_row() -> Diff:
     return {"model.memory.value_dim": half, "model.memory.pre_value_dim": 0}
 
 
-def share_of_hidden(share: float) -> Callable[[ConfigDict, str], int]:
-    """Returns a width as a share of the residual stream's."""
-    return lambda config, path: round(config.model.hidden_size * share)
+def fraction_of_hidden(fraction: float) -> Callable[[ConfigDict, str], int]:
+    """Returns a width as a fraction of the residual stream's."""
+    return lambda config, path: round(config.model.hidden_size * fraction)
 
 
-def layers(share: float) -> Diff:
-    """Keeps memory layers in a share of the blocks, evenly spaced, and the values read by all.
+def layers(fraction: float) -> Diff:
+    """Keeps memory layers in a fraction of the blocks, evenly spaced, and the values read by all.
 
     A selection grows as layers become fewer.
     """
 
     def count(config: ConfigDict) -> int:
-        return max(1, round(config.model.num_layers * share))
+        return max(1, round(config.model.num_layers * fraction))
 
     def blocks(config: ConfigDict, path: str) -> tuple[int, ...]:
         del path
@@ -267,6 +267,6 @@ def skips() -> Diff:
     return {"model.memory.read_layers": read, "model.memory.write_layers": write}
 
 
-def fraction_of_steps(share: float) -> Callable[[ConfigDict, str], int]:
-    """Returns a number of steps as a share of training."""
-    return lambda config, path: math.floor(config.train.num_steps * share)
+def fraction_of_steps(fraction: float) -> Callable[[ConfigDict, str], int]:
+    """Returns a number of steps as a fraction of training."""
+    return lambda config, path: math.floor(config.train.num_steps * fraction)

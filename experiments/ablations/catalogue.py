@@ -28,12 +28,12 @@ from experiments.ablations.arms import (
     Ablation,
     Arm,
     apply,
+    fraction_of_hidden,
     fraction_of_steps,
     half_of_row,
     layers,
     placed,
     row_split,
-    share_of_hidden,
     skips,
     times,
     top_m,
@@ -42,7 +42,7 @@ from experiments.ablations.beyond_paper import BEYOND
 from experiments.ablations.ladder import LADDER
 from umv2.config.schema import ConfigError
 
-# Found by `python -m experiments.ablations.sizes`: {scale: {"ablation/arm": {path: value}}}.
+# Written by `python -m experiments.ablations.sizes`: {scale: {"ablation/arm": {path: value}}}.
 SIZES_FILE = Path(__file__).parent / "sizes.json"
 
 
@@ -141,7 +141,7 @@ ABLATIONS: dict[str, Ablation] = {
         paper_file="paper_430m_5b",
     ),
     "compute_share": Ablation(
-        question="Which share of the compute should retrieval and memory have?",
+        question="Which fraction of the compute should retrieval and memory have?",
         source="section 4.2.4, Table 4, Figure 5",
         finding="17 % (D_k 524 of h 1152) is best of 12 to 27.5 %",
         arms={
@@ -154,7 +154,7 @@ ABLATIONS: dict[str, Ablation] = {
             "27.5": _compute_share(880),
         },
         fixed=ALL,
-        explanation="Arms are named by the paper's shares in per cent; D_k is in the same"
+        explanation="Arms are named by the paper's fractions in per cent; D_k is in the same"
         " proportion to the base's at every scale, and the FFN shrinks as it grows. Counted as"
         " here, 17 % is 21 % of the FLOPs without the head.",
     ),
@@ -165,14 +165,14 @@ ABLATIONS: dict[str, Ablation] = {
         arms={
             "eighth": Arm(
                 {
-                    "model.memory.value_dim": share_of_hidden(1 / 8),
-                    "model.memory.pre_value_dim": share_of_hidden(1 / 8),
+                    "model.memory.value_dim": fraction_of_hidden(1 / 8),
+                    "model.memory.pre_value_dim": fraction_of_hidden(1 / 8),
                 }
             ),
             "quarter": Arm(
                 {
-                    "model.memory.value_dim": share_of_hidden(1 / 4),
-                    "model.memory.pre_value_dim": share_of_hidden(1 / 4),
+                    "model.memory.value_dim": fraction_of_hidden(1 / 4),
+                    "model.memory.pre_value_dim": fraction_of_hidden(1 / 4),
                 },
                 "about +0.02 loss",
                 expected="higher",
@@ -183,7 +183,7 @@ ABLATIONS: dict[str, Ablation] = {
         free=("ffn_size", "memory.num_keys", "memory.top_m"),
     ),
     "row_split": Ablation(
-        question="How should a row be divided between Pre-value and Value (D_p : D_v)?",
+        question="How should a row be split into Pre-value and Value (D_p : D_v)?",
         source="section 4.2.5, Table 5, Figure 6 right",
         finding="1 : 3 is best of 1 : 1, 1 : 3 and 1 : 8",
         arms={
@@ -251,7 +251,7 @@ ABLATIONS: dict[str, Ablation] = {
         },
     ),
     "balance_loss": Ablation(
-        question="Does balancing the use of keys help, at half and at the whole top-m?",
+        question="Does balancing the use of keys help, at half and at full top-m?",
         source="section 4.2.7, Figure 9",
         finding="helps at top-m 47, harms at top-m 94",
         arms={
@@ -404,7 +404,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def configuration(ablation: str, arm: str, scale: str) -> ConfigDict:
-    """Returns the configuration of an arm, with the sizes that the solver found for it."""
+    """Returns the configuration of an arm, at the sizes that the solver stored."""
     config = ABLATIONS[ablation].unsized(arm, scale)
     sizes: dict[str, Any] = json.loads(SIZES_FILE.read_text())
     apply(config, sizes.get(scale, {}).get(f"{ablation}/{arm}", {}))

@@ -64,7 +64,7 @@ def measured(run: Run, measure: str) -> float | None:
     """Returns what an ablation compares of a run; None for one that diverged.
 
     Held-out loss in nats a token; the gain of the decay, from the first held-out evaluation to the
-    last; or the share of questions answered.
+    last; or the accuracy of answers.
     """
     if run.diverged:
         return None
@@ -82,7 +82,7 @@ def measured(run: Run, measure: str) -> float | None:
 def quarter_means(run: Run) -> list[float] | None:
     """Returns the mean logged training loss of each quarter of a run; None if it diverged.
 
-    Nor is there one of a run that logged nothing.
+    None also for a run that logged nothing.
     """
     if run.diverged or not run.losses:
         return None

@@ -58,7 +58,7 @@ def take(values: ConfigDict, corpus: str, vocab_size: int) -> str:
 
     Args:
       values: changed in place.
-      corpus: standard_library, site_packages, or globs of text files, divided by commas.
+      corpus: standard_library, site_packages, or globs of text files, separated by commas.
       vocab_size: of a byte-pair encoding trained on it.
     """
     is_source = corpus in _SOURCES
@@ -90,7 +90,7 @@ def prepare(values: ConfigDict) -> None:
 
 
 def _make(name: str, write: Callable[[Path], None]) -> None:
-    """Makes a file that is missing; processes that share a sweep may do so at the same time."""
+    """Makes a file that is missing; several processes of a sweep may do so at the same time."""
     path = Path(name)
     if path.exists():
         return
@@ -179,7 +179,7 @@ def answers(workdir: Path) -> dict[str, Any]:
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
-    """Returns what tells two corpora apart: installed sources differ between machines."""
+    """Returns what identifies a corpus: installed sources differ between machines."""
     import numpy as np
 
     from umv2.data.corpus import open_corpus

@@ -25,7 +25,7 @@ def mark(*shown: Any) -> str:
 
 
 def is_drawn(path: Path, mark: str) -> bool:
-    """Tells whether a picture is there and shows what the mark is of.
+    """Whether a picture is there and shows what the mark is of.
 
     Raises:
       FileError: it cannot be read.

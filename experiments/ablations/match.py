@@ -3,7 +3,7 @@
     python -m experiments.ablations.match --config=configs/paper_227m_1b2.py
 
 Prints for each family the sizes found, what they cost relative to the reference, and the same for
-the sizes that configs/ ships: Table 10 of the paper where it has the family, what was found before
+the sizes that configs/ ships: Table 10 of the paper where it has the family, an earlier solution
 where it has not.
 """
 

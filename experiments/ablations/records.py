@@ -1,4 +1,4 @@
-"""Records of finished runs: where they lie, and how they are found there.
+"""Records of finished runs: where they lie, and which run is an arm's.
 
 A run lies in SCALE/ABLATION/ARM/seed_N.jsonl of the folder of results, under the first arm of the
 catalogue that has its configuration. It belongs to every arm of that configuration, and what tells
@@ -103,12 +103,12 @@ class Run:
 
     @property
     def held_out_losses(self) -> list[float]:
-        """Losses of the held-out text, nats a token, in the order of evaluation; NaN likewise."""
+        """Held-out losses, nats a token, in the order of evaluation; NaN where not finite."""
         return [_or_nan(entry["held_out_loss"]) for entry in self.held_out]
 
     @property
     def answer_accuracy(self) -> float:
-        """Share of the multi-hop questions answered; NaN where none were asked."""
+        """Accuracy on the multi-hop questions; NaN where none were asked."""
         answers = self.end["answers"] or {}
         return _or_nan(answers.get("accuracy"))
 

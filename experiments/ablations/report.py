@@ -26,7 +26,7 @@ from umv2 import files
 _MEASURES = {
     "held_out_loss": "held-out loss, nats/token",
     "decay_gain": "fall of the held-out loss in the decay, nats/token",
-    "answer_accuracy": "questions answered, share",
+    "answer_accuracy": "accuracy of answers",
 }
 _HEALTH = {
     "coverage": "rows hit",
@@ -40,7 +40,7 @@ _HEALTH = {
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Returns rows, the first of them the header, as a Markdown table that lines up as text."""
+    """Returns rows, of which the first is the header, as a Markdown table of aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     padded = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
@@ -129,7 +129,7 @@ def _quarters_table(results: list[ArmResult]) -> str:
 
 
 def _answers_section(results: list[ArmResult]) -> str:
-    """Shows the share of multi-hop questions answered by the number of hops, where any were."""
+    """Shows the accuracy on multi-hop questions by the number of hops, where any were asked."""
     answers = {
         arm.name: [run.end["answers"] for run in arm.runs.values() if run.end["answers"]]
         for arm in results
@@ -142,8 +142,8 @@ def _answers_section(results: list[ArmResult]) -> str:
     rows = [["arm", *(f"{hop} hops" for hop in hops)]]
     for name, found in answers.items():
         if found:
-            shares = [[e["by_hops"][hop] for e in found if hop in e["by_hops"]] for hop in hops]
-            rows.append([name, *(f"{statistics.fmean(s):.3f}" if s else "" for s in shares)])
+            right = [[e["by_hops"][hop] for e in found if hop in e["by_hops"]] for hop in hops]
+            rows.append([name, *(f"{statistics.fmean(s):.3f}" if s else "" for s in right)])
     return (
         "## Questions answered, by hops\n\n"
         + markdown_table(rows)

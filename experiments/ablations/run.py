@@ -5,7 +5,7 @@
 
 A finished run is not repeated, an interrupted one continues from its checkpoint, and arms of equal
 configuration are run once for all ablations that have them. Start the command as often as there are
-cores or GPUs to share the work (`taskset -c 0 python -m ...` keeps each on its own core): whoever
+cores or GPUs to split the work (`taskset -c 0 python -m ...` keeps each on its own core): whoever
 finds an arm locked takes the next. `--corpus=site_packages --vocab_size=16384` trains all arms on
 another text than the scale's, and keeps them apart.
 
@@ -191,7 +191,7 @@ def _held_out(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(config: Any) -> int:
-    """Returns the tokens of a whole run."""
+    """Returns the tokens of all steps of a run."""
     return int(config.train.num_steps * config.train.batch_size * config.data.sequence_length)
 
 

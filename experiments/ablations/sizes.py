@@ -3,7 +3,7 @@
     python -m experiments.ablations.sizes            # solve, write sizes.json beside this file
     python -m experiments.ablations.sizes --check    # print what is held fixed, and how well
 
-What is found by the solver of `umv2.cost.matching` is stored, so that a configuration loads without
+What the solver of `umv2.cost.matching` finds is stored, so that a configuration loads without
 it. The table gives each arm's deviation from its baseline in what the ablation holds fixed; more
 than 1 % is marked.
 """
@@ -88,7 +88,7 @@ def deviations(ablation: str, scale: str) -> dict[str, dict[str, float]]:
 
 
 def table(names: list[str]) -> str:
-    """Returns the deviations of all arms at the given scales, lined up."""
+    """Returns the deviations of all arms at the given scales, in aligned columns."""
     from umv2.cost import matching
 
     lines = [f"{'scale':<7}{'arm':<40}" + "".join(f"{rule:>14}" for rule in matching.RULES)]

@@ -141,7 +141,7 @@ def outcome(case: Mapping[str, str], mesh: Any) -> dict[str, Any]:
 
 
 def contiguous(array: Any, sharding: Any) -> Any:
-    """The layout that SparseCore kernels read: rows of whole 32 bytes, one after the other."""
+    """The layout that SparseCore kernels read: rows of multiples of 32 bytes, contiguous."""
     from jax.experimental.layout import Format, Layout
 
     order = tuple(range(len(array.shape)))

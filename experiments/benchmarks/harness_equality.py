@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.harness_equality
 
 Makes a random OLMoE with transformers, imports it, and lets both answer the same requests: choices,
-whole texts, greedy generation, and every token after some prompts, few of which are the likeliest.
+full texts, greedy generation, and every token after some prompts, few of which are the likeliest.
 Needs the extra `eval`, torch, transformers and accelerate.
 """
 
@@ -165,7 +165,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
     # Without white space at the end: the harness would count it as part of the token.
     prompts = [line["prompt"].rstrip() for line in lines[:_PROMPTS]]
     tokenizer = models[1].tokenizer
-    # Whole characters. And no name of a special token: to us that is text like any other.
+    # Complete characters. And no name of a special token: to us that is text like any other.
     ids = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     tokens = [token for token in map(tokenizer.decode, ids) if "\ufffd" not in token]
     return compare(*(answers(model) | next_tokens(model, prompts, tokens) for model in models))

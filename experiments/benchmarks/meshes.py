@@ -18,7 +18,7 @@ from experiments.benchmarks import checks
 RESULTS = Path("experiments/results/meshes")
 LAYOUTS = "tests/training/test_layouts.py::test_a_layout_trains_as_one_device"
 PROCESSES = "tests/test_processes.py::test_a_killed_job_resumes_in_any_number_of_processes"
-# The fields that tell the cases of a file apart, and the relative differences that it holds.
+# The fields that name a case of each file, and the relative differences that it holds.
 FILES = {
     "layouts": (("family", "mesh"), ("loss", "gradient_norm")),
     "processes": (

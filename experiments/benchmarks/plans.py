@@ -52,7 +52,7 @@ class Case:
         return f"{self.model}@{self.machine}{'' if self.step == 'train' else ' decode'}{changes}"
 
 
-def _divided(size: int, layout: str, accumulation: int) -> tuple[tuple[str, Any], ...]:
+def _sharded(size: int, layout: str, accumulation: int) -> tuple[tuple[str, Any], ...]:
     return (
         ("mesh.memory", size),
         ("mesh.parameters", "fsdp_and_memory"),
@@ -63,24 +63,24 @@ def _divided(size: int, layout: str, accumulation: int) -> tuple[tuple[str, Any]
 
 # Of the issue, in the order of what they show. A sequence at a time on each device.
 SHOWN = (
-    Case("paper_227m_1b2", "v5e:4x4", _divided(16, "rows", 48)),
-    Case("paper_1b_7b", "v6e:8x8", _divided(64, "rows", 16)),
-    Case("paper_2b5_120b_top256", "v5p:4x4x8", _divided(128, "rows", 8)),
+    Case("paper_227m_1b2", "v5e:4x4", _sharded(16, "rows", 48)),
+    Case("paper_1b_7b", "v6e:8x8", _sharded(64, "rows", 16)),
+    Case("paper_2b5_120b_top256", "v5p:4x4x8", _sharded(128, "rows", 8)),
 )
 LAYOUTS = tuple(
-    Case("paper_1b_7b", "h200:64", _divided(size, layout, 16))
+    Case("paper_1b_7b", "h200:64", _sharded(size, layout, 16))
     for size in (4, 16, 64)
     for layout in ("rows", "columns")
 )
 # Where a mesh was chosen by hand, after the search's first ones did not fit.
 CHOSEN = {
-    ("paper_430m_5b", "h200:8"): _divided(8, "columns", 24),
-    ("paper_500m_6b8", "h200:8"): (  # whose D_k = 524 eight devices do not divide
+    ("paper_430m_5b", "h200:8"): _sharded(8, "columns", 24),
+    ("paper_500m_6b8", "h200:8"): (  # whose D_k = 524 is no multiple of eight
         ("mesh.memory", 8),
         ("mesh.table_sharding", "columns"),
         ("train.gradient_accumulation", 24),
     ),
-    ("paper_1b_7b", "h200:8"): _divided(8, "columns", 32),
+    ("paper_1b_7b", "h200:8"): _sharded(8, "columns", 32),
 }
 TABLE = tuple(
     Case(model, machine, CHOSEN.get((model, machine), ()))
@@ -224,7 +224,7 @@ no even number divides, and only columns remain; the 500M model's 964^2 rows div
 ## Shown"""
 _LAYOUTS = """## Value tables by columns and by rows
 
-The 1B/7B model on 64 H200s, a sequence of 4,096 tokens at a time on each, with its tables divided
+The 1B/7B model on 64 H200s, a sequence of 4,096 tokens at a time on each, with its tables sharded
 over M of them. Received bytes are those over `memory` in one step. On TPUs columns are no choice
 here: rows of a table are padded to 128 columns there, so that 768 / 64 columns take ten times the
 memory.

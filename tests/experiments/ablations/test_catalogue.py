@@ -87,14 +87,14 @@ def test_the_deviations_of_all_arms_are_shown() -> None:
         ("27.5", 880),
     ],
 )
-def test_the_shares_of_compute_are_those_of_table_4(arm: str, key_dim: int) -> None:
+def test_the_fractions_of_compute_are_those_of_table_4(arm: str, key_dim: int) -> None:
     assert configuration("compute_share", arm, "paper").model.memory.key_dim == key_dim
 
 
 @pytest.mark.parametrize(
     ("arm", "split"), [("1_1", (144, 144)), ("1_3", (216, 72)), ("1_8", (256, 32))]
 )
-def test_rows_are_divided_as_in_table_5(arm: str, split: tuple[int, int]) -> None:
+def test_rows_are_split_as_in_table_5(arm: str, split: tuple[int, int]) -> None:
     memory = configuration("row_split", arm, "paper").model.memory
     assert (memory.value_dim, memory.pre_value_dim) == split
 
@@ -138,7 +138,7 @@ def test_a_function_of_a_diff_sees_the_configuration_before_it() -> None:
         apply(config, {"model.memory.top": 1})
 
 
-def test_a_row_keeps_its_width_when_it_is_divided_otherwise() -> None:
+def test_a_row_keeps_its_width_however_it_is_split() -> None:
     config = base.get_config()  # 48 + 16
     apply(config, row_split(1, 8))
     memory = config.model.memory

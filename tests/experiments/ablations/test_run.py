@@ -54,7 +54,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def test_a_run_is_stored_whole_and_not_repeated(
+def test_a_run_is_stored_once_it_is_complete_and_not_repeated(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = values(paths)
