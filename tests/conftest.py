@@ -11,6 +11,7 @@ if _DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 import random
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # the first example of each shape compiles.
 hypothesis.settings.register_profile("umv2", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("umv2")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps one third of the slow tests where SLOW_TESTS_THIRD (0, 1 or 2) asks for it.
+
+    .ci/run takes another one each time, so that three runs cover all.
+    """
+    if not (third := os.environ.get("SLOW_TESTS_THIRD")):
+        return
+
+    def left_out(item: pytest.Item) -> bool:
+        slow = item.get_closest_marker("slow") is not None
+        return slow and zlib.crc32(item.nodeid.encode()) % 3 != int(third)
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
