@@ -3,12 +3,17 @@
 from typing import Any
 
 from configs import base, paper_1b_7b, paper_227m_1b2
+from tests import slots
 from umv2.config import Config, from_config_dict
 
 
 def config(**sections: Any) -> Config:
-    """Returns the base configuration with fields of `model`, of its `memory` and `moe` assigned."""
+    """Returns the base configuration with fields of `model`, of its `memory` and `moe` assigned.
+
+    `slots` is as in tests/slots.py.
+    """
     assigned = base.get_config()
+    slots.fill(assigned, sections.pop("slots", "memory"))
     for name in ("memory", "moe"):
         assigned.model[name].update(sections.pop(name, {}))
     assigned.model.update(sections)

@@ -15,19 +15,23 @@ from tests.cost import published
 from tests.cost.counting import matmul_flops
 from umv2.config import Config, ModelConfig
 from umv2.cost import accounting
-from umv2.training import optim
-from umv2.training.state import abstract_state, create_model
+from umv2.model import weights
+from umv2.model.parameter import ABSTRACT
+from umv2.model.transformer import Transformer, create_store
+from umv2.training.state import abstract_state
 
 SUM = {"scoring": "sum", "tucker_rank": 1, "num_cores": 1, "score_activation": "softmax"}
 PLAIN_VALUES = {"pre_value_dim": 0, "value_dim": 32, "projection": "none"}
 # Of hidden size 32: each family, and each option on its own.
 MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"family": "dense"},
-    "dense, untied": {"family": "dense", "tie_embeddings": False},
-    "dense, grouped heads": {"family": "dense", "num_key_value_heads": 2},
-    "dense, no query/key norm": {"family": "dense", "query_key_norm": False},
-    "experts": {"family": "moe", "ffn_size": 0},
-    "experts beside an FFN": {"family": "moe"},
+    "dense": {"slots": "dense"},
+    "dense, untied": {"slots": "dense", "tie_embeddings": False},
+    "dense, grouped heads": {"slots": "dense", "num_key_value_heads": 2},
+    "dense, no query/key norm": {"slots": "dense", "query_key_norm": False},
+    "experts": {"slots": "moe", "ffn_size": 0},
+    "experts beside a shared one": {"slots": "moe"},
+    "experts and a memory": {"slots": "both", "ffn_size": 0},
+    "a memory and no FFN": {"ffn": "none", "ffn_size": 0},
     "UltraMemV2": {},
     "UltraMem V1": {
         "memory": {
@@ -66,6 +70,16 @@ MODELS: dict[str, dict[str, Any]] = {
         | {"query": "per_head", "num_heads": 3, "pre_value_dim": 32, "pre_projection": False}
         | {"activation": "gelu", "query_norm": "layer", "key_norm": "none"}
     },
+    "Memory+, gated": {
+        "memory": {"layer": "umv2.model.memory.gated:GatedMemory", "query": "per_head"}
+    },
+    "PEER, own experts": {
+        "memory": {
+            "layer": "umv2.model.memory.own_experts:OwnExperts",
+            "query": "per_head",
+            "num_heads": 3,
+        }
+    },
     "released query, 3 heads": {"memory": {"query": "released", "num_heads": 3}},
     "biases of all": {"memory": {"bias": True, "output_gate": "silu"}},
     "biases of all blocks": {
@@ -75,14 +89,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "ring": {"memory": {"sharing": "ring", "share_group": 2}},
 }
 PARTS = {
-    "embedding": r"model/embedding",
-    "head": r"model/head",
-    "attention": r"model/blocks/attention/(query|key|value|output)",
-    "ffn": r"model/blocks/ffn/\w+",
-    "norms": r"model/(final_norm|blocks/(\w+/)?\w+_norm)/weight",
-    "sparse_projections": r"model/sparse/(query|pre|output|output_gate)(_bias)?",
-    "routing": r"model/sparse/(router|keys|cores|query_norm|query_norm_bias|key_norm)",
-    "sparse_values": r"store/(values|pre_values)|model/sparse/(gate|up|down)",
+    "embedding": r"params/embedding",
+    "head": r"params/head",
+    "attention": r"params/blocks/attention/(query|key|value|output)",
+    "ffn": r"params/blocks/ffn/\w+",
+    "norms": r"params/(final_norm|blocks/(\w+/)?\w+_norm)/weight",
+    "sparse_projections": r"params/memory/(query|pre|output|output_gate|gate)(_bias)?",
+    "routing": (
+        r"params/memory/(keys|cores|query_norm|query_norm_bias|key_norm)|params/blocks/moe/router"
+    ),
+    "sparse_values": r"store/(values|pre_values)|params/blocks/moe/(gate|up|down)",
 }
 
 
@@ -96,10 +112,8 @@ def small(**model: Any) -> Config:
 
 def parameters(config: Config) -> dict[str, int]:
     """The entries of every array that is trained, by its name."""
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    state = abstract_state(config, optimizer)
-    named = optim.named_parameters(state.params, state.store)
-    return {name: math.prod(leaf.shape) for name, leaf in named.items()}
+    named, declared = weights.abstract(config.model).named(), weights.declarations(config.model)
+    return {n: math.prod(leaf.shape) for n, leaf in named.items() if declared[n].group is not None}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -175,7 +189,8 @@ def test_the_1b_sizes_are_those_of_the_paper_as_far_as_its_table_adds_up() -> No
 BATCH, LENGTH = 2, 64
 # Large enough that matrix products are nearly all the work.
 WIDE: dict[str, dict[str, Any]] = {
-    name: MODELS[name] for name in ("dense", "experts", "experts beside an FFN")
+    name: MODELS[name]
+    for name in ("dense", "experts", "experts beside a shared one", "experts and a memory")
 } | {
     "UltraMemV2": {},
     # With a projection for each block, as in V1, XLA would pool every row into each of the blocks,
@@ -206,7 +221,7 @@ def wide(name: str) -> ModelConfig:
 
 
 def forward_pass(config: ModelConfig) -> tuple[Any, tuple[Any, ...]]:
-    model, store = jax.eval_shape(lambda: create_model(config, jax.random.key(0)))
+    model, store = Transformer(config, init=ABSTRACT), create_store(config, init=ABSTRACT)
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     return lambda model, store, x: model(x, store=store).logits, (model, store, tokens)
 
@@ -223,7 +238,7 @@ def sum_flops(config: ModelConfig) -> int:
     S u and S v of all keys, S_row C of those shortlisted, and the pairs of the grid; for additive
     scores the pairs, and those chosen once more.
     """
-    if config.family != "memory":
+    if not config.placements:
         return 0
     memory = config.memory
     rank, pairs = memory.tucker_rank, memory.shortlist**2
@@ -287,7 +302,7 @@ def test_a_causal_sequence_attends_to_half_of_itself() -> None:
 
 
 def test_training_is_three_forward_passes() -> None:
-    config = small(family="moe", ffn_size=0)
+    config = small(slots="moe", ffn_size=0)
     forward = accounting.forward_flops_per_token(config.model, config.data.sequence_length)
     assert accounting.training_flops_per_token(config) == 3 * sum(forward.values())
     assert forward["ffn"] == forward["sparse_projections"] == 0 < forward["sparse_values"]
@@ -296,10 +311,10 @@ def test_training_is_three_forward_passes() -> None:
 # --- training memory ---
 
 
-@pytest.mark.parametrize("name", ["dense", "experts", "UltraMemV2", "UltraMem V1", "PKM", "ring"])
+@pytest.mark.parametrize("name", [name for name in MODELS if "biases" not in name])
 def test_training_holds_what_the_state_is_made_of(name: str) -> None:
     config = small(**MODELS[name])
-    state = abstract_state(config, optim.Optimizer(config.optimizer, config.train.num_steps))
+    state = abstract_state(config)
 
     def held(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

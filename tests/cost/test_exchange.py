@@ -211,7 +211,7 @@ def test_where_neither_is_possible_the_error_names_sizes_that_are() -> None:
     with pytest.raises(ConfigError) as error:
         exchange.choose(config, 7, 512)
     assert str(error.value) == (
-        "mesh.memory=7: cannot divide the value tables. By columns: must divide value_dim=64 and"
+        "mesh.memory=7: cannot shard the value tables. By columns: must divide value_dim=64 and"
         " pre_value_dim=32; 8 would do; by rows: must divide the 1296 rows of a table; 6 would do"
     )
     with pytest.raises(ConfigError, match=r"by rows: leaves .* 162 devices would do"):

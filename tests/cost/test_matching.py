@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from configs import base, families, tiny
+from tests import slots
 from umv2.config import Config, ConfigError, from_config_dict
 from umv2.cost import matching
 
@@ -169,7 +170,7 @@ def test_an_unknown_rule_is_named() -> None:
 
 def test_a_reference_that_leaves_nothing_is_an_error() -> None:
     small = base.get_config()
-    small.model.update(hidden_size=64, num_layers=1, ffn_size=1, family="dense")
+    slots.fill(small, "dense", hidden_size=64, num_layers=1, ffn_size=1)
     large = config_of("tiny", "pkm")
     with pytest.raises(ConfigError, match="the reference is too small"):
         matching.match(from_config_dict(small), large)

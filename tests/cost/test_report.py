@@ -16,7 +16,7 @@ def named() -> dict[str, Config]:
     return {
         "experts": published.olmoe_227m(),
         "ultramem_v2": published.ultramem_v2_227m(),
-        "dense": published.config(family="dense"),
+        "dense": published.config(slots="dense"),
     }
 
 
@@ -65,7 +65,7 @@ def test_numbers_line_up_with_the_names() -> None:
 
 
 def test_one_configuration_has_nothing_to_compare_with() -> None:
-    one = report.cost_report({"dense": published.config(family="dense")})
+    one = report.cost_report({"dense": published.config(slots="dense")})
     assert "ratio" not in one.as_text()
     assert "ratio" in report.cost_report(named()).as_text()
     with pytest.raises(ValueError, match="at least one configuration"):

@@ -11,6 +11,8 @@ import pytest
 from tests.cost import published
 from umv2.config import Config
 from umv2.cost import accounting, traffic
+from umv2.model.parameter import ABSTRACT
+from umv2.model.transformer import Transformer
 
 # 'Decode traffic, computed' of the paper's notes: GB in bfloat16 at batch 1, 8, 64, 512, with
 # neither cache nor reuse of rows.
@@ -40,7 +42,7 @@ def closed_form(name: str) -> list[float]:
     """The formula behind the table, on the parameter counts that Table 10 prints."""
     active, total = ACTIVE_AND_TOTAL[name]
     model = getattr(published, name)().model
-    if model.family == "memory":
+    if model.placements:
         row = model.memory.value_dim + model.memory.pre_value_dim
         a_token = model.num_layers * model.memory.num_selected * row / 1e6
         return [2 * (active + (size - 1) * a_token) / 1e3 for size in BATCH_SIZES]
@@ -101,7 +103,13 @@ def small_memory(**memory: object) -> Config:
 
 def small_experts() -> Config:
     moe = {"num_experts": 16, "top_k": 2, "expert_size": 8}
-    return published.config(family="moe", ffn_size=0, hidden_size=32, vocab_size=40, moe=moe)
+    return published.config(slots="moe", hidden_size=32, vocab_size=40, moe=moe)
+
+
+def small_both() -> Config:
+    moe = {"num_experts": 16, "top_k": 2, "expert_size": 8}
+    memory = {"num_keys": 8, "key_dim": 8, "top_m": 4, "shortlist": 4, "value_dim": 6}
+    return published.config(slots="both", hidden_size=32, vocab_size=40, moe=moe, memory=memory)
 
 
 def test_rows_and_addresses_by_hand() -> None:
@@ -117,7 +125,7 @@ def test_rows_and_addresses_by_hand() -> None:
     assert unshuffled.buffers == 4 * 4 * vectors
 
 
-@pytest.mark.parametrize("create", [small_memory, small_experts])
+@pytest.mark.parametrize("create", [small_memory, small_experts, small_both])
 def test_a_step_of_one_sequence_reads_the_active_parameters(create: Callable[[], Config]) -> None:
     config = create().model
     counts = accounting.parameter_counts(config)
@@ -183,7 +191,7 @@ def test_all_picked_are_all_distinct() -> None:
 
 
 def test_more_sequences_and_longer_contexts_never_read_less() -> None:
-    for config in (small_memory().model, small_experts().model):
+    for config in (small_memory().model, small_experts().model, small_both().model):
         steps = [traffic.decode_bytes(config, size, 7).as_dict() for size in (1, 2, 8, 64)]
         for less, more in itertools.pairwise(steps):
             assert all(more[part] >= less[part] for part in less)
@@ -204,10 +212,8 @@ def test_bytes_follow_the_data_types() -> None:
 
 
 def test_the_cache_is_the_one_that_decoding_makes() -> None:
-    from umv2.training.state import create_model
-
-    config = published.config(hidden_size=32, num_key_value_heads=2, ffn_size=48, family="dense")
-    model, _ = jax.eval_shape(lambda: create_model(config.model, jax.random.key(0)))
+    config = published.config(hidden_size=32, num_key_value_heads=2, ffn_size=48, slots="dense")
+    model = Transformer(config.model, init=ABSTRACT)
     cache = jax.eval_shape(lambda: model.empty_cache(3, 20))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert traffic.cache_bytes(config.model, 3, 20) == held

@@ -27,7 +27,7 @@ _LENGTH = 6
 
 
 def _config(num_layers: int = 4, **fields: Any) -> ModelConfig:
-    """A small model: fields of `model.memory` are named memory_..., `slots` is as in tests.slots."""
+    """A small model: `slots` is as in tests/slots.py, memory_... are fields of `model.memory`."""
     config = base.get_config()
     slots.fill(config, fields.pop("slots", "memory"))
     config.model.update(
