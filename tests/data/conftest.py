@@ -60,3 +60,9 @@ def text_folder(tmp_path: Path) -> Path:
         text = f"document {number}: " + "grüße, 世界! " * (number % 7 + 1)
         (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def corpus(make_corpus: Callable[[Sequence[Sequence[int]]], Corpus]) -> Corpus:
+    """Twelve documents of 1 to 12 tokens, 90 targets in all."""
+    return make_corpus([[10 * n + i for i in range(n)] for n in range(1, 13)])

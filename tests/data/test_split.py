@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.contents import contents
 from tests.tiny_run import logged
 from umv2.config import DataConfig
 from umv2.data.corpus import load_corpus
-from umv2.data.documents import Documents, InMemoryDocuments
+from umv2.data.documents import InMemoryDocuments
 from umv2.data.hashing import content_hashes
 from umv2.data.loader import held_out_batches, train_batches
 from umv2.data.paths import DataError
@@ -17,10 +18,6 @@ from umv2.data.split import is_held_out, split_texts, split_tokens, training_tex
 from umv2.data.tokenizers import ByteTokenizer
 
 PLAY = "".join(f"Speaker {i % 7}:\nLine {i}, grüße an die 世界.\n\n" for i in range(900))
-
-
-def contents(documents: Documents) -> list[list[int]]:
-    return [documents.read(i, 0, int(n)).tolist() for i, n in enumerate(documents.lengths)]
 
 
 @pytest.fixture

@@ -52,16 +52,16 @@ def matching_files(patterns: Sequence[str]) -> list[Path]:
         that leads nowhere, a pipe, a device.
       files.FileError: for a URL, or a folder or file that the operating system refuses to show.
     """
-    found: set[Path] = set()
+    matched: set[Path] = set()
     for pattern in patterns:
         matches = list(_matches(files.user_path(pattern, "data.paths")))
         regular = [match for match in matches if _is_file(match)]
         if not regular:
             folders = f" but folders; its files are {pattern.rstrip('/')}/*" if matches else ""
             raise DataError(f"data.paths: no file matches {pattern!r}{folders}")
-        found.update(regular)
+        matched.update(regular)
     once: dict[object, Path] = {}
-    for path in sorted(found, key=str):
+    for path in sorted(matched, key=str):
         once.setdefault(_identity(path), path)
     return list(once.values())
 
@@ -81,7 +81,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _identity(path: Path) -> object:
-    """Returns what all names of one file share."""
+    """Returns what is the same for all names of one file."""
     status = path.stat()
     # File systems that know no inodes give every file one link.
     return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()

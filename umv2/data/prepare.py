@@ -23,7 +23,6 @@ from tqdm import tqdm
 from umv2 import files
 from umv2.config import DataConfig
 from umv2.config.schema import UserError, differing_fields
-from umv2.data.documents import little_endian
 from umv2.data.hashing import content_hashes, hash_of_all
 from umv2.data.paths import DataError
 from umv2.data.shards import (
@@ -36,6 +35,7 @@ from umv2.data.shards import (
 )
 from umv2.data.sources import source_files, text_documents
 from umv2.data.split import training_texts
+from umv2.data.token_files import little_endian
 from umv2.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 
 _SHARD_BYTES = 64 << 20
@@ -46,7 +46,7 @@ Job = tuple[Path, list[bytes], UInt64[np.ndarray, "n"]]  # a shard to write, its
 
 @dataclasses.dataclass
 class _Progress:
-    """What has been written, or found."""
+    """What is written, by this run or by an earlier one."""
 
     num_documents: int = 0
     num_tokens: int = 0
@@ -58,7 +58,7 @@ def prepare(
 ) -> ShardManifest:
     """Tokenizes a text source into ArrayRecord shards that `data.source="array_record"` reads.
 
-    A shard is the documents that make up `shard_bytes` of text, and appears as a whole or not at
+    A shard is the documents that make up `shard_bytes` of text, and appears complete or not at
     all, so that a run that was interrupted reads the text again but tokenizes only what is missing.
     Nothing trains on the folder until every shard is there. A folder that is complete is left as it
     is; if files of text were changed since, what they say now is compared with it.
@@ -197,12 +197,12 @@ def _changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
     """Says how files differ from those of an earlier run; "" where it left no list."""
     if not before:
         return ""
-    kinds = {
+    changes = {
         "added": [name for name in now if name not in before],
         "removed": [name for name in before if name not in now],
         "changed": [name for name in now if name in before and now[name] != before[name]],
     }
-    said = [f"{len(n)} files were {kind} ({some(n)})" for kind, n in kinds.items() if n]
+    said = [f"{len(n)} files were {change} ({some(n)})" for change, n in changes.items() if n]
     return ", ".join(said).replace("1 files were", "1 file was")
 
 
@@ -235,8 +235,8 @@ def _missing_shards(
         ):
             raise _other_text(path, changes)
         if path.exists():
-            lengths, found = scan_shard(path, little_endian(wanted.dtype), wanted.vocab_size)
-            if not np.array_equal(found, hashes):
+            lengths, there = scan_shard(path, little_endian(wanted.dtype), wanted.vocab_size)
+            if not np.array_equal(there, hashes):
                 raise _other_text(path, changes)
             on_written(sum(map(len, texts)), int(lengths.sum()))
         else:

@@ -14,9 +14,10 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int32, Int64, Integer, UInt64
 
 from umv2 import files
-from umv2.data.documents import EvenlyWeighted, little_endian, map_files, unknown_id
+from umv2.data.documents import EvenlyWeighted
 from umv2.data.hashing import HASH_BYTES, hash_of_all
 from umv2.data.paths import DataError
+from umv2.data.token_files import little_endian, map_files, unknown_id
 
 MANIFEST_NAME = "tokens.json"
 
@@ -59,9 +60,9 @@ class ShardManifest:
         try:
             manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
             for name, hint in typing.get_type_hints(cls).items():
-                kind = typing.get_origin(hint) or hint
-                if not isinstance(getattr(manifest, name), kind):
-                    raise TypeError(f"{name} is no {kind.__name__}")
+                expected = typing.get_origin(hint) or hint
+                if not isinstance(getattr(manifest, name), expected):
+                    raise TypeError(f"{name} is no {expected.__name__}")
             if manifest.dtype not in ("uint16", "uint32"):
                 raise ValueError(f"dtype={manifest.dtype!r}")
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -71,7 +72,7 @@ class ShardManifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest as a whole, so that it is never seen half-written."""
+        """Writes the manifest at once, so that nobody reads half of it."""
         text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
         files.write_text(folder / MANIFEST_NAME, text)
 

@@ -28,7 +28,7 @@ Piece = tuple[Int32[np.ndarray, "_"], Float32[np.ndarray, "_"]]  # tokens and th
 def mixture(
     config: DataConfig, documents: Documents, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> InMemoryDocuments:
-    """Returns text and tasks in the shares of tokens that `config` asks for, a sequence each.
+    """Returns text and tasks in the fractions of tokens that `config` asks for, a sequence each.
 
     `config.long_context.num_documents` of each task are written, of the training split; of recall,
     the tokens of one task, if there is a warm-up. Text beyond `long_context.text_fraction` is left
@@ -53,8 +53,8 @@ def mixture(
         last = _recall_pieces(config, tokenizer, num_tokens // len(wanted.tasks), lambda _: 1.0)
         pieces += last
         num_tokens += sum(len(tokens) for tokens, _ in last)
-    room = int(num_tokens * wanted.text_fraction / (1 - wanted.text_fraction))
-    pieces += _text_pieces(documents, room, config.sequence_length - 1)
+    num_text_tokens = int(num_tokens * wanted.text_fraction / (1 - wanted.text_fraction))
+    pieces += _text_pieces(documents, num_text_tokens, config.sequence_length - 1)
     order = np.random.default_rng(wanted.seed).permutation(len(pieces))
     return _bundled([pieces[i] for i in order], config, tokenizer)
 
@@ -66,7 +66,7 @@ def warm_up(config: DataConfig, tokenizer: Tokenizer) -> InMemoryDocuments:
     sequence. There are about `config.long_context.num_documents` sequences.
     """
     num_tokens = config.long_context.num_documents * config.sequence_length
-    pieces = _recall_pieces(config, tokenizer, num_tokens, lambda share: 1.5 * share - 0.5)
+    pieces = _recall_pieces(config, tokenizer, num_tokens, lambda done: 1.5 * done - 0.5)
     return _bundled(pieces, config, tokenizer)
 
 
@@ -78,10 +78,10 @@ def _with_bar[T](jobs: Sequence[T]) -> Iterator[T]:
 def _task_piece(
     task: Task, config: DataConfig, index: int, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> Piece:
-    """Writes one document, from an eighth of a sequence to a whole one.
+    """Writes one document, as long as an eighth of a sequence up to all of it.
 
-    Those of an eighth to a quarter hold as many tokens as those from there to a half, or from there
-    to a whole: answers are learned with little before them first.
+    Those of an eighth to a quarter hold as many tokens as those of a quarter to a half, or of a
+    half to all: answers are learned with little before them first.
     """
     seed, longest = config.long_context.seed, config.sequence_length - 1.0
     length = max(_length(seed, index, _SHORTEST * longest, longest), 32)
@@ -96,7 +96,7 @@ def _recall_pieces(
 ) -> list[Piece]:
     """Writes `num_tokens` of recall.
 
-    Its `growth`, a function of the share that is written, says where the longest document is on
+    Its `growth`, a function of the fraction that is written, says where the longest document is on
     the way from the shortest there is (0 and less) to half a sequence (1).
     """
     pieces: list[Piece] = []
@@ -117,7 +117,7 @@ def _recall_pieces(
 
 
 def _text_pieces(documents: Documents, num_tokens: int, longest: int) -> Iterator[Piece]:
-    """Cuts whole documents of at most `num_tokens` in all to pieces."""
+    """Cuts documents, of at most `num_tokens` in all, to pieces."""
     order = np.argsort(documents.content_hashes, kind="stable")
     used = np.cumsum(documents.lengths[order])
     for index in order[: int(np.searchsorted(used, num_tokens, side="right"))].tolist():
@@ -128,8 +128,8 @@ def _text_pieces(documents: Documents, num_tokens: int, longest: int) -> Iterato
 
 def _length(seed: int, index: int, shortest: float, longest: float) -> int:
     """Draws the length of a document; of the tokens of all, each octave holds as many."""
-    share = float(np.random.default_rng([seed, index]).random())
-    return int(shortest / (1 - share * (1 - shortest / longest)))
+    uniform = float(np.random.default_rng([seed, index]).random())
+    return int(shortest / (1 - uniform * (1 - shortest / longest)))
 
 
 def _weighted(example: Example, config: DataConfig) -> Piece:
@@ -145,22 +145,22 @@ def _bundled(
 ) -> InMemoryDocuments:
     """Puts pieces together to documents of a sequence each, in their order as far as it goes.
 
-    A piece goes where it leaves the least room. End-of-text, which stands between pieces and fills
-    up what is left, counts nothing: where a document ends is not to be known.
+    A piece goes where it leaves the fewest tokens free. End-of-text, which stands between pieces
+    and pads what is left, counts nothing: where a document ends is not to be known.
     """
     size = config.sequence_length - 1  # beside the end-of-text before it
     bundles: list[list[Piece]] = []
-    with_room: list[list[list[Piece]]] = [[] for _ in range(size + 1)]
+    by_free: list[list[list[Piece]]] = [[] for _ in range(size + 1)]
     for piece in pieces:
         needed = len(piece[0])
-        room = next((room for room in range(needed, size + 1) if with_room[room]), size)
-        if with_room[room]:
-            bundle = with_room[room].pop()
+        free = next((n for n in range(needed, size + 1) if by_free[n]), size)
+        if by_free[free]:
+            bundle = by_free[free].pop()
         else:
             bundle = []
             bundles.append(bundle)
         bundle.append(piece)
-        with_room[max(0, room - needed - 1)].append(bundle)
+        by_free[max(0, free - needed - 1)].append(bundle)
     tokens = np.full((len(bundles), size), tokenizer.end_of_text_id, np.int32)
     weights = np.zeros((len(bundles), size), np.float32)
     for row, bundle in enumerate(bundles):

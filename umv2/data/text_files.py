@@ -73,7 +73,7 @@ def _documents(
             " all of it is one document"
         )
     if name.endswith((".jsonl", ".ndjson", ".json")):
-        return _json_records(path, opener, text_field, may_be_whole=name.endswith(".json"))
+        return _json_records(path, opener, text_field, may_be_one_value=name.endswith(".json"))
     return _whole_file(path, opener)
 
 
@@ -120,7 +120,7 @@ def _whole_file(path: Path, opener: Callable[[Path], BinaryIO]) -> Iterator[str]
 
 
 def _json_records(
-    path: Path, opener: Callable[[Path], BinaryIO], text_field: str, *, may_be_whole: bool
+    path: Path, opener: Callable[[Path], BinaryIO], text_field: str, *, may_be_one_value: bool
 ) -> Iterator[str]:
     offset = 0
     with opener(path) as file:
@@ -128,10 +128,10 @@ def _json_records(
             text = _text(path, line, offset)
             place = f"{path}: line {number} (byte offset {offset})"
             if text.strip():
-                if may_be_whole and not _is_record(text):
-                    yield from _json_whole(path, opener, text_field)
+                if may_be_one_value and not _is_record(text):
+                    yield from _json_value(path, opener, text_field)
                     return
-                may_be_whole = False
+                may_be_one_value = False
                 yield _text_of(_parsed(text, place), text_field, place)
             offset += len(line)
 
@@ -143,7 +143,7 @@ def _is_record(line: str) -> bool:
         return False
 
 
-def _json_whole(path: Path, opener: Callable[[Path], BinaryIO], text_field: str) -> Iterator[str]:
+def _json_value(path: Path, opener: Callable[[Path], BinaryIO], text_field: str) -> Iterator[str]:
     with opener(path) as file:
         value = _parsed(_text(path, file.read()), str(path))
     for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
@@ -176,10 +176,11 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
             )
         if schema.names.count(text_field) > 1:
             raise DataError(f"{path}: several columns data.text_field={text_field!r}")
-        kind = schema.field(text_field).type
-        if not _holds_text(kind):
+        column_type = schema.field(text_field).type
+        if not _holds_text(column_type):
             raise DataError(
-                f"{path}: column data.text_field={text_field!r} holds {kind}, and not strings"
+                f"{path}: column data.text_field={text_field!r} holds {column_type}, and not"
+                " strings"
             )
         row = 0
         for batch in file.iter_batches(columns=[text_field]):
@@ -193,7 +194,11 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
                 row += 1
 
 
-def _holds_text(kind: pyarrow.DataType) -> bool:
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+def _holds_text(column_type: pyarrow.DataType) -> bool:
+    if types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    return (
+        types.is_string(column_type)
+        or types.is_large_string(column_type)
+        or types.is_string_view(column_type)
+    )

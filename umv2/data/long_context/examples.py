@@ -1,4 +1,4 @@
-"""What the tasks share: documents, the examples that they become, and how splits stay apart."""
+"""What all tasks use: documents, the examples that they become, and how splits stay apart."""
 
 import dataclasses
 import string
@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, its answer, and where in the context the answer is found.
+    """A question, its answer, and where in the context the answer stands.
 
     Attributes:
       prompt: text before the answer.
@@ -138,7 +138,7 @@ def make_example(
     Args:
       task: one of TASKS.
       split: examples of different splits are drawn independently.
-      seed: of the whole split.
+      seed: of the split.
       index: of the example.
       length: tokens that it may have; it has nearly as many where the task's pieces are short.
       tokenizer: of the text.
@@ -189,17 +189,17 @@ def names(count: int) -> list[str]:
     length = 1
     while len(SYMBOLS) ** length < count:
         length += 1
-    base, found = len(SYMBOLS), []
+    base, made = len(SYMBOLS), []
     for number in range(base**length):
         digits = (number // base**place % base for place in range(length))
-        found.append("".join(SYMBOLS[digit] for digit in digits))
-    return found
+        made.append("".join(SYMBOLS[digit] for digit in digits))
+    return made
 
 
 def _cut(
     texts: Sequence[str], limit: int, size: Callable[[str], int], rng: np.random.Generator
 ) -> str:
-    """Cuts whole lines of at most `limit` tokens out of texts, going on from text to text."""
+    """Cuts complete lines of at most `limit` tokens out of texts, going on from text to text."""
     lines: list[str] = []
     used = misses = 0
     while limit - used >= _SHORTEST_FILLER and misses < 100:

@@ -38,29 +38,29 @@ def write(brief: Brief) -> Document:
     document = Document()
     fact = brief.size("The color of Greta is green.\n")
     question = brief.size("The color of Greta is? ") + brief.size("green") + brief.size("\n")
-    room = int(brief.length * (1 - _QUESTIONS))
-    wanted = max(2, int(room * _FACTS) // fact)
+    budget = int(brief.length * (1 - _QUESTIONS))
+    wanted = max(2, int(budget * _FACTS) // fact)
     rounds = -(-wanted // (len(_NAMES) * len(_VALUES)))
     names = [name + ("" if i == 0 else str(i)) for i in range(rounds) for name in _NAMES]
     subjects = brief.sample(list(itertools.product(names, _VALUES)), wanted)
-    told: list[tuple[str, str, str, int]] = []
+    facts: list[tuple[str, str, str, int]] = []
     used = 0
     while subjects:
-        told_next = brief.rng.random() < _FACTS or not told
-        if told_next:
+        states_fact = brief.rng.random() < _FACTS or not facts
+        if states_fact:
             name, attribute = subjects.pop()
             value = brief.pick(_VALUES[attribute])
             text = f"The {attribute} of {name} is {value}.\n"
         else:
             text = brief.pick(_FILLER)
-        if used + brief.size(text) > room and told:
+        if used + brief.size(text) > budget and facts:
             break
         place = document.add(text)
         used += brief.size(text)
-        if told_next:
-            told.append((name, attribute, value, place))
+        if states_fact:
+            facts.append((name, attribute, value, place))
     asked = max(1, (brief.length - used) // question)
-    for name, attribute, value, place in brief.sample(told, asked):
+    for name, attribute, value, place in brief.sample(facts, asked):
         chance = 1 / len(_VALUES[attribute])
         prompt = f"The {attribute} of {name}? "
         if used + brief.size(prompt) + brief.size(value) + 1 > brief.length:

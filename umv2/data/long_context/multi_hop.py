@@ -17,11 +17,11 @@ def write(brief: Brief) -> Document:
     document = Document()
     links = _MOST_HOPS
     fact, question = brief.size("a in b\n"), brief.size("a+2? ") + 2 * brief.size("b")
-    room = int(brief.length * (1 - _QUESTIONS))
-    count = max(2, room // (links * fact))
+    budget = int(brief.length * (1 - _QUESTIONS))
+    count = max(2, budget // (links * fact))
     labels = names(count * (links + 1))
     extra = 2 * (brief.size(labels[0]) - brief.size("a"))
-    count = max(2, room // (links * (fact + extra)))
+    count = max(2, budget // (links * (fact + extra)))
     things = brief.sample(labels, count * (links + 1))
     chains = [things[i * (links + 1) : (i + 1) * (links + 1)] for i in range(count)]
     facts = [pair for chain in chains for pair in itertools.pairwise(chain)]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from umv2.config import DataConfig
 from umv2.config.data import SOURCE_RULES
-from umv2.data.documents import MemmapDocuments
 from umv2.data.paths import matching_files
 from umv2.data.shards import ArrayRecordDocuments
 from umv2.data.sources.entry import OpenedTokens, TextSource, TokenSource, Vocabulary
 from umv2.data.text_files import file_documents
+from umv2.data.token_files import MemmapDocuments
 
 
 def _text_files(config: DataConfig) -> dict[str, Path]:
