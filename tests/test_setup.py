@@ -209,7 +209,7 @@ def test_the_wheel_brings_the_command_the_configurations_and_its_types(
         of_installed(installed, tmp_path, "umv2", f"--config={given}:moe", "--mode=inspect")
         for given in ("tiny", "mine.py")
     )
-    assert 'model.family = "moe"' in by_name
+    assert 'model.ffn = "moe"' in by_name
     assert of_user == by_name
     program = (
         "import importlib.resources, umv2; from umv2.configs import paper_1b_7b;"

@@ -208,17 +208,25 @@ CONTRADICTIONS = [
         },
         "data.long_context.num_documents=1: mixes documents with text",
     ),
-    ({"model.ffn_size": 0}, "model.ffn_size=0: must be >= 1 in family 'memory'"),
-    ({"model.family": "dense", "model.ffn_size": 0}, "model.ffn_size=0: must be >= 1"),
+    ({"model.ffn_size": 0}, "model.ffn_size=0: must be >= 1 where model.ffn is 'dense'"),
     (
-        {"model.family": "moe", "model.moe.top_k": 65},
+        {MEMORY + "layer": "none", "model.ffn_size": 0},
+        "model.ffn_size=0: must be >= 1 where model.ffn is 'dense'",
+    ),
+    ({"model.ffn": "none"}, "model.ffn_size=512: must be 0 where model.ffn is 'none'"),
+    (
+        {"model.ffn": "none", "model.ffn_size": 0, MEMORY + "layer": "none"},
+        "model.ffn='none': a block needs an FFN or a memory, and model.memory.layer is 'none'",
+    ),
+    (
+        {"model.ffn": "moe", "model.moe.top_k": 65},
         "model.moe.top_k=65: must be at most num_experts = 64",
     ),
-    ({"loss.load_balance": 0.1}, "loss.load_balance=0.1: needs experts, but .* 'memory'"),
+    ({"loss.load_balance": 0.1}, "loss.load_balance=0.1: needs experts, but model.ffn is 'dense'"),
     ({"loss.router_z_loss": 0.1}, "loss.router_z_loss=0.1: needs experts"),
     (
-        {"model.family": "moe", "loss.balance_loss": 0.1},
-        "loss.balance_loss=0.1: needs memory layers, but model.family is 'moe'",
+        {"model.ffn": "moe", MEMORY + "layer": "none", "loss.balance_loss": 0.1},
+        "loss.balance_loss=0.1: needs memory layers, but model.memory.layer is 'none'",
     ),
     ({MEMORY + "scoring": "sum"}, "scoring='sum': .* tucker_rank = 1 and num_cores = 1"),
     (
@@ -306,11 +314,11 @@ CONTRADICTIONS = [
     ({"mesh.replica": 0}, "mesh.replica=0: must be >= 1, or -1 for all devices"),
     ({"mesh.replica": -2}, "mesh.replica=-2: must be >= 1, or -1 for all devices"),
     (
-        {"model.family": "dense", "loss.balance_loss": 0.1},
-        "loss.balance_loss=0.1: needs memory layers, but model.family is 'dense'",
+        {MEMORY + "layer": "none", "loss.balance_loss": 0.1},
+        "loss.balance_loss=0.1: needs memory layers, but model.memory.layer is 'none'",
     ),
     (
-        {"model.family": "dense", "loss.tucker_penalty": 0.1},
+        {MEMORY + "layer": "none", "loss.tucker_penalty": 0.1},
         "loss.tucker_penalty=0.1: needs memory layers",
     ),
     (
@@ -336,7 +344,12 @@ def test_values_that_contradict_each_other_are_named(
         {MEMORY + "scoring": "sum", MEMORY + "tucker_rank": 1, MEMORY + "num_cores": 1},
         {MEMORY + "sharing": "block", MEMORY + "share_group": 4},
         {MEMORY + "read_layers": (1, 3), MEMORY + "write_layers": (4, 4)},
-        {"model.family": "dense", MEMORY + "shortlist": 1000},  # nothing reads it
+        {MEMORY + "layer": "none", MEMORY + "shortlist": 1000},  # nothing reads it
+        {"model.moe.top_k": 65},  # nor this
+        {"model.ffn": "moe"},  # beside a shared expert of ffn_size
+        {"model.ffn": "moe", "model.ffn_size": 0},
+        {"model.ffn": "moe", "loss.load_balance": 0.1, "loss.balance_loss": 0.1},
+        {"model.ffn": "none", "model.ffn_size": 0},
         {"optimizer.warmup_steps": 199},
         {
             "optimizer.schedule": "constant_then_cosine",
@@ -478,7 +491,7 @@ def test_placements_count_from_zero_and_default_to_every_block() -> None:
     assert from_config_dict(base_dict()).model.placements == ((0, 0), (1, 1), (2, 2), (3, 3))
     placed = with_changes({MEMORY + "read_layers": (1, 2), MEMORY + "write_layers": (2, 4)})
     assert from_config_dict(placed).model.placements == ((0, 1), (1, 3))
-    assert from_config_dict(with_changes({"model.family": "dense"})).model.placements == ()
+    assert from_config_dict(with_changes({MEMORY + "layer": "none"})).model.placements == ()
 
 
 def test_no_number_is_infinite() -> None:

@@ -40,7 +40,7 @@ def test_a_name_is_a_file_of_configs(name: str) -> None:
 
 def test_a_family_follows_the_colon_of_a_name_and_of_a_path_with_colons(tmp_path: Path) -> None:
     moe = config_files.read("tiny:moe", "--config")
-    assert moe.model.family == "moe"
+    assert (moe.model.ffn, moe.model.memory.layer) == ("moe", "none")
     (tmp_path / "a:b").mkdir()
     path = tmp_path / "a:b" / "tiny.py"
     path.write_text((ROOT / "configs/tiny.py").read_text())
@@ -196,7 +196,8 @@ def test_a_file_that_cannot_be_read_is_named(
         ("optimizer.learning_rate", ["1e-3"], 1e-3),
         ("model.scan_layers", ["False"], False),
         ("model.scan_layers", ["true"], True),
-        ("model.family", ["dense"], "dense"),
+        ("model.ffn", ["none"], "none"),
+        ("model.memory.layer", ["mine:Layer"], "mine:Layer"),
         ("data.tokenizer", ["a b=c.json"], "a b=c.json"),
         ("data.text_field", ["日本語"], "日本語"),
         ("data.text_field", ["1"], "1"),
@@ -262,7 +263,7 @@ def test_an_override_that_cannot_be_is_one_line(path: str, text: str, expected: 
         ("seed", "-1", "seed=-1: must be >= 0"),
         ("optimizer.learning_rate", "nan", "optimizer.learning_rate=nan"),
         ("optimizer.learning_rate", "inf", "optimizer.learning_rate=inf"),
-        ("model.family", "moee", "must be one of 'dense', 'memory', 'moe' (nearest: moe)"),
+        ("model.ffn", "moee", "must be one of 'dense', 'moe', 'none' (nearest: moe)"),
         ("data.paths", "(1, 2)", "data.paths=1: must be of type str, not int"),
         ("evaluation.long_context.lengths", "(256, 1.5)", "lengths=1.5: must be of type int"),
         ("evaluation.long_context.tasks", "neeedle", "(nearest: needle)"),

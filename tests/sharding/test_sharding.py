@@ -1,6 +1,7 @@
 """The mesh: its sizes, what divides which array, and what crosses devices."""
 
 import math
+import typing
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from configs import tiny
 from tests import meshes
 from umv2 import kernels, sharding
 from umv2.config import ConfigError, from_config_dict
+from umv2.model.parameter import Axis, path_name
 from umv2.planning.hlo import collectives
+from umv2.training import state
 
 ALL = {"fsdp": 2, "memory": 2, "tensor": 2}
 
@@ -37,7 +40,11 @@ def test_replicas_take_the_devices_that_the_other_axes_leave() -> None:
     ("axes", "batch_size", "message"),
     [
         ({"memory": 16}, 16, "mesh.memory=16: needs 16 devices, more than the 8"),
-        ({"fsdp": 2, "memory": 2}, 6, "4 shares .* must divide every batch, .* 6 .*; 8 would do"),
+        (
+            {"fsdp": 2, "memory": 2},
+            6,
+            "multiple of its 4 shards .* one has 6 sequences .*; 8 would do",
+        ),
     ],
 )
 def test_an_impossible_mesh_is_named(axes: Any, batch_size: int, message: str) -> None:
@@ -63,26 +70,101 @@ def test_a_size_that_an_axis_does_not_divide_is_named_with_one_that_it_does(
         from_config_dict(values)
 
 
-def test_parameters_and_their_moments_are_divided_alike() -> None:
-    sizes = {"replica": 1, "fsdp": 2, "memory": 4, "tensor": 2}
-    for parameter in ("params/blocks/ffn/down", "optimizer/model/0/mu/blocks/ffn/down"):
-        spec = sharding.partition(parameter, (4, 32, 16), rules(), sizes)
-        assert spec == PartitionSpec(None, "tensor", "fsdp")
-    for table in ("store/values", "optimizer/store/0/nu/values"):
-        spec = sharding.partition(table, (4, 64, 16), rules(table_sharding="rows"), sizes)
-        assert spec == PartitionSpec(None, "memory", None)
-    both = rules(parameters="fsdp_and_memory")
-    assert sharding.partition("params/head", (64, 16), both, sizes) == PartitionSpec(
-        "tensor", ("fsdp", "memory")
-    )
+SIZES = {"replica": 1, "fsdp": 2, "memory": 4, "tensor": 2}
 
 
-def test_an_axis_that_would_divide_two_dimensions_is_a_collision() -> None:
-    sizes = {"replica": 1, "fsdp": 2, "memory": 4, "tensor": 2}
+@pytest.mark.parametrize(
+    ("axes", "fields", "expected"),
+    [
+        ((None, "ffn", "hidden"), {}, (None, "tensor", "fsdp")),
+        (("vocabulary", "hidden"), {}, ("tensor", "fsdp")),
+        (
+            ("vocabulary", "hidden"),
+            {"parameters": "fsdp_and_memory"},
+            ("tensor", ("fsdp", "memory")),
+        ),
+        ((None, "expert_hidden", "expert"), {}, (None, "fsdp", ("memory", "tensor"))),
+        (("table", "row", "column"), {"table_sharding": "rows"}, (None, "memory", None)),
+        (("table", "row", "column"), {"table_sharding": "columns"}, (None, None, "memory")),
+        ((None,), {}, (None,)),
+        ((), {}, ()),
+    ],
+)
+def test_rules_shard_the_axes_that_are_declared(
+    axes: tuple[str | None, ...], fields: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    assert sharding.partition(axes, rules(**fields), SIZES, name="x") == PartitionSpec(*expected)
+
+
+def test_an_axis_of_one_device_shards_nothing() -> None:
+    sizes = SIZES | {"tensor": 1}
+    found = sharding.partition(("ffn", "hidden"), rules(), sizes, name="x")
+    assert found == PartitionSpec(None, "fsdp")
+
+
+def test_every_axis_that_a_parameter_may_have_is_sharded_by_a_rule() -> None:
+    assert set(rules()) == set(typing.get_args(Axis))
+    with pytest.raises(ValueError, match="params/x: no rule shards axis 'depth'"):
+        sharding.partition(("hidden", "depth"), rules(), SIZES, name="params/x")
+
+
+@pytest.mark.parametrize("family", ["ultramem_v2", "moe"])
+def test_parameters_and_their_moments_are_sharded_alike(family: str) -> None:
+    values = tiny.get_config(family)
+    values.model.vocab_size = 264
+    values.model.moe.expert_size = 48
+    values.mesh.update(fsdp=2, memory=2, tensor=2, table_sharding="rows")
+    config = from_config_dict(values)
+    with jax.set_mesh(sharding.create_mesh(config.mesh)):
+        abstract = state.abstract_state(config)
+    of_weights = {
+        name: leaf.sharding.spec
+        for name, leaf in abstract.weights.named().items()
+        if not name.startswith("buffers/")
+    }
+    assert of_weights["params/embedding"] == PartitionSpec("tensor", "fsdp")
+    assert of_weights["params/final_norm/weight"] == PartitionSpec(None)
+    if family == "moe":
+        experts = PartitionSpec(None, None, "fsdp", ("memory", "tensor"))
+        assert of_weights["params/blocks/moe/up"] == experts
+    else:
+        assert of_weights["params/blocks/ffn/down"] == PartitionSpec(None, "tensor", "fsdp")
+        assert of_weights["store/values"] == PartitionSpec(None, "memory", None)
+    for moment in ("mu", "nu"):
+        of_moments = {
+            f"{prefix}/{name.partition(f'/{moment}/')[2]}": leaf.sharding.spec
+            for prefix, part in (
+                ("params", abstract.optimizer.model),
+                ("store", abstract.optimizer.store),
+            )
+            for name, leaf in named_leaves(part)
+            if f"/{moment}/" in name
+        }
+        assert of_moments == of_weights
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(f"/{path_name(path)}", leaf) for path, leaf in leaves]
+
+
+def test_a_mesh_axis_that_would_shard_two_dimensions_is_a_collision() -> None:
+    axes = (None, None, "expert_hidden", "expert")
     colliding = rules() | {"expert_hidden": ("memory",)}
-    with pytest.raises(ValueError, match="two dimensions of params/sparse/up by one mesh axis"):
-        sharding.partition("params/sparse/up", (2, 8, 16, 32), colliding, sizes)
-    sharding.partition("params/sparse/up", (2, 8, 16, 32), rules(), sizes)
+    with pytest.raises(ValueError, match="params/blocks/moe/up: one mesh axis shards two dimen"):
+        sharding.partition(axes, colliding, SIZES, name="params/blocks/moe/up")
+    sharding.partition(axes, rules(), SIZES, name="params/blocks/moe/up")
+
+
+def test_tables_whose_layout_is_still_to_be_chosen_are_not_sharded() -> None:
+    values = tiny.get_config()
+    values.mesh.update(memory=2, replica=4)
+    config = from_config_dict(values)
+    with (
+        jax.set_mesh(sharding.create_mesh(config.mesh)),
+        pytest.raises(ValueError, match=r"mesh\.table_sharding='auto': choose before"),
+    ):
+        state.abstract_state(config)
 
 
 def test_products_and_lookups_of_divided_parameters_are_those_of_whole_ones() -> None:

@@ -121,9 +121,11 @@ def map_declared[T](
       other: in place of all other arrays.
     """
     values = _of_weights(config, function)
-    moments = create_optimizer(config).map_moments(
-        lambda value: value, state.optimizer, values, other
-    )
+    # optax makes step counts on the way, and the devices of a mesh need not be attached.
+    with jax.set_mesh(None):
+        moments = create_optimizer(config).map_moments(
+            lambda value: value, state.optimizer, values, other
+        )
     parts = (
         (state.step, other),
         (state.params, values.params),
