@@ -125,6 +125,16 @@ def test_one_entry_adds_a_source_of_tokens(config: DataConfig) -> None:
         text_documents(squares)
 
 
+def test_shards_know_the_fields_that_their_source_needs(config: DataConfig, tmp_path: Path) -> None:
+    rule = SourceRule("stream", needs={"memmap_dtype": "a type"})
+    sources.register(TextSource("feed", documents=lambda config: iter(["one"]), rule=rule))
+    feed = dataclasses.replace(config, source="feed")
+    prepare(feed, tmp_path, num_processes=1)
+    other = dataclasses.replace(feed, memmap_dtype="uint32")
+    with pytest.raises(DataError, match=r"another job: origin\.memmap_dtype: 'uint16' -> 'uint32'"):
+        prepare(other, tmp_path, num_processes=1)
+
+
 def test_a_source_that_streams_is_only_prepared(config: DataConfig) -> None:
     sources.register(
         TextSource("feed", documents=lambda config: iter(["one"]), rule=SourceRule("stream"))

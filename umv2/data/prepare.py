@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -33,13 +34,23 @@ from umv2.data.shards import (
     shard_name,
     some,
 )
-from umv2.data.sources import source_files, text_documents
+from umv2.data.sources import resolve, source_files, text_documents
 from umv2.data.split import training_texts
 from umv2.data.token_files import little_endian
 from umv2.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 
 _SHARD_BYTES = 64 << 20
 _LOCK_NAME = ".lock"
+# Fields that say where text comes from, beside those that its source needs. The manifests of all
+# folders name these, whatever their source, and a folder whose manifest differs is refused.
+_ORIGIN_FIELDS = (
+    "source",
+    "paths",
+    "text_field",
+    "hugging_face_name",
+    "hugging_face_config",
+    "hugging_face_split",
+)
 
 Job = tuple[Path, list[bytes], UInt64[np.ndarray, "n"]]  # a shard to write, its texts, their hashes
 
@@ -64,6 +75,7 @@ def prepare(
     is; if files of text were changed since, what they say now is compared with it.
 
     Raises:
+      ConfigError: there is no such source, or a field breaks its rule.
       DataError: for text that cannot be read, or a folder of another job or of other text.
       files.FileError: what the disk or the folder refuses, or another process that works there.
     """
@@ -73,15 +85,7 @@ def prepare(
         vocab_size=tokenizer.vocab_size,
         end_of_text_id=tokenizer.end_of_text_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        origin={
-            "source": config.source,
-            "paths": list(config.paths),
-            "text_field": config.text_field,
-            "hugging_face_name": config.hugging_face_name,
-            "hugging_face_config": config.hugging_face_config,
-            "hugging_face_split": config.hugging_face_split,
-            "shard_bytes": shard_bytes,
-        },
+        origin=_origin(config) | {"shard_bytes": shard_bytes},
         num_shards=0,
         num_documents=0,
         sources={
@@ -101,6 +105,13 @@ def prepare(
         recipe["data.end_of_text_id"] = str(config.end_of_text_id)
     logging.info("to train on it: %s", shlex.join(f"--config.{k}={v}" for k, v in recipe.items()))
     return manifest
+
+
+def _origin(config: DataConfig) -> dict[str, Any]:
+    """Returns the fields that say where text comes from, with tuples as lists, as in JSON."""
+    names = dict.fromkeys((*_ORIGIN_FIELDS, *resolve(config).rule.needs))
+    values = {name: getattr(config, name) for name in names}
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in values.items()}
 
 
 def _prepare(
@@ -164,6 +175,7 @@ def train_tokenizer(config: DataConfig, output_path: Path, vocab_size: int) -> N
     """Trains a byte-level BPE on the training side of a text source and writes it.
 
     Raises:
+      ConfigError: there is no such source, or a field breaks its rule.
       DataError: for text that cannot be read, or a vocabulary too small for the bytes.
       files.FileError: the file cannot be written.
     """
