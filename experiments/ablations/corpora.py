@@ -144,18 +144,18 @@ def answers(workdir: Path) -> dict[str, Any]:
     from umv2.config import from_config_dict
     from umv2.data.corpus import open_corpus
     from umv2.training import checkpoint
-    from umv2.training.state import merge_model, model_structure
 
     folder = workdir / "checkpoints"
     config = from_config_dict(checkpoint.saved_config(folder))
     restored = checkpoint.restore_for_inference(folder, config)
-    model = merge_model(model_structure(config.model), restored.params, restored.buffers)
+    weights = restored.weights
+    model = weights.model(config.model)
     corpus = open_corpus(config.data, config.model.vocab_size)
     texts = [text.decode() for text in corpus.held_out_texts or ()]
 
     @jax.jit
     def likeliest(tokens: Any) -> Any:
-        return model(tokens, store=restored.store, segment_ids=None).logits.argmax(axis=-1)
+        return model(tokens, store=weights.store, segment_ids=None).logits.argmax(axis=-1)
 
     right: dict[int, int] = defaultdict(int)
     asked: dict[int, int] = defaultdict(int)

@@ -38,6 +38,15 @@ _BOOKKEEPING = {
 # stored run with another value is no arm's.
 _REMOVED: dict[str, Any] = {}
 
+# What a field that is gone said, in the fields that took its place: by path, then by value.
+_REPLACED: dict[str, dict[Any, dict[str, Any]]] = {
+    "model.family": {
+        "dense": {"model.ffn": "dense", "model.memory.layer": "none"},
+        "memory": {"model.ffn": "dense", "model.memory.layer": "product_key"},
+        "moe": {"model.ffn": "moe", "model.memory.layer": "none"},
+    }
+}
+
 _NUMBER = (int, float)
 _MAYBE_NUMBER = (int, float, type(None))  # None: it was not finite
 # What the lines of each kind hold; there is one line about the run and one about its end.
@@ -208,7 +217,11 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields by path, those that the configuration has not at their defaults."""
-    fields = _flat(plain(base.get_config())) | _REMOVED | _flat(config)
+    given = _flat(config)
+    for path, meanings in _REPLACED.items():
+        if path in given:
+            given |= meanings.get(value := given.pop(path), {path: value})
+    fields = _flat(plain(base.get_config())) | _REMOVED | given
     return {path: value for path, value in fields.items() if path not in _BOOKKEEPING}
 
 

@@ -165,7 +165,7 @@ def _head(job: Job, seed: int, config: Any) -> dict[str, Any]:
         "forward_flops_per_token": sum(
             accounting.forward_flops_per_token(config.model, length).values()
         ),
-        "values_read": counts.selected if config.model.family == "memory" else None,
+        "values_read": counts.selected if config.model.placements else None,
         "decode_bytes": {
             str(batch): traffic.decode_bytes(config.model, batch, length).without_cache
             for batch in (1, 64)

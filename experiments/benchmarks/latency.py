@@ -48,11 +48,11 @@ class Family:
 
         from umv2.inference import serving
         from umv2.inference.sampling import Sampling
-        from umv2.training.state import create_model
+        from umv2.model import weights
 
         self.label, self.config = label, config
         abstract = jax.eval_shape(
-            lambda: serving.serve(*create_model(self.config, jax.random.key(0)))
+            functools.partial(serving.serve, self.config), weights.abstract(self.config)
         )
         self.served = jax.tree_util.tree_map_with_path(random_array, abstract)
         self.sampling = Sampling(0.0, 0, 1.0, self.config.vocab_size)

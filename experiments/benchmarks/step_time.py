@@ -54,20 +54,19 @@ class Step:
         from umv2.cost import accounting
         from umv2.data import loader
         from umv2.data.corpus import open_corpus
-        from umv2.training import optim, train
-        from umv2.training.state import create_state, model_structure
+        from umv2.training import train
+        from umv2.training.state import create_state
 
         config = from_config_dict(values)
         corpus = open_corpus(config.data, config.model.vocab_size)
         batches = loader.train_batches(
             corpus, config.data, batch_size=config.train.batch_size, start_step=0
         )
-        optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
         self._mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
         with jax.set_mesh(self._mesh):
-            self._state = jax.jit(lambda: create_state(config, optimizer))()
+            self._state = jax.jit(lambda: create_state(config))()
             self._batch = sharding.local_to_global(self._mesh, next(batches))
-            step = train.make_train_step(config, model_structure(config.model), optimizer)
+            step = train.make_train_step(config)
             start = time.perf_counter()
             lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
             self._compiled = lowered.compile()
@@ -118,7 +117,7 @@ def variants(names: list[str], config: ConfigDict, given: str) -> dict[str, Conf
                 widen_to_active_parameters(copy, config)
                 found[f"dense, ffn_size={copy.model.ffn_size}"] = copy
             case "plain_experts":
-                if config.model.family != "moe":
+                if config.model.ffn != "moe":
                     raise ConfigError(
                         f"--variants={name}: --config={given} has no experts; name one of moe"
                     )
@@ -142,7 +141,9 @@ def widen_to_active_parameters(dense: ConfigDict, config: ConfigDict) -> None:
     from umv2.config import from_config_dict
     from umv2.cost import accounting
 
-    dense.model.family = "dense"
+    dense.model.ffn = "dense"
+    dense.model.memory.layer = "none"
+    dense.model.ffn_size = max(1, dense.model.ffn_size)
     active = accounting.parameter_counts(from_config_dict(config).model).active
     missing = active - accounting.parameter_counts(from_config_dict(dense).model).active
     dense.model.ffn_size += round(

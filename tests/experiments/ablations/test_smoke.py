@@ -13,9 +13,8 @@ import pytest
 from experiments.ablations import run
 from umv2 import sharding
 from umv2.config import from_config_dict
-from umv2.training import optim
 from umv2.training import train as training
-from umv2.training.state import abstract_state, model_structure
+from umv2.training.state import abstract_state
 from umv2.types import Batch
 
 ROOT = Path(__file__).parents[3]
@@ -74,11 +73,10 @@ def test_the_training_step_of_every_arm_traces() -> None:
         config = from_config_dict(job.values)
         mesh = sharding.create_mesh(config.mesh, config.train.batch_size, devices=jax.devices()[:1])
         with jax.set_mesh(mesh):
-            optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-            state = abstract_state(config, optimizer)
+            state = abstract_state(config)
             shape = (config.train.batch_size, config.data.sequence_length)
             ids, ones = np.zeros(shape, np.int32), np.ones(shape, np.float32)
             batch = sharding.local_to_global(mesh, Batch(ids, ids, ids, ones))
-            step = training.make_train_step(config, model_structure(config.model), optimizer)
+            step = training.make_train_step(config)
             _, metrics = jax.eval_shape(step, state, batch)
         assert metrics.loss.shape == (), job.names
