@@ -21,6 +21,16 @@ def vary_alike[T](arrays: T, axes: tuple[str, ...] = ()) -> T:
     return common.vary_alike(arrays, axes=axes)
 
 
+def fix_signs(
+    u: Float[Array, "*heads r"],
+    v: Float[Array, "*heads r"],
+    previous_u: Float[Array, "*heads r"],
+    previous_v: Float[Array, "*heads r"],
+) -> tuple[Float[Array, "*heads r"], Float[Array, "*heads r"]]:
+    """Returns u and v with the sign that `product_key_top_k` needs: see `kernels_pallas`."""
+    return kernels_pallas.fix_signs(u, v, previous_u, previous_v)
+
+
 def product_key_top_k(
     query: Float[Array, "query_heads 2 query_ranks t q"],
     keys: Float[Array, "h 2 r n q"],

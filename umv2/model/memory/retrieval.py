@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from umv2 import kernels
+
 QueryLayout = Literal["per_rank", "shared", "per_head", "released"]
 
 
@@ -164,9 +166,9 @@ def balance_loss(mass: Float[Array, "2 n"], counts: Float[Array, "2 n"]) -> Floa
     p is the mean softmax of the shortlist score, f the share of a key among all picks; each sums
     to 1, so that perfect balance gives 1 a side.
     """
-    share = counts / counts.sum(axis=-1, keepdims=True)
+    fraction = counts / counts.sum(axis=-1, keepdims=True)
     mean = mass / jax.lax.stop_gradient(mass.sum(axis=-1, keepdims=True))
-    return mass.shape[-1] * jnp.sum(share * mean)
+    return mass.shape[-1] * jnp.sum(fraction * mean)
 
 
 def core_vectors(
@@ -180,14 +182,7 @@ def core_vectors(
     distance; where the previous pair is zero (there is none), the one with sum(u) >= 0.
     """
     left, _, right = jnp.linalg.svd(cores.sum(axis=0))
-    u, v = left[..., :, 0], right[..., 0, :]
-    distance = jnp.abs(u - previous_u) + jnp.abs(v - previous_v)
-    flipped = jnp.abs(u + previous_u) + jnp.abs(v + previous_v)
-    closer = flipped.sum(-1, keepdims=True) - distance.sum(-1, keepdims=True)
-    first = jnp.all(previous_u == 0, axis=-1, keepdims=True)
-    preference = jnp.where(first, u.sum(-1, keepdims=True), closer)
-    sign = jnp.where(preference < 0, -1.0, 1.0).astype(u.dtype)
-    return u * sign, v * sign
+    return kernels.fix_signs(left[..., :, 0], right[..., 0, :], previous_u, previous_v)
 
 
 def tucker_penalty(cores: Float[Array, "*l c h r r"], margin: float) -> Float[Array, ""]:
