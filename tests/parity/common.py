@@ -16,7 +16,7 @@ from umv2 import kernels
 from umv2.config import from_config_dict
 from umv2.model.memory import retrieval, store
 from umv2.model.memory.layer import MemoryLayer
-from umv2.types import LayerStats
+from umv2.model.slots import MemoryStats, Observe
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -40,13 +40,13 @@ OBSERVED: list[tuple[ModuleType, str]] = [
 
 def observe(
     layer: MemoryLayer, x: jax.Array, window: store.StoreWindow
-) -> tuple[jax.Array, LayerStats, dict[str, Any]]:
+) -> tuple[jax.Array, MemoryStats, dict[str, Any]]:
     """Runs a memory layer and returns its results, and what the functions inside returned."""
     seen: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         for module, name in OBSERVED:
             patch.setattr(module, name, _observed(getattr(module, name), seen))
-        y, stats = layer(x, store=window)
+        y, stats = layer(x, window=window, observe=Observe(health=True, key_balance=True))
     seen["top_k"] = jax.lax.top_k(seen["shortlist_scores"], layer.config.shortlist)
     seen["scores"], seen["grid"] = seen.pop("product_key_top_k")
     return y, stats, seen
@@ -94,8 +94,7 @@ def small_model(dtype: Dtype, *, hidden_size: int, epsilon: float = 1e-5, **memo
     model = config.model
     model.hidden_size, model.norm_epsilon, model.compute_dtype = hidden_size, epsilon, dtype
     model.num_heads = model.num_key_value_heads = 1
-    # `released` spares the calibration: every parameter is replaced.
-    model.memory.update({"initialization": "released", **memory})
+    model.memory.update(memory)
     return from_config_dict(config).model
 
 

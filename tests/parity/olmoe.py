@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import base
 from tests.parity.common import (
     GOLDEN,
     Arrays,
@@ -23,10 +24,12 @@ from tests.parity.common import (
     run_with_gradients,
     small_model,
 )
+from umv2.config import from_config_dict
 from umv2.interop import olmoe
 from umv2.model.moe import layer as moe
+from umv2.model.parameter import ABSTRACT
+from umv2.model.slots import Observe
 from umv2.training import losses
-from umv2.training.state import merge_model, model_structure
 
 # Golden name of each array of a block's attention and norms: ours, and whether it is a matrix.
 BLOCK = {
@@ -46,7 +49,7 @@ def run_block(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
     given_config, g = meta["config"], golden["g"]
     assert given_config["hidden_act"] == "silu"
     config = dataclasses.replace(
-        small_model(dtype, hidden_size=given_config["hidden_size"]), family="moe", ffn_size=0
+        small_model(dtype, hidden_size=given_config["hidden_size"]), ffn="moe", ffn_size=0
     )
     sizes = dataclasses.replace(
         config.moe,
@@ -58,7 +61,7 @@ def run_block(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
     config = dataclasses.replace(config, moe=sizes)
 
     def forward(given: Traced, x: jax.Array) -> tuple[Traced, dict[str, Any]]:
-        layer = moe.MixtureOfExperts(config, key=jax.random.key(0))
+        layer = moe.MixtureOfExperts(config, init=ABSTRACT)
         gate, up = jnp.split(given["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=-1)
         converted = {
             "router": given["gate.weight"].T,
@@ -69,7 +72,8 @@ def run_block(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
         replace_all(layer, nnx.Param, converted)
         with pytest.MonkeyPatch.context() as patch:
             seen = _observe_routing(patch)
-            y, stats = layer(x)
+            y, stats = layer(x, observe=Observe(health=True))
+        assert stats is not None
         objectives = {"output": jnp.sum(y * g), "load_balancing": stats.balance_loss}
         return objectives, {"y": y, **objectives, **seen[0]}
 
@@ -103,23 +107,29 @@ def run_model(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
         folder = pathlib.Path(name)
         shutil.copy(GOLDEN / f"{stem}_config.json", folder / "config.json")
         shutil.copy(GOLDEN / f"{stem}_params_native.safetensors", folder / "model.safetensors")
-        base = small_model(dtype, hidden_size=4)
-        config, params = olmoe.load_olmoe(folder, base, "float32")
+        unsaid = small_model(dtype, hidden_size=4)
+        config, weights = olmoe.load_olmoe(folder, unsaid, "float32")
+    load_balance = dataclasses.replace(
+        from_config_dict(base.get_config()).loss,
+        load_balance=1.0,
+        load_balance_scope="model",
+    )
     # Unrolled, so that what routing sees can be looked at.
     config = dataclasses.replace(config, scan_layers=False)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    graphdef = model_structure(config)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights)
 
     def objectives(params: Any) -> tuple[Traced, dict[str, Any]]:
         with pytest.MonkeyPatch.context() as patch:
             seen = _observe_routing(patch)
             if dtype == "float64":
                 patch.setattr(jax.nn, "dot_product_attention", _wide_attention)
-            output = merge_model(graphdef, params, {})(tokens, store=None)
-        weights = jnp.ones_like(labels[:, 1:], output.logits.dtype)
-        nll, _, count = losses.cross_entropy(output.logits[:, :-1], labels[:, 1:], weights)
-        assert output.stats.sparse is not None
-        balance = losses.load_balance(output.stats.sparse, "model", num_tokens=tokens.size)
+            model = dataclasses.replace(weights, params=params).model(config)
+            output = model(tokens, store=None, observe=Observe(health=True))
+        counted = jnp.ones_like(labels[:, 1:], output.logits.dtype)
+        nll, _, count = losses.cross_entropy(output.logits[:, :-1], labels[:, 1:], counted)
+        terms = model.losses(output.stats, load_balance, num_tokens=tokens.size)
+        balance = terms.pop("load_balance")
+        assert not terms
         scalars = {"loss": nll / count + coefficient * balance, "load_balancing": balance}
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
         return scalars, {"logits": output.logits, "loss_ce": nll / count, **stacked}
@@ -133,7 +143,7 @@ def run_model(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
         }
         return {**scalars, **seen}, gradients
 
-    seen, gradients = jax.device_get(run(params))
+    seen, gradients = jax.device_get(run(weights.params))
     of_balance = _named(gradients["load_balancing"])
     return {
         "logits": seen["logits"],
@@ -178,7 +188,7 @@ def _observe_routing(patch: pytest.MonkeyPatch) -> list[dict[str, jax.Array]]:
 
 def _named(params: dict[str, Any]) -> Arrays:
     """Our parameters, or their gradients, under the names and in the layout of transformers."""
-    blocks, experts = params["blocks"], params["sparse"]
+    blocks, experts = params["blocks"], params["blocks"]["moe"]
     named = {
         "model.embed_tokens.weight": params["embedding"],
         "model.norm.weight": params["final_norm"]["weight"],

@@ -25,6 +25,7 @@ from umv2.config import MemoryConfig
 from umv2.model import layers
 from umv2.model.memory import store
 from umv2.model.memory.layer import MemoryLayer
+from umv2.model.parameter import ABSTRACT
 
 # From the golden layout to ours, given the layer's configuration.
 Convert = Callable[[jax.Array, MemoryConfig], jax.Array]
@@ -208,7 +209,7 @@ def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
             x = layers.rms_norm(x, given[PRE_NORM] + 1, 0.0)
         outputs, seen = jnp.zeros(()), {}
         for prefix, g in cotangents.items():
-            layer = MemoryLayer(config, key=jax.random.key(0))
+            layer = MemoryLayer(config, init=ABSTRACT)
             converted = {}
             for theirs, array in given.items():
                 base = theirs.removeprefix(prefix)

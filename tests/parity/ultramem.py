@@ -21,10 +21,10 @@ from tests.parity.common import (
     small_model,
 )
 from umv2.config import ModelConfig
-from umv2.model import layers
 from umv2.model.memory import retrieval
 from umv2.model.memory.layer import MemoryLayer
 from umv2.model.memory.store import StoreWindow, ValueStore
+from umv2.model.parameter import ABSTRACT, Buffer
 
 TUCKER_MARGIN = 0.15  # fixed in the published code
 QUERY_LAYOUTS = {"v1": "shared", "v2_chunk": "released", "per_rank": "per_rank"}
@@ -52,7 +52,7 @@ def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
 
     # Takes parameters in the golden layout, so that gradients come out in it too.
     def forward(given: Traced, x: jax.Array) -> tuple[Traced, dict[str, Any]]:
-        layer = MemoryLayer(config, key=jax.random.key(0))
+        layer = MemoryLayer(config, init=ABSTRACT)
         tables: dict[str, Any] = {"pre_values": None}
         converted = {}
         for name, array in given.items():
@@ -62,10 +62,11 @@ def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
                 ours, convert = PARAMETERS[name]
                 converted[ours] = convert(array)
         replace_all(layer, nnx.Param, converted)
-        replace_all(layer, layers.Buffer, buffers)
+        replace_all(layer, Buffer, buffers)
         store = ValueStore(**tables)
         window = StoreWindow(store=store, start=meta["derived"]["offset"])
         y, stats, seen = observe(layer, x, window)
+        assert stats.balance_loss is not None
         objectives = {
             "output": jnp.sum(y * g),
             "key_balance": stats.balance_loss,
