@@ -58,7 +58,7 @@ def literal(name: str, width: int | None = None) -> str:
 
 
 def legend_below(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Puts the names of curves below all axes, in as many columns as there is room for."""
+    """Puts the names of curves below all axes, in as many columns as fit."""
     if not handles:
         return
     points = 72 * figure.get_figwidth()

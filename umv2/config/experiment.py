@@ -27,7 +27,7 @@ from umv2.config.training import LossConfig, OptimizerConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole experiment."""
+    """All that an experiment is."""
 
     seed: Seed
     model: ModelConfig
@@ -80,9 +80,9 @@ class Config:
             )
 
     def _validate_divisions(self) -> None:
-        """Raises ConfigError for a size that the axes of the mesh do not divide.
+        """Raises ConfigError for a size that the axes of the mesh cannot shard evenly.
 
-        Value tables are not among them: `cost.exchange` chooses what divides them.
+        Value tables are not among them: `cost.exchange` chooses how they are sharded.
         """
         mesh, model = self.mesh, self.model
         dense = ("fsdp", "memory") if mesh.parameters == "fsdp_and_memory" else ("fsdp",)

@@ -11,7 +11,7 @@ from umv2.config.schema import (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices and how the work is divided over them (`mesh`)."""
+    """The axes of the device mesh, and what they shard (`mesh`)."""
 
     replica: int
     fsdp: Positive

@@ -64,7 +64,7 @@ class MemoryConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Virtual blocks E^2 that the addresses of a layer are divided into."""
+        """Virtual blocks E^2 of the addresses of a layer."""
         return self.key_expansion**2
 
     @property

@@ -1,4 +1,7 @@
-"""Text to batches: sources, tokenizers, the pipeline; `umv2.data.prepare` makes token shards."""
+"""Text to batches: `sources` read, `corpus` splits, `packing` fills rows, `loader` prefetches.
+
+`prepare` makes token shards of text that is too large for memory.
+"""
 
 from umv2.data.corpus import Corpus, load_corpus
 from umv2.data.loader import held_out_batches, train_batches

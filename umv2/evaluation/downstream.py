@@ -80,9 +80,9 @@ def log_likelihoods(
     for context, continuation in pairs:
         if not context:
             raise ValueError("a context needs a token: end-of-text where there is no text")
-        whole = [*context, *continuation][-(max_length + 1) :]
-        wanted = whole[max(1, len(whole) - len(continuation)) :]
-        inputs = whole[:-1] if continuation else whole
+        tokens = [*context, *continuation][-(max_length + 1) :]
+        wanted = tokens[max(1, len(tokens) - len(continuation)) :]
+        inputs = tokens[:-1] if continuation else tokens
         jobs.append((inputs, range(len(inputs) - len(wanted), len(inputs)), wanted))
 
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)

@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Returns the log-probability of each whole text."""
+        """Returns the log-probability of each text."""
         del disable_tqdm
         windows = [
             downstream.rolling_windows(
@@ -267,10 +267,10 @@ def _mistake(config: TaskConfig, splits: Any) -> str:
     """Says what is wrong with a task, where the harness's own error hardly does."""
     if config.dataset_path is None and config.custom_dataset is None:
         return "no dataset_path, which a group's member needs unless a task file has its name: "
-    for kind in ("training", "validation", "test", "fewshot"):
-        name = getattr(config, f"{kind}_split")
+    for split in ("training", "validation", "test", "fewshot"):
+        name = getattr(config, f"{split}_split")
         if isinstance(splits, Mapping) and name is not None and name not in splits:
-            return f"{kind}_split={name!r}: the data has {', '.join(map(repr, splits))}: "
+            return f"{split}_split={name!r}: the data has {', '.join(map(repr, splits))}: "
     for entry in config.metric_list if isinstance(config.metric_list, list) else ():
         name = entry.get("metric") if isinstance(entry, Mapping) else None
         if isinstance(name, str) and config.process_results is None and name not in METRIC_REGISTRY:

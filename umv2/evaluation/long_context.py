@@ -74,11 +74,11 @@ def depth_bin(depth: float) -> int:
     return min(int(depth * _DEPTH_BINS), _DEPTH_BINS - 1)
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share that was seen in `count` trials (Wilson 1927)."""
+def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a fraction that was seen in `count` trials (Wilson 1927)."""
     z = _NORMAL_95
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    middle = fraction + z * z / (2 * count)
+    half = z * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
@@ -118,9 +118,9 @@ class LongContextReport:
         rows = [("  task", "tokens", "exact", "interval", "chance", "nats/token", "answers")]
         for (task, length), cell in self.cells().items():
             interval = f"{100 * cell.low:.1f} - {100 * cell.high:.1f}"
-            shares = f"{100 * cell.accuracy:.1f}", interval, f"{100 * cell.chance:.1f}"
+            percentages = f"{100 * cell.accuracy:.1f}", interval, f"{100 * cell.chance:.1f}"
             nats, answers = f"{cell.nats_per_token:.3f}", f"{cell.num_answers:,}"
-            rows.append((f"  {task}", f"{length:,}", *shares, nats, answers))
+            rows.append((f"  {task}", f"{length:,}", *percentages, nats, answers))
         heading = (
             f"long-context suite after step {self.step:,}: exact answers in %, 95 % interval;"
             f" trained at {self.trained_length:,} tokens, beyond: {self.extrapolation}"
@@ -264,14 +264,14 @@ def draw_heat_maps(scores: Sequence[Score], image: Path) -> None:
     Raises:
       FileError: the file cannot be written.
     """
-    shares: dict[str, dict[tuple[int, int], list[bool]]] = defaultdict(lambda: defaultdict(list))
+    answered: dict[str, dict[tuple[int, int], list[bool]]] = defaultdict(lambda: defaultdict(list))
     chances: dict[str, list[float]] = defaultdict(list)
     for score in scores:
-        shares[score.task][score.length, depth_bin(score.depth)].append(score.exact)
+        answered[score.task][score.length, depth_bin(score.depth)].append(score.exact)
         chances[score.task].append(score.chance)
     percent = {
         task: {place: 100 * float(np.mean(exact)) for place, exact in found.items()}
-        for task, found in shares.items()
+        for task, found in answered.items()
     }
     chance = {task: 100 * float(np.mean(found)) for task, found in chances.items()}
     draw_shares(percent, chance, image)

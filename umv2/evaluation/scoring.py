@@ -56,8 +56,8 @@ class Scorer:
 
     def padded_rows(self, count: int) -> int:
         """Returns the least number of rows, at least `count`, that the mesh can shard."""
-        shares = sharding.num_batch_shards(self.mesh.shape)
-        return -(-count // shares) * shares
+        shards = sharding.num_batch_shards(self.mesh.shape)
+        return -(-count // shards) * shards
 
     def score(
         self, batch: ScoringBatch, model_config: ModelConfig | None = None

@@ -1,4 +1,4 @@
-"""Generation: prefill of a key-value cache, one token a step for a whole batch, text as it comes.
+"""Generation: prefill of a key-value cache, one token a step for each row of a batch, text as it comes.
 
 Two programs do all the work. `prefill` reads the prompts, padded on the right to one length, into a
 cache; `decode` takes one step of every row, each at its own position. Neither recompiles while
@@ -174,7 +174,7 @@ class Generator:
             self._served = jax.jit(serve, static_argnums=0)(model_config, weights)
 
     def generate(self, prompt: str) -> Iterator[str]:
-        """Yields the continuation of a prompt piece by piece, each one whole characters.
+        """Yields the continuation of a prompt piece by piece; no piece ends within a character.
 
         Raises:
           UserError: a prompt that is not Unicode, or too long for the device's memory.

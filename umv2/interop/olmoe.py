@@ -71,7 +71,7 @@ _MAX_INTEGER = 2**31 - 1
 # What a configuration may not ask for, and what it must leave it at.
 _FIXED: dict[str, tuple[Any, str]] = {
     "clip_qkv": (None, "queries, keys and values are not clipped here"),
-    "partial_rotary_factor": (1, "whole heads are rotated here"),
+    "partial_rotary_factor": (1, "all of a head is rotated here"),
     "attention_bias": (False, "the attention has no biases here"),
     "attention_dropout": (0, "the attention has no dropout here"),
     "sliding_window": (None, "attention reaches all earlier positions here"),
@@ -81,7 +81,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 _FIXED_ROPE: dict[str, tuple[Any, str]] = {
     "rope_type": ("default", "rotary positions are not scaled here"),
     "type": ("default", "rotary positions are not scaled here"),
-    "partial_rotary_factor": (1, "whole heads are rotated here"),
+    "partial_rotary_factor": (1, "all of a head is rotated here"),
     "factor": (1, "rotary positions are not scaled here"),
 }
 

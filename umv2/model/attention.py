@@ -41,7 +41,7 @@ class KeyValueCache:
 
 
 class Attention(nnx.Module):
-    """Attention as in OLMoE (arXiv 2409.02060): RMSNorm on whole queries and keys, no biases.
+    """Attention as in OLMoE (arXiv 2409.02060): RMSNorm on queries and keys before they are split into heads, no biases.
 
     `num_key_value_heads` < `num_heads` gives grouped queries (arXiv 2305.13245), `window` > 0
     attention to the last positions alone (arXiv 2004.05150).
@@ -93,10 +93,10 @@ class Attention(nnx.Module):
         if self.normalised:
             query, keys = self.query_norm(query), self.key_norm(keys)
         starts = jnp.broadcast_to(jnp.asarray(position, jnp.int32), x.shape[:1])
-        shares: tuple[Any, Any] = (None, None)
+        specs: tuple[Any, Any] = (None, None)
         if sharding.on_mesh():
             starts = sharding.shard_batch_like(starts, x)
-            shares = (sharding.spec(query), jax.tree.map(sharding.spec, cache))
+            specs = (sharding.spec(query), jax.tree.map(sharding.spec, cache))
         attended, cache = sharding.shard_map(
             lambda *arrays: self._attend(*arrays, prefill=prefill),
             query,
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
             mask,
             cache,
             starts,
-            out_specs=shares,
+            out_specs=specs,
         )
         return layers.linear(attended, self.output[...]), cache
 
@@ -270,7 +270,7 @@ def _attend_by_blocks(
     processor: XLA's products of narrower types are slow there for so few queries.
     """
     num_rows, _, length, _ = keys.shape
-    # As equal as can be: the last block is read whole.
+    # As equal as can be: all of the last block is read.
     size = -(-length // -(-length // _CACHE_BLOCK))
     together = math.gcd(num_rows, 1 << (_CACHE_BLOCK // size).bit_length())
 

@@ -1,4 +1,4 @@
-"""A block of the decoder: attention, and an FFN of the kind that the configuration names."""
+"""A block of the decoder: attention, and the FFN that the configuration names."""
 
 import jax.numpy as jnp
 from flax import nnx

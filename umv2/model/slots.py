@@ -89,7 +89,7 @@ class LayerCost:
       copies: addresses of each choice.
       counters: hits that training counts, one of each row or expert.
       shared_reads: what several tokens of a step choose is read once, whatever the implementation.
-      buffer_bytes: of small buffers that every step reads whole.
+      buffer_bytes: of small buffers, all of which every step reads.
       address_bytes: of buffers that a token reads a few entries of.
       stored_bytes: of all buffers.
     """

@@ -1,6 +1,6 @@
 """Where documents come from: a registry with one entry for each value of `data.source`.
 
-A source of this package is a module beside this one, an entry below and, so that a mistake in its
+A source of this package is a module beside this one, its entry below and, so that a mistake in its
 fields shows before anything is read, a rule in `umv2.config.data.SOURCE_RULES`. A source of a
 program that uses this package is one call of `register`.
 """
