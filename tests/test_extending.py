@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,14 @@ import numpy as np
 import pytest
 
 from configs import base
+from experiments.ablations import catalogue
+from kernels_pallas.protocol import Backend
+from kernels_pallas.row_products.call import RowProductsCall
+from kernels_pallas.row_products.reference import row_products_reference
 from tests import meshes
+from tests.data.test_sources import RECIPE
 from umv2 import sharding
-from umv2.config import Config, from_config_dict
+from umv2.config import Config, differing_fields, from_config_dict
 from umv2.cost import accounting, exchange, traffic
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.inference.decode import Generator
@@ -90,8 +96,14 @@ def _losses(config: Config, steps: int = 3, **mesh_axes: int) -> tuple[list[floa
 
 def test_the_page_names_every_recipe() -> None:
     headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
-    assert {"A layer family", "An optimizer for tables"} <= set(headings)
-    assert {"dense_memory.py", "table_sgd.py"} <= FILES.keys()
+    assert headings == [
+        "A layer family",
+        "An optimizer for tables",
+        "A source of data",
+        "An ablation",
+        "A kernel backend",
+    ]
+    assert len(FILES) == len(headings)
 
 
 @pytest.mark.usefixtures("modules")
@@ -161,3 +173,33 @@ def test_an_optimizer_for_tables_has_no_moments_and_moves_tables_by_their_gradie
 
     assert (moments(with_moments), moments(without)) == (4, 0)  # two moments of two tables
     assert jnp.any(with_moments.store.values != without.store.values)
+
+
+def test_the_source_of_data_is_the_one_that_tests_of_data_use() -> None:
+    assert FILES["counting_source.py"] == RECIPE
+
+
+@pytest.mark.usefixtures("modules")
+def test_an_ablation_has_arms_that_differ_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "ABLATIONS", dict(catalogue.ABLATIONS))
+    importlib.import_module("shuffle_ablation")
+    entry = catalogue.ABLATIONS["shuffle"]
+    baseline, arm = (entry.unsized(name, "smoke").to_dict() for name in entry.arms)
+    assert differing_fields(baseline, arm) == ["model.memory.shuffle: True -> False"]
+    for values in (baseline, arm):
+        from_config_dict(values)
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_kernel_backend_keeps_the_protocol_and_computes_the_reference() -> None:
+    backend = importlib.import_module("dense_row_products")
+    assert isinstance(backend, Backend)
+    generator = np.random.default_rng(0)
+    table, inputs = (jnp.asarray(generator.normal(size=(n, 8)), jnp.float32) for n in (50, 6))
+    indices = jnp.asarray(generator.integers(0, 50, (6, 4)), jnp.int32)
+    call = RowProductsCall(table=table, indices=indices, inputs=inputs)
+    assert backend.unsupported_reason(call, "cpu") is None
+    large = dataclasses.replace(call, table=jnp.zeros((5000, 8)))
+    assert "5000 rows" in backend.unsupported_reason(large, "cpu")
+    expected = row_products_reference(table, indices, inputs)
+    np.testing.assert_allclose(backend.forward(call), expected, rtol=1e-5, atol=1e-5)

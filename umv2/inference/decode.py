@@ -1,4 +1,4 @@
-"""Generation: prefill of a key-value cache, one token a step for each row of a batch, text as it comes.
+"""Generation: prefill of a key-value cache, one token a step for every row, text as it comes.
 
 Two programs do all the work. `prefill` reads the prompts, padded on the right to one length, into a
 cache; `decode` takes one step of every row, each at its own position. Neither recompiles while

@@ -118,7 +118,7 @@ def _run_config(
         raise ConfigError(f"--config: needed, since {folder} says nothing of data and training")
     else:
         merged = dataclasses.replace(config, model=olmoe.read_config(folder, config.model))
-        # The run can only go on under this configuration, so it is logged where another was asked for.
+        # The run can only go on under this configuration: what else was asked for is logged.
         for line in differing_fields(to_dict(config)["model"], to_dict(merged)["model"], "model."):
             logging.info("%s says %s", folder / CONFIG, line)
         config, end_of_text_id = merged, description.get("eos_token_id")

@@ -41,7 +41,7 @@ class KeyValueCache:
 
 
 class Attention(nnx.Module):
-    """Attention as in OLMoE (arXiv 2409.02060): RMSNorm on queries and keys before they are split into heads, no biases.
+    """Attention as in OLMoE (arXiv 2409.02060): RMSNorm on all heads at once, no biases.
 
     `num_key_value_heads` < `num_heads` gives grouped queries (arXiv 2305.13245), `window` > 0
     attention to the last positions alone (arXiv 2004.05150).

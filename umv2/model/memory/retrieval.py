@@ -163,8 +163,8 @@ def balance_statistics(
 def balance_loss(mass: Float[Array, "2 n"], counts: Float[Array, "2 n"]) -> Float[Array, ""]:
     """Returns n sum_i f_i p_i for row keys plus column keys (Eq. 18-20).
 
-    p is the mean softmax of the shortlist score, f the fraction of all picks that fell on a key; each sums
-    to 1, so that perfect balance gives 1 a side.
+    p is the mean softmax of the shortlist score, f the fraction of all picks that fell on a key;
+    each sums to 1, so that perfect balance gives 1 a side.
     """
     fraction = counts / counts.sum(axis=-1, keepdims=True)
     mean = mass / jax.lax.stop_gradient(mass.sum(axis=-1, keepdims=True))
