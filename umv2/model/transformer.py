@@ -167,7 +167,9 @@ class Transformer(nnx.Module):
     def refresh(self) -> None:
         """Recomputes what memory layers derive from their parameters once an optimizer step."""
         if self.config.placements:
-            self.memory = jax.vmap(_refreshed)(self.memory)
+            # Said, as a layer may have no arrays to tell it from.
+            count = len(self.config.placements)
+            self.memory = jax.vmap(_refreshed, axis_size=count)(self.memory)
 
     def serve(self) -> None:
         """Lays the layers out for inference, in place.
