@@ -19,9 +19,8 @@ from tests import tiny_run
 from umv2 import sharding
 from umv2.config import Config, from_config_dict
 from umv2.cost import exchange
-from umv2.training import optim
 from umv2.training import train as training
-from umv2.training.state import TrainState, abstract_state, create_state, model_structure
+from umv2.training.state import TrainState, abstract_state, create_state
 from umv2.types import Batch
 
 STEPS = 20
@@ -133,7 +132,6 @@ def curves(config: Config, workdir: Path | None = None) -> tuple[np.ndarray, np.
 
 def first_step(config: Config) -> tuple[TrainState, TrainState]:
     """The state after one step on drawn tokens, and what it should be like."""
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     config = exchange.with_layout(config, mesh.shape, num_tokens=256)
     shape = (config.train.batch_size, config.data.sequence_length + 1)
@@ -146,10 +144,10 @@ def first_step(config: Config) -> tuple[TrainState, TrainState]:
         weights=np.ones_like(tokens[rows, 1:], np.float32),
     )
     with jax.set_mesh(mesh):
-        abstract = abstract_state(config, optimizer)
+        abstract = abstract_state(config)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = sharding.create(lambda: create_state(config, optimizer), shardings)
-        step = training.make_train_step(config, model_structure(config.model), optimizer)
+        state = sharding.create(lambda: create_state(config), shardings)
+        step = training.make_train_step(config)
         return jax.jit(step)(state, sharding.local_to_global(mesh, batch))[0], abstract
 
 

@@ -20,9 +20,9 @@ from umv2 import modes, sharding
 from umv2.config import Config, from_config_dict
 from umv2.model import layers
 from umv2.planning import ahead_of_time, topology
-from umv2.training import held_out, optim
+from umv2.training import held_out
 from umv2.training import train as training
-from umv2.training.state import TrainState, create_state, model_structure
+from umv2.training.state import TrainState, create_state, sharded
 from umv2.types import Batch
 
 
@@ -48,9 +48,8 @@ def small_config(family: str, **changes: Any) -> Config:
 
 
 def state_of(config: Config) -> TrainState:
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     with jax.default_prng_impl(tiny_run.PRNG):
-        return jax.jit(lambda: create_state(config, optimizer))()
+        return jax.jit(lambda: create_state(config))()
 
 
 def batch_of(config: Config) -> Batch:
@@ -63,16 +62,14 @@ def batch_of(config: Config) -> Batch:
 
 def step_and_evaluation(config: Config, state: TrainState) -> dict[str, Any]:
     """What one training step makes of a state and of a batch, and the batch's evaluation before."""
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
-    graphdef = model_structure(config.model)
     with jax.set_mesh(mesh):
-        shardings = sharding.state_shardings(mesh, config.mesh, state)
-        state = jax.device_put(state, shardings)
+        placed = sharded(config, mesh, state)
+        state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, placed))
         batch = sharding.local_to_global(mesh, batch_of(config))
-        evaluate = held_out.make_evaluation_step(graphdef, mask_across_documents=True)
-        nats, weight = evaluate(state.params, state.buffers, state.store, batch)
-        step = jax.jit(training.make_train_step(config, graphdef, optimizer))
+        evaluate = held_out.make_evaluation_step(config.model, mask_across_documents=True)
+        nats, weight = evaluate(state.weights, batch)
+        step = jax.jit(training.make_train_step(config))
         state, metrics = step(state, batch)
     found = {"nats": nats, "weight": weight, "metrics": metrics, "state": state}
     return jax.device_get(found)

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from umv2 import types
-from umv2.config import LossConfig
-from umv2.model import transformer
+from configs import base
+from umv2.config import LossConfig, from_config_dict
+from umv2.model.memory.layer import MemoryLayer
+from umv2.model.moe.layer import MixtureOfExperts
+from umv2.model.parameter import ABSTRACT
+from umv2.model.slots import MemoryStats, RouterStats
 from umv2.training import losses
 
 OFF = LossConfig(
@@ -31,22 +34,6 @@ def example() -> tuple[jax.Array, jax.Array, jax.Array]:
     targets = jnp.asarray(random.integers(0, 5, size=(8, 3)), jnp.int32)
     weights = jnp.asarray(random.integers(0, 2, size=(8, 3)), jnp.float32)
     return logits, targets, weights
-
-
-def model_stats(balance: list[float] | None) -> transformer.ModelStats:
-    sparse = None
-    if balance is not None:
-        zeros = jnp.zeros(len(balance))
-        sparse = types.LayerStats(
-            balance_loss=jnp.asarray(balance),
-            router_z_loss=zeros,
-            router_probability=jnp.zeros((len(balance), 0)),
-            output_variance=zeros,
-            top_score=zeros,
-            last_score=zeros,
-            hits=jnp.zeros((len(balance), 4), jnp.int32),
-        )
-    return transformer.ModelStats(ffn_variance=jnp.ones(2), sparse=sparse)
 
 
 def test_cross_entropy_by_hand() -> None:
@@ -91,33 +78,63 @@ def test_eight_devices_agree_with_one() -> None:
     np.testing.assert_allclose(divided_gradient, gradient, atol=1e-7)
 
 
-def test_auxiliary_losses_are_off_by_default() -> None:
-    assert losses.auxiliary(model_stats(None), {}, OFF, num_tokens=8) == 0
+def memory_stats(balance: list[float]) -> MemoryStats:
+    return MemoryStats(
+        balance_loss=jnp.asarray(balance),
+        output_variance=None,
+        top_score=None,
+        last_score=None,
+        hits=None,
+    )
+
+
+def layers_with(cores: jax.Array) -> MemoryLayer:
+    """Stacked memory layers with these cores, [l, c, h, r, r]."""
+    config = base.get_config()
+    config.model.memory.update(num_keys=4, key_dim=4, top_m=2, shortlist=2, value_dim=4)
+    config.model.memory.update(num_cores=cores.shape[1], num_heads=cores.shape[2])
+    config.model.memory.update(tucker_rank=cores.shape[-1])
+    config.model.num_layers = len(cores)
+    model_config = from_config_dict(config).model
+    layers = ABSTRACT.stack("", len(cores), lambda init: MemoryLayer(model_config, init=init))
+    assert layers.cores.get_value().shape == cores.shape
+    layers.cores.set_value(cores)
+    return layers
+
+
+def of_memory(cores: jax.Array, balance: list[float], config: LossConfig) -> dict[str, jax.Array]:
+    return layers_with(cores).losses(memory_stats(balance), config)
+
+
+TWO_LAYERS = jnp.zeros((2, 1, 1, 2, 2))
+
+
+def test_layers_add_nothing_by_default() -> None:
+    assert of_memory(TWO_LAYERS, [2.0, 3.0], OFF) == {}
+    stats = experts_stats([[0.75, 0.25], [0.25, 0.75]], [[4, 0], [0, 4]])
+    assert MixtureOfExperts.losses(stats, OFF, num_tokens=4) == {}
 
 
 def test_balance_loss_sums_over_layers() -> None:
     config = dataclasses.replace(OFF, balance_loss=0.001)
-    total = losses.auxiliary(model_stats([2.0, 3.0]), {}, config, num_tokens=8)
-    np.testing.assert_allclose(total, 0.005, rtol=1e-6)
+    terms = of_memory(TWO_LAYERS, [2.0, 3.0], config)
+    assert terms == {"balance_loss": pytest.approx(0.005, rel=1e-6)}
 
 
 def test_tucker_penalty_sums_over_layers() -> None:
     # Two cores that add up to diag(2, 0.25) and diag(1, 0.35); only the second value counts.
     first = jnp.asarray([[[[1.5, 0.0], [0.0, 0.0]]], [[[0.5, 0.0], [0.0, 0.25]]]])
     second = jnp.asarray([[[[1.0, 0.0], [0.0, 0.3]]], [[[0.0, 0.0], [0.0, 0.05]]]])
-    params = {"sparse": {"cores": jnp.stack([first, second])}}
     config = dataclasses.replace(OFF, tucker_penalty=0.5)
-    total = losses.auxiliary(model_stats([0.0, 0.0]), params, config, num_tokens=8)
-    np.testing.assert_allclose(total, 0.5 * (0.1**2 + 0.2**2), rtol=1e-5)
+    terms = of_memory(jnp.stack([first, second]), [0.0, 0.0], config)
+    assert terms == {"tucker_penalty": pytest.approx(0.5 * (0.1**2 + 0.2**2), rel=1e-5)}
 
 
 def test_tucker_penalty_reaches_the_cores_only_above_the_margin() -> None:
     config = dataclasses.replace(OFF, tucker_penalty=1.0)
 
     def penalty(cores: jax.Array) -> jax.Array:
-        return losses.auxiliary(
-            model_stats([0.0]), {"sparse": {"cores": cores}}, config, num_tokens=8
-        )
+        return of_memory(cores, [0.0], config)["tucker_penalty"]
 
     cores = jnp.diag(jnp.asarray([2.0, 0.25])).reshape(1, 1, 1, 2, 2)
     expected = jnp.zeros_like(cores).at[..., 1, 1].set(2 * 0.1)
@@ -128,24 +145,23 @@ def test_tucker_penalty_reaches_the_cores_only_above_the_margin() -> None:
 
 @pytest.mark.parametrize("field", ["balance_loss", "tucker_penalty"])
 def test_a_coefficient_scales_its_loss(field: Any) -> None:
-    params = {"sparse": {"cores": jnp.diag(jnp.asarray([2.0, 0.5])).reshape(1, 1, 1, 2, 2)}}
-    stats = model_stats([1.5])
+    cores = jnp.diag(jnp.asarray([2.0, 0.5])).reshape(1, 1, 1, 2, 2)
     once, thrice = (
-        losses.auxiliary(stats, params, dataclasses.replace(OFF, **change), num_tokens=8)
+        of_memory(cores, [1.5], dataclasses.replace(OFF, **change))[field]
         for change in typing.cast(list[dict[str, Any]], [{field: 1.0}, {field: 3.0}])
     )
     assert once > 0
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
 
 
-def experts_stats(probability: list[list[float]], hits: list[list[int]]) -> types.LayerStats:
+def experts_stats(probability: list[list[float]], hits: list[list[int]]) -> RouterStats:
     """Statistics of 4 tokens in two mixtures of experts."""
     p, f = jnp.asarray(probability), jnp.asarray(hits)
     zeros = jnp.zeros(2)
-    return types.LayerStats(
+    return RouterStats(
         balance_loss=p.shape[-1] * jnp.sum(f / 4 * p, axis=-1),
-        router_z_loss=jnp.asarray([1.0, 3.0]),
-        router_probability=p,
+        z_loss=jnp.asarray([1.0, 3.0]),
+        probability=p,
         output_variance=zeros,
         top_score=zeros,
         last_score=zeros,
@@ -153,26 +169,19 @@ def experts_stats(probability: list[list[float]], hits: list[list[int]]) -> type
     )
 
 
-def test_load_balance_by_hand() -> None:
-    # Each layer favours its own expert; together they are balanced.
-    stats = experts_stats([[0.75, 0.25], [0.25, 0.75]], [[4, 0], [0, 4]])
-    apart = losses.load_balance(stats, "layer", num_tokens=4)
-    together = losses.load_balance(stats, "model", num_tokens=4)
-    np.testing.assert_allclose(apart, 2 * 0.75, rtol=1e-6)
-    np.testing.assert_allclose(together, 2 * (0.5 * 0.5 + 0.5 * 0.5), rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"load_balance": 0.5}, 0.5 * 1.5),
-        ({"load_balance": 0.5, "load_balance_scope": "model"}, 0.5 * 1.0),
+        # Each layer favours its own expert; together they are balanced.
+        ({"load_balance": 0.5}, 0.5 * 2 * 0.75),
+        ({"load_balance": 0.5, "load_balance_scope": "model"}, 0.5 * 2 * (0.5 * 0.5 + 0.5 * 0.5)),
         ({"router_z_loss": 0.1}, 0.1 * 2.0),
     ],
 )
-def test_router_losses_are_means_over_layers(given: dict[str, Any], expected: float) -> None:
+def test_router_losses_by_hand_are_means_over_layers(
+    given: dict[str, Any], expected: float
+) -> None:
     stats = experts_stats([[0.75, 0.25], [0.25, 0.75]], [[4, 0], [0, 4]])
-    model_stats = transformer.ModelStats(ffn_variance=jnp.zeros(2), sparse=stats)
     config = dataclasses.replace(OFF, **given)
-    total = losses.auxiliary(model_stats, {}, config, num_tokens=4)
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    terms = MixtureOfExperts.losses(stats, config, num_tokens=4)
+    assert terms == {next(iter(given)): pytest.approx(expected, rel=1e-6)}

@@ -1,6 +1,6 @@
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,18 @@ from jax.sharding import AxisType, PartitionSpec
 
 from configs import base
 from umv2.config import Config, OptimizerConfig, WeightDecayConfig, from_config_dict
+from umv2.model import weights
 from umv2.model.memory.store import ValueStore
-from umv2.training import optim, state
+from umv2.model.parameter import Declaration, Group
+from umv2.training import optim
+from umv2.training.table_gradient import Dense
 
 NUM_STEPS = 100
+# Of `tiny_tree`.
+DECLARED = {
+    "params/embedding": Declaration(("vocabulary", "hidden"), "embeddings", "compute"),
+    "params/final_norm/weight": Declaration((None,), "norms", "float32"),
+}
 
 
 def optimizer_config(**changes: Any) -> OptimizerConfig:
@@ -92,45 +100,25 @@ def test_constant_values_learning_rate_has_the_same_warm_up() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_of_a_model_has_exactly_one_group(tied: bool) -> None:
-    config = small_model(tied=tied)
-
-    def create() -> dict[str, Any]:
-        model, store = state.create_model(config.model, jax.random.key(0))
-        params = state.split_model(model)[1]
-        named = optim.named_parameters(params, store)
-        assert len(named) == len(jax.tree.leaves((params, store)))
-        return named
-
-    groups = optim.parameter_groups(jax.eval_shape(create))
-    assert set(groups.values()) == {"embeddings", "norms", "matrices", "keys", "values"}
-    assert groups["model/blocks/attention/query_norm/weight"] == "norms"
-    assert groups["model/sparse/query_norm"] == "norms"
-    assert groups["model/sparse/query"] == "matrices"
-    assert groups["model/sparse/cores"] == "keys"
-    assert groups["store/pre_values"] == "values"
-    assert groups.get("model/head") == (None if tied else "matrices")
+def test_every_parameter_of_a_model_has_its_group(tied: bool) -> None:
+    declared = weights.declarations(small_model(tied=tied).model)
+    groups = {name: found.group for name, found in declared.items()}
+    trained = {name: group for name, group in groups.items() if not name.startswith("buffers/")}
+    assert set(trained.values()) == set(get_args(Group))
+    assert groups["params/embedding"] == "embeddings"
+    assert groups["params/final_norm/weight"] == "norms"
+    assert groups["params/blocks/attention/query_norm/weight"] == "norms"
+    assert groups["params/blocks/ffn/down"] == "matrices"
+    assert groups["params/memory/query_norm"] == "norms"
+    assert groups["params/memory/query"] == "matrices"
+    assert groups["params/memory/cores"] == groups["params/memory/keys"] == "keys"
+    assert groups["store/pre_values"] == groups["store/values"] == "values"
+    assert groups["buffers/memory/shuffle"] is None
+    assert groups.get("params/head") == (None if tied else "matrices")
 
 
 def test_every_group_has_a_weight_decay() -> None:
-    fields = {field.name for field in dataclasses.fields(WeightDecayConfig)}
-    assert {rule.group for rule in optim.RULES} == fields
-
-
-def test_a_parameter_without_a_rule_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'model/router' must match exactly one .* matches none"):
-        optim.parameter_groups(["model/embedding", "model/router"])
-
-
-def test_a_parameter_with_two_rules_is_named() -> None:
-    rules = (optim.Rule("norms", r"model/.*"), optim.Rule("matrices", r"model/head"))
-    with pytest.raises(ValueError, match=r"'model/head' must match .* model/\.\*, model/head"):
-        optim.parameter_groups(["model/head"], rules)
-
-
-def test_a_parameter_without_a_rule_stops_the_optimizer() -> None:
-    with pytest.raises(ValueError, match="model/router"):
-        optim.Optimizer(optimizer_config(), NUM_STEPS).init({"router": jnp.ones(2)}, None)
+    assert {field.name for field in dataclasses.fields(WeightDecayConfig)} == set(get_args(Group))
 
 
 def test_update_equals_adamw_in_numpy() -> None:
@@ -144,7 +132,7 @@ def test_update_equals_adamw_in_numpy() -> None:
         values_multiplier=4.0,
         values_final_multiplier=4.0,
     )
-    optimizer = optim.Optimizer(config, NUM_STEPS)
+    optimizer = optim.Optimizer(config, NUM_STEPS, DECLARED)
     trained = tiny_tree()
     opt_state = optimizer.init(*trained)
     update = jax.jit(optimizer.update)
@@ -165,7 +153,8 @@ def test_update_equals_adamw_in_numpy() -> None:
             direction = first[i] / (1 - 0.9**step)
             direction /= np.sqrt(second[i] / (1 - 0.95**step)) + 1e-8
             expected[i] = expected[i] - rates[i] * (direction + decays[i] * expected[i])
-        *trained, opt_state, seen_norm = update(*gradients, opt_state, *trained)
+        model_gradient, tables = gradients
+        *trained, opt_state, seen_norm = update(model_gradient, Dense(tables), opt_state, *trained)
         np.testing.assert_allclose(seen_norm, norm, rtol=1e-6)
         for leaf, value in zip(jax.tree.leaves(trained), expected, strict=True):
             assert leaf.dtype == jnp.float32
@@ -175,7 +164,7 @@ def test_update_equals_adamw_in_numpy() -> None:
 def test_clip_counts_the_store_and_leaves_small_gradients_alone() -> None:
     params, store = tiny_tree()
     config = optimizer_config(warmup_steps=0, clip_norm=5.0)
-    optimizer = optim.Optimizer(config, NUM_STEPS)
+    optimizer = optim.Optimizer(config, NUM_STEPS, DECLARED)
     zeros = jax.tree.map(jnp.zeros_like, (params, store))
 
     def first_moments(scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -184,7 +173,7 @@ def test_clip_counts_the_store_and_leaves_small_gradients_alone() -> None:
             zeros[1], values=jnp.zeros((4, 2)).at[1, 1].set(4 * scale)
         )
         _, _, new, norm = optimizer.update(
-            params_gradient, store_gradient, optimizer.init(params, store), params, store
+            params_gradient, Dense(store_gradient), optimizer.init(params, store), params, store
         )
         return new.model[0].mu["embedding"][0, 0], new.store[0].mu.values[1, 1], norm
 
@@ -196,10 +185,10 @@ def test_clip_counts_the_store_and_leaves_small_gradients_alone() -> None:
 
 def test_a_zero_gradient_stays_finite() -> None:
     params, store = tiny_tree()
-    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS)
+    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS, DECLARED)
     gradients = jax.tree.map(jnp.zeros_like, (params, store))
     updated = optimizer.update(
-        gradients[0], gradients[1], optimizer.init(params, store), params, store
+        gradients[0], Dense(gradients[1]), optimizer.init(params, store), params, store
     )
     assert updated[3] == 0
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updated))
@@ -213,9 +202,9 @@ def test_values_learning_rate_moves_the_store_only() -> None:
         config = optimizer_config(
             warmup_steps=0, values_multiplier=multiplier, values_final_multiplier=multiplier
         )
-        optimizer = optim.Optimizer(config, NUM_STEPS)
+        optimizer = optim.Optimizer(config, NUM_STEPS, DECLARED)
         return optimizer.update(
-            gradients[0], gradients[1], optimizer.init(params, store), params, store
+            gradients[0], Dense(gradients[1]), optimizer.init(params, store), params, store
         )[:2]
 
     (params_1, store_1), (params_3, store_3) = step(1.0), step(3.0)
@@ -227,27 +216,29 @@ def test_values_learning_rate_moves_the_store_only() -> None:
 
 def test_a_dense_model_has_no_store_to_update() -> None:
     params, _ = tiny_tree()
-    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS)
+    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS, DECLARED)
     gradient = jax.tree.map(jnp.ones_like, params)
     new_params, store, _, norm = jax.jit(optimizer.update)(
-        gradient, None, optimizer.init(params, None), params, None
+        gradient, Dense(None), optimizer.init(params, None), params, None
     )
     assert store is None
     np.testing.assert_allclose(norm, math.sqrt(8), rtol=1e-6)
     assert not np.array_equal(new_params["embedding"], params["embedding"])
 
 
-def test_moments_are_divided_over_devices_as_their_parameters_are() -> None:
+def test_moments_are_sharded_as_their_parameters_are() -> None:
     mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
-    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS)
+    optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS, DECLARED)
     params, _ = tiny_tree()
     with jax.set_mesh(mesh):
         values = jax.device_put(jnp.ones((16, 2)), PartitionSpec("replica"))
         store = ValueStore(values=values, pre_values=None)
         params = jax.device_put(params, PartitionSpec())
         opt_state = jax.jit(optimizer.init)(params, store)
-        gradients = jax.tree.map(jnp.ones_like, (params, store))
-        _, new_store, opt_state, _ = jax.jit(optimizer.update)(*gradients, opt_state, params, store)
+        gradient, tables = jax.tree.map(jnp.ones_like, (params, store))
+        _, new_store, opt_state, _ = jax.jit(optimizer.update)(
+            gradient, Dense(tables), opt_state, params, store
+        )
     for array in (new_store.values, opt_state.store[0].mu.values, opt_state.store[0].nu.values):
         assert array.sharding.spec[0] == "replica"
         assert array.addressable_shards[0].data.shape == (2, 2)
@@ -255,5 +246,5 @@ def test_moments_are_divided_over_devices_as_their_parameters_are() -> None:
 
 def test_reported_learning_rates_are_those_of_the_next_update() -> None:
     config = optimizer_config(values_multiplier=2.0, values_final_multiplier=2.0)
-    rates = optim.Optimizer(config, NUM_STEPS).learning_rates(5)
+    rates = optim.Optimizer(config, NUM_STEPS, DECLARED).learning_rates(5)
     assert rates == pytest.approx({"learning_rate": 0.5, "values_learning_rate": 1.0})

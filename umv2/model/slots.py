@@ -68,7 +68,7 @@ class RouterStats:
     top_score: Float[Array, "*l"]
     last_score: Float[Array, "*l"]
     # How often each expert was selected.
-    hits: Int[Array, "*l experts"]
+    hits: Int[Array, "*l choices"]
 
 
 @dataclasses.dataclass(frozen=True)
