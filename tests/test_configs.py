@@ -24,15 +24,15 @@ NAMES = sorted(
     if path.stem not in ("base", "families", "__init__")
 )
 
-# The part that a parameter counts in, by its path.
+# The part that a parameter counts in, by its name.
 PARTS = {
-    "embedding": r"model/embedding",
-    "head": r"model/head",
-    "attention": r"model/blocks/attention/(query|key|value|output)",
-    "ffn": r"model/blocks/ffn/(gate|up|down)",
-    "norms": r"model/(final_norm|blocks/(\w+/)?\w+_norm)/weight",
-    "sparse_projections": r"model/sparse/(query|pre|output)",
-    "routing": r"model/sparse/(keys|cores|query_norm|key_norm)",
+    "embedding": r"params/embedding",
+    "head": r"params/head",
+    "attention": r"params/blocks/attention/(query|key|value|output)",
+    "ffn": r"params/blocks/ffn/(gate|up|down)",
+    "norms": r"params/(final_norm|blocks/(\w+/)?\w+_norm)/weight",
+    "sparse_projections": r"params/memory/(query|pre|output)",
+    "routing": r"params/memory/(keys|cores|query_norm|key_norm)",
     "sparse_values": r"store/(values|pre_values)",
 }
 
@@ -47,9 +47,9 @@ def inspected(name: str) -> inspection.Inspection:
 def counted_by_part(listed: inspection.Inspection) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for parameter in listed.parameters:
-        if parameter.path.startswith("buffers/"):
+        if parameter.name.startswith("buffers/"):
             continue
-        (part,) = (part for part, path in PARTS.items() if re.fullmatch(path, parameter.path))
+        (part,) = (part for part, name in PARTS.items() if re.fullmatch(name, parameter.name))
         counts[part] += parameter.size
     return {part: counts[part] for part in PARTS}
 
@@ -106,23 +106,23 @@ def test_the_smallest_published_size_is_that_of_the_paper() -> None:
 
 
 def test_every_parameter_is_listed_with_its_group() -> None:
-    listed = {p.path: p for p in inspected("tiny").parameters}
+    listed = {p.name: p for p in inspected("tiny").parameters}
     values = listed["store/values"]
     assert (values.shape, values.dtype, values.group) == ((4, 64 * 64, 48), "float32", "values")
-    assert listed["model/sparse/keys"].group == "keys"
-    assert listed["model/embedding"].group == "embeddings"
-    buffers = {path for path, p in listed.items() if p.group == "(buffer)"}
-    assert buffers == {path for path in listed if path.startswith("buffers/")} != set()
+    assert listed["params/memory/keys"].group == "keys"
+    assert listed["params/embedding"].group == "embeddings"
+    buffers = {name for name, p in listed.items() if p.group == "(buffer)"}
+    assert buffers == {name for name in listed if name.startswith("buffers/")} != set()
 
 
-def test_the_division_of_every_parameter_is_listed() -> None:
+def test_the_sharding_of_every_parameter_is_listed() -> None:
     values = importlib.import_module("configs.paper_1b_7b").get_config()
     values.mesh.update(fsdp=4, memory=16, tensor=2, table_sharding="rows")
-    listed = {p.path: p.sharding for p in inspection.inspect(from_config_dict(values)).parameters}
+    listed = {p.name: p.sharding for p in inspection.inspect(from_config_dict(values)).parameters}
     assert listed["store/values"] == "- x memory x -"
-    assert listed["model/blocks/ffn/down"] == "- x tensor x fsdp"
-    assert listed["model/embedding"] == "tensor x fsdp"
-    assert listed["model/final_norm/weight"] == "replicated"
+    assert listed["params/blocks/ffn/down"] == "- x tensor x fsdp"
+    assert listed["params/embedding"] == "tensor x fsdp"
+    assert listed["params/final_norm/weight"] == "replicated"
 
 
 def test_every_field_of_the_base_configuration_is_explained() -> None:

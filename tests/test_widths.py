@@ -54,7 +54,7 @@ def test_inspect(name: str, width: int) -> None:
 def test_inspect_with_names_of_any_length(width: int) -> None:
     listed = inspected("tiny")
     (first, *_) = listed.parameters
-    changed = dataclasses.replace(first, path=LONG, shape=(2**62,) * 9, sharding="模型 x " * 40)
+    changed = dataclasses.replace(first, name=LONG, shape=(2**62,) * 9, sharding="模型 x " * 40)
     for parameters in ((), (changed,), (changed, *listed.parameters)):
         text = dataclasses.replace(listed, parameters=parameters).as_text(width)
         assert_fits(text, width, *(["模型"] if parameters else []))

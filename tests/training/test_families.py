@@ -13,9 +13,8 @@ from configs import families, tiny
 from tests import tiny_run
 from umv2 import sharding
 from umv2.config import from_config_dict
-from umv2.training import optim
 from umv2.training import train as training
-from umv2.training.state import abstract_state, model_structure
+from umv2.training.state import abstract_state
 from umv2.types import Batch
 
 _PRODUCT_KEYS: dict[str, Any] = {
@@ -38,7 +37,8 @@ _PEER = _PRODUCT_KEYS | {
 # As in configs/families.py, at the size of tiny_run.
 SMALL: dict[str, dict[str, Any]] = {
     "moe": {
-        "model.family": "moe",
+        "model.ffn": "moe",
+        "model.memory.layer": "none",
         "model.ffn_size": 0,
         "model.moe.num_experts": 4,
         "model.moe.top_k": 2,
@@ -50,19 +50,17 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIANTS])
 @pytest.mark.parametrize("replicas", [1, 8])
 def test_the_step_of_every_family_is_well_typed_on_a_mesh(family: str, replicas: int) -> None:
     """Explicit shardings and manual axes are checked while tracing."""
     values = tiny.get_config(family)
     values.mesh.replica = replicas
-    values.model.memory.initialization = "released"  # spares the calibration
     config = from_config_dict(values)
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     with jax.set_mesh(mesh):
-        state = abstract_state(config, optimizer)
-        step = training.make_train_step(config, model_structure(config.model), optimizer)
+        state = abstract_state(config)
+        step = training.make_train_step(config)
         rows = sharding.batch_sharding(mesh)
         shape = (config.train.batch_size, config.data.sequence_length)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
@@ -71,8 +69,9 @@ def test_the_step_of_every_family_is_well_typed_on_a_mesh(family: str, replicas:
     described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == described
     assert metrics.loss.sharding.spec == PartitionSpec()
-    assert (state.usage is None) == (family == "dense")
-    assert (state.store is None) == (config.model.family != "memory")
+    slots = {"memory": config.model.placements, "router": config.model.ffn == "moe"}
+    assert state.usage.keys() == {name for name, filled in slots.items() if filled}
+    assert (state.store is None) == (not config.model.placements)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,13 @@ import pytest
 
 from configs import base
 from tests import meshes
-from umv2.config import from_config_dict
+from umv2.config import ModelConfig, from_config_dict
 from umv2.data.corpus import Corpus, Identity
 from umv2.data.documents import InMemoryDocuments
 from umv2.data.tokenizers import ByteTokenizer
-from umv2.model.memory.store import ValueStore
+from umv2.model import weights
+from umv2.model.weights import Weights
 from umv2.training import held_out as held_out_module
-from umv2.training import state
 from umv2.training.held_out import HeldOut, evaluate_corpus, make_evaluation_step
 from umv2.types import Batch
 
@@ -27,8 +26,8 @@ LENGTH = 12
 
 
 @functools.cache
-def model_parts() -> tuple[Any, dict[str, Any], dict[str, Any], ValueStore]:
-    """Structure, parameters, buffers and store of two blocks with an untied head."""
+def model_parts() -> tuple[ModelConfig, Weights]:
+    """Two blocks with an untied head."""
     config = base.get_config()
     config.model.update(
         vocab_size=VOCABULARY, hidden_size=16, num_layers=2, num_heads=2, num_key_value_heads=2
@@ -37,32 +36,29 @@ def model_parts() -> tuple[Any, dict[str, Any], dict[str, Any], ValueStore]:
     config.model.memory.update(num_keys=4, key_dim=4, top_m=2, shortlist=2, value_dim=6)
     config.model.memory.update(pre_value_dim=2)
     model_config = from_config_dict(config).model
-    key = jax.random.key(0, impl="unsafe_rbg")  # compiles in half the time
-    model, store = jax.jit(lambda: state.create_model(model_config, key))()
-    assert store is not None
-    return *state.split_model(model), store
+    return model_config, jax.jit(lambda: weights.create(model_config, jax.random.key(0)))()
 
 
 def batch_of(rows: int, seed: int = 0, padding_rows: int = 0) -> Batch:
     """Random tokens in two documents a row; the last rows are padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCABULARY, (rows, LENGTH + 1)).astype(np.int32)
-    weights = np.ones((rows, LENGTH), np.float32)
-    weights[rows - padding_rows :] = 0
+    counted = np.ones((rows, LENGTH), np.float32)
+    counted[rows - padding_rows :] = 0
     segments = np.tile((np.arange(LENGTH) >= 5).astype(np.int32), (rows, 1))
-    return Batch(tokens[:, :-1], tokens[:, 1:], segments, weights)
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments, counted)
 
 
 def evaluate(
     batches: list[Batch], *, replicas: int = 1, mask: bool = True, head_scale: float = 1.0
 ) -> HeldOut:
-    graphdef, params, buffers, store = model_parts()
-    params = params | {"head": params["head"] * head_scale}
+    config, drawn = model_parts()
+    params = drawn.params | {"head": drawn.params["head"] * head_scale}
     mesh = meshes.create(replica=replicas)
-    step = make_evaluation_step(graphdef, mask_across_documents=mask)
-    arguments = meshes.replicate((params, buffers, store), mesh)
+    step = make_evaluation_step(config, mask_across_documents=mask)
+    scaled = meshes.replicate(dataclasses.replace(drawn, params=params), mesh)
     return held_out_module.evaluate(
-        functools.partial(step, *arguments), batches, mesh=mesh, num_bytes=None
+        functools.partial(step, scaled), batches, mesh=mesh, num_bytes=None
     )
 
 

@@ -24,10 +24,10 @@ from tests.tiny_run import Run
 from umv2 import files, sharding
 from umv2.config import Config, ConfigError, to_dict
 from umv2.data import corpus, loader
-from umv2.training import checkpoint, optim
+from umv2.training import checkpoint
 from umv2.training import held_out as held_out_module
 from umv2.training import train as training
-from umv2.training.state import TrainState, abstract_state, model_structure
+from umv2.training.state import TrainState, abstract_state
 from umv2.types import Batch
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 @functools.cache
 def abstract(config: Config) -> TrainState:
-    return abstract_state(config, optim.Optimizer(config.optimizer, config.train.num_steps))
+    return abstract_state(config)
 
 
 def saved_state(config: Config, workdir: Path) -> TrainState:
@@ -115,14 +115,14 @@ def test_each_step_compiles_once_in_a_run_that_logs_evaluates_and_saves(finished
 def test_usage_and_coverage(finished: Run, interrupted: Path) -> None:
     hits_per_step = 8 * 16 * 4  # sequences, tokens, values
     # Step 9 is the first since the log at step 8; step 12 itself was logged.
-    since_8 = saved_state(finished.config, interrupted).usage
+    since_8 = saved_state(finished.config, interrupted).usage["memory"]
     np.testing.assert_array_equal(np.asarray(since_8).sum(axis=1), [hits_per_step] * 2)
-    since_12 = saved_state(finished.config, finished.workdir).usage
+    since_12 = saved_state(finished.config, finished.workdir).usage["memory"]
     np.testing.assert_array_equal(np.asarray(since_12).sum(axis=1), [0, 0])
     for record in records(finished.workdir):
         if "loss" in record:
             coverage = [record[f"coverage/layer_{layer}"] for layer in (1, 2)]
-            assert all(0 < share <= 1 for share in coverage)
+            assert all(0 < each <= 1 for each in coverage)
             assert record["lambda_1/layer_1"] > record["lambda_2/layer_1"] > 0
 
 
@@ -149,16 +149,16 @@ def test_a_damaged_checkpoint_is_skipped_and_the_curve_stays_the_same(
 # Starts main.py and sends itself a signal when it records step 8.
 INTERRUPTED_PROGRAM = """
 import os, runpy, signal, sys
-from umv2.training import metrics
+from umv2.training import records
 
-write, signal_name = metrics.MetricWriter.write, sys.argv.pop()
+write, signal_name = records.MetricWriter.write, sys.argv.pop()
 
 def write_and_signal(self, step, record):
     write(self, step, record)
     if step == 8:
         os.kill(os.getpid(), getattr(signal, signal_name))
 
-metrics.MetricWriter.write = write_and_signal
+records.MetricWriter.write = write_and_signal
 runpy.run_path("main.py", run_name="__main__")
 """
 
@@ -336,13 +336,13 @@ def test_eight_devices_train_as_one(finished: Run, tmp_path: Path) -> None:
 
 
 def test_a_dense_model_trains_without_memory(finished: Run, tmp_path: Path) -> None:
-    config = tiny_run.tiny_config(finished.paths, model__family="dense")
+    config = tiny_run.tiny_config(finished.paths, model__memory__layer="none")
     training.train(config, tmp_path)
     curve = loss_curve(tmp_path)
     assert curve[12] < curve[2] - 0.3
     assert not [key for record in records(tmp_path) for key in record if "layer_" in key]
     state = saved_state(config, tmp_path)
-    assert state.store is None and state.usage is None
+    assert state.store is None and state.usage == {}
 
 
 # One step by itself, compiled as in a run.
@@ -366,9 +366,7 @@ def batch_of(seed: int) -> Batch:
 
 @functools.cache
 def compiled_step(config: Config) -> Any:
-    optimizer = optim.Optimizer(config.optimizer, config.train.num_steps)
-    step = training.make_train_step(config, model_structure(config.model), optimizer)
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(training.make_train_step(config), donate_argnums=0)
 
 
 def take_steps(
@@ -393,17 +391,17 @@ def test_a_batch_is_memorised(finished: Run, state: TrainState) -> None:
 
 def test_core_vectors_are_those_of_the_new_cores(finished: Run, state: TrainState) -> None:
     after, _ = take_steps(finished.config, state, batch_of(0))
-    cores = np.asarray(after.params["sparse"]["cores"])
-    assert not np.array_equal(cores, state.params["sparse"]["cores"])
+    cores = np.asarray(after.params["memory"]["cores"])
+    assert not np.array_equal(cores, state.params["memory"]["cores"])
     left, _, right = np.linalg.svd(cores.sum(axis=1))  # [layer, core, head, r, r] over cores
     expected_u, expected_v = left[..., :, 0], right[..., 0, :]
-    u, v = (np.asarray(after.buffers["sparse"][name]) for name in ("core_u", "core_v"))
-    assert not np.array_equal(u, state.buffers["sparse"]["core_u"])
+    u, v = (np.asarray(after.buffers["memory"][name]) for name in ("core_u", "core_v"))
+    assert not np.array_equal(u, state.buffers["memory"]["core_u"])
     sign = np.sign(np.sum(u * expected_u, axis=-1, keepdims=True))
     np.testing.assert_allclose(u, sign * expected_u, atol=1e-5)
     np.testing.assert_allclose(v, sign * expected_v, atol=1e-5)
     # The sign is that of the pair before.
-    assert np.all(np.sum(u * np.asarray(state.buffers["sparse"]["core_u"]), axis=-1) > 0)
+    assert np.all(np.sum(u * np.asarray(state.buffers["memory"]["core_u"]), axis=-1) > 0)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(finished: Run, state: TrainState) -> None:
@@ -417,8 +415,8 @@ def test_accumulated_gradients_are_those_of_one_batch(finished: Run, state: Trai
     assert float(parts_metrics.gradient_norm) == pytest.approx(
         float(whole_metrics.gradient_norm), rel=1e-5
     )
-    np.testing.assert_array_equal(parts.usage, whole.usage)
-    assert np.asarray(whole.usage).sum() > 0
+    np.testing.assert_array_equal(parts.usage["memory"], whole.usage["memory"])
+    assert np.asarray(whole.usage["memory"]).sum() > 0
     for a, b in zip(
         jax.tree.leaves((parts.params, parts.store, parts.optimizer)),
         jax.tree.leaves((whole.params, whole.store, whole.optimizer)),
@@ -446,8 +444,6 @@ def test_an_auxiliary_loss_changes_the_gradient(
     # The loss that is reported is the cross entropy alone.
     assert float(penalised.loss) == pytest.approx(float(plain.loss), rel=1e-6)
     assert float(penalised.gradient_norm) != pytest.approx(float(plain.gradient_norm), rel=1e-4)
-    before, after = (
-        optim.named_parameters(result.params, result.store) for result in (without, with_it)
-    )
+    before, after = (result.weights.named() for result in (without, with_it))
     (path,) = (path for path in before if path.endswith(parameter))
     assert jnp.abs(before[path] - after[path]).max() > 1e-4
