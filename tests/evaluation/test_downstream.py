@@ -17,43 +17,44 @@ import pytest
 
 from experiments.benchmarks import harness_equality
 from tests import meshes, tiny_run
-from umv2.config import GenerateConfig
+from tests.model.drawn import drawn_weights
+from umv2.config import GenerateConfig, ModelConfig
 from umv2.config.schema import UserError
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import downstream
-from umv2.evaluation.answers import Respondent
+from umv2.evaluation.scoring import Scorer
 from umv2.inference.decode import Generator
 from umv2.inference.sampling import Sampling
-from umv2.training.state import create_model, split_model
+from umv2.model.weights import Weights
 
 FILL = 256
 
 
 @functools.cache
-def small() -> tuple[Any, Any]:
-    """A model whose predictions vary, and its value tables."""
+def small() -> tuple[ModelConfig, Weights]:
+    """A model whose predictions vary."""
     config = tiny_run.tiny_config("unused").model
-    key = jax.random.key(0, impl="unsafe_rbg")
-    model, store = jax.jit(lambda: create_model(config, key))()
-    model.embedding[...] *= 10
-    return model, store
+    return config, drawn_weights(config, embedding=10)
 
 
 @functools.cache
-def respondent() -> Respondent:
+def scorer() -> Scorer:
     """The same, dividing its work over 8 devices."""
-    model, store = small()
+    config, weights = small()
     mesh = meshes.create(replica=8)
-    _, params, buffers = split_model(model)
-    placed = meshes.replicate((params, buffers, store), mesh)
-    return Respondent(model.config, *placed, mesh)
+    return Scorer(config, meshes.replicate(weights, mesh), mesh)
+
+
+def forward(tokens: Any) -> jax.Array:
+    """Logits of the same, on one device."""
+    config, weights = small()
+    return weights.model(config)(tokens, store=weights.store).logits
 
 
 def by_hand(context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """One sequence, without padding or batch."""
-    model, store = small()
     tokens = np.array([[*context, *continuation]], np.int32)
-    logits = jax.jit(lambda t: model(t, store=store).logits)(tokens[:, :-1])
+    logits = jax.jit(forward)(tokens[:, :-1])
     chances = np.asarray(jax.nn.log_softmax(logits, axis=-1))[0, len(context) - 1 :]
     places = np.arange(len(continuation))
     total = float(chances[places, continuation].sum())
@@ -62,15 +63,13 @@ def by_hand(context: list[int], continuation: list[int]) -> tuple[float, bool]:
 
 def ask(pairs: list[Any], **settings: int) -> list[tuple[float, bool]]:
     settings = {"max_length": 64, "batch_size": 4, "fill": FILL} | settings
-    return downstream.log_likelihoods(respondent(), pairs, **settings)
+    return downstream.log_likelihoods(scorer(), pairs, **settings)
 
 
 def greedy(context: list[int], count: int) -> list[int]:
-    model, store = small()
     ids = list(context)
     for _ in range(count):
-        logits = model(jnp.array([ids], jnp.int32), store=store).logits[0, -1]
-        ids.append(int(logits.argmax()))
+        ids.append(int(forward(jnp.array([ids], jnp.int32))[0, -1].argmax()))
     return ids[len(context) :]
 
 
@@ -252,9 +251,8 @@ def test_a_default_limit_that_the_model_cannot_read_is_said_to_be_one() -> None:
 
 @functools.cache
 def generator() -> Generator:
-    model, store = small()
     config = GenerateConfig(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, stop=(), seed=0)
-    return Generator(model, store, tokenizer=ByteTokenizer(), config=config)
+    return Generator(*small(), tokenizer=ByteTokenizer(), config=config)
 
 
 def request(text: str, task: str = "x", **given: Any) -> downstream.GenerationRequest:

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the harness is imported
@@ -16,12 +15,12 @@ import lm_eval.tasks.manager
 from lm_eval.api.instance import Instance
 
 from tests import meshes, tiny_run
+from tests.model.drawn import drawn_weights
 from umv2.config.schema import UserError
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import harness
-from umv2.evaluation.answers import Respondent
+from umv2.evaluation.scoring import Scorer
 from umv2.inference.decode import Generator
-from umv2.training.state import create_model, split_model
 
 GENERATION = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 4}'
 TASK = f"""
@@ -40,14 +39,11 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 @functools.cache
 def model(batch_size: int = 4) -> harness.HarnessModel:
     config = tiny_run.tiny_config("unused")
-    key = jax.random.key(0, impl="unsafe_rbg")
-    model, store = jax.jit(lambda: create_model(config.model, key))()
-    _, params, buffers = split_model(model)
-    mesh = meshes.create()
+    weights, mesh = drawn_weights(config.model), meshes.create()
     tokenizer = ByteTokenizer()
     return harness.HarnessModel(
-        Respondent(config.model, *meshes.replicate((params, buffers, store), mesh), mesh),
-        Generator(model, store, tokenizer=tokenizer, config=config.generate),
+        Scorer(config.model, meshes.replicate(weights, mesh), mesh),
+        Generator(config.model, weights, tokenizer=tokenizer, config=config.generate),
         tokenizer,
         max_length=64,
         batch_size=batch_size,

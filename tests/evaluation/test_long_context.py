@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from tests import meshes, tiny_run
+from tests.model.drawn import drawn_weights
 from umv2 import modes
-from umv2.config import Config, GenerateConfig
+from umv2.config import Config, GenerateConfig, ModelConfig
 from umv2.data.long_context.examples import Answer, Example
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.evaluation import long_context
-from umv2.evaluation.answers import Respondent
 from umv2.evaluation.long_context import Cell, LongContextReport, Score, wilson_interval
+from umv2.evaluation.scoring import Scorer
 from umv2.inference.decode import Generator
-from umv2.training.state import create_model, split_model
+from umv2.model.weights import Weights
 
 TOKENIZER = ByteTokenizer()
 GREEDY = GenerateConfig(max_new_tokens=3, temperature=0.0, top_k=0, top_p=1.0, stop=(), seed=0)
@@ -32,19 +33,15 @@ def suite_config(**changes: Any) -> Config:
 
 
 @functools.cache
-def small() -> tuple[Any, Any]:
+def small() -> tuple[ModelConfig, Weights]:
     config = tiny_run.tiny_config("unused").model
-    key = jax.random.key(0, impl="unsafe_rbg")
-    model, store = jax.jit(lambda: create_model(config, key))()
-    model.embedding[...] *= 30
-    return model, store
+    return config, drawn_weights(config, embedding=30)
 
 
-def respondent() -> Respondent:
-    model, store = small()
+def scorer() -> Scorer:
+    config, weights = small()
     mesh = meshes.create(replica=8)
-    _, params, buffers = split_model(model)
-    return Respondent(model.config, *meshes.replicate((params, buffers, store), mesh), mesh)
+    return Scorer(config, meshes.replicate(weights, mesh), mesh)
 
 
 def score(**changes: Any) -> Score:
@@ -60,8 +57,8 @@ def score(**changes: Any) -> Score:
 
 
 def test_an_answer_is_exact_where_greedy_decoding_writes_it() -> None:
-    model, store = small()
-    generator = Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    model_config, weights = small()
+    generator = Generator(model_config, weights, tokenizer=TOKENIZER, config=GREEDY)
     rng = np.random.default_rng(0)
     examples, wanted = [], []
     for number in range(5):
@@ -77,7 +74,7 @@ def test_an_answer_is_exact_where_greedy_decoding_writes_it() -> None:
     config = suite_config(batch_tokens=64)
     found = list(
         long_context._scores(
-            respondent(),
+            scorer(),
             config.model,
             examples,
             "needle",
@@ -87,6 +84,7 @@ def test_an_answer_is_exact_where_greedy_decoding_writes_it() -> None:
         )
     )
     assert [one.exact for one in found] == wanted
+    model, store = weights.model(model_config), weights.store
     forward = jax.jit(lambda tokens: model(tokens, store=store).logits)
     for one, example in zip(found, examples, strict=True):
         tokens = np.array([[TOKENIZER.end_of_text_id, *example.tokens]], np.int32)

@@ -17,48 +17,56 @@ import numpy as np
 import pytest
 
 from configs import base
-from tests import meshes
+from tests import meshes, slots
+from tests.model.drawn import drawn_weights
 from umv2 import sharding
-from umv2.config import ConfigError, GenerateConfig, MeshConfig, from_config_dict
+from umv2.config import Config, ConfigError, GenerateConfig, ModelConfig, from_config_dict
 from umv2.config.schema import UserError
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.inference import decode, serving
-from umv2.model.memory.store import ValueStore
-from umv2.model.transformer import Transformer
-from umv2.training.state import create_model, merge_model, split_model
+from umv2.model.weights import Weights
+from umv2.training import state
 
 TOKENIZER = ByteTokenizer()
 GREEDY = GenerateConfig(max_new_tokens=24, temperature=0.0, top_k=0, top_p=1.0, stop=(), seed=0)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
 
 
-@functools.cache
-def small_model(family: str) -> tuple[Transformer, ValueStore | None]:
-    """Two blocks, scanned or not, whose text varies with the token and with what precedes it."""
+def small_config(filled: str) -> Config:
+    """Two blocks, scanned or not."""
     config = base.get_config()
-    config.model.update(
-        hidden_size=32, num_layers=2, num_heads=2, num_key_value_heads=1, ffn_size=32
-    )
-    config.model.update(family=family, scan_layers=family != "dense")
-    config.model.update(tie_embeddings=False, compute_dtype="float32")
+    config.model.update(hidden_size=32, num_layers=2, num_heads=2, num_key_value_heads=1)
+    config.model.update(ffn_size=32, tie_embeddings=False, compute_dtype="float32")
     config.model.memory.update(num_keys=8, key_dim=8, top_m=4, shortlist=4, value_dim=12)
     config.model.memory.update(pre_value_dim=4, chunk_tokens=8)
     config.model.moe.update(num_experts=6, top_k=2, expert_size=16)
-    model_config = from_config_dict(config).model
-    key = jax.random.key(0, impl="unsafe_rbg")  # compiles in half the time
-    model, store = jax.jit(lambda: create_model(model_config, key))()
-    model.embedding[...] *= 10
-    model.blocks.attention.query_norm.weight[...] *= 10
-    model.blocks.attention.output[...] *= 10
-    return model, store
+    slots.fill(config, filled, scan_layers=filled != "dense")
+    return from_config_dict(config)
+
+
+@functools.cache
+def small_model(filled: str) -> tuple[ModelConfig, Weights]:
+    """A model whose text varies with the token and with what precedes it."""
+    config = small_config(filled).model
+    weights = drawn_weights(config, embedding=10)
+    params = jax.tree.map(lambda leaf: leaf, weights.params)
+    params["blocks"]["attention"]["query_norm"]["weight"] *= 10
+    params["blocks"]["attention"]["output"] *= 10
+    return config, dataclasses.replace(weights, params=params)
+
+
+def small_generator(filled: str, config: GenerateConfig = GREEDY) -> decode.Generator:
+    """That model, to generate with."""
+    return decode.Generator(*small_model(filled), tokenizer=TOKENIZER, config=config)
 
 
 def greedy_by_full_forward(
-    model: Transformer, store: ValueStore | None, prompt: list[int], count: int
+    config: ModelConfig, weights: Weights, prompt: list[int], count: int
 ) -> list[int]:
     """The likeliest continuation, each id from a pass without cache over all that precedes it."""
     length = len(prompt) + count
-    forward = jax.jit(lambda tokens: model(tokens, store=store))
+    model = weights.model(config)
+    forward = jax.jit(lambda tokens: model(tokens, store=weights.store))
     ids = list(prompt)
     for _ in range(count):
         padded = jnp.array([ids + [0] * (length - len(ids))])
@@ -68,14 +76,13 @@ def greedy_by_full_forward(
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", ["memory", "dense", "moe"])
-def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(family: str) -> None:
-    model, store = small_model(family)
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+@pytest.mark.parametrize("filled", slots.SLOTS)
+def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(filled: str) -> None:
+    generator = small_generator(filled)
     prompt = TOKENIZER.encode("def f(x): return x")
     ids = list(generator.generate_ids(prompt))
     start = [TOKENIZER.end_of_text_id, *prompt.tolist()]
-    expected = greedy_by_full_forward(model, store, start, GREEDY.max_new_tokens)
+    expected = greedy_by_full_forward(*small_model(filled), start, GREEDY.max_new_tokens)
     # The same token is followed by different ones: the text shows what the cache holds.
     followers = set(itertools.pairwise(expected))
     assert len(followers) > len(set(expected[:-1]))
@@ -83,12 +90,13 @@ def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(family
     assert len(ids) == GREEDY.max_new_tokens or expected[len(ids)] == TOKENIZER.end_of_text_id
 
 
-@pytest.mark.parametrize("family", ["memory", "dense", "moe"])
-def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(family: str) -> None:
-    model, store = small_model(family)
-    served = jax.jit(serving.serve)(model, store)
+@pytest.mark.parametrize("filled", slots.SLOTS)
+def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(filled: str) -> None:
+    config, weights = small_model(filled)
+    whole = weights.model(config)
+    served = jax.jit(serving.serve, static_argnums=0)(config, weights)
     tokens = jax.random.randint(jax.random.key(1), (3, 12), 0, 256)
-    expected = jax.jit(lambda tokens: model(tokens, store=store).logits)(tokens)
+    expected = jax.jit(lambda tokens: whole(tokens, store=weights.store).logits)(tokens)
     # Rows of different lengths, padded with what must leave no trace.
     lengths = jnp.array([9, 2, 5])
     padded = jnp.where(jnp.arange(9)[None] < lengths[:, None], tokens[:, :9], 200)
@@ -111,8 +119,7 @@ def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(family: str
 
 @pytest.mark.parametrize(("tokens_at_once", "rows"), [(35, 3), (26, 2), (7, 1), (54, 6)])
 def test_many_long_prompts_are_read_in_groups(tokens_at_once: int, rows: int) -> None:
-    model, store = small_model("moe")
-    served = jax.jit(serving.serve)(model, store)
+    served = jax.jit(serving.serve, static_argnums=0)(*small_model("moe"))
     tokens = jax.random.randint(jax.random.key(1), (6, 9), 0, 256)
     read = functools.partial(decode.prefill, length=12)
     whole, grouped = read(served, tokens), read(served, tokens, tokens_at_once=tokens_at_once)
@@ -124,8 +131,7 @@ def test_many_long_prompts_are_read_in_groups(tokens_at_once: int, rows: int) ->
 
 
 def test_rows_of_a_batch_do_not_see_each_other() -> None:
-    model, store = small_model("memory")
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    generator = small_generator("memory")
     prompts = ["def f(x): return x", "", "import numpy as np\n" * 4]
     alone = ["".join(generator.generate(prompt)) for prompt in prompts]
     assert len(set(alone)) == 3
@@ -134,8 +140,7 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
 
 
 def test_a_batch_ends_each_text_at_its_own_stop_string() -> None:
-    model, store = small_model("memory")
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    generator = small_generator("memory")
     prompts = ["def f(x): return x", "a"]
     whole = generator.generate_batch(prompts)
     stop = whole[0][8:10]
@@ -144,32 +149,33 @@ def test_a_batch_ends_each_text_at_its_own_stop_string() -> None:
     assert generator.generate_batch(prompts, stop=[stop]) == expected
     # The same in the configuration, and for a text that streams.
     config = dataclasses.replace(GREEDY, stop=(stop,))
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=config)
+    generator = small_generator("memory", config)
     assert "".join(generator.generate(prompts[0])) == expected[0]
     assert generator.generate_batch(prompts[:1], max_new_tokens=5) == [whole[0][:5]]
 
 
 def test_a_half_precision_model_is_served_in_half_precision() -> None:
-    config = dataclasses.replace(small_model("memory")[0].config, compute_dtype="bfloat16")
-    model, store = jax.jit(lambda: create_model(config, jax.random.key(0)))()
-    served, store = jax.jit(serving.serve)(model, store).parts()
+    config, weights = small_model("both")
+    config = dataclasses.replace(config, compute_dtype="bfloat16")
+    served, store = jax.jit(serving.serve, static_argnums=0)(config, weights).parts()
     assert isinstance(store, list)
-    narrow = (served.embedding, served.blocks[0].ffn.gate, served.sparse[0].keys, store[0].values)
+    keys, moe = served.memory[0].keys, served.blocks[0].moe
+    narrow = (served.embedding, moe.gate_and_up, moe.down, keys, store[0].values)
     assert {str(array.dtype) for array in narrow} == {"bfloat16"}
-    wide = (served.final_norm.weight, served.sparse[0].cores, served.sparse[0].query_norm)
+    cores, query_norm = served.memory[0].cores, served.memory[0].query_norm
+    wide = (served.final_norm.weight, moe.router, cores, query_norm)
     assert {str(array.dtype) for array in wide} == {"float32"}
     assert served.empty_cache(1, 8)[0].keys.dtype == jnp.bfloat16
     # The model that was given is as it was.
-    assert model.sparse.keys.dtype == jnp.float32
-    assert model.sparse.config.key_norm == "rms"
+    model = weights.model(config)
+    assert model.memory.keys.dtype == jnp.float32
+    assert model.memory.config.key_norm == "rms"
 
 
 def test_prompts_of_one_bucket_share_one_prefill_and_one_decode(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model, store = small_model("memory")
-    config = dataclasses.replace(SAMPLED, max_new_tokens=3)
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=config)
+    generator = small_generator("memory", dataclasses.replace(SAMPLED, max_new_tokens=3))
 
     def compilations(*prompts: str) -> list[str]:
         caplog.clear()
@@ -186,14 +192,10 @@ def test_prompts_of_one_bucket_share_one_prefill_and_one_decode(
 
 
 def test_a_model_that_lies_on_a_mesh_generates_on_one_device() -> None:
-    model, store = small_model("memory")
-    mesh = meshes.create(replica=8)
-    replicated = meshes.replicate((model, store), mesh)
-    texts = [
-        list(decode.Generator(*parts, tokenizer=TOKENIZER, config=GREEDY).generate("a"))
-        for parts in (replicated, (model, store))
-    ]
-    assert texts[0] == texts[1]
+    config, weights = small_model("memory")
+    replicated = meshes.replicate(weights, meshes.create(replica=8))
+    generator = decode.Generator(config, replicated, tokenizer=TOKENIZER, config=GREEDY)
+    assert list(generator.generate("a")) == list(small_generator("memory").generate("a"))
 
 
 @pytest.mark.parametrize(
@@ -203,39 +205,31 @@ def test_a_model_that_lies_on_a_mesh_generates_on_one_device() -> None:
         pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow(minutes=1)),
     ],
 )
-@pytest.mark.parametrize("family", ["memory", "moe"])
+@pytest.mark.parametrize("filled", ["memory", "moe", "both"])
 def test_a_divided_model_generates_what_a_whole_one_does(
-    family: str, settings: GenerateConfig
+    filled: str, settings: GenerateConfig
 ) -> None:
-    model, store = small_model(family)
     settings = dataclasses.replace(settings, max_new_tokens=8)
     prompts = ["def f(x): return x", "", "import", "a", "b"]
-    whole = decode.Generator(model, store, tokenizer=TOKENIZER, config=settings)
-    expected = whole.generate_batch(prompts)
+    expected = small_generator(filled, settings).generate_batch(prompts)
     assert len(set(expected)) > 1
 
-    mesh_config = MeshConfig(
-        replica=1, fsdp=2, memory=4, tensor=1, parameters="fsdp", table_sharding="columns"
-    )
-    mesh = sharding.create_mesh(mesh_config)
-    graphdef, params, buffers = split_model(model)
-    state = {"params": params, "buffers": buffers, "store": store}
-    state = jax.device_put(state, sharding.state_shardings(mesh, mesh_config, state))
+    mesh_config = meshes.config(fsdp=2, memory=4, table_sharding="columns")
+    mesh, (model_config, weights) = sharding.create_mesh(mesh_config), small_model(filled)
+    config = dataclasses.replace(small_config(filled), mesh=mesh_config)
+    with jax.set_mesh(mesh):
+        abstract = state.abstract_weights(config)
+    weights = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    assert not weights.params["embedding"].is_fully_replicated
     divided = decode.Generator(
-        merge_model(graphdef, state["params"], state["buffers"]),
-        state["store"],
-        tokenizer=TOKENIZER,
-        config=settings,
-        mesh=mesh,
+        model_config, weights, tokenizer=TOKENIZER, config=settings, mesh=mesh
     )
     assert divided.generate_batch(prompts) == expected
 
 
-@pytest.mark.parametrize("family", ["memory", pytest.param("moe", marks=pytest.mark.slow)])
-def test_a_sample_is_a_function_of_its_prompt_and_number_whatever_the_batch(family: str) -> None:
-    model, store = small_model(family)
-    settings = dataclasses.replace(SAMPLED, max_new_tokens=8)
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=settings)
+@pytest.mark.parametrize("filled", ["memory", pytest.param("moe", marks=pytest.mark.slow)])
+def test_a_sample_is_a_function_of_its_prompt_and_number_whatever_the_batch(filled: str) -> None:
+    generator = small_generator(filled, dataclasses.replace(SAMPLED, max_new_tokens=8))
     many = generator.generate_batch(["a"] * 6)
     assert len(set(many)) == 6
     assert "".join(generator.generate("a")) == many[0]
@@ -249,9 +243,9 @@ def test_a_sample_is_a_function_of_its_prompt_and_number_whatever_the_batch(fami
 
 
 def test_prompts_that_the_model_does_not_tell_apart_get_different_samples() -> None:
-    model, store = small_model("memory")
-    model = jax.tree.map(jnp.zeros_like, model)  # every id is as likely as any other
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=SAMPLED)
+    config, weights = small_model("memory")
+    zeros = jax.tree.map(jnp.zeros_like, weights)  # every id is as likely as any other
+    generator = decode.Generator(config, zeros, tokenizer=TOKENIZER, config=SAMPLED)
     assert len(set(generator.generate_batch(["a", "b", "c", "a"]))) == 4
 
 
@@ -266,8 +260,7 @@ def test_occurrences_count_equal_items_before(items: str, expected: list[int]) -
     ("prompt", "place"), [("caf\udce9", 3), ("\ud83d", 0), ("x" * 99 + "\udc80", 99)]
 )
 def test_prompts_that_are_not_unicode_are_refused(prompt: str, place: int) -> None:
-    model, store = small_model("memory")
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    generator = small_generator("memory")
     message = f"character {place} is a lone surrogate"
     with pytest.raises(UserError, match=message):
         next(generator.generate(prompt))
@@ -289,8 +282,7 @@ def test_prompts_that_are_not_unicode_are_refused(prompt: str, place: int) -> No
 def test_a_batch_that_cannot_be_generated_is_refused(
     arguments: dict[str, Any], message: str
 ) -> None:
-    model, store = small_model("memory")
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    generator = small_generator("memory")
     with pytest.raises(UserError, match=message):
         generator.generate_batch(["a"], **arguments)
 
@@ -310,8 +302,7 @@ def test_lack_of_memory_is_one_line_and_other_errors_are_not(
     def failing(*_: Any, **__: Any) -> Any:
         raise jax.errors.JaxRuntimeError(message)
 
-    model, store = small_model("memory")
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    generator = small_generator("memory")
     monkeypatch.setattr(decode, function, failing)
     known = "memory" in message
     with pytest.raises(UserError if known else jax.errors.JaxRuntimeError) as caught:
@@ -324,12 +315,11 @@ def texts_of_a_process(address: str, index: str) -> list[str]:
     """What one of two processes gets that share a mesh; `python -c` calls it in each."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
-    graphdef, *state = split_model(small_model("dense")[0])
+    config, weights = small_model("dense")
     mesh = meshes.create(fsdp=jax.device_count())
-    params, buffers = meshes.replicate(jax.tree.map(np.asarray, state), mesh)
-    model = merge_model(graphdef, params, buffers)
+    weights = meshes.replicate(jax.tree.map(np.asarray, weights), mesh)
     settings = dataclasses.replace(SAMPLED, max_new_tokens=6)
-    generator = decode.Generator(model, None, tokenizer=TOKENIZER, config=settings, mesh=mesh)
+    generator = decode.Generator(config, weights, tokenizer=TOKENIZER, config=settings, mesh=mesh)
     return generator.generate_batch(["a", "import", "a"])
 
 
@@ -349,18 +339,13 @@ def test_processes_that_share_a_mesh_each_get_all_texts() -> None:
     # The last line: those before are of Gloo.
     outputs = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
 
-    settings = dataclasses.replace(SAMPLED, max_new_tokens=6)
-    model, store = small_model("dense")
-    alone = decode.Generator(model, store, tokenizer=TOKENIZER, config=settings)
+    alone = small_generator("dense", dataclasses.replace(SAMPLED, max_new_tokens=6))
     assert list(map(json.loads, outputs)) == [alone.generate_batch(["a", "import", "a"])] * 2
 
 
 def test_a_seed_names_a_text() -> None:
-    model, store = small_model("memory")
-
     def text(seed: int) -> str:
-        config = dataclasses.replace(SAMPLED, seed=seed)
-        generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=config)
+        generator = small_generator("memory", dataclasses.replace(SAMPLED, seed=seed))
         return "".join(generator.generate("import "))
 
     assert text(0) == text(0)
@@ -368,14 +353,13 @@ def test_a_seed_names_a_text() -> None:
 
 
 def test_generation_stops_before_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, store = small_model("memory")
     script = iter([72, 105, TOKENIZER.end_of_text_id, 33, 34])
 
     def scripted(_: Any, cache: Any, tokens: Any, positions: Any, *__: Any, **___: Any) -> Any:
         return jnp.array([next(script)], jnp.int32), positions + 1, cache
 
     monkeypatch.setattr(decode, "decode", scripted)
-    generator = decode.Generator(model, store, tokenizer=TOKENIZER, config=GREEDY)
+    generator = small_generator("memory")
     assert list(generator.generate("")) == ["H", "i"]
     # The device was one step ahead of the reader.
     assert list(script) == [34]
@@ -385,6 +369,5 @@ def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
     class Larger(ByteTokenizer):
         vocab_size = 265
 
-    model, store = small_model("memory")
     with pytest.raises(ConfigError, match=r"model\.vocab_size=264.*at least the 265 ids"):
-        decode.Generator(model, store, tokenizer=Larger(), config=GREEDY)
+        decode.Generator(*small_model("memory"), tokenizer=Larger(), config=GREEDY)

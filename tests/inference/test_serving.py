@@ -1,5 +1,6 @@
 """A served model computes what the trained one does."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 
 from configs import base, families
+from tests import slots
+from tests.model.drawn import drawn_weights
 from umv2.config import ModelConfig, from_config_dict
 from umv2.inference import serving
-from umv2.model.memory.store import ValueStore
-from umv2.training.state import create_model
+from umv2.model import weights
+from umv2.model.weights import Weights
 
 
 def _model_config(family: str, **memory: Any) -> ModelConfig:
@@ -21,7 +24,10 @@ def _model_config(family: str, **memory: Any) -> ModelConfig:
     config.model.memory.update(num_keys=8, key_dim=8, top_m=4, shortlist=4)
     config.model.memory.update(value_dim=8, pre_value_dim=4)
     config.model.moe.update(num_experts=8, expert_size=8)
-    families.switch(config, family, {family: {}})
+    if family in slots.SLOTS:
+        slots.fill(config, family)
+    else:
+        families.switch(config, family, {family: {}})
     config.model.memory.update(memory)
     return from_config_dict(config).model
 
@@ -34,6 +40,7 @@ CASES = [
     ("pkm", {"read_layers": (2,), "write_layers": (2,)}),
     ("peer", {"read_layers": (2,), "write_layers": (2,)}),
     ("moe", {}),
+    ("both", {"read_layers": (2,), "write_layers": (3,)}),
     ("dense", {}),
 ]
 
@@ -41,24 +48,24 @@ CASES = [
 @pytest.mark.parametrize(("family", "memory"), CASES)
 def test_a_served_model_gives_the_same_logits(family: str, memory: dict[str, Any]) -> None:
     config = _model_config(family, **memory)
-    key = jax.random.key(0, impl="unsafe_rbg")
-    model, store = jax.jit(lambda: create_model(config, key))()
-    model.embedding[...] *= 10
-    if family in ("ultramem_v2", "ultramem"):
+    drawn = drawn_weights(config, embedding=10)
+    params = jax.tree.map(lambda leaf: leaf, drawn.params)
+    if family in ("ultramem_v2", "ultramem", "both"):
         # Keys that the norm changes, or serving could leave it out.
-        model.sparse.key_norm[...] *= 1 + jnp.arange(model.sparse.key_norm.shape[-1])[None]
+        key_norm = params["memory"]["key_norm"]
+        params["memory"]["key_norm"] = key_norm * (1 + jnp.arange(key_norm.shape[-1])[None])
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 256)
 
     @jax.jit
-    def logits(model: Any, store: ValueStore | None) -> tuple[jax.Array, ...]:
-        served, tables = serving.serve(model, store).parts()
+    def logits(given: Weights) -> tuple[jax.Array, ...]:
+        served, tables = serving.serve(config, given).parts()
         return (
-            model(tokens, store=store).logits,
+            given.model(config)(tokens, store=given.store).logits,
             served(tokens, store=tables).logits,
             served(tokens, store=tables, logits_at=jnp.array([[7, 0], [3, 3]])).logits,
         )
 
-    full, got, some = logits(model, store)
+    full, got, some = logits(dataclasses.replace(drawn, params=params))
     assert np.std(full) > 0.05
     np.testing.assert_allclose(got, full, rtol=1e-4, atol=1e-5)
     wanted = np.stack([full[0, [7, 0]], full[1, [3, 3]]])
@@ -66,11 +73,10 @@ def test_a_served_model_gives_the_same_logits(family: str, memory: dict[str, Any
 
 
 def test_no_array_of_a_served_model_is_stacked_and_all_are_found_again() -> None:
-    config = _model_config("ultramem_v2")
-    served = jax.eval_shape(
-        lambda: serving.serve(*create_model(config, jax.random.key(0, impl="unsafe_rbg")))
-    )
+    config = _model_config("both")
+    served = jax.eval_shape(lambda given: serving.serve(config, given), weights.abstract(config))
     model, stores = served.parts()
     assert [store.values.shape for store in stores] == [(64, 8)] * 4
-    assert {block.ffn.gate.shape for block in model.blocks} == {(16, 16)}
+    assert {block.attention.query.shape for block in model.blocks} == {(16, 16)}
+    assert {block.moe.down.shape for block in model.blocks} == {(8, 8, 16)}
     assert len(jax.tree.leaves(served)) == len(jax.tree.leaves((model, stores)))

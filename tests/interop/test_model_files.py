@@ -9,25 +9,29 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
+from tests import slots
 from tests.interop.comparison import assert_same_bits
 from tests.model.drawn import drawn
 from umv2.config import Config, from_config_dict
 from umv2.interop import model_files
 from umv2.interop.tensor_files import InteropError
+from umv2.model import weights
 from umv2.training.checkpoint import Restored
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "memory": {},
-    "memory without pre-values": {"memory.pre_value_dim": 0},
-    "moe": {"ffn_size": 0},
+# What fills the slots, and what else is so.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "memory": ("memory", {}),
+    "memory without pre-values": ("memory", {"memory.pre_value_dim": 0}),
+    "moe": ("moe", {}),
+    "moe with a shared expert": ("moe", {"ffn_size": 8}),
+    "both": ("both", {}),
 }
 
 
-def small_config(family: str = "memory") -> Config:
+def small_config(name: str = "memory") -> Config:
     config = base.get_config()
     sizes: dict[str, Any] = {
-        "family": family.split(maxsplit=1)[0],
         "vocab_size": 16,
         "hidden_size": 8,
         "num_layers": 2,
@@ -44,15 +48,16 @@ def small_config(family: str = "memory") -> Config:
         "moe.top_k": 2,
         "moe.expert_size": 4,
     }
-    sizes |= FAMILIES[family]
     config.update_from_flattened_dict({f"model.{n}": value for n, value in sizes.items()})
+    filled, changes = MODELS[name]
+    slots.fill(config, filled)
+    config.update_from_flattened_dict({f"model.{n}": value for n, value in changes.items()})
     config.train.num_steps = 321
     return from_config_dict(config)
 
 
 def small_model(config: Config) -> Restored:
-    parts = drawn(lambda: model_files.abstract_model(config.model))
-    return Restored(step=7, **parts)
+    return Restored(step=7, weights=drawn(weights.abstract(config.model)))
 
 
 def exported(folder: Path) -> Path:
@@ -61,30 +66,34 @@ def exported(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_any_family_comes_back(family: str, tmp_path: Path) -> None:
-    config = small_config(family)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_any_slots_comes_back(name: str, tmp_path: Path) -> None:
+    config = small_config(name)
     model = small_model(config)
     model_files.export_model(tmp_path / "out", config, model, max_shard_bytes=1000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     read_config, read = model_files.load_model(tmp_path / "out")
     assert read_config == config
-    assert (read.step, type(read.store)) == (7, type(model.store))
-    for part in ("params", "store", "buffers"):
-        assert_same_bits(getattr(read, part), getattr(model, part))
+    assert (read.step, type(read.weights)) == (7, type(model.weights))
+    assert type(read.weights.store) is type(model.weights.store)
+    assert_same_bits(read.weights, model.weights)
 
 
 def test_tensors_have_the_names_of_our_parameters(tmp_path: Path) -> None:
-    names = load_file(exported(tmp_path / "out") / "model.safetensors").keys()
-    assert {"model/embedding", "model/blocks/attention/query", "model/sparse/keys"} <= names
-    assert {"store/values", "store/pre_values", "buffers/sparse/shuffle"} <= names
+    config = small_config("both")
+    model_files.export_model(tmp_path / "out", config, small_model(config))
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert names == weights.declarations(config.model).keys()
+    assert {"params/embedding", "params/blocks/attention/query", "params/memory/keys"} <= names
+    assert {"params/blocks/moe/router", "params/blocks/moe/down"} <= names
+    assert {"store/values", "store/pre_values", "buffers/memory/shuffle"} <= names
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format": "olmoe"}, "format='olmoe': must be 'umv2'"),
-        ({"format_version": 2}, "format_version=2: must be 1"),
+        ({"format_version": 1}, "format_version=1: must be 2"),
         ({"step": None}, "step=None: must be an integer"),
         ({"config": {}}, r"config\.seed: missing"),
         ({"config": 3}, "config=3: must be a section"),
@@ -103,14 +112,14 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
     path = exported(tmp_path / "out") / "model.safetensors"
     tensors = load_file(path)
     tensors["store/values"] = tensors["store/values"].astype(np.float64)
-    tensors["model/embedding"] = tensors["model/embedding"][1:]
-    tensors["model/head"] = tensors.pop("model/final_norm/weight")
+    tensors["params/embedding"] = tensors["params/embedding"][1:]
+    tensors["params/head"] = tensors.pop("params/final_norm/weight")
     save_file(tensors, path)
     with pytest.raises(InteropError) as error:
         model_files.load_model(tmp_path / "out")
     assert str(error.value) == (
-        f"{tmp_path / 'out'}: tensors: missing: model/final_norm/weight;"
-        " not of this model: model/head; model/embedding has shape [15, 8], not [16, 8];"
+        f"{tmp_path / 'out'}: tensors: missing: params/final_norm/weight;"
+        " not of this model: params/head; params/embedding has shape [15, 8], not [16, 8];"
         " store/values is float64, not float32"
     )
 
@@ -119,10 +128,11 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_is_not_finite_is_not_exported(part: str, tmp_path: Path) -> None:
     config = small_config()
     model = small_model(config)
-    with_nan = jax.tree.map(lambda leaf: leaf.at[..., -1].set(np.nan), getattr(model, part))
-    with pytest.raises(InteropError, match=r"^(model|store)/\w+.*: holds NaN or infinity$"):
+    with_nan = jax.tree.map(lambda leaf: leaf.at[..., -1].set(np.nan), getattr(model.weights, part))
+    spoilt = dataclasses.replace(model.weights, **{part: with_nan})
+    with pytest.raises(InteropError, match=r"^(params|store)/\w+.*: holds NaN or infinity$"):
         model_files.export_model(
-            tmp_path / "out", config, dataclasses.replace(model, **{part: with_nan})
+            tmp_path / "out", config, dataclasses.replace(model, weights=spoilt)
         )
     assert not any(tmp_path.iterdir())
 
@@ -137,7 +147,7 @@ def test_a_model_that_is_not_finite_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "field"),
+    ("name", "field"),
     [
         ("dense", "num_layers"),
         ("dense", "ffn_size"),
@@ -148,16 +158,16 @@ def test_a_model_that_is_not_finite_is_not_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_out_of_all_proportion_is_refused_before_it_is_made(
-    family: str, field: str, tmp_path: Path
+    name: str, field: str, tmp_path: Path
 ) -> None:
-    config = small_config(family)
+    config = small_config(name)
     model_files.export_model(tmp_path / "out", config, small_model(config))
     path = tmp_path / "out" / "config.json"
     description = json.loads(path.read_text())
     section = description["config"]["model"]
     *names, last = field.split(".")
-    for name in names:
-        section = section[name]
+    for key in names:
+        section = section[key]
     section[last] = 100_000 if last == "num_layers" else 10**12
     path.write_text(json.dumps(description))
     with pytest.raises(InteropError, match=r"config\.json: describes a far larger model"):

@@ -19,9 +19,10 @@ from tests.model.drawn import drawn
 from tests.tiny_run import logged
 from umv2.config import Config, ModelConfig, from_config_dict
 from umv2.data.tokenizers import ByteTokenizer, Tokenizer
-from umv2.interop import model_files, olmoe
+from umv2.interop import olmoe
 from umv2.interop.tensor_files import InteropError
-from umv2.training.state import merge_model, model_structure
+from umv2.model import weights
+from umv2.model.weights import Weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYOUTS = ("hub", "native")
@@ -32,7 +33,8 @@ def small_config(**changes: Any) -> Config:
     """A mixture of experts, smaller than the golden one in everything."""
     config = base.get_config()
     sizes = {
-        "family": "moe",
+        "ffn": "moe",
+        "memory.layer": "none",
         "vocab_size": 11,
         "hidden_size": 8,
         "num_layers": 2,
@@ -73,18 +75,18 @@ def edit_tensors(folder: Path, change: Callable[[Tensors], None]) -> Path:
     return folder
 
 
-def load(folder: Path, dtype: olmoe.Dtype = "float32") -> tuple[ModelConfig, Any]:
+def load(folder: Path, dtype: olmoe.Dtype = "float32") -> tuple[ModelConfig, Weights]:
     return olmoe.load_olmoe(folder, small_config().model, dtype)
 
 
-def draw_params(config: Config) -> Any:
-    return drawn(lambda: model_files.abstract_model(config.model)["params"])
+def draw(config: Config) -> Weights:
+    return drawn(weights.abstract(config.model))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_are_those_of_the_published_code(layout: str, tmp_path: Path) -> None:
-    model, params = load(published(tmp_path / "model", layout))
-    transformer = merge_model(model_structure(model), params, {})
+    model, loaded = load(published(tmp_path / "model", layout))
+    transformer = loaded.model(model)
     with np.load(GOLDEN / "olmoe_lm.npz") as golden:
         tokens, wanted = golden["input_ids"], golden["logits"]
     with jax.default_matmul_precision("highest"):
@@ -102,9 +104,11 @@ def test_both_layouts_are_the_same_model(tmp_path: Path) -> None:
 
 
 def test_the_configuration_is_that_of_the_file(tmp_path: Path) -> None:
-    base_model = small_config(**{"moe.renormalize": True, "tie_embeddings": True}).model
+    changes: dict[str, Any] = {"moe.renormalize": True, "tie_embeddings": True}
+    changes |= {"ffn": "dense", "ffn_size": 8, "memory.layer": "product_key"}
+    base_model = small_config(**changes).model
     model = olmoe.read_config(published(tmp_path / "model"), base_model)
-    assert (model.family, model.ffn_size, model.query_key_norm) == ("moe", 0, True)
+    assert (model.ffn, model.ffn_size, model.query_key_norm) == ("moe", 0, True)
     assert (model.vocab_size, model.hidden_size, model.num_layers) == (97, 64, 2)
     assert (model.num_heads, model.num_key_value_heads) == (4, 4)
     assert (model.rope_theta, model.norm_epsilon) == (10000.0, 1e-5)
@@ -112,7 +116,8 @@ def test_the_configuration_is_that_of_the_file(tmp_path: Path) -> None:
     sizes = model.moe
     assert (sizes.num_experts, sizes.top_k, sizes.expert_size) == (8, 2, 16)
     assert not sizes.renormalize
-    assert (model.compute_dtype, model.memory) == ("float32", base_model.memory)
+    assert model.compute_dtype == "float32"
+    assert model.memory == dataclasses.replace(base_model.memory, layer="none")
 
 
 @pytest.mark.parametrize(
@@ -225,11 +230,12 @@ def test_a_tied_model_has_no_head_of_its_own(tmp_path: Path, written: str) -> No
     folder = edit(published(tmp_path / "model"), tie_word_embeddings=True)
     with pytest.raises(InteropError, match=r"lm_head\.weight differs from model\.embed_tokens"):
         load(folder)
-    model, params = load(edit_tensors(folder, tie))
+    model, loaded = load(edit_tensors(folder, tie))
     assert model.tie_embeddings
-    assert "head" not in params
+    assert "head" not in loaded.params
     np.testing.assert_array_equal(
-        params["embedding"], load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+        loaded.params["embedding"],
+        load_file(folder / "model.safetensors")["model.embed_tokens.weight"],
     )
 
 
@@ -275,10 +281,10 @@ def test_a_model_out_of_all_proportion_is_refused_before_it_is_made(
 
 
 def test_what_is_exported_is_what_is_published(tmp_path: Path) -> None:
-    model, params = load(published(tmp_path / "model", "native"))
+    model, loaded = load(published(tmp_path / "model", "native"))
     config = small_config()
     exported = Config(**vars(config) | {"model": model})
-    olmoe.export_olmoe(tmp_path / "out", exported, params)
+    olmoe.export_olmoe(tmp_path / "out", exported, loaded)
     ours = load_file(tmp_path / "out" / "model.safetensors")
     theirs = load_file(GOLDEN / "olmoe_lm_params_hub.safetensors")
     assert ours.keys() == theirs.keys()
@@ -300,39 +306,40 @@ def test_experts_are_padded_to_what_transformers_can_run(
     tmp_path: Path, size: int, dtype: olmoe.Dtype
 ) -> None:
     config = small_config(**{"moe.expert_size": size})
-    params = draw_params(config)
+    given = draw(config)
     with logged() as messages:
-        olmoe.export_olmoe(tmp_path / "out", config, params, dtype=dtype)
+        olmoe.export_olmoe(tmp_path / "out", config, given, dtype=dtype)
     model, loaded = load(tmp_path / "out")
     width = model.moe.expert_size
     assert width % 8 == 0
     assert 0 < width - size < 8
     assert f"experts are padded with zeros from {size} to {width}" in messages[0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == width
-    for name, array in loaded["sparse"].items():
-        given = params["sparse"][name].astype(dtype).astype("float32")
-        np.testing.assert_array_equal(array[tuple(map(slice, given.shape))], given)
-        assert np.count_nonzero(array) == np.count_nonzero(given)
+    assert loaded.params["blocks"]["moe"].keys() == {"router", "gate", "up", "down"}
+    for name, array in loaded.params["blocks"]["moe"].items():
+        wanted = given.params["blocks"]["moe"][name].astype(dtype).astype("float32")
+        np.testing.assert_array_equal(array[tuple(map(slice, wanted.shape))], wanted)
+        assert np.count_nonzero(array) == np.count_nonzero(wanted)
 
 
 def test_padded_experts_give_the_same_logits(tmp_path: Path) -> None:
     config = small_config(**{"moe.expert_size": 5})
-    params = draw_params(config)
-    olmoe.export_olmoe(tmp_path / "out", config, params)
+    given = draw(config)
+    olmoe.export_olmoe(tmp_path / "out", config, given)
     model, loaded = load(tmp_path / "out")
     run = jax.jit(lambda m: m(jnp.arange(11)[None], store=None).logits)
-    narrow = run(merge_model(model_structure(config.model), params, {}))
-    wide = run(merge_model(model_structure(model), jax.tree.map(jnp.asarray, loaded), {}))
+    narrow = run(given.model(config.model))
+    wide = run(jax.tree.map(jnp.asarray, loaded).model(model))
     np.testing.assert_allclose(wide, narrow, atol=1e-5 * np.abs(narrow).max())
 
 
 def test_a_hidden_size_that_transformers_may_not_run_is_told(tmp_path: Path) -> None:
     config = small_config(hidden_size=12, num_heads=2)
     with logged() as messages:
-        olmoe.export_olmoe(tmp_path / "out", config, draw_params(config))
+        olmoe.export_olmoe(tmp_path / "out", config, draw(config))
     assert any("model.hidden_size=12 is no multiple of 8" in message for message in messages)
     with logged() as messages:
-        olmoe.export_olmoe(tmp_path / "other", small_config(), draw_params(small_config()))
+        olmoe.export_olmoe(tmp_path / "other", small_config(), draw(small_config()))
     assert not messages
 
 
@@ -353,32 +360,31 @@ def test_the_end_of_text_is_the_tokenizers(
 
 
 def test_what_is_not_finite_is_not_exported(tmp_path: Path) -> None:
-    params = draw_params(small_config())
-    params["blocks"]["attention"]["query"] = (
-        params["blocks"]["attention"]["query"].at[1].set(np.inf)
-    )
+    given = draw(small_config())
+    attention = given.params["blocks"]["attention"]
+    attention["query"] = attention["query"].at[1].set(np.inf)
     with pytest.raises(InteropError, match=r"^model\.layers\.1\.self_attn\.q_proj\.weight: holds"):
-        olmoe.export_olmoe(tmp_path / "out", small_config(), params)
+        olmoe.export_olmoe(tmp_path / "out", small_config(), given)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_exported_model_comes_back(tmp_path: Path, tied: bool) -> None:
     config = small_config(**{"tie_embeddings": tied, "moe.renormalize": True, "rope_theta": 500.0})
-    params = draw_params(config)
-    assert ("head" in params) is not tied
-    olmoe.export_olmoe(tmp_path / "out", config, params, max_shard_bytes=2000)
+    given = draw(config)
+    assert ("head" in given.params) is not tied
+    olmoe.export_olmoe(tmp_path / "out", config, given, max_shard_bytes=2000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     model, loaded = load(tmp_path / "out")
     assert model == config.model
-    assert_same_bits(loaded, params)
+    assert_same_bits(loaded, given)
 
 
 def test_bfloat16_is_kept_on_request(tmp_path: Path) -> None:
     config = small_config()
-    params = draw_params(config)
-    olmoe.export_olmoe(tmp_path / "out", config, params, dtype="bfloat16")
-    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), params)
+    given = draw(config)
+    olmoe.export_olmoe(tmp_path / "out", config, given, dtype="bfloat16")
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), given)
     assert_same_bits(load(tmp_path / "out", "bfloat16")[1], rounded)
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded)
     assert_same_bits(load(tmp_path / "out")[1], wide)
@@ -388,7 +394,8 @@ def test_bfloat16_is_kept_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"family": "dense", "ffn_size": 8}, r"model\.family='dense': must be 'moe' to export"),
+        ({"ffn": "dense", "ffn_size": 8}, r"model\.ffn='dense': must be 'moe' to export"),
+        ({"memory.layer": "product_key"}, r"model\.memory\.layer='product_key': must be 'none'"),
         ({"ffn_size": 8}, r"model\.ffn_size=8: must be 0 to export"),
         ({"query_key_norm": False}, r"model\.query_key_norm=False: must be True to export"),
     ],
@@ -397,21 +404,22 @@ def test_what_olmoe_has_no_place_for_is_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InteropError, match=message):
-        olmoe.export_olmoe(tmp_path / "out", small_config(**changes), {})
+        config = small_config(**changes)
+        olmoe.export_olmoe(tmp_path / "out", config, weights.abstract(config.model))
     assert not (tmp_path / "out").exists()
 
 
 def test_loading_holds_one_tensor_beside_the_result(tmp_path: Path) -> None:
     sizes = {"vocab_size": 4096, "hidden_size": 64, "moe.expert_size": 256}
     config = small_config(**sizes)
-    olmoe.export_olmoe(tmp_path / "out", config, draw_params(config), max_shard_bytes=10**6)
+    olmoe.export_olmoe(tmp_path / "out", config, draw(config), max_shard_bytes=10**6)
     load(published(tmp_path / "warm"))  # imports and traces are none of it
     load(tmp_path / "out")
     tracemalloc.start()
-    _, params = load(tmp_path / "out")
+    _, loaded = load(tmp_path / "out")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    arrays = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    arrays = [leaf.nbytes for leaf in jax.tree.leaves(loaded)]
     largest = max(4096 * 64, 3 * 256 * 64) * 4
     assert sum(arrays) > 3 * largest
     assert peak < sum(arrays) + 1.2 * largest

@@ -13,10 +13,11 @@ from tests.parity.common import small_model
 from tests.tiny_run import logged
 from umv2.interop.tensor_files import InteropError
 from umv2.interop.ultramem import QueryReading, ReleasedMemory, convert_memory
-from umv2.model import layers
 from umv2.model.memory import retrieval
 from umv2.model.memory.layer import MemoryLayer
 from umv2.model.memory.store import StoreWindow, ValueStore
+from umv2.model.parameter import ABSTRACT, Buffer
+from umv2.model.slots import Observe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V1, V2 = "ultramem_v1", "ultramem_v2_shared_query_layer0"
@@ -56,8 +57,7 @@ def run(converted: ReleasedMemory, case: str) -> np.ndarray:
         epsilon=given["rms_eps"],
         **untold | converted.sizes,
     )
-    layer = jax.eval_shape(lambda: MemoryLayer(config, key=jax.random.key(0)))
-    graphdef, *states = nnx.split(layer, nnx.Param, layers.Buffer)
+    graphdef, *states = nnx.split(MemoryLayer(config, init=ABSTRACT), nnx.Param, Buffer)
     arrays = [
         {name: jnp.asarray(a[0]) for name, a in tree.items()}
         for tree in (converted.params, converted.buffers)
@@ -69,7 +69,9 @@ def run(converted: ReleasedMemory, case: str) -> np.ndarray:
     store = ValueStore(**tables)
     window = StoreWindow(store=store, start=derived["offset"])
     with jax.default_matmul_precision("highest"):
-        return nnx.merge(graphdef, *arrays)(jnp.asarray(tensors["x"]), store=window)[0]
+        layer = nnx.merge(graphdef, *arrays)
+        y, _ = layer(jnp.asarray(tensors["x"]), window=window, observe=Observe())
+        return np.asarray(y)
 
 
 @pytest.mark.parametrize(
