@@ -333,7 +333,7 @@ def test_inspect_lists_every_parameter_as_json() -> None:
     listed = json.loads(run(TINY, INSPECT, "--json", "--config.model.memory.top_m=16").out)
     assert listed["config"]["model"]["memory"]["top_m"] == 16
     for parameter in listed["parameters"]:
-        assert set(parameter) == {"path", "shape", "dtype", "sharding", "group"}
+        assert set(parameter) == {"name", "shape", "dtype", "sharding", "group"}
     by_path = {parameter["path"]: parameter for parameter in listed["parameters"]}
     assert by_path["store/values"] == {
         "path": "store/values",

@@ -46,6 +46,8 @@ def observe(
     with pytest.MonkeyPatch.context() as patch:
         for module, name in OBSERVED:
             patch.setattr(module, name, _observed(getattr(module, name), seen))
+        # Of a layer that overrides it, its own.
+        patch.setattr(type(layer), "locate", _observed(type(layer).locate, seen))
         y, stats = layer(x, window=window, observe=Observe(health=True, key_balance=True))
     seen["top_k"] = jax.lax.top_k(seen["shortlist_scores"], layer.config.shortlist)
     seen["scores"], seen["grid"] = seen.pop("product_key_top_k")

@@ -26,6 +26,7 @@ from umv2.model import layers
 from umv2.model.memory import store
 from umv2.model.memory.layer import MemoryLayer
 from umv2.model.parameter import ABSTRACT
+from umv2.model.slots import memory_layer
 
 # From the golden layout to ours, given the layer's configuration.
 Convert = Callable[[jax.Array, MemoryConfig], jax.Array]
@@ -37,6 +38,11 @@ def _as_it_is(array: jax.Array, _: MemoryConfig) -> jax.Array:
 
 def _transposed(weight: jax.Array, _: MemoryConfig) -> jax.Array:
     return weight.T
+
+
+def _gate_weight(weight: jax.Array, _: MemoryConfig) -> jax.Array:
+    """[1, h], or without the axis of one -> [h, 1]."""
+    return weight.reshape(-1, 1)
 
 
 def _side_major_query(weight: jax.Array, sizes: MemoryConfig) -> jax.Array:
@@ -82,9 +88,20 @@ def _pkm(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_OWN_EXPERTS = "umv2.model.memory.own_experts:OwnExperts"
+_GATED = "umv2.model.memory.gated:GatedMemory"
+# Single-neuron experts, which meet the input itself, in place of values.
+_EXPERTS = {
+    "pre_projection": False,
+    "activation": "gelu",
+    "projection": "none",
+}
+
+
 def _peer(given: dict[str, Any]) -> dict[str, Any]:
     competing = not given.get("non_competing_scores", True)
-    return {
+    return _EXPERTS | {
+        "layer": _OWN_EXPERTS if given.get("separate_embed_per_head") else "product_key",
         "num_keys": math.isqrt(given["num_experts"]),
         "key_dim": given["dim_key"],
         "num_heads": given["heads"],
@@ -94,21 +111,23 @@ def _peer(given: dict[str, Any]) -> dict[str, Any]:
         "score_activation": "softmax" if competing else "relu",
         "value_dim": given["dim"],
         "pre_value_dim": given["dim"],
-        "pre_projection": False,
-        "activation": "gelu",
-        "projection": "none",
     }
 
 
 def _memory_plus_meta(given: dict[str, Any]) -> dict[str, Any]:
-    width = given["mem_v_dim"] if given["mem_v_dim"] > 0 else given["output_dim"]
-    return {
+    width = given["output_dim"] if given.get("mem_v_dim", -1) <= 0 else given["mem_v_dim"]
+    # The PEER variant has no projections, whatever the rest says.
+    peer = any("peer" in name and value for name, value in given.items())
+    variant = _EXPERTS | {"pre_value_dim": given["input_dim"]} if peer else {}
+    gated = any("gated" in name and value for name, value in given.items())
+    return variant | {
+        "layer": _GATED if gated else "product_key",
         "num_keys": given["mem_n_keys"],
         "key_dim": given["mem_k_dim"] // 2,
         "num_heads": given["mem_heads"],
         "top_m": given["mem_knn"],
         "value_dim": width,
-        "output_gate": "silu" if given["swilu_projection"] else "none",
+        "output_gate": "silu" if given.get("swilu_projection") and not peer else "none",
         "bias": True,
     }
 
@@ -153,8 +172,20 @@ FAMILIES = {
             "value_proj.bias": ("output_bias", _as_it_is),
             "swilu_projection.weight": ("output_gate", _transposed),
             "swilu_projection.bias": ("output_gate_bias", _as_it_is),
+            **{
+                f"{gate}.{part}": (name, convert)
+                for gate in ("gating", "gate", "mem_gate", "gate_proj")
+                for part, name, convert in (
+                    ("weight", "gate", _gate_weight),
+                    ("bias", "gate_bias", _as_it_is),
+                )
+            },
         },
-        tables={"values.weight": "values"},
+        tables={
+            "values.weight": "values",
+            "values_u.weight": "pre_values",
+            "values_v.weight": "values",
+        },
         memory=_memory_plus_meta,
         width="input_dim",
     ),
@@ -196,6 +227,8 @@ def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
     sizes.setdefault("shortlist", sizes["top_m"])
     epsilon = given_config.get("rms_eps", 1e-5)
     config = small_model(dtype, hidden_size=given_config[family.width], epsilon=epsilon, **sizes)
+    layer_type = memory_layer(config)
+    assert issubclass(layer_type, MemoryLayer)
     # "" for a single layer; "layer0.", "layer1." for those that share a table.
     prefixes = sorted({n.partition(".")[0] + "." for n in parameters(golden) if n[:5] == "layer"})
     cotangents = {prefix: golden[f"g{prefix[5:-1]}"] for prefix in prefixes or [""]}
@@ -209,7 +242,7 @@ def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
             x = layers.rms_norm(x, given[PRE_NORM] + 1, 0.0)
         outputs, seen = jnp.zeros(()), {}
         for prefix, g in cotangents.items():
-            layer = MemoryLayer(config, init=ABSTRACT)
+            layer = layer_type(config, init=ABSTRACT)
             converted = {}
             for theirs, array in given.items():
                 base = theirs.removeprefix(prefix)
@@ -238,7 +271,7 @@ def _results(seen: dict[str, Any], sizes: MemoryConfig) -> Arrays:
     query = seen["arrange_query"][:, :, 0].transpose(2, 0, 1, 3)
     flat_query = query.reshape(len(query), sizes.num_heads, -1)
     results = {
-        "idx.real": seen["table_rows"][2],
+        "idx.real": seen["locate"][2],
         "score.raw": seen["scores"][..., 0],
         "score.best": seen["value_weights"][..., 0],
         "inter.pooled": seen["value_aggregation"],

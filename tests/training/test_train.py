@@ -107,7 +107,7 @@ def test_the_loss_starts_at_chance_and_falls(finished: Run) -> None:
 
 def test_each_step_compiles_once_in_a_run_that_logs_evaluates_and_saves(finished: Run) -> None:
     counts = Counter(finished.compiled)
-    names = ("train_step", "evaluation_step", "health_arrays")
+    names = ("train_step", "evaluation_step", "arrays")
     assert {name: counts[name] for name in names} == dict.fromkeys(names, 1)
     assert counts["_checksums"] <= 1  # runs of one process share it
 
