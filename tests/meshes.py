@@ -6,7 +6,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umv2 import sharding
-from umv2.config import MeshConfig
+from umv2.config import Config, MeshConfig
+from umv2.cost import exchange
 
 
 def config(**fields: Any) -> MeshConfig:
@@ -21,6 +22,12 @@ def config(**fields: Any) -> MeshConfig:
 def create(**fields: Any) -> Mesh:
     """The mesh of `config`."""
     return sharding.create_mesh(config(**fields))
+
+
+def resolved(experiment: Config, num_tokens: int = 256) -> Config:
+    """The experiment with a resolved mesh, as training resolves it."""
+    sizes = sharding.axis_sizes(experiment.mesh, jax.device_count())
+    return exchange.resolve_mesh(experiment, sizes, num_tokens)
 
 
 def replicate[T](tree: T, mesh: Mesh) -> T:

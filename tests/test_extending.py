@@ -23,7 +23,7 @@ from tests import meshes
 from tests.data.test_sources import RECIPE
 from umv2 import sharding
 from umv2.config import Config, differing_fields, from_config_dict
-from umv2.cost import accounting, exchange, traffic
+from umv2.cost import accounting, traffic
 from umv2.data.tokenizers import ByteTokenizer
 from umv2.inference.decode import Generator
 from umv2.interop import model_files
@@ -82,6 +82,7 @@ def _batch(config: Config) -> Batch:
 def _losses(config: Config, steps: int = 3, **mesh_axes: int) -> tuple[list[float], Any]:
     """The losses of some steps on a mesh, and the state after them."""
     mesh = meshes.create(**mesh_axes)
+    config = meshes.resolved(config)
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_state(config))
         now = sharding.create(functools.partial(state.create_state, config), shardings)
@@ -156,7 +157,6 @@ def test_a_layer_family_computes_the_same_on_a_mesh(layout: str) -> None:
         mesh__replica=1,
         mesh__table_sharding=layout,
     )
-    spread = exchange.with_layout(spread, {"replica": 1, "fsdp": 2, "memory": 2, "tensor": 2}, 128)
     eight, state_of_eight = _losses(spread, fsdp=2, memory=2, tensor=2)
     assert eight == pytest.approx(alone, rel=1e-5)
     spec = state_of_eight.store.values.sharding.spec

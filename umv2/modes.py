@@ -157,7 +157,7 @@ def _restored(
     """Returns the configuration with a layout of tables, its mesh, and the newest checkpoint."""
     mesh = sharding.create_mesh(config.mesh, config.evaluation.batch_size)
     num_tokens = config.evaluation.batch_size * config.data.sequence_length
-    config = exchange.with_layout(
+    config = exchange.resolve_mesh(
         config, mesh.shape, num_tokens, capacity=sharding.tpu_memory(mesh)
     )
     with jax.set_mesh(mesh), working("restoring the newest checkpoint"):
@@ -201,7 +201,7 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
       CheckpointError: there is no checkpoint that can be read.
     """
     config = _run_config(config, workdir)
-    config = exchange.with_layout(
+    config = exchange.resolve_mesh(
         config, sharding.axis_sizes(dataclasses.replace(config.mesh, replica=1), 1), num_tokens=1
     )
     tokenizer = _tokenizer(config, workdir, "generating text")

@@ -216,7 +216,7 @@ def test_a_divided_model_generates_what_a_whole_one_does(
 
     mesh_config = meshes.config(fsdp=2, memory=4, table_sharding="columns")
     mesh, (model_config, weights) = sharding.create_mesh(mesh_config), small_model(filled)
-    config = dataclasses.replace(small_config(filled), mesh=mesh_config)
+    config = meshes.resolved(dataclasses.replace(small_config(filled), mesh=mesh_config))
     with jax.set_mesh(mesh):
         abstract = state.abstract_weights(config)
     weights = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract))

@@ -12,6 +12,7 @@ from typing import Any
 from configs import tiny
 from umv2 import sharding
 from umv2.config import from_config_dict
+from umv2.cost import exchange
 from umv2.planning import ahead_of_time, topology
 
 KERNELS = [
@@ -23,11 +24,11 @@ KERNELS = [
 
 def compiled(case: dict[str, Any]) -> Any:
     values = tiny.get_config("ultramem_v2")
-    values.model.memory.initialization = "released"  # spares the calibration
     values.update_from_flattened_dict(case["fields"])
     config = from_config_dict(values)
     devices = topology.parse(case["topology"]).devices()
     mesh = sharding.create_mesh(config.mesh, devices=devices)
+    config = exchange.resolve_mesh(config, mesh.shape, num_tokens=1024)
     return ahead_of_time.lower(config, mesh, "train").compile()
 
 

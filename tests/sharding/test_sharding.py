@@ -1,5 +1,6 @@
 """The mesh: its sizes, what divides which array, and what crosses devices."""
 
+import dataclasses
 import math
 import typing
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec
 from configs import tiny
 from tests import meshes
 from umv2 import kernels, sharding
-from umv2.config import ConfigError, from_config_dict
+from umv2.config import ConfigError, ResolvedMesh, from_config_dict
 from umv2.model.parameter import Axis, path_name
 from umv2.planning.hlo import collectives
 from umv2.training import state
@@ -24,7 +25,7 @@ ALL = {"fsdp": 2, "memory": 2, "tensor": 2}
 def rules(**fields: Any) -> dict[str, tuple[str, ...]]:
     values = tiny.get_config().mesh
     values.update(fields)
-    return sharding.rules(meshes.config(**values))
+    return sharding.rules(ResolvedMesh(**dataclasses.asdict(meshes.config(**values))))
 
 
 def test_replicas_take_the_devices_that_the_other_axes_leave() -> None:
@@ -114,7 +115,7 @@ def test_parameters_and_their_moments_are_sharded_alike(family: str) -> None:
     values.model.vocab_size = 264
     values.model.moe.expert_size = 48
     values.mesh.update(fsdp=2, memory=2, tensor=2, table_sharding="rows")
-    config = from_config_dict(values)
+    config = meshes.resolved(from_config_dict(values))
     with jax.set_mesh(sharding.create_mesh(config.mesh)):
         abstract = state.abstract_state(config)
     of_weights = {
@@ -156,15 +157,17 @@ def test_a_mesh_axis_that_would_shard_two_dimensions_is_a_collision() -> None:
     sharding.partition(axes, rules(), SIZES, name="params/blocks/moe/up")
 
 
-def test_tables_whose_layout_is_still_to_be_chosen_are_not_sharded() -> None:
-    values = tiny.get_config()
+@pytest.mark.parametrize("family", ["ultramem_v2", "dense"])
+def test_a_mesh_that_is_not_resolved_shards_nothing(family: str) -> None:
+    values = tiny.get_config(family)
     values.mesh.update(memory=2, replica=4)
     config = from_config_dict(values)
-    with (
-        jax.set_mesh(sharding.create_mesh(config.mesh)),
-        pytest.raises(ValueError, match=r"mesh\.table_sharding='auto': choose before"),
-    ):
-        state.abstract_state(config)
+    with jax.set_mesh(sharding.create_mesh(config.mesh)):
+        with pytest.raises(
+            TypeError, match=r"not resolved: call umv2\.cost\.exchange\.resolve_mesh"
+        ):
+            state.abstract_state(config)
+        state.abstract_state(meshes.resolved(config))
 
 
 def test_products_and_lookups_of_divided_parameters_are_those_of_whole_ones() -> None:

@@ -133,7 +133,7 @@ def curves(config: Config, workdir: Path | None = None) -> tuple[np.ndarray, np.
 def first_step(config: Config) -> tuple[TrainState, TrainState]:
     """The state after one step on drawn tokens, and what it should be like."""
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
-    config = exchange.with_layout(config, mesh.shape, num_tokens=256)
+    config = exchange.resolve_mesh(config, mesh.shape, num_tokens=256)
     shape = (config.train.batch_size, config.data.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     rows = sharding.local_rows(mesh, config.train.batch_size)

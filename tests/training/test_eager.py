@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import families, tiny
-from tests import tiny_run
+from tests import meshes, tiny_run
 from tests.extras import needs_libtpu
 from umv2 import modes, sharding
 from umv2.config import Config, from_config_dict
@@ -64,7 +64,7 @@ def step_and_evaluation(config: Config, state: TrainState) -> dict[str, Any]:
     """What one training step makes of a state and of a batch, and the batch's evaluation before."""
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     with jax.set_mesh(mesh):
-        placed = sharded(config, mesh, state)
+        placed = sharded(meshes.resolved(config), mesh, state)
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, placed))
         batch = sharding.local_to_global(mesh, batch_of(config))
         evaluate = held_out.make_evaluation_step(config.model, mask_across_documents=True)

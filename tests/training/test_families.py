@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import families, tiny
-from tests import tiny_run
+from tests import meshes, tiny_run
 from umv2 import sharding
 from umv2.config import from_config_dict
 from umv2.training import train as training
@@ -56,7 +56,7 @@ def test_the_step_of_every_family_is_well_typed_on_a_mesh(family: str, replicas:
     """Explicit shardings and manual axes are checked while tracing."""
     values = tiny.get_config(family)
     values.mesh.replica = replicas
-    config = from_config_dict(values)
+    config = meshes.resolved(from_config_dict(values))
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     with jax.set_mesh(mesh):
         state = abstract_state(config)

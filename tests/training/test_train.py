@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny_run
+from tests import meshes, tiny_run
 from tests.tiny_run import Run
 from umv2 import files, sharding
 from umv2.config import Config, ConfigError, to_dict
@@ -54,7 +54,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 @functools.cache
 def abstract(config: Config) -> TrainState:
-    return abstract_state(config)
+    return abstract_state(meshes.resolved(config))
 
 
 def saved_state(config: Config, workdir: Path) -> TrainState:

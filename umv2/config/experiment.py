@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from umv2.config.data import DataConfig
 from umv2.config.evaluation import EvaluationConfig, GenerateConfig
-from umv2.config.mesh import MeshConfig
+from umv2.config.mesh import MeshConfig, ResolvedMesh
 from umv2.config.model import ModelConfig
 from umv2.config.schema import (
     Seed,
@@ -38,6 +38,17 @@ class Config:
     evaluation: EvaluationConfig
     generate: GenerateConfig
     mesh: MeshConfig
+
+    @property
+    def resolved_mesh(self) -> ResolvedMesh:
+        """The mesh section, from which shardings are made.
+
+        Raises:
+          TypeError: it is not resolved yet.
+        """
+        if not isinstance(self.mesh, ResolvedMesh):
+            raise TypeError("the mesh is not resolved: call umv2.cost.exchange.resolve_mesh before")
+        return self.mesh
 
     def validate(self) -> None:
         """Raises ConfigError for the first field that contradicts its rule or another field."""

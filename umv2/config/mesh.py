@@ -3,10 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from umv2.config.schema import (
-    Positive,
-    require,
-)
+from umv2.config.schema import Positive, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,3 +25,12 @@ class MeshConfig:
             self.replica,
             "must be >= 1, or -1 for all devices that the other axes leave",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedMesh(MeshConfig):
+    """A mesh section for which it is decided how value tables are sharded.
+
+    Shardings are made from it alone, and `umv2.cost.exchange.resolve_mesh` alone makes it, so that
+    no caller can forget the decision.
+    """

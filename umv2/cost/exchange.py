@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from umv2 import sharding
-from umv2.config import Config, ConfigError, MemoryConfig, ModelConfig
+from umv2.config import Config, ConfigError, MemoryConfig, ModelConfig, ResolvedMesh
 from umv2.cost import accounting
 from umv2.model.memory import exchange
 from umv2.model.slots import memory_layer
@@ -183,14 +183,14 @@ def choose(
     )
 
 
-def with_layout(
+def resolve_mesh(
     config: Config,
     mesh_sizes: Mapping[str, int],
     num_tokens: int,
     *,
     capacity: int | None = None,
 ) -> Config:
-    """Returns the configuration with a layout of tables that is possible on a mesh.
+    """Returns the configuration with a `ResolvedMesh`, whose layout of tables is possible.
 
     Args:
       config: whose mesh.table_sharding may be "auto"; then the choice is logged.
@@ -202,18 +202,16 @@ def with_layout(
       ConfigError: the layout that is named, or each, is impossible; with sizes that are possible.
     """
     size, named = mesh_sizes[sharding.MEMORY], config.mesh.table_sharding
-    if not config.model.placements or size == 1:
-        return config
-    if named == "auto":
-        local_tokens = -(-num_tokens // math.prod(mesh_sizes.values()))
-        layout, explanation = choose(config.model, size, local_tokens, capacity=capacity)
-        logging.info("%s", explanation)
-        return dataclasses.replace(
-            config, mesh=dataclasses.replace(config.mesh, table_sharding=layout)
-        )
-    if fault := _fault(config.model, named, size, None):
-        raise ConfigError(f"mesh.memory={size}, mesh.table_sharding={named!r}: {fault}")
-    return config
+    layout = named
+    if config.model.placements and size > 1:
+        if named == "auto":
+            local_tokens = -(-num_tokens // math.prod(mesh_sizes.values()))
+            layout, explanation = choose(config.model, size, local_tokens, capacity=capacity)
+            logging.info("%s", explanation)
+        elif fault := _fault(config.model, named, size, None):
+            raise ConfigError(f"mesh.memory={size}, mesh.table_sharding={named!r}: {fault}")
+    fields = dataclasses.asdict(config.mesh) | {"table_sharding": layout}
+    return dataclasses.replace(config, mesh=ResolvedMesh(**fields))
 
 
 def _sizes(config: ModelConfig) -> dict[Layout, list[int]]:

@@ -177,12 +177,12 @@ def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) ->
     Raises:
       ValueError: an array that the mesh cannot shard evenly.
     """
-    config = exchange.with_layout(config, mesh_sizes, _num_tokens(config, step))
+    config = exchange.resolve_mesh(config, mesh_sizes, _num_tokens(config, step))
     one_device = MeshConfig(1, 1, 1, 1, parameters="fsdp", table_sharding="auto")
     train = dataclasses.replace(config.train, gradient_accumulation=1)
     one_device_config = dataclasses.replace(config, mesh=one_device, train=train)
     arguments: Any = _unsharded_state(one_device_config)
-    rules = sharding.rules(config.mesh)
+    rules = sharding.rules(config.resolved_mesh)
     parts = {"dense": 0, "sparse": 0, "data": _data_bytes(config, mesh_sizes, step)}
 
     def of_weight(name: str, declared: Declaration) -> _Placed:
@@ -287,7 +287,7 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
     batch_size = _batch_size(config, step)
     mesh = sharding.create_mesh(config.mesh, batch_size, devices=devices)
     on_tpu = place.chip.platform == "tpu"
-    config = exchange.with_layout(
+    config = exchange.resolve_mesh(
         config,
         mesh.shape,
         _num_tokens(config, step),

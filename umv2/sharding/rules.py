@@ -5,13 +5,13 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from umv2.config import MeshConfig
+from umv2.config import ResolvedMesh
 from umv2.sharding.mesh import FSDP, MEMORY, TENSOR
 
 Rules = Mapping[str, tuple[str, ...]]
 
 
-def rules(config: MeshConfig) -> dict[str, tuple[str, ...]]:
+def rules(config: ResolvedMesh) -> dict[str, tuple[str, ...]]:
     """Returns the mesh axes that shard each logical axis of stored parameters."""
     dense = (FSDP, MEMORY) if config.parameters == "fsdp_and_memory" else (FSDP,)
     return {

@@ -74,7 +74,7 @@ def inspect(config: Config) -> Inspection:
     """
     sizes = sharding.axis_sizes(config.mesh, num_devices=1)
     num_tokens = config.train.batch_size * config.data.sequence_length
-    config = exchange.with_layout(config, sizes, num_tokens)
+    config = exchange.resolve_mesh(config, sizes, num_tokens)
     return Inspection(
         config=config,
         parameters=tuple(_parameters(config, sizes)),
@@ -86,7 +86,7 @@ def inspect(config: Config) -> Inspection:
 
 
 def _parameters(config: Config, sizes: Mapping[str, int]) -> list[Parameter]:
-    declared, rules = weights.declarations(config.model), sharding.rules(config.mesh)
+    declared, rules = weights.declarations(config.model), sharding.rules(config.resolved_mesh)
     listed = []
     for name, leaf in weights.abstract(config.model).named().items():
         spec = sharding.partition(declared[name].axes, rules, sizes, name=name)

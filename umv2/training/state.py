@@ -156,15 +156,9 @@ def _weight_specs(config: Config, mesh: Mesh) -> Any:
 
 
 def _partition(config: Config, mesh: Mesh, name: str, declared: Declaration) -> PartitionSpec:
-    """Returns how an array of the weights is sharded.
-
-    Raises:
-      ValueError: tables to shard, and mesh.table_sharding is still "auto".
-    """
-    mesh_config = config.mesh
-    if "row" in declared.axes and mesh_config.table_sharding == "auto" and mesh_config.memory > 1:
-        raise ValueError("mesh.table_sharding='auto': choose before arrays are sharded")
-    return sharding.partition(declared.axes, sharding.rules(mesh_config), mesh.shape, name=name)
+    """Returns how an array of the weights is sharded."""
+    rules = sharding.rules(config.resolved_mesh)
+    return sharding.partition(declared.axes, rules, mesh.shape, name=name)
 
 
 def _placed(leaf: Any, mesh: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:

@@ -145,7 +145,7 @@ def train(config: Config, workdir: Path) -> bool:
         corpus = open_corpus(data, config.model.vocab_size)
         microbatch_size = config.train.batch_size // config.train.gradient_accumulation
         mesh = sharding.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
-        config = exchange.with_layout(
+        config = exchange.resolve_mesh(
             config,
             mesh.shape,
             microbatch_size * config.data.sequence_length,

@@ -13,6 +13,7 @@ import pytest
 from experiments.ablations import run
 from umv2 import sharding
 from umv2.config import from_config_dict
+from umv2.cost import exchange
 from umv2.training import train as training
 from umv2.training.state import abstract_state
 from umv2.types import Batch
@@ -72,6 +73,7 @@ def test_the_training_step_of_every_arm_traces() -> None:
     for job in run.arms_to_run(["all"], [], "smoke"):
         config = from_config_dict(job.values)
         mesh = sharding.create_mesh(config.mesh, config.train.batch_size, devices=jax.devices()[:1])
+        config = exchange.resolve_mesh(config, mesh.shape, 1)
         with jax.set_mesh(mesh):
             state = abstract_state(config)
             shape = (config.train.batch_size, config.data.sequence_length)
