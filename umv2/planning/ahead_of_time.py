@@ -221,12 +221,12 @@ class _Placed(NamedTuple):
 
 def _data_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> int:
     """Bytes of a batch, or of a key-value cache, on one device."""
-    shares = sharding.num_batch_shards(mesh_sizes)
+    shards = sharding.num_batch_shards(mesh_sizes)
     length = config.data.sequence_length
     if step == "train":
-        return len(dataclasses.fields(Batch)) * 4 * config.train.batch_size * length // shares
+        return len(dataclasses.fields(Batch)) * 4 * config.train.batch_size * length // shards
     cache = traffic.cache_bytes(config.model, config.evaluation.batch_size, length)
-    return int(cache) // shares // mesh_sizes[sharding.TENSOR]
+    return int(cache) // shards // mesh_sizes[sharding.TENSOR]
 
 
 @functools.lru_cache(maxsize=1)  # a search asks for many meshes of one model

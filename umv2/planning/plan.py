@@ -92,11 +92,11 @@ class Plan:
         measured = self.measured
         if measured.needed is None:
             return f"does not compile: {measured.refusal}"
-        share = f"{_gib(measured.needed)} of {_gib(self.capacity)} GiB"
+        filled = f"{_gib(measured.needed)} of {_gib(self.capacity)} GiB"
         if not self.fits:
             largest = max(self._memory_parts(), key=lambda part: part[1])
-            return f"does not fit: {share}; {largest[0]} take {_gib(largest[1])} GiB"
-        return f"fits: {share}; {self.dominant} is the longest bound"
+            return f"does not fit: {filled}; {largest[0]} take {_gib(largest[1])} GiB"
+        return f"fits: {filled}; {self.dominant} is the longest bound"
 
     def advice(self) -> list[str]:
         """Returns changes worth trying, each as fields to set and the reason."""

@@ -10,8 +10,8 @@ class Memory:
     """Bytes that one device holds while it runs a program.
 
     Attributes:
-      arguments: parameters, state and batch, as they are divided over devices.
-      outputs: of which `aliased` lie in donated arguments and need no room of their own.
+      arguments: parameters, state and batch, as they are sharded.
+      outputs: of which `aliased` lie in donated arguments and take no memory of their own.
       temporaries: in the memory that also holds arguments (HBM), not in that of the core.
       code: the program itself; CPU and GPU compilers do not say.
       peak: the compiler's own figure for the worst moment, or None. The TPU compilers count what

@@ -99,7 +99,7 @@ def search(
 ) -> Search:
     """Compiles the training step with what is most promising, one program after the other.
 
-    Tries meshes over all devices, layouts of value tables, what divides dense parameters, policies
+    Tries meshes over all devices, layouts of value tables, what shards dense parameters, policies
     of rematerialisation, and gradient accumulation. What cannot fit by arithmetic is left out, and
     so is what the programs compiled so far lead to expect too large.
 

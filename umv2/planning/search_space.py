@@ -75,13 +75,13 @@ def meshes(config: Config, num_devices: int) -> Iterator[Config]:
             continue
         layouts = ("columns", "rows") if config.model.placements and memory > 1 else ("auto",)
         parameters = ("fsdp", "fsdp_and_memory") if memory > 1 else ("fsdp",)
-        for layout, divided in itertools.product(layouts, parameters):
+        for layout, dense in itertools.product(layouts, parameters):
             changes = {
                 "mesh.replica": num_devices // (fsdp * memory * tensor),
                 "mesh.fsdp": fsdp,
                 "mesh.memory": memory,
                 "mesh.tensor": tensor,
-                "mesh.parameters": divided,
+                "mesh.parameters": dense,
                 "mesh.table_sharding": layout,
             }
             if layout != "auto" and not _divides(config, layout, memory):
@@ -123,8 +123,8 @@ def _with_least_bytes(
             parts = ahead_of_time.argument_bytes(mesh, sizes, "train")
         except ValueError:
             continue
-        share = mesh.train.batch_size // sharding.num_batch_shards(sizes)
-        accumulations = [size for size in range(1, share + 1) if share % size == 0]
+        local_batch = mesh.train.batch_size // sharding.num_batch_shards(sizes)
+        accumulations = [size for size in range(1, local_batch + 1) if local_batch % size == 0]
         for remat, accumulation in itertools.product(policies, accumulations):
             changes = {"model.remat": remat, "train.gradient_accumulation": accumulation}
             candidate = changed(mesh, changes)
@@ -175,19 +175,17 @@ def predicted_seconds(config: Config, sizes: Mapping[str, int], place: topology.
     counts = accounting.parameter_counts(model)
     float32, width = accounting.FLOAT32_BYTES, jnp.dtype(model.compute_dtype).itemsize
     dense = (counts.total - counts.sparse_values) / sizes["tensor"]
-    divided = sizes["fsdp"] * (
-        sizes["memory"] if config.mesh.parameters == "fsdp_and_memory" else 1
-    )
+    shards = sizes["fsdp"] * (sizes["memory"] if config.mesh.parameters == "fsdp_and_memory" else 1)
     passes = 2 if model.remat == "none" else 3
     received = 0.0
-    if divided > 1:  # gathered in every pass, and their gradients scattered
+    if shards > 1:  # gathered in every pass, and their gradients scattered
         received += accumulation * dense * width * (passes + 1)
-    if divided < devices:  # the gradient's sum over the others
-        received += 2 * float32 * dense / divided * (accumulation if divided > 1 else 1)
+    if shards < devices:  # the gradient's sum over the others
+        received += 2 * float32 * dense / shards * (accumulation if shards > 1 else 1)
     received += _sparse_bytes(config, sizes, counts.sparse_values)
     if sizes["tensor"] > 1:  # four exchanges of activations in each block and pass
-        share = tokens / sharding.num_batch_shards(sizes)
-        received += 4 * passes * model.num_layers * share * model.hidden_size * width
+        local_tokens = tokens / sharding.num_batch_shards(sizes)
+        received += 4 * passes * model.num_layers * local_tokens * model.hidden_size * width
     compute, exchanging = flops / chip.peak_flops, received / chip.link_bandwidth
     return max(compute, exchanging) + 0.1 * exchanging  # no overlap is perfect
 
@@ -202,20 +200,20 @@ def other_layout(config: Config, size: int) -> str | None:
 
 def next_accumulation(config: Config, sizes: Mapping[str, int]) -> int | None:
     """Returns the next larger number of microbatches that the mesh allows; None: there is none."""
-    share, now = (
+    local_batch, now = (
         config.train.batch_size // sharding.num_batch_shards(sizes),
         config.train.gradient_accumulation,
     )
-    return next((size for size in range(now + 1, share + 1) if share % size == 0), None)
+    return next((size for size in range(now + 1, local_batch + 1) if local_batch % size == 0), None)
 
 
 def previous_accumulation(config: Config, sizes: Mapping[str, int]) -> int | None:
     """Returns the next smaller number of microbatches that the mesh allows; None: there is none."""
-    share, now = (
+    local_batch, now = (
         config.train.batch_size // sharding.num_batch_shards(sizes),
         config.train.gradient_accumulation,
     )
-    return next((size for size in range(now - 1, 0, -1) if share % size == 0), None)
+    return next((size for size in range(now - 1, 0, -1) if local_batch % size == 0), None)
 
 
 def smaller_arguments(
@@ -223,7 +221,7 @@ def smaller_arguments(
 ) -> tuple[Config, int] | None:
     """Returns the mesh nearest to the given one whose arguments take at most so many bytes.
 
-    Nearest is the one that divides by the least factor; None where there is none.
+    Nearest is the one that needs the least factor more of shards; None where there is none.
     """
     now = mesh_sizes(config, num_devices)
     found: list[tuple[float, int, Config]] = []
@@ -248,7 +246,7 @@ def _sparse_bytes(config: Config, sizes: Mapping[str, int], count: int) -> float
     model, size = config.model, sizes["memory"]
     others = sizes["replica"] * sizes["fsdp"]
     gradient = 0.0
-    if others > 1:  # tables are whole along these axes, and so are their gradients
+    if others > 1:  # tables are replicated along these axes, and so are their gradients
         gradient = 2.0 * accounting.FLOAT32_BYTES * count / size
     if not model.placements or size == 1:
         return gradient

@@ -73,7 +73,7 @@ def read(text: str | None, mesh: Mesh | Mapping[str, int]) -> tuple[Collective, 
 
     Counted is what an ideal ring moves, for G devices in a group: (G-1)/G of the result of an
     all-gather, of the operand of a reduce-scatter or an all-to-all (of a ragged one: of its
-    buffer), twice that of an all-reduce, the whole operand of a permutation or a broadcast.
+    buffer), twice that of an all-reduce, the operand of a permutation or a broadcast.
     Instructions in loops count once for each round, branches of a conditional as the one that
     moves the most. Loops whose number of rounds depends on data are marked: their collectives may
     run any number of times, or never.
@@ -224,7 +224,7 @@ class _Reader:
         return tuple(axis for axis, differs in zip(self._sizes, differ, strict=True) if differs)
 
     def _keeps_a_slice(self, computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
-        """Whether the TPU compiler has fused an all-reduce with the choice of a device's share."""
+        """Whether the TPU compiler has fused an all-reduce with the choice of a device's shard."""
         if computation.name not in self._program.fused:
             return False
         users = list(computation.users.get(instruction.name, ()))
@@ -275,7 +275,7 @@ def _groups(
         found = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs)]
         return [pair for pair in found if pair[0] != pair[1]]
     if not instruction.attribute("channel_id", r"\d+"):
-        return ()  # it connects replicas of the whole program, of which JAX makes one
+        return ()  # it connects replicas of the program, of which JAX makes one
     groups = _parse_groups(instruction.attribute("replica_groups", _GROUPS))
     exchanges = kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast")
     names_devices = exchanges or instruction.attribute("use_global_device_ids", "true")

@@ -253,9 +253,9 @@ class Evaluation:
             case "tuple":
                 value = tuple(self.operands(instruction))
             case "get-tuple-element":
-                (whole,) = self.operands(instruction)
+                (operand,) = self.operands(instruction)
                 index = int(instruction.attribute("index", r"\d+"))
-                value = whole[index] if isinstance(whole, tuple) else None
+                value = operand[index] if isinstance(operand, tuple) else None
             case opcode if opcode in _UNCHANGED:
                 value = self.operands(instruction)[0]
             case "compare":

@@ -184,7 +184,7 @@ def _read_by_fusion(program: hlo.Program, called: hlo.Computation, sizes: Sequen
 
 
 def _read_of(
-    program: hlo.Program, called: hlo.Computation, source: hlo.Instruction, whole: float
+    program: hlo.Program, called: hlo.Computation, source: hlo.Instruction, size: float
 ) -> float:
     total = 0.0
     for user in called.users.get(source.name, ()):
@@ -192,13 +192,13 @@ def _read_of(
         if user.opcode in _READERS and first:
             total += _size(user.type, everywhere=True)
         elif user.opcode in _VIEWS:
-            total += _read_of(program, called, user, whole)
+            total += _read_of(program, called, user, size)
         elif user.opcode == "fusion":
             (inner,) = program.called(user)
-            sizes = [whole if name == source.name else 0.0 for name in user.operands]
+            sizes = [size if name == source.name else 0.0 for name in user.operands]
             total += _read_by_fusion(program, inner, sizes)
         elif not (user.opcode in _WRITERS and first):  # which would be in place
-            return whole
+            return size
     return total
 
 
