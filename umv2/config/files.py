@@ -114,10 +114,25 @@ def of_run(saved: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
       ConfigError: a field that there is not any more, or a value that breaks a rule.
     """
     values = _base()
+    if gone := _unknown_fields(saved, values):
+        raise ConfigError(
+            f"the run was trained by another version of umv2, one with {', '.join(gone)}; only that"
+            " version can read it"
+        )
     with values.ignore_type():
         values.update(saved)
     override(values, overrides)
     return from_config_dict(values)
+
+
+def _unknown_fields(saved: Mapping[str, Any], known: ConfigDict, path: str = "") -> list[str]:
+    fields: list[str] = []
+    for name, value in saved.items():
+        if name not in known:
+            fields.append(path + name)
+        elif isinstance(value, Mapping) and isinstance(known[name], ConfigDict):
+            fields += _unknown_fields(value, known[name], f"{path}{name}.")
+    return fields
 
 
 def completed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
