@@ -334,9 +334,9 @@ def test_inspect_lists_every_parameter_as_json() -> None:
     assert listed["config"]["model"]["memory"]["top_m"] == 16
     for parameter in listed["parameters"]:
         assert set(parameter) == {"name", "shape", "dtype", "sharding", "group"}
-    by_path = {parameter["path"]: parameter for parameter in listed["parameters"]}
-    assert by_path["store/values"] == {
-        "path": "store/values",
+    by_name = {parameter["name"]: parameter for parameter in listed["parameters"]}
+    assert by_name["store/values"] == {
+        "name": "store/values",
         "shape": [4, 64 * 64, 48],
         "dtype": "float32",
         "sharding": "replicated",

@@ -11,11 +11,11 @@ import pytest
 
 from configs import base
 from tests import meshes
+from tests.model.drawn import drawn_weights
 from umv2.config import ModelConfig, from_config_dict
 from umv2.data.corpus import Corpus, Identity
 from umv2.data.documents import InMemoryDocuments
 from umv2.data.tokenizers import ByteTokenizer
-from umv2.model import weights
 from umv2.model.weights import Weights
 from umv2.training import held_out as held_out_module
 from umv2.training.held_out import HeldOut, evaluate_corpus, make_evaluation_step
@@ -36,7 +36,7 @@ def model_parts() -> tuple[ModelConfig, Weights]:
     config.model.memory.update(num_keys=4, key_dim=4, top_m=2, shortlist=2, value_dim=6)
     config.model.memory.update(pre_value_dim=2)
     model_config = from_config_dict(config).model
-    return model_config, jax.jit(lambda: weights.create(model_config, jax.random.key(0)))()
+    return model_config, drawn_weights(model_config)
 
 
 def batch_of(rows: int, seed: int = 0, padding_rows: int = 0) -> Batch:

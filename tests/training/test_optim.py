@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from typing import Any, get_args
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from configs import base
+from configs import base, families, tiny
 from umv2.config import Config, OptimizerConfig, WeightDecayConfig, from_config_dict
 from umv2.model import weights
 from umv2.model.memory.store import ValueStore
@@ -115,6 +116,28 @@ def test_every_parameter_of_a_model_has_its_group(tied: bool) -> None:
     assert groups["store/pre_values"] == groups["store/values"] == "values"
     assert groups["buffers/memory/shuffle"] is None
     assert groups.get("params/head") == (None if tied else "matrices")
+
+
+# By name, for all families: what the group of each parameter is to be.
+GROUPS: dict[str, str] = {
+    "embeddings": r"params/embedding",
+    "norms": r"params/(final_norm|blocks/(\w+/)?\w+_norm)/weight"
+    r"|params/memory/((query|key)_norm|\w+_bias)",
+    "matrices": r"params/head|params/blocks/attention/(query|key|value|output)"
+    r"|params/blocks/ffn/(gate|up|down)|params/blocks/moe/(router|gate|up|down)"
+    r"|params/memory/(query|pre|output|output_gate|gate)",
+    "keys": r"params/memory/(keys|cores)",
+    "values": r"store/(values|pre_values)",
+}
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIANTS])
+def test_every_parameter_of_every_family_has_its_group(family: str) -> None:
+    declared = weights.declarations(from_config_dict(tiny.get_config(family)).model)
+    trained = {k: found.group for k, found in declared.items() if not k.startswith("buffers/")}
+    assert trained
+    for name, group in trained.items():
+        assert [g for g, pattern in GROUPS.items() if re.fullmatch(pattern, name)] == [group], name
 
 
 def test_every_group_has_a_weight_decay() -> None:

@@ -345,6 +345,39 @@ def test_a_dense_model_trains_without_memory(finished: Run, tmp_path: Path) -> N
     assert state.store is None and state.usage == {}
 
 
+def test_a_memory_beside_experts_trains_and_goes_on(finished: Run, tmp_path: Path) -> None:
+    config = tiny_run.tiny_config(
+        finished.paths,
+        model__ffn="moe",
+        model__ffn_size=0,
+        model__moe__num_experts=4,
+        model__moe__top_k=2,
+        model__moe__expert_size=8,
+        loss__balance_loss=0.001,
+        loss__load_balance=0.01,
+        loss__router_z_loss=0.001,
+    )
+    whole = tmp_path / "whole"
+    training.train(config, whole)
+    curve = loss_curve(whole)
+    assert curve[12] < curve[2] - 0.3
+    for record in records(whole):
+        if "loss" in record:
+            names = ("coverage", "expert_coverage")
+            coverage = [record[f"{name}/layer_{layer}"] for name in names for layer in (1, 2)]
+            assert all(0 < each <= 1 for each in coverage)
+
+    interrupted = Path(shutil.copytree(whole, tmp_path / "interrupted"))
+    shutil.rmtree(interrupted / "checkpoints" / "12")
+    # Step 9 is the first since the log at step 8: 8 sequences of 16 tokens, 4 rows and 2 experts.
+    usage = saved_state(config, interrupted).usage
+    sums = {name: np.asarray(counts).sum(axis=1).tolist() for name, counts in usage.items()}
+    assert sums == {"memory": [8 * 16 * 4] * 2, "router": [8 * 16 * 2] * 2}
+    training.train(config, interrupted)
+    assert reproducible(interrupted) == reproducible(whole)
+    assert_same_bits(saved_state(config, interrupted), saved_state(config, whole))
+
+
 # One step by itself, compiled as in a run.
 
 
