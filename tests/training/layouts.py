@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from configs import tiny
-from tests import tiny_run
+from tests import slots, tiny_run
 from umv2 import sharding
 from umv2.config import Config, from_config_dict
 from umv2.cost import exchange
@@ -52,6 +52,10 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
         {"fsdp": 2, "memory": 2, "tensor": 2},
         {"memory": 4, "tensor": 2, "parameters": _BOTH},
     ],
+    "both": [
+        {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
+        {"memory": 4, "tensor": 2, "table_sharding": "rows", "parameters": _BOTH},
+    ],
     "peer": [
         {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
         {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"},
@@ -80,7 +84,9 @@ class Difference:
 
 def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
     """The tiny model, of two layers where the family can, with sizes that meshes divide."""
-    values = tiny.get_config(family)
+    values = tiny.get_config("moe" if family == "both" else family)
+    if family == "both":  # a memory beside experts
+        slots.fill(values, family)
     values.model.memory.initialization = "released"  # spares the calibration
     values.update_from_flattened_dict(
         {
