@@ -76,19 +76,17 @@ def step_and_evaluation(config: Config, state: TrainState) -> dict[str, Any]:
 
 
 CASES = [
-    ("ultramem_v2", {"model__num_layers": 1}),
-    *(
-        pytest.param(family, changes, marks=pytest.mark.slow(minutes=1))
-        for family, changes in [
-            ("moe", {"train__gradient_accumulation": 2}),
-            ("ultramem_v2", {"train__gradient_accumulation": 2, "model__scan_layers": False}),
-            ("ultramem_v2", {"mesh__memory": 2, "mesh__table_sharding": "rows"}),
-            ("ultramem_v2", {"mesh__replica": 2, "mesh__tensor": 2, "model__remat": "full"}),
-            ("moe", {"mesh__fsdp": 2, "mesh__memory": 2}),
-            *((family, {}) for family in families.FAMILIES),
-            *((family, {"model__scan_layers": False}) for family in families.FAMILIES),
-        ]
-    ),
+    pytest.param(family, changes, marks=pytest.mark.slow(minutes=1))
+    for family, changes in [
+        ("ultramem_v2", {"model__num_layers": 1}),
+        ("moe", {"train__gradient_accumulation": 2}),
+        ("ultramem_v2", {"train__gradient_accumulation": 2, "model__scan_layers": False}),
+        ("ultramem_v2", {"mesh__memory": 2, "mesh__table_sharding": "rows"}),
+        ("ultramem_v2", {"mesh__replica": 2, "mesh__tensor": 2, "model__remat": "full"}),
+        ("moe", {"mesh__fsdp": 2, "mesh__memory": 2}),
+        *((family, {}) for family in families.FAMILIES),
+        *((family, {"model__scan_layers": False}) for family in families.FAMILIES),
+    ]
 ]
 
 

@@ -14,22 +14,21 @@ import pytest
 from tests.training import layouts
 from umv2 import sharding
 
-# One of each kind of exchange, all axes in use.
-QUICK = (
-    ("ultramem_v2", {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"}),
-    ("ultramem_v2", {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"}),
-    ("moe", {"fsdp": 2, "memory": 2, "tensor": 2}),
+# One of each exchange, all axes in use.
+_ALL = {"fsdp": 2, "memory": 2, "tensor": 2}
+_ROWS = _ALL | {"table_sharding": "rows"}
+ONE_STEP = (
+    ("ultramem_v2", _ALL | {"table_sharding": "columns"}),
+    ("ultramem_v2", _ROWS),
+    ("moe", _ALL),
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [
-        pytest.param(
-            *case,
-            id=f"{case[0]}-{'-'.join(map(str, case[1].values()))}",
-            marks=() if case in QUICK else pytest.mark.slow,
-        )
+        pytest.param(*case, id=f"{case[0]}-{'-'.join(map(str, case[1].values()))}")
         for case in layouts.cases()
     ],
 )
@@ -43,8 +42,11 @@ def test_a_layout_trains_as_one_device(
     assert found.gradient_norm <= 1e-5
 
 
-@pytest.mark.parametrize(("family", "mesh"), QUICK)
-def test_a_step_divides_moments_as_their_parameters_and_has_the_gradients_of_one_device(
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[1] != _ROWS else ()) for case in ONE_STEP],
+)
+def test_a_step_shards_moments_as_their_parameters_and_has_the_gradients_of_one_device(
     family: str, mesh: dict[str, Any]
 ) -> None:
     state, abstract = layouts.first_step(layouts.config_of(family, mesh, ""))
@@ -52,7 +54,7 @@ def test_a_step_divides_moments_as_their_parameters_and_has_the_gradients_of_one
     pairs = zip(layouts.gradients(state), layouts.gradients(alone), strict=True)
     for divided, whole in pairs:
         assert np.abs(divided - whole).max() <= 1e-5 * np.abs(whole).max()
-    kinds = set()
+    axes_in_use = set()
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
     parts = {
@@ -65,8 +67,10 @@ def test_a_step_divides_moments_as_their_parameters_and_has_the_gradients_of_one
             owner = "params/" if name.startswith("optimizer/model") else "store/"
             parameter = parts[owner + name.partition(moment)[2]]
             assert leaf.sharding == parameter.sharding
-            kinds |= {axis for entry in leaf.sharding.spec for axis in sharding.axes_of(entry)}
-    assert kinds == {sharding.FSDP, sharding.MEMORY, sharding.TENSOR}
+            axes_in_use |= {
+                axis for entry in leaf.sharding.spec for axis in sharding.axes_of(entry)
+            }
+    assert axes_in_use == {sharding.FSDP, sharding.MEMORY, sharding.TENSOR}
 
 
 @pytest.mark.slow
