@@ -462,5 +462,5 @@ def test_what_a_layer_must_say_is_named_where_it_does_not() -> None:
     class Silent(MemorySlot):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Silent\.cost"):
+    with pytest.raises(TypeError, match=r"Silent must define cost"):
         Silent.cost(config_of("memory"))

@@ -133,7 +133,7 @@ class MemorySlot(nnx.Module):
           window: the part of the value tables that this layer sees; None: it has none.
           observe: what to report.
         """
-        raise NotImplementedError(f"{type(self).__name__}.__call__")
+        raise TypeError(f"{type(self).__name__} must define __call__")
 
     @classmethod
     def validate(cls, config: ModelConfig) -> None:
@@ -154,7 +154,7 @@ class MemorySlot(nnx.Module):
     @classmethod
     def cost(cls, config: ModelConfig) -> LayerCost:
         """Returns what one layer costs."""
-        raise NotImplementedError(f"{cls.__name__}.cost")
+        raise TypeError(f"{cls.__name__} must define cost")
 
     def refresh(self) -> None:
         """Recomputes buffers that follow the parameters, once an optimizer step."""
