@@ -12,7 +12,6 @@ Sharding rules, optimizer groups, inspection, accounting and served dtypes all r
 """
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -225,8 +224,3 @@ def declarations(module: nnx.Module, prefix: str) -> dict[str, Declaration]:
                 )
         found[name] = declared.stacked(len(variable.get_value().shape))
     return found
-
-
-def size(shape: tuple[int, ...]) -> int:
-    """Returns the number of entries of an array."""
-    return math.prod(shape)

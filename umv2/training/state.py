@@ -9,11 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from umv2 import sharding
-from umv2.config import Config
+from umv2.config import Config, ModelConfig
+from umv2.cost import accounting
 from umv2.model import weights
 from umv2.model.memory.store import ValueStore
 from umv2.model.parameter import Declaration, path_name
-from umv2.model.slots import memory_layer
 from umv2.model.weights import Weights
 from umv2.training import optim
 from umv2.types import struct
@@ -71,14 +71,14 @@ def initial_state(config: Config, initial: Weights) -> TrainState:
     )
 
 
-def usage_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Returns the layers that choose in each slot, and the choices of each."""
-    shapes = {}
-    if config.placements and (choices := memory_layer(config).cost(config).counters):
-        shapes["memory"] = (len(config.placements), choices)
-    if config.ffn == "moe":
-        shapes["router"] = (config.num_layers, config.moe.num_experts)
-    return shapes
+def usage_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns, for each slot whose layers choose, their number and the choices of each."""
+    found = accounting.slots(config)
+    shapes = {
+        name: (count, layer.counters)
+        for name, (count, layer) in (("memory", found.memory), ("router", found.experts))
+    }
+    return {name: shape for name, shape in shapes.items() if all(shape)}
 
 
 def abstract_state(config: Config) -> TrainState:
@@ -94,7 +94,7 @@ def abstract_weights(config: Config) -> Weights:
     mesh, abstract = jax.sharding.get_mesh(), weights.abstract(config.model)
     if mesh.empty:
         return abstract
-    specs = _weight_specs(config, mesh)
+    specs = _of_weights(config, lambda name, found: _partition(config, mesh, name, found))
     return jax.tree.map(lambda leaf, spec: _placed(leaf, mesh, spec), abstract, specs)
 
 
@@ -149,10 +149,6 @@ def _of_weights(config: Config, function: Callable[[str, Declaration], Any]) -> 
         return function(name, declared[name])
 
     return jax.tree_util.tree_map_with_path(value, weights.abstract(config.model))
-
-
-def _weight_specs(config: Config, mesh: Mesh) -> Any:
-    return _of_weights(config, lambda name, found: _partition(config, mesh, name, found))
 
 
 def _partition(config: Config, mesh: Mesh, name: str, declared: Declaration) -> PartitionSpec:
