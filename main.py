@@ -1,4 +1,4 @@
-"""The command of a clone: `python main.py --config=configs/tiny.py --workdir=runs/tiny`."""
+"""The `umv2` command in a clone: `python main.py --config=tiny --workdir=runs/tiny`."""
 
 from umv2 import cli
 

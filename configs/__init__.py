@@ -1,6 +1,6 @@
-"""Configurations: values only. `base.py` creates every field; the others assign."""
+"""Configurations: values only. `base.py` defines every field; the other files assign to them."""
 
 import sys
 
-# Installed, this package is umv2.configs, and its files import each other as configs all the same.
+# An installation contains this package as umv2.configs, but its files import `configs`.
 sys.modules.setdefault("configs", sys.modules[__name__])

@@ -1,6 +1,6 @@
-"""UltraMemV2 on the sources of Python's standard library, under an hour on 2 CPU cores.
+"""UltraMemV2 on the source code of Python's standard library, in under an hour on 2 CPU cores.
 
-1.332 bits per byte on held-out text, where gzip -9 needs 1.871 and xz -9 1.648.
+1.332 bits per byte on held-out text; gzip -9 needs 1.871 and xz -9 1.648.
 
 python main.py --config=configs/cpu_small.py --workdir=runs/cpu_small
 """
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import families, tiny
 
-# Equal in active and total parameters, FLOPs and values read, as found by
+# Matched in active and total parameters, FLOPs and values read by
 # python -m experiments.ablations.match.
 SIZES: families.Sizes = {
     "moe": {

@@ -1,11 +1,11 @@
-"""What makes a family: the fields in which a baseline differs from UltraMemV2.
+"""Model families: the fields in which a baseline differs from UltraMemV2.
 
-Every file of a published or matched size takes a family as its argument:
+Every configuration file with published or matched sizes takes a family as its argument:
 
     python main.py --config=configs/tiny.py:pkm --workdir=runs/pkm
 
-`switch` sets the fields of the family, then its sizes at that scale. Sizes that no paper gives were
-found by `python -m experiments.ablations.match`.
+`switch` sets the fields of the family, then its sizes at that scale. Sizes that no paper gives come
+from `python -m experiments.ablations.match`.
 """
 
 import difflib
@@ -19,15 +19,15 @@ Sizes = Mapping[str, Mapping[str, Any]]
 
 
 def switch(config: ConfigDict, family: str, sizes: Sizes) -> ConfigDict:
-    """Makes a configuration of UltraMemV2 one of another family, and returns it.
+    """Switches a configuration of UltraMemV2 to another family, and returns it.
 
     Args:
-      config: of UltraMemV2; changed in place.
-      family: one of FAMILIES or VARIANTS.
-      sizes: for each family that exists at this scale, values by path below `model`.
+      config: configuration of UltraMemV2, which is changed in place.
+      family: a key of FAMILIES or VARIANTS.
+      sizes: for each family at this scale, values by path below `model`.
 
     Raises:
-      ValueError: a family that there is not, or not at this scale.
+      ValueError: the family is unknown or does not exist at this scale.
     """
     known = [REFERENCE, *sizes, *(name for name, (of, _) in VARIANTS.items() if of in sizes)]
     if family not in known:
@@ -50,12 +50,12 @@ def switch(config: ConfigDict, family: str, sizes: Sizes) -> ConfigDict:
 
 
 def dense(config: ConfigDict) -> None:
-    """A transformer without memory layers, its FFN widened."""
+    """A transformer without memory layers, with a wider FFN."""
     config.model.memory.layer = "none"
 
 
 def moe(config: ConfigDict) -> None:
-    """OLMoE (arXiv 2409.02060): dropless experts in place of the FFN, 8 active of each token."""
+    """OLMoE (arXiv 2409.02060): dropless experts instead of the FFN, 8 active per token."""
     config.model.memory.layer = "none"
     config.model.ffn = "moe"
     config.model.ffn_size = 0
@@ -65,13 +65,13 @@ def moe(config: ConfigDict) -> None:
 
 
 def moe_2_of_16(config: ConfigDict) -> None:
-    """Two active experts, four times as wide: what UltraMem (arXiv 2411.12364) was matched to."""
+    """Two active experts, four times as wide: the baseline of UltraMem (arXiv 2411.12364)."""
     moe(config)
     config.model.moe.top_k = 2
 
 
 def ultramem(config: ConfigDict) -> None:
-    """UltraMem (arXiv 2411.12364), V1: few large memories with skips, implicit value expansion."""
+    """UltraMem (arXiv 2411.12364), V1: few large memories with skips; implicit value expansion."""
     hidden_size, memory = config.model.hidden_size, config.model.memory
     memory.query = "shared"
     memory.key_dim = hidden_size // 4
@@ -84,7 +84,7 @@ def ultramem(config: ConfigDict) -> None:
 
 
 def _product_keys(config: ConfigDict) -> None:
-    """Additive scores, a query for each head, and a softmax over its selection."""
+    """Additive scores, a query per head, and a softmax over the selection of each head."""
     memory = config.model.memory
     memory.scoring = "sum"
     memory.tucker_rank = memory.num_cores = 1
@@ -103,13 +103,13 @@ def memory_plus(config: ConfigDict) -> None:
     memory.key_dim = config.model.hidden_size // 2
     memory.num_heads = 2
     memory.output_gate = "silu"
-    # One window of four tables is one table, seen by four layers.
+    # A window of four tables is one table that four layers share.
     memory.sharing = "block"
     memory.share_group = 4
 
 
 def gated(config: ConfigDict) -> None:
-    """Memory+ as its published code can gate it: a sigmoid of the input on the output."""
+    """Memory+ with the optional gate of its published code: the output times sigmoid(w . x + b)."""
     config.model.memory.layer = "umv2.model.memory.gated:GatedMemory"
     config.model.memory.bias = True
 
@@ -138,13 +138,13 @@ def peer(config: ConfigDict) -> None:
 
 
 def peer_relu(config: ConfigDict) -> None:
-    """PEER with experts that do not compete: the ReLU of each score instead of a softmax."""
+    """PEER without competition between experts: a ReLU of each score instead of a softmax."""
     peer(config)
     config.model.memory.score_activation = "relu"
 
 
 def own_experts(config: ConfigDict) -> None:
-    """PEER whose heads have experts of their own, as many as before in all."""
+    """PEER with separate experts for each head, with the same total number of experts."""
     memory = config.model.memory
     memory.layer = "umv2.model.memory.own_experts:OwnExperts"
     memory.num_keys = max(1, round(memory.num_keys / math.sqrt(memory.num_heads)))
@@ -162,7 +162,7 @@ FAMILIES: dict[str, Callable[[ConfigDict], None]] = {
     "peer": peer,
     "peer_relu": peer_relu,
 }
-# Families that are another one, of its sizes, but for a change.
+# Families that modify another family and use its sizes.
 VARIANTS: dict[str, tuple[str, Callable[[ConfigDict], None]]] = {
     "memory_plus_gated": ("memory_plus", gated),
     "peer_own_experts": ("peer", own_experts),

@@ -1,4 +1,4 @@
-"""UltraMemV2 on the long-context tasks and the standard library, byte by byte, in CPU minutes.
+"""Byte-level UltraMemV2 on the long-context tasks and the standard library, in CPU minutes.
 
 python main.py --config=configs/long_context_tiny.py --workdir=runs/long_context
 python main.py --workdir=runs/long_context --mode=evaluate --suite=long_context
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import families, tiny
 
-# Equal in active and total parameters, FLOPs and values read, as found by
+# Matched in active and total parameters, FLOPs and values read by
 # python -m experiments.ablations.match.
 SIZES: families.Sizes = {
     "moe": {"moe.num_experts": 15, "moe.expert_size": 25},
@@ -25,8 +25,8 @@ def get_config(family: str = families.REFERENCE) -> ConfigDict:
     model.num_layers = 3
     model.num_heads = model.num_key_value_heads = 2
     model.ffn_size = 128
-    # Normalised queries and keys of this width cannot tell one of 256 positions from the rest
-    # until the norms' weights have grown.
+    # With QK-norm at this width, attention cannot single out one of 256 positions until the norm
+    # weights have grown.
     model.query_key_norm = False
 
     memory = model.memory

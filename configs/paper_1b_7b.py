@@ -1,7 +1,7 @@
 """The 1B/7B models of paper Table 10: 16 layers, trained on 1T tokens of OLMoE-mix-0924.
 
-The paper reports train loss 2.266 and held-out loss 2.628 (Table 3), and 6.70B parameters; its own
-row adds up to 16 x 528^2 x (768 + 384) + 1.08B = 6.2B, which is what `--mode=inspect` prints.
+The paper reports train loss 2.266 and held-out loss 2.628 (Table 3), and 6.70B parameters. The
+sizes in its table give 16 x 528^2 x (768 + 384) + 1.08B = 6.2B, as printed by `--mode=inspect`.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ SIZES: families.Sizes = {
         "moe.num_experts": 64,
         "moe.expert_size": 1024,
     },
-    # Found by python -m experiments.ablations.match.
+    # From python -m experiments.ablations.match.
     "moe_2_of_16": {
         "moe.num_experts": 17,
         "moe.expert_size": 3456,

@@ -1,7 +1,7 @@
 """The 227M/1.2B models of paper Table 10: 20 layers, trained on 500B tokens of OLMoE-mix-0924.
 
-The paper reports train loss 2.500 and held-out loss 2.853 (Table 3). Point data.paths at
-OLMo/dolma token files (.npy) made with the GPT-NeoX-20B tokenizer:
+The paper reports train loss 2.500 and held-out loss 2.853 (Table 3). Set data.paths to OLMo/dolma
+token files (.npy) made with the GPT-NeoX-20B tokenizer:
 
 python main.py --config=configs/paper_227m_1b2.py --workdir=runs/227m \
 --config.data.paths="('/data/olmoe-mix/*.npy',)"
@@ -29,11 +29,11 @@ SIZES: families.Sizes = {
         "ffn_size": 3008,
         "memory.read_layers": (4, 8, 12, 16),
         "memory.write_layers": (4, 8, 12, 16),
-        "memory.num_keys": 569,  # 1138 of the whole window
+        "memory.num_keys": 569,  # 1138 for the window of four tables
         "memory.top_m": 80,
         "memory.shortlist": 80,
     },
-    # Found by python -m experiments.ablations.match.
+    # From python -m experiments.ablations.match.
     "moe_2_of_16": {
         "moe.num_experts": 16,
         "moe.expert_size": 1504,
@@ -70,7 +70,7 @@ PUBLISHED = ("moe", "ultramem", "memory_plus")
 
 
 def get_config(family: str = families.REFERENCE) -> ConfigDict:
-    """Returns the configuration of a family; the larger published sizes assign to UltraMemV2's."""
+    """Returns the configuration of a family; the files of larger sizes start from UltraMemV2's."""
     config = base.get_config()
 
     model = config.model

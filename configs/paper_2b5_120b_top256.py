@@ -1,7 +1,8 @@
 """UltraMemV2-2.5B/120B-top256, paper Table 1: shortlist 128.
 
-The paper gives top-m, shortlist and totals. Chosen as for the 60B model, with rows twice as wide
-(D_p + D_v = h / 2), which doubles the total at the same retrieval.
+The paper gives top-m, shortlist and parameter totals. The other sizes are chosen as for the 60B
+model, but with rows twice as wide (D_p + D_v = h / 2), which doubles the total without changing
+retrieval.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
 """UltraMemV2-2.5B/25B, paper Table 6.
 
-The paper gives neither sizes nor layers. Chosen by its rules: h 2560 and 32 layers as for the
-120B model, D_k = h / 2, D_p : D_v = 1 : 3 with D_p + D_v = h / 4, shortlist 128, and n and the
-FFN such that 2.5B are active of 25B.
+The paper gives neither sizes nor the number of layers. They are chosen by its rules: h = 2560 and
+32 layers as for the 120B model, D_k = h / 2, D_p : D_v = 1 : 3 with D_p + D_v = h / 4, shortlist
+128, and n and the FFN such that 2.5B of 25B parameters are active.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """UltraMemV2-2.5B/60B-top768, paper Tables 1 and 2.
 
-The paper gives top-m and totals. Chosen as for the 25B model, with n and the FFN such that 2.5B
-are active of 60B.
+The paper gives top-m and parameter totals. The other sizes are chosen as for the 25B model, with n
+and the FFN such that 2.5B of 60B parameters are active.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
 """UltraMemV2-430M/5B, of the ablations in paper sections 4.2.1-4.2.3 and 4.2.6: 20 layers.
 
-The paper gives the layers and N = 789^2 values a layer at its largest. Chosen by its rules: D_k =
-h / 2 and D_p : D_v = 1 : 3, with h, their sum and the FFN such that 430M are active and 5B in
-total.
+The paper gives the number of layers, and at most N = 789^2 values per layer. The other sizes are
+chosen by its rules: D_k = h / 2 and D_p : D_v = 1 : 3, with h, D_p + D_v and the FFN such that 430M
+of 5B parameters are active.
 """
 
 from ml_collections import ConfigDict

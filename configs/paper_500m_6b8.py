@@ -1,7 +1,7 @@
 """UltraMemV2-500M/6.8B, of the ablations in paper sections 4.2.4, 4.2.5 and 4.2.8: 24 layers.
 
-The paper gives h, n, top-m, D_k (17 % of compute in the memory) and D_p : D_v = 72 : 216. Chosen:
-heads of width 64, and the FFN such that 500M are active.
+The paper gives h, n, top-m, D_k (17 % of compute in the memory) and D_p : D_v = 72 : 216. Attention
+heads of width 64 are our choice, and the FFN is such that 500M parameters are active.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""UltraMemV2 on the sources of Python's standard library, byte by byte, in CPU minutes.
+"""Byte-level UltraMemV2 on the source code of Python's standard library, in CPU minutes.
 
     make train
 
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import base, families
 
-# Equal in active and total parameters, FLOPs and values read, as found by
+# Matched in active and total parameters, FLOPs and values read by
 # python -m experiments.ablations.match.
 SIZES: families.Sizes = {
     "moe": {

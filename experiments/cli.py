@@ -1,4 +1,4 @@
-"""What the commands of experiments/ have in common: their start, and the flags of some of them."""
+"""Start-up and flag handling shared by the commands of experiments/."""
 
 import importlib
 import importlib.util
@@ -15,53 +15,53 @@ from experiments import measurements
 from umv2 import command, files
 from umv2.config.schema import ConfigError, UserError, nearest_name
 
-_configs: list[str] = []  # flags that name a configuration
+_configs: list[str] = []  # names of the flags that take a configuration
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags, calls `main` and exits, as `command.run` does; refuses other arguments."""
+    """Parses the flags, calls `main` and exits, as `command.run` does; rejects other arguments."""
 
-    def alone(arguments: list[str]) -> None:
+    def checked_main(arguments: list[str]) -> None:
         command.refuse_arguments(arguments)
         main(arguments)
 
-    command.run(alone, parse=_parse)
+    command.run(checked_main, parse=_parse)
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """Reads the flags; every --config.FIELD=VALUE becomes one."""
+    """Parses the flags, with one defined for each --config.FIELD=VALUE."""
     command.define_overrides(arguments, _configs)
     rest: list[str] = flags.FLAGS(arguments)
     return rest
 
 
 def require(what: str, name: str, known: Iterable[str]) -> None:
-    """Raises the ConfigError of `what`, which gives a name, where that is not a known one."""
+    """Raises a ConfigError that begins with `what` unless `name` is a known one."""
     known = list(known)
     if name not in known:
         raise ConfigError(f"{what}: must be one of {', '.join(known)}{nearest_name(name, known)}")
 
 
 def path(flag: flags.FlagHolder[Any]) -> Path:
-    """Returns the path that a flag gives.
+    """Returns the path given by a flag.
 
     Raises:
-      FileError: one that no file of this machine has.
+      FileError: it is not a path of this machine.
     """
     return files.user_path(flag.value, f"--{flag.name}")
 
 
 def define_config(name: str, text: str) -> flags.FlagHolder[Any]:
-    """Defines a flag that names a configuration, as main.py's --config does."""
+    """Defines a flag that takes a configuration, like main.py's --config."""
     _configs.append(name)
     return flags.DEFINE_string(name, None, text)
 
 
 def configuration(flag: flags.FlagHolder[Any]) -> ConfigDict:
-    """Returns the configuration that a flag names, with the values that other flags override.
+    """Returns the configuration given by a flag, with the overrides of other flags applied.
 
     Raises:
-      ConfigError: there is none, or it has no such field.
+      ConfigError: the configuration or a field of it does not exist.
     """
     from umv2.config import files as config_files
 
@@ -71,32 +71,32 @@ def configuration(flag: flags.FlagHolder[Any]) -> ConfigDict:
 
 
 def sizes_of_families(flag: flags.FlagHolder[Any]) -> Any:
-    """Returns the sizes of all families at the scale of the configuration that a flag names.
+    """Returns the sizes of all families at the scale of the configuration given by a flag.
 
     Raises:
-      ConfigError: the file gives none, or the flag names another family than the reference.
+      ConfigError: the file defines no sizes, or the flag names a family other than the reference.
     """
     from umv2.config import files as config_files
 
     label = config_files.label(flag.value)
     stem, colon, _ = label.partition(":")
     if colon:
-        raise ConfigError(f"--{flag.name}={flag.value}: is the reference; leave out the colon")
+        raise ConfigError(f"--{flag.name}={flag.value}: must be the reference; drop the colon")
     file = config_files.named_folder() / f"{stem}.py"
     if stem in config_files.names() and flag.value in (stem, f"configs/{stem}.py", str(file)):
         sizes = getattr(importlib.import_module(f"configs.{stem}"), "SIZES", None)
         if sizes is not None:
             return sizes
     raise ConfigError(
-        f"--{flag.name}={flag.value}: must be a file of configs/ that has the sizes of families"
+        f"--{flag.name}={flag.value}: must be a file of configs/ that defines the families' SIZES"
     )
 
 
 def families(flag: flags.FlagHolder[Any], sizes: Mapping[str, Any]) -> list[str]:
-    """Returns the families that a flag names; by default all that have sizes.
+    """Returns the families given by a flag; by default all that have sizes.
 
     Raises:
-      ConfigError: one that has none, and is not the reference.
+      ConfigError: a family has no sizes and is not the reference.
     """
     for name in flag.value or ():
         require(f"--{flag.name}={name}", name, [REFERENCE, *sizes])
@@ -104,24 +104,24 @@ def families(flag: flags.FlagHolder[Any], sizes: Mapping[str, Any]) -> list[str]
 
 
 def integers(flag: flags.FlagHolder[Any], least: int) -> list[int]:
-    """Returns the numbers that a flag lists.
+    """Returns the integers listed by a flag.
 
     Raises:
-      ConfigError: it lists none, or what is no integer of at least `least`.
+      ConfigError: the list is empty, or an entry is not an integer of at least `least`.
     """
-    found = []
+    values = []
     for text in flag.value or [""]:
         if not re.fullmatch(r"[+-]?\d{1,18}", text) or int(text) < least:
             raise ConfigError(f"--{flag.name}={text}: must be an integer of at least {least}")
-        found.append(int(text))
-    return found
+        values.append(int(text))
+    return values
 
 
 def output(flag: flags.FlagHolder[Any], name: str) -> Path | None:
-    """Returns the file of results in the folder that a flag gives; None where it gives none.
+    """Returns the results file `name` in the folder given by a flag; None if the flag is not set.
 
     Raises:
-      FileError: it cannot be written.
+      FileError: the file cannot be written.
     """
     if flag.value is None:
         return None
@@ -131,7 +131,7 @@ def output(flag: flags.FlagHolder[Any], name: str) -> Path | None:
 
 
 def require_installed(extras: str, *packages: str) -> None:
-    """Raises a UserError where a package of the optional ones is missing."""
+    """Raises a UserError if one of these optional packages is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(

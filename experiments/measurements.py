@@ -1,6 +1,6 @@
-"""Stored measurements: files of JSON objects, one a line, that say where their numbers come from.
+"""Stored measurements: JSON lines that record where their numbers come from.
 
-A line holds what was measured, `about()` beside it, and, where the device matters, `device()`.
+A line has the measured values, `about()` and, where the device matters, `device()`.
 """
 
 import datetime
@@ -18,7 +18,7 @@ from typing import Any
 from umv2 import files
 from umv2.config.schema import UserError
 
-# Packages whose versions are stored, where they are installed.
+# Packages whose versions are stored if they are installed.
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -36,11 +36,11 @@ _PACKAGES = (
 
 
 class RecordsError(UserError, ValueError):
-    """Stored records that are not what they should be; the message names the file."""
+    """Stored records are invalid; the message names the file."""
 
 
 def about() -> dict[str, Any]:
-    """Returns the command, the date (UTC), the CPU cores of the machine, and versions."""
+    """Returns the command, the date (UTC), the number of CPU cores, and versions."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = ["-m", spec.name] if spec else [sys.argv[0]]
     return {
@@ -52,7 +52,7 @@ def about() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """Returns what JAX runs on; starts its backend."""
+    """Describes the devices that JAX runs on; initialises its backend."""
     import jax
 
     first = jax.devices()[0]
@@ -64,21 +64,21 @@ def device() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON objects, one a line.
+    """Reads a file of JSON objects, one per line.
 
     Raises:
-      RecordsError: a line that is not one.
-      FileError: a file that cannot be read.
+      RecordsError: a line is not a JSON object.
+      FileError: the file cannot be read.
     """
     with files.errors(path, "cannot be read"):
         content = path.read_bytes()
@@ -95,7 +95,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records, a line each, all or none.
+    """Writes records, one per line, atomically.
 
     Raises:
       FileError: the file cannot be written.
@@ -104,7 +104,7 @@ def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records, a line each, behind those that a file has; makes it where there is none.
+    """Appends records, one per line, to a file; creates it if it does not exist.
 
     Raises:
       FileError: the file cannot be written.
@@ -117,15 +117,15 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def merged(
     path: Path, records: Iterable[Mapping[str, Any]], by: Iterable[str]
 ) -> list[Mapping[str, Any]]:
-    """Returns the records of a file with new ones in place of those of equal cases.
+    """Returns the records of a file, with new records replacing those of the same case.
 
     Args:
-      path: of the file; none is there: there are the new records alone.
-      records: the new ones; those of new cases come last.
-      by: the fields that name a case.
+      path: the file; if it does not exist, only the new records are returned.
+      records: the new records; those of new cases come last.
+      by: the fields that identify a case.
 
     Raises:
-      RecordsError: a line of the file that is no JSON object.
+      RecordsError: a line of the file is not a JSON object.
       FileError: the file cannot be read.
     """
     old, names = read(path) if path.exists() else [], tuple(by)
@@ -133,10 +133,10 @@ def merged(
 
 
 def require_writable(path: Path) -> None:
-    """Finds out before there are results whether a file can be written; makes its folder.
+    """Checks that a file can be written, before there are results; creates its folder.
 
     Raises:
-      FileError: it cannot.
+      FileError: it cannot be written.
     """
     files.make_folder(path.parent)
     with files.errors(path):

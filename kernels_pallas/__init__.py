@@ -1,4 +1,4 @@
-"""Sparse-memory operators on JAX arrays, usable on their own: this package imports jax alone."""
+"""Sparse-memory operators on JAX arrays. The package is standalone: it depends only on jax."""
 
 from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.product_key_top_k.api import product_key_top_k

@@ -1,7 +1,8 @@
-"""What the operators take: checks of arguments, checks of ids on demand, meshes with explicit axes.
+"""Argument handling of the operators: validation, optional id checks, meshes with explicit axes.
 
-Ids are values, which a trace does not see. With the environment variable KERNELS_PALLAS_CHECK_IDS=1
-the programs traced from then on check them as they run, and a wrong one is an error that names it.
+Tracing does not see the values of ids. With the environment variable KERNELS_PALLAS_CHECK_IDS=1,
+programs traced from then on check ids at run time and raise an error that names any id out of
+range.
 """
 
 import functools
@@ -24,16 +25,17 @@ _INT32 = np.iinfo(np.int32)
 
 
 def as_arrays(call_type: type[Call], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a call's arrays as arrays of JAX (None for the absent), ranks and dtypes checked.
+    """Checks ranks and dtypes, and returns a call's arrays as JAX arrays (None where absent).
 
-    NumPy's ids may have any integer dtype; JAX would cut those off that int32 does not hold.
+    NumPy ids may have any integer dtype. Their range is checked here because JAX would silently
+    truncate ids that do not fit int32.
 
     Args:
-        call_type: declares the arrays; `given` has an entry for each.
-        given: what was passed, by name.
+        call_type: declares the arrays; `given` has an entry for each of them.
+        given: the arguments as passed, by name.
 
     Raises:
-        ValueError: an argument is no array, or has another rank, dtype or range.
+        ValueError: an argument is not an array, or has the wrong rank, dtype or range.
     """
     return {
         name: None if given[name] is None and spec.optional else as_array(name, given[name], spec)
@@ -42,14 +44,14 @@ def as_arrays(call_type: type[Call], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def as_array(name: str, array: Any, spec: ArraySpec) -> Array:
-    """Returns one argument as an array of JAX; see `as_arrays`."""
+    """Returns one argument as a JAX array; see `as_arrays`."""
     axes = spec.axes
     is_array = isinstance(getattr(array, "dtype", None), np.dtype)
-    check(is_array, name, type(array).__name__, f"an array of JAX or NumPy, {axes}")
+    check(is_array, name, type(array).__name__, f"a JAX or NumPy array, {axes}")
     check(array.ndim == axes.count(",") + 1, f"{name}.shape", array.shape, axes)
     dtype = array.dtype
     if spec.kind == "floats":
-        # Narrower types have no common type with float32, wider ones none in JAX.
+        # Narrower dtypes do not promote to float32, and JAX does not support wider ones.
         floating = jnp.issubdtype(dtype, jnp.floating) and 2 <= dtype.itemsize <= 8
         check(floating, f"{name}.dtype", dtype, "a floating-point dtype of 16 to 64 bits")
         native = array if dtype.isnative else array.astype(dtype.newbyteorder("="))
@@ -63,31 +65,31 @@ def as_array(name: str, array: Any, spec: ArraySpec) -> Array:
     return jnp.asarray(array)
 
 
-def whole_number(name: str, value: Any) -> int:
-    """Returns a size or a count as a Python number.
+def as_integer(name: str, value: Any) -> int:
+    """Returns a size or a count as a Python int.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not an integer.
     """
     try:
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}: got {value!r}, must be a whole number") from None
+        raise ValueError(f"{name}: got {value!r}, must be an integer") from None
 
 
 def chunk_tokens(value: Any) -> int | None:
-    """Returns the argument `chunk_size`, checked."""
+    """Validates the argument `chunk_size`; None stays None."""
     if value is None:
         return None
-    size = whole_number("chunk_size", value)
+    size = as_integer("chunk_size", value)
     check(size >= 1, "chunk_size", size, "at least 1")
     return size
 
 
 def check_ids(name: str, ids: Array, size: int) -> None:
-    """Has ids checked when they are known, if KERNELS_PALLAS_CHECK_IDS asks for it.
+    """Checks that ids are in [0, size), if KERNELS_PALLAS_CHECK_IDS is 1.
 
-    Called eagerly it checks at once, and a traced program does when it runs.
+    An eager call checks immediately; a traced program checks when it runs.
 
     Raises:
         ValueError: an id is not in [0, size).
@@ -102,7 +104,7 @@ def check_ids(name: str, ids: Array, size: int) -> None:
 
 
 def ids_are_checked() -> bool:
-    """Whether KERNELS_PALLAS_CHECK_IDS asks for it.
+    """Whether KERNELS_PALLAS_CHECK_IDS enables the checks of ids.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
@@ -128,19 +130,19 @@ def per_device(
 ) -> Any:
     """Calls `function(call, *others, *static)`, once per device on a mesh with explicit axes.
 
-    There each device works on its shard of the tokens and replicas of everything else. Inside
+    On such a mesh, each device gets its shard of the tokens and replicas of everything else. Inside
     `jax.shard_map`, and where no axis is explicit, this is a plain call.
 
     Args:
-        operator_name: for messages.
-        function: of arrays of one device; the first axis of its results is that of tokens.
+        operator_name: for error messages.
+        function: works on the arrays of one device; the first axis of its results is tokens.
         call: the operator's arguments. Arrays may be sharded over their token axis.
-        *static: what else the function takes; hashable.
-        others: arrays by name that the function takes beside the call; never sharded.
-        tokens_may_be_sharded: False where every array must be replicated.
+        *static: further, hashable arguments of the function.
+        others: further arrays that the function takes, by name; they must be replicated.
+        tokens_may_be_sharded: False if every array must be replicated.
 
     Raises:
-        ValueError: another axis is sharded, or tokens of one argument unlike those of another.
+        ValueError: an axis other than tokens is sharded, or two arguments shard tokens differently.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.explicit_axes:
@@ -179,7 +181,7 @@ def _mapped(
     out_spec: PartitionSpec,
     mesh: AbstractMesh,
 ) -> Callable[..., Any]:
-    """The function mapped over devices: one object for equal calls, so that JAX compiles once."""
+    """The function mapped over devices, cached so that JAX compiles equal calls only once."""
 
     def local(*arrays: Array) -> Any:
         return function(*jax.tree.unflatten(structure, arrays), *static)

@@ -1,7 +1,7 @@
-"""Shapes and dtypes in annotations, as jaxtyping writes them: `Float[Array, "t d"]`.
+"""Shape and dtype annotations in jaxtyping syntax: `Float[Array, "t d"]`.
 
-Type checkers and the tests read them. jaxtyping itself is optional: without it the same annotation
-is the plain array type.
+Type checkers and the tests use them. jaxtyping itself is optional: without it, an annotation
+evaluates to the plain array type.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ except ImportError:
 
         Float = Int32 = Integer = _Unchecked
 
-# AnyArray is what the operators take, whose parts type checkers need not tell apart. Backends get
-# arrays of JAX, or where nothing but shapes and dtypes matters an AbstractArray.
+# The public operators accept an AnyArray, which is Any to type checkers. Backends get JAX arrays,
+# or an AbstractArray where only shapes and dtypes matter.
 if TYPE_CHECKING:
     AnyArray = Any
     AbstractArray = Array

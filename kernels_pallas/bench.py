@@ -2,16 +2,16 @@
 
     python -m kernels_pallas.bench --op=value_aggregation --implementation=all --output=runs/bench
 
-Every implementation, and the plain form that one writes first, takes turns with a copy of memory.
-A record of each goes to OUTPUT/<operator>.jsonl: bytes and FLOP by formula, median and quartiles of
-the time, bytes per second beside the copy's, how many times as fast it is as "xla" and as "plain"
-(medians and quartiles of the ratios within a round), and the relative difference, in norm, from
-what "xla" computes. At the end come a table and, in OUTPUT/<operator>.png, a roofline plot.
-Implementations that cannot take a case are listed with what they say.
+Runs of every implementation, and of a naive implementation ("plain"), are interleaved with a memory
+copy. Each gets a record in OUTPUT/<operator>.jsonl: bytes and FLOPs by formula, median and
+quartiles of the time, bandwidth relative to the copy, speedups over "xla" and "plain" (median and
+quartiles of the ratios within a round), and the relative difference, in norm, from the result of
+"xla". At the end, it prints a table and draws a roofline plot, OUTPUT/<operator>.png.
+Implementations that do not support a case are listed with their reason.
 
     python -m kernels_pallas.bench --op=product_key_top_k --implementation=xla --tune
 
-looks for better block sizes instead, and writes them where calls find them: see `tuned.py`.
+searches for faster block sizes instead and stores them for later calls: see `tuned.py`.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.value_aggregation.shapes import Ids
 
 _DTYPES = ("float32", "bfloat16")
-_INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
-_CLOSED = 141  # and of one whose reader went away
-# What a machine may come to while a command runs; no bug.
-_MACHINE = (
+_INTERRUPTED = 130  # exit status that shells report after Ctrl-C
+_BROKEN_PIPE = 141  # and after SIGPIPE
+# Errors of the machine, not bugs: reported without a traceback.
+_MACHINE_ERRORS = (
     errno.EACCES,
     errno.EDQUOT,
     errno.EFBIG,
@@ -56,34 +56,34 @@ _MACHINE = (
 
 
 class FolderError(Exception):
-    """Nothing can be written to a folder that was named; the message says which and why."""
+    """An output folder is not writable; the message says which and why."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends with one line, and without the usage, where an argument is wrong."""
+    """Reports a wrong argument in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; lists become tuples, and their entries are checked."""
+    """Parses the command line; turns lists into tuples and checks their entries."""
     parser = _Parser(prog="python -m kernels_pallas.bench", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--op", required=True, choices=OPERATORS, help="operator to measure")
-    add("--implementation", default="all", help="names parted by commas, of which one may be plain")
-    add("--shapes", help="names or tags (ci, model, all) parted by commas; default: the device's")
+    add("--implementation", default="all", help="comma-separated names, which may include plain")
+    add("--shapes", help="comma-separated names or tags (ci, model, all); default: by device")
     add("--passes", default="forward,backward", help="forward, backward, both (in one program)")
-    add("--ids", help="uniform, zipf, equal, ends: of value_aggregation; default: uniform,zipf")
+    add("--ids", help="value_aggregation only: uniform, zipf, equal, ends; default: uniform,zipf")
     add("--dtype", default="float32", help="float32, bfloat16: of tables, or of query and keys")
-    add("--repeats", type=int, default=15, help="rounds of measurements")
-    add("--output", help="folder for records and plot; none: print only")
-    add("--tune", action="store_true", help="look for block sizes instead, and keep them")
+    add("--repeats", type=int, default=15, help="number of measurement rounds")
+    add("--output", help="folder for records and plot; default: print only")
+    add("--tune", action="store_true", help="search for block sizes instead, and store them")
     options = parser.parse_args(argv)
 
     try:
         jax.devices()
-    except RuntimeError as error:  # a platform that there is not
+    except RuntimeError as error:  # the platform does not exist
         parser.error(" ".join(str(error).split()))
     operator = OPERATORS[options.op]
     if options.op == "value_aggregation":
@@ -102,26 +102,26 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.repeats < 1:
         parser.error(f"--repeats: got {options.repeats}, must be at least 1")
     if options.tune and PLAIN in options.implementation:
-        parser.error("--tune: the plain form has no block sizes")
+        parser.error("--tune: the plain implementation has no block sizes")
     if options.output is not None:
         options.output = _output_folder(parser, options)
     try:
         options.shapes = named_shapes(operator, options.shapes)
         if operator_arguments.ids_are_checked():
-            raise ValueError("KERNELS_PALLAS_CHECK_IDS=1: checks would be measured; unset it")
+            raise ValueError("KERNELS_PALLAS_CHECK_IDS=1: checks would distort timings; unset it")
     except ValueError as error:
         parser.error(str(error))
     return options
 
 
 def _output_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path:
-    """Returns the folder for records and a plot, if there is a use for it and it can be one."""
+    """Returns the folder for records and plot, or ends with an error if it cannot be used."""
     if options.tune:
-        parser.error("--output: --tune writes to the folder of KERNELS_PALLAS_TUNED alone")
+        parser.error("--output: --tune only writes to the folder of KERNELS_PALLAS_TUNED")
     if not report.plot_is_possible():
         parser.error("--output: the plot needs matplotlib: pip install matplotlib")
     if not options.output or "://" in options.output:
-        parser.error(f"--output: got {options.output!r}, must be a folder of this machine")
+        parser.error(f"--output: got {options.output!r}, must be a local folder")
     return Path(options.output).expanduser()
 
 
@@ -135,7 +135,7 @@ def _names(
 
 
 def workloads(options: argparse.Namespace) -> Iterator[Workload]:
-    """The cases of a command line."""
+    """Yields the workloads that the options select."""
     operator = OPERATORS[options.op]
     for shape, dtype, ids in itertools.product(options.shapes, options.dtype, options.ids):
         yield Workload(operator, shape, dtype, ids)
@@ -144,12 +144,12 @@ def workloads(options: argparse.Namespace) -> Iterator[Workload]:
 def measured(
     workload: Workload, pass_name: Pass, implementations: Sequence[str], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Measures the implementations of one pass in turns; yields a record of each."""
+    """Measures the implementations of one pass, interleaved; yields a record for each."""
     arrays = workload.inputs()
     made = {name: measure.program_of(workload, name, pass_name, arrays) for name in implementations}
     programs = {name: p for name, p in made.items() if not isinstance(p, str)}
     copy = "copy of memory"
-    times = measure.in_turns(programs | {copy: measure.copy_program()}, repeats)
+    times = measure.interleaved_times(programs | {copy: measure.copy_program()}, repeats)
     num_bytes, flops = workload.cost(pass_name)
     copied = 2 * measure.COPY_BYTES / times[copy].median
     for name, program in made.items():
@@ -183,7 +183,7 @@ def measured(
 
 
 def run_tuning(options: argparse.Namespace) -> None:
-    """Looks for block sizes and keeps those that beat the heuristic's."""
+    """Searches for block sizes and stores those that beat the heuristic."""
     for workload, name in itertools.product(workloads(options), options.implementation):
         case = f"{options.op} {workload.shape.name} {workload.dtype} {workload.ids or ''} {name}"
         try:
@@ -196,24 +196,25 @@ def run_tuning(options: argparse.Namespace) -> None:
             assert kind is not None  # the default device is attached
             prepare_folder(tuned.file_of(kind).parent, "KERNELS_PALLAS_TUNED")
             print(f"{case} {request.key.pass_name}, from {request.default}", flush=True)
-            best, found = tune.fastest(workload, name, request, options.repeats, print)
+            best, measurements = tune.fastest(workload, name, request, options.repeats, print)
             if best == request.default:
                 print("  nothing better")
                 continue
             path = tuned.file_of(kind)
-            tuned.save(path, kind, {request.key: (best, found | report.environment())})
-            print(f"  {best}, {found['speedup_over_heuristic']:.2f} times as fast, in {path}")
+            tuned.save(path, kind, {request.key: (best, measurements | report.environment())})
+            speedup = measurements["speedup_over_heuristic"]
+            print(f"  {best}, {speedup:.2f} times as fast, stored in {path}")
 
 
 def prepare_folder(folder: Path, name: str) -> None:
-    """Makes a folder, and finds out before anything is measured whether it takes files.
+    """Creates a folder and checks, before anything is measured, that it is writable.
 
     Args:
         folder: the folder.
-        name: of what gave it, for the message.
+        name: the option or variable that set it, for the message.
 
     Raises:
-        FolderError: it takes none.
+        FolderError: the folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         environment["matrix_flops_per_second"] = measure.matrix_flops_per_second()
     records: list[dict[str, Any]] = []
     for workload, pass_name in itertools.product(workloads(options), options.passes):
-        for found in measured(workload, pass_name, options.implementation, options.repeats):
-            record = found | environment
+        for measurement in measured(workload, pass_name, options.implementation, options.repeats):
+            record = measurement | environment
             records.append(record)
             if options.output is not None:
                 with (options.output / f"{options.op}.jsonl").open("a") as file:
@@ -250,20 +251,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run() -> None:
-    """The command: what a user can mend, and Ctrl-C, end it in one line; a bug shows its trace."""
+    """Runs the command; user errors and Ctrl-C end it with one line, bugs with a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        print(end="", flush=True)  # or Python would find out too late that it cannot be written
+        print(end="", flush=True)  # surfaces write errors here rather than at interpreter exit
     except (FolderError, tuned.TunedFileError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except BrokenPipeError:
-        # Nobody reads any more (`| head`). Python would flush once more on its way out.
+        # The reader is gone (`| head`). Python would flush stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_CLOSED)
+        sys.exit(_BROKEN_PIPE)
     except OSError as error:
-        if error.errno not in _MACHINE:
+        if error.errno not in _MACHINE_ERRORS:
             raise
         name = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {name}{error.strerror}")

@@ -1,4 +1,4 @@
-"""What operators share: chunks of tokens, manual axes of `shard_map`, and checks of arguments."""
+"""Helpers of all operators: chunks of tokens, manual axes of `shard_map`, argument checks."""
 
 import functools
 import operator
@@ -15,8 +15,8 @@ def scan_chunks(
 ) -> tuple[Any, Any]:
     """Folds `body(carry, chunk) -> (carry, outputs)` over chunks of the leading axis.
 
-    Tokens beyond the last whole chunk get a call of their own: padding them would send weights of
-    zero through table rows that nobody selected, and zero times infinity is not zero.
+    Tokens left over after the last full chunk get a separate call. Padding them instead would
+    multiply unselected table rows by zero weights, and zero times infinity is NaN.
     """
     num_tokens = jax.tree.leaves(per_token)[0].shape[0]
     if num_tokens <= chunk_size:
@@ -24,10 +24,10 @@ def scan_chunks(
 
     num_chunks = num_tokens // chunk_size
     split = num_chunks * chunk_size
-    whole = jax.tree.map(
+    full_chunks = jax.tree.map(
         lambda x: x[:split].reshape(num_chunks, chunk_size, *x.shape[1:]), per_token
     )
-    carry, outputs = lax.scan(body, carry, whole)
+    carry, outputs = lax.scan(body, carry, full_chunks)
     outputs = jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), outputs)
     if split == num_tokens:
         return carry, outputs
@@ -36,19 +36,19 @@ def scan_chunks(
 
 
 def chunk_tokens(bytes_per_token: int, chunk_bytes: int) -> int:
-    """Returns how many tokens a chunk of that many bytes holds, as a power of two."""
+    """Returns how many tokens fit in a chunk of `chunk_bytes`, rounded down to a power of two."""
     num_tokens = max(1, chunk_bytes // max(1, bytes_per_token))
-    # A power of two divides the usual batch, which spares the smaller last chunk.
+    # A power of two divides the usual batch sizes, which avoids a smaller last chunk.
     return 1 << (num_tokens.bit_length() - 1)
 
 
 def accumulation_dtype(*arrays: Array | jax.ShapeDtypeStruct | None) -> jnp.dtype:
-    """Returns the dtype of sums: float32, or float64 where an array already is."""
+    """Returns the dtype of sums: float64 if any array is float64, else float32."""
     return jnp.result_type(jnp.float32, *(array.dtype for array in arrays if array is not None))
 
 
 def padded(size: int, multiple: int) -> int:
-    """Returns the least multiple that is not below a size."""
+    """Rounds `size` up to a multiple."""
     return -(-size // multiple) * multiple
 
 
@@ -57,11 +57,11 @@ def add_up(terms: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-def vary_alike(arrays: Any, others: Any = (), axes: Collection[str] = ()) -> Any:
-    """Makes `arrays` vary over `axes` and every manual axis that any of the arguments varies over.
+def match_vma(arrays: Any, others: Any = (), axes: Collection[str] = ()) -> Any:
+    """Makes `arrays` vary over `axes` and every manual axis that any argument varies over.
 
-    JAX then sums the gradient of, say, a table that is the same on all devices over the devices
-    that hold different tokens; a custom derivative must leave that to its caller.
+    As a result, JAX sums the gradient of, say, a replicated table over the devices that hold
+    different tokens. A custom derivative cannot do this sum itself.
     """
 
     def varying(array: Array) -> frozenset[str]:
@@ -72,8 +72,8 @@ def vary_alike(arrays: Any, others: Any = (), axes: Collection[str] = ()) -> Any
     def vary(array: Array) -> Array:
         state = jax.typeof(array).manual_axis_type
         missing = wanted - state.varying
-        # `pcast` takes axes of one state at a time; over "reduced" ones the gradient is summed
-        # outside of `shard_map`.
+        # `pcast` takes axes of one state at a time. Over "reduced" axes, the gradient is summed
+        # outside `shard_map`.
         for group in (missing & state.reduced, missing - state.reduced):
             if group:
                 array = lax.pcast(array, tuple(sorted(group)), to="varying")
@@ -83,6 +83,6 @@ def vary_alike(arrays: Any, others: Any = (), axes: Collection[str] = ()) -> Any
 
 
 def check(holds: bool, name: str, got: object, rule: str) -> None:
-    """Raises ValueError with the name of an argument, what it got and the rule, if it is broken."""
+    """Raises ValueError naming an argument, its value and the rule, unless the rule holds."""
     if not holds:
         raise ValueError(f"{name}: got {got}, must be {rule}")

@@ -1,8 +1,8 @@
-"""Which implementation of an operator runs: the one asked for, or the first that can.
+"""Chooses the implementation of an operator: the one requested, or the first supported one.
 
-An implementation says in words why it cannot take a call. Asked for by name it raises them; nobody
-is handed another implementation unawares: what is chosen automatically follows a fixed table and is
-logged, with the reasons against those that stood before it.
+An implementation states in words why it does not support a call. If it was requested by name, that
+reason is raised; there is no silent fallback. Without a name, the choice follows a fixed table and
+is logged, with the reasons that ruled out the earlier entries.
 """
 
 import functools
@@ -21,17 +21,18 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 
 class UnsupportedError(ValueError):
-    """The implementation that was asked for cannot take this call; the message says why."""
+    """The requested implementation does not support this call; the message says why."""
 
 
 class Backends[B: Backend[Any, Any]](Mapping[str, B]):
-    """The modules that implement an operator, by name; each is imported when it is first used.
+    """The modules that implement an operator, by name. Each is imported on first use.
 
-    Pallas's compilers would double the time of an import that may only want plain XLA.
+    Importing the Pallas compilers up front would double the import time of programs that only use
+    plain XLA.
     """
 
     def __init__(self, package: str, modules: Mapping[str, str]) -> None:
-        """Names the modules of a package: `{"pallas_tpu": "tpu.backend"}`."""
+        """Maps names to modules of a package: `{"pallas_tpu": "tpu.backend"}`."""
         self._modules = {name: f"{package}.{module}" for name, module in modules.items()}
 
     def __getitem__(self, name: str) -> B:
@@ -44,7 +45,7 @@ class Backends[B: Backend[Any, Any]](Mapping[str, B]):
         return len(self._modules)
 
     def unsupported_reasons(self, call: Call, platform: str) -> dict[str, Callable[[], str | None]]:
-        """Returns, for each module, what its `unsupported_reason` says of a call, once asked."""
+        """Returns, for each backend, a function that evaluates its `unsupported_reason`."""
 
         def reason(name: str) -> str | None:
             return self[name].unsupported_reason(call, platform)
@@ -53,12 +54,12 @@ class Backends[B: Backend[Any, Any]](Mapping[str, B]):
 
 
 def lowering_platform(platform: Platform | None = None) -> str:
-    """The platform that a call is to be compiled for, which a trace cannot know for sure.
+    """The platform that a call will be compiled for, which tracing cannot know for certain.
 
-    It is `platform` where the caller names one; else that of the mesh in context
-    (`jax.set_mesh`, also over the devices of a topology that is not attached); else
-    `jax.default_backend()`. So only ahead-of-time compilation without a mesh, for a platform other
-    than the default, needs the name.
+    It is `platform` if the caller names one; else the platform of the mesh in context
+    (`jax.set_mesh`, also over a topology that is not attached); else `jax.default_backend()`. So
+    callers only need to name it for ahead-of-time compilation without a mesh, for a platform other
+    than the default.
 
     Raises:
         ValueError: `platform` is not "cpu", "gpu" or "tpu".
@@ -72,7 +73,7 @@ def lowering_platform(platform: Platform | None = None) -> str:
 
 
 def compute_capability() -> str | None:
-    """That of the attached GPU, if the call can be meant for no other."""
+    """The compute capability of the attached GPU, or None if the call may target another device."""
     if jax.default_backend() != "gpu":
         return None
     device: Any = jax.local_devices()[0]
@@ -89,19 +90,20 @@ def choose(
     automatic: Mapping[str, tuple[str, ...]],
     unsupported_reasons: Mapping[str, Callable[[], str | None]],
 ) -> str:
-    """Returns the name of the implementation that a call gets.
+    """Returns the name of the implementation to use for a call.
 
     Args:
         operator: its name, for messages.
-        implementation: the one asked for, or None for an automatic choice.
+        implementation: the requested one, or None for an automatic choice.
         platform: what the call is compiled for.
         automatic: for each platform, the implementations in the order in which they are tried. A
-            platform that is not listed gets the last one of "cpu".
-        unsupported_reasons: for each implementation, why it cannot take the call, or None.
+            platform that is not listed gets the last entry of "cpu".
+        unsupported_reasons: for each implementation, why it does not support the call, or None.
 
     Raises:
         ValueError: there is no implementation of that name.
-        UnsupportedError: the one asked for, or every one of the platform, cannot take the call.
+        UnsupportedError: the requested implementation, or every one listed for the platform, does
+            not support the call.
     """
     if implementation is not None:
         if implementation not in list(unsupported_reasons):
@@ -126,6 +128,6 @@ def choose(
 
 @functools.cache
 def _log_choice(operator: str, platform: str, name: str, refused: str) -> None:
-    """Logs each different choice once."""
+    """Logs each distinct choice once."""
     suffix = f" ({refused})" if refused else ""
     logger.info("%s on %s: implementation %s%s", operator, platform, name, suffix)

@@ -1,4 +1,4 @@
-"""What an operator takes, as one object, and what a module must have to implement an operator.
+"""The arguments of an operator as one object, and the interface of its backends.
 
 An operator declares its arguments once, as a subclass of `Call` in its `call.py`:
 
@@ -9,14 +9,14 @@ An operator declares its arguments once, as a subclass of `Call` in its `call.py
         inputs: Float[...] = array("[num_tokens, dim]", token_axis=0)
         chunk_size: int
 
-`array` marks an argument that is an array; every other field is static. From the declaration
-`arguments.py` checks ranks and dtypes and places arrays on a mesh, and JAX sees a pytree: a call
-passes through `jax.custom_vjp`, `jax.jit` and `jax.shard_map` as one argument. So a new argument is
-a field here, a parameter of the public function in `api.py`, and what the backends make of it; it
-does not have to be passed on by the functions in between.
+`array` marks an array argument; every other field is static. `arguments.py` uses the declaration to
+check ranks and dtypes and to place arrays on a mesh. To JAX, a call is a pytree that passes through
+`jax.custom_vjp`, `jax.jit` and `jax.shard_map` as one argument. Adding an argument therefore takes
+a field here, a parameter of the public function in `api.py` and its use in the backends; the
+functions in between do not change.
 
-A backend is a module, named in the `BACKENDS` of its operator's `api.py`, with the functions of
-`Backend` and what else the operator's own protocol, beside its `Call`, asks for.
+A backend is a module, listed in the `BACKENDS` of its operator's `api.py`. It has the functions of
+`Backend` and those that the operator's own protocol, next to its `Call`, adds.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from typing import Any, Literal, NamedTuple, Protocol, dataclass_transform, runt
 import jax
 from jax import Array
 
-_SPEC = "array"  # the entry of a field's metadata
+_SPEC = "array"  # key in the metadata of a field
 
 
 class ArraySpec(NamedTuple):
-    """What an array among the arguments of an operator must be.
+    """Requirements on an array argument of an operator.
 
     Attributes:
-        axes: as messages name them: "[num_tokens, dim]".
-        kind: floating-point numbers, or ids in int32.
-        optional: whether None will do.
+        axes: names of the axes, for messages: "[num_tokens, dim]".
+        kind: floating-point numbers, or int32 ids.
+        optional: whether None is allowed.
         token_axis: the axis that may be sharded over tokens, or None.
     """
 
@@ -52,13 +52,13 @@ def array(
     token_axis: int | None = None,
     default: Any = dataclasses.MISSING,
 ) -> Any:
-    """Declares a field of a `Call` that is an array; see `ArraySpec`.
+    """Declares an array field of a `Call`; see `ArraySpec`.
 
     Args:
-        axes: as messages name them.
+        axes: names of the axes, for messages.
         kind: floating-point numbers or ids.
         token_axis: the axis that may be sharded over tokens.
-        default: None where the argument is optional.
+        default: None if the argument is optional.
     """
     optional = default is not dataclasses.MISSING
     spec = ArraySpec(axes, kind, optional, token_axis)
@@ -69,7 +69,7 @@ def array(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """The arguments of an operator, checked and complete: a pytree of its arrays.
+    """The validated arguments of an operator: a pytree of its arrays.
 
     Fields that are not arrays are static: hashable, and part of the pytree's structure. Where only
     shapes and dtypes matter, arrays may be `jax.ShapeDtypeStruct`.
@@ -77,15 +77,15 @@ class Call:
 
     @classmethod
     def specs(cls) -> dict[str, ArraySpec]:
-        """Returns what each array must be, in the order of declaration."""
+        """Returns the requirements on each array, in the order of declaration."""
         fields = dataclasses.fields(cls)
         return {f.name: f.metadata[_SPEC] for f in fields if _SPEC in f.metadata}
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The arrays by name, without those that are absent."""
-        found = {name: getattr(self, name) for name in self.specs()}
-        return {name: array for name, array in found.items() if array is not None}
+        """The arrays by name, without those that are None."""
+        values = {name: getattr(self, name) for name in self.specs()}
+        return {name: array for name, array in values.items() if array is not None}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(array,))
@@ -111,21 +111,21 @@ def call[C: Call](cls: type[C]) -> type[C]:
 
 
 def cotangents[C: Call](call: C, gradients: Mapping[str, Array]) -> C:
-    """Returns the pytree that the rule of `jax.custom_vjp` returns for a call.
+    """Returns the pytree of gradients that a `jax.custom_vjp` backward rule returns for a call.
 
     Args:
-        call: what was differentiated.
-        gradients: by name; the gradient of an array that is left out is zero.
+        call: the call that was differentiated.
+        gradients: by name; arrays without an entry get a gradient of zero.
     """
     unknown = gradients.keys() - call.arrays.keys()
     if unknown:
-        raise ValueError(f"gradients of no argument: {sorted(unknown)}")
+        raise ValueError(f"gradients of unknown arguments: {sorted(unknown)}")
     fields = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
     return _assembled(type(call), fields | {name: gradients.get(name) for name in call.specs()})
 
 
 def _assembled[C: Call](cls: type[C], fields: Mapping[str, Any]) -> C:
-    """A call without its constructor, whose checks of types JAX's placeholders would not pass."""
+    """Builds a call without its constructor, whose type checks would reject JAX's placeholders."""
     new = object.__new__(cls)
     for name, value in fields.items():
         object.__setattr__(new, name, value)
@@ -134,15 +134,15 @@ def _assembled[C: Call](cls: type[C], fields: Mapping[str, Any]) -> C:
 
 @runtime_checkable
 class Backend[C, Output](Protocol):
-    """A module that implements an operator, whose arguments are a C and whose result an Output."""
+    """A module that implements an operator that maps a C to an Output."""
 
     def unsupported_reason(self, call: C, platform: str) -> str | None:
-        """Returns, in words, why it cannot take a call of these shapes and dtypes, or None.
+        """Returns why the backend does not support these shapes and dtypes, in words, or None.
 
         Args:
-            call: may hold shapes and dtypes in place of arrays.
+            call: may hold shapes and dtypes instead of arrays.
             platform: what the call is compiled for.
         """
 
     def forward(self, call: C) -> Output:
-        """Computes the operator's result for the arrays of one device."""
+        """Computes the result of the operator on the arrays of one device."""

@@ -1,4 +1,4 @@
-"""What the operators on tables share: names of implementations, limits, chunks of tokens."""
+"""Helpers of the operators on tables: implementation names, limits, chunks of tokens."""
 
 from typing import Any, Literal
 
@@ -9,14 +9,14 @@ from kernels_pallas.common import check, chunk_tokens
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 
-# What an unnamed implementation is: the first that can take the call. The Pallas kernels have been
-# compiled and interpreted but not run on a device, so they are there by name until measured.
+# If no implementation is named, the first of these that supports the call runs. The Pallas kernels
+# have been compiled and interpreted, but not run on a device: they are opt-in until measured.
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
 
-# Bytes of rows that one chunk of tokens fetches, when the caller names no chunk size.
-# CPU, measured: forward + backward in milliseconds, best of 5 interleaved runs on 2 shared cores,
+# Bytes of rows that one chunk of tokens fetches if the caller does not set a chunk size.
+# Measured on CPU: forward + backward in milliseconds, best of 5 interleaved runs on 2 shared cores,
 # float32, K = 32, 129,600 rows:
 #
 #     T, D_v = D_p    chunks of 32     64    128    256   1024 tokens   no chunks
@@ -24,19 +24,19 @@ MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are in
 #     2048, 384                385    375    372    404    488            1020
 #     8192, 192                401    361    367    421    414             826
 #
-# Chunks of 3 to 13 MB of rows are equally good within the noise; 8 MiB lies between.
+# Chunks of 3 to 13 MB of rows are equally fast within the noise; 8 MiB is in between.
 _CPU_CHUNK_BYTES = 8 * 2**20
-# An accelerator pays a launch for each operation of a chunk, so it gets as few chunks as its memory
-# easily holds. Reasoned, not measured.
+# On an accelerator every operation of a chunk costs a launch, so chunks are as large as memory
+# comfortably allows. Estimated, not measured.
 _ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
 
 def default_chunk(num_selected: int, row_dim: int, dtype: Any, platform: str) -> int:
-    """Returns how many tokens "xla" processes at once where neither caller nor measurement say.
+    """Returns how many tokens "xla" processes at once if neither set by the caller nor measured.
 
     Args:
         num_selected: rows that a token selects.
-        row_dim: columns of the rows of all tables together.
+        row_dim: total row width of all tables.
         dtype: of accumulation.
         platform: what the call is compiled for.
     """
@@ -45,31 +45,31 @@ def default_chunk(num_selected: int, row_dim: int, dtype: Any, platform: str) ->
 
 
 def fetch_rows(table: Array, indices: Array, dtype: Any) -> Array:
-    """Returns the selected rows of a table, [T, K, D], in a dtype."""
-    # promise_in_bounds spares a masked copy of the rows ("fill") or a clamp of the ids ("clip").
+    """Gathers the selected rows of a table, [T, K, D], and casts them to a dtype."""
+    # promise_in_bounds avoids a masked copy of the rows ("fill") and clamping of the ids ("clip").
     rows = table.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return rows.astype(dtype)
 
 
 def check_num_values(name: str, num_values: int, indices: Array) -> None:
-    """Checks that a table has rows where some are selected, and no more than ids can name.
+    """Checks that a table is not empty if rows are selected, and that int32 ids can address it.
 
     Raises:
-        ValueError: it has not.
+        ValueError: one of these does not hold.
     """
     check(num_values <= MAX_NUM_VALUES, f"{name} rows", num_values, f"at most {MAX_NUM_VALUES}")
-    rule = f"at least 1, as indices, {indices.shape}, select some"
+    rule = f"at least 1, because indices of shape {indices.shape} select rows"
     check(num_values > 0 or indices.size == 0, f"{name} rows", num_values, rule)
 
 
 def checked_capacity(max_rows: Any, indices: Array, num_values: int) -> int:
-    """Returns how many rows a row-sparse gradient holds at most, by default all there can be.
+    """Returns the capacity of a row-sparse gradient; by default, it fits any set of selections.
 
     Raises:
-        ValueError: it is no whole number, or is negative.
+        ValueError: `max_rows` is negative or not an integer.
     """
     if max_rows is None:
         max_rows = min(indices.size, num_values)
-    max_rows = arguments.whole_number("max_rows", max_rows)
+    max_rows = arguments.as_integer("max_rows", max_rows)
     check(max_rows >= 0, "max_rows", max_rows, "at least 0")
     return max_rows

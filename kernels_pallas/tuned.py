@@ -1,12 +1,13 @@
-"""Block sizes that were measured on a device, in place of those that a heuristic reasons out.
+"""Block sizes tuned on a device, which override the heuristics of the backends.
 
 Nothing is measured while a program is traced. `python -m kernels_pallas.bench --tune` measures on
-the attached device and writes `tuned/<device kind>.json` beside this file, or in the folder that
-the environment variable KERNELS_PALLAS_TUNED names; a call whose key is there gets those blocks,
-any other its heuristic's. A key is exact: operator, implementation, pass, every size, dtype.
+the attached device and writes `tuned/<device kind>.json` next to this file, or in the folder given
+by the environment variable KERNELS_PALLAS_TUNED. A call whose key is in that file gets the tuned
+blocks, any other call those of its heuristic. Keys match exactly: operator, implementation, pass,
+every size and dtype.
 
-How a backend takes part. It has a frozen dataclass of whole numbers and booleans, `Blocks`, and a
-`heuristic(...)` that returns one, and where it chooses its blocks it says
+A backend opts in with a frozen dataclass `Blocks` of integers and booleans and a `heuristic(...)`
+that returns one. Where it chooses its blocks, it calls
 
     blocks = heuristic(...)
     blocks = tuned.lookup(
@@ -15,12 +16,11 @@ How a backend takes part. It has a frozen dataclass of whole numbers and boolean
         platform="gpu",
     ) or blocks
 
-That is all: `bench --tune` learns from this call which
-keys a shape has and from which blocks to set out, and tries one field after the other at a quarter,
-half, double and four times its value. Blocks that the backend cannot compile, or with
-which it computes something else, are reported and left out, so `Blocks` need not say which of its
-values are sound. A kernel of a backend that has blocks of its own says so in its key:
-"pallas_tpu/tokens".
+Nothing else is needed. `bench --tune` records this call to find the keys of a shape and the blocks
+to start from, then varies one field at a time to a quarter, half, double and four times its value.
+Blocks that fail to compile or change the result are reported and skipped, so `Blocks` need not
+declare which values are valid. If a backend has several kernels with their own blocks, the key
+names the kernel: "pallas_tpu/tokens".
 """
 
 import contextlib
@@ -40,25 +40,25 @@ import jax
 from kernels_pallas import dispatch
 
 Operator = Literal["value_aggregation", "table_gradient", "product_key_top_k"]
-# "both" where one choice serves the forward and the backward pass.
+# "both" if one choice applies to the forward and the backward pass.
 Pass = Literal["forward", "backward", "both"]
 
 _ENTRY_FIELDS = ("operator", "implementation", "pass", "shape", "dtype", "blocks", "measured")
 
 
 class TunedFileError(ValueError):
-    """A file of measured blocks does not fit this code; the message says where and why."""
+    """A file of tuned blocks does not match this code; the message says where and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """The blocks of plain XLA: how many tokens it processes at once."""
+    """The blocks of the "xla" backends: how many tokens to process at once."""
 
     chunk_size: int
 
 
 class Key(NamedTuple):
-    """What blocks are measured for. Build it with `of`."""
+    """The key under which tuned blocks are stored. Build it with `of`."""
 
     operator: Operator
     implementation: str
@@ -75,14 +75,14 @@ class Key(NamedTuple):
         shape: Mapping[str, int],
         dtype: Any,
     ) -> "Key":
-        """The key of a call, from its sizes by name and the dtype of what it fetches."""
+        """The key of a call, from its sizes by name and the dtype of the arrays it fetches."""
         sizes = tuple(sorted(shape.items()))
         return cls(operator, implementation, pass_name, sizes, jax.numpy.dtype(dtype).name)
 
 
 @dataclasses.dataclass
 class Request:
-    """A choice of blocks that a call made while `recording`."""
+    """A choice of blocks that a call made under `recording`."""
 
     key: Key
     default: Any
@@ -94,17 +94,16 @@ _forced: ContextVar[Mapping[Key, Any] | None] = ContextVar("forced", default=Non
 
 
 def lookup[B](default: B, key: Key, *, platform: str) -> B | None:
-    """Returns the blocks measured for exactly this key on the device at hand, or None.
+    """Returns the blocks tuned for exactly this key on the target device, or None.
 
     Args:
-        default: the blocks that the heuristic chooses, a dataclass; what is returned has its type.
-        key: of the call.
+        default: the heuristic's blocks, a dataclass; the result has the same type.
+        key: the key of the call.
         platform: what the call is compiled for.
 
     Raises:
-        TunedFileError: the file of the device has a field that is unknown or lacks one, or holds
-            blocks or sizes for this operator, implementation and pass that are no longer those of
-            the code.
+        TunedFileError: the device's file has unknown or missing fields, or an entry for this
+            operator, implementation and pass whose block or size names no longer match the code.
     """
     recorder = _recorder.get()
     if recorder is not None:
@@ -125,10 +124,11 @@ def lookup[B](default: B, key: Key, *, platform: str) -> B | None:
 
 
 def device_kind(platform: str) -> str | None:
-    """The kind of device that a call is compiled for, or None where a trace cannot know it.
+    """The kind of device that a call is compiled for, or None if tracing cannot know it.
 
-    It is that of the mesh in context (`jax.set_mesh`), else that of the default devices if they are
-    of this platform. JAX calls every processor "cpu", so there it is model and number of cores.
+    It is the device kind of the mesh in context (`jax.set_mesh`), else that of the default devices
+    if they are of this platform. JAX calls every CPU "cpu", so for CPUs it is the model name and
+    the number of cores.
     """
     if dispatch.lowering_platform() != platform:
         return None
@@ -139,23 +139,23 @@ def device_kind(platform: str) -> str | None:
 @functools.cache
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    model = found[1] if found else machine.processor() or machine.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    model = match[1] if match else machine.processor() or machine.machine()
     return f"{model.strip()}, {os.cpu_count()} cores"
 
 
 def file_of(kind: str) -> Path:
-    """Where the blocks of a kind of device are kept."""
+    """The path of the file with the tuned blocks of a device kind."""
     default = Path(__file__).with_name("tuned")
     folder = Path(os.environ.get("KERNELS_PALLAS_TUNED") or default).expanduser()
     return folder / f"{re.sub('[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
 
 
 def load(path: Path, kind: str) -> dict[Key, dict[str, Any]]:
-    """The blocks in a file by key, as fields; none if there is no such file.
+    """Loads the fields of the blocks in a file, by key; empty if the file does not exist.
 
     Raises:
-        TunedFileError: the file cannot be read, or is not one of this kind of device and this code.
+        TunedFileError: the file cannot be read, or does not match this device kind and this code.
     """
     try:
         return _load(path, kind, path.stat().st_mtime_ns)
@@ -167,15 +167,15 @@ def load(path: Path, kind: str) -> dict[Key, dict[str, Any]]:
 
 @functools.cache
 def _load(path: Path, kind: str, changed: int) -> dict[Key, dict[str, Any]]:
-    del changed  # only makes a rewritten file another one
+    del changed  # part of the cache key, so that a rewritten file is read again
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise TunedFileError(f"{path}: not JSON: {error}") from None
     _require(path, isinstance(content, dict), "it must hold an object")
     _require_fields(path, "the file", content, ("device_kind", "entries"))
-    found = content["device_kind"]
-    _require(path, found == kind, f"device_kind is {found!r}, the device is {kind!r}")
+    file_kind = content["device_kind"]
+    _require(path, file_kind == kind, f"device_kind is {file_kind!r}, the device is {kind!r}")
     blocks: dict[Key, dict[str, Any]] = {}
     _require(path, isinstance(content["entries"], list), "entries must be a list")
     for number, entry in enumerate(content["entries"]):
@@ -191,37 +191,37 @@ def _load(path: Path, kind: str, changed: int) -> dict[Key, dict[str, Any]]:
         try:
             key = Key.of(*names, entry["shape"], entry["dtype"])
         except TypeError:
-            raise TunedFileError(f"{path}: {where}: no dtype {entry['dtype']!r}") from None
+            raise TunedFileError(f"{path}: {where}: unknown dtype {entry['dtype']!r}") from None
         _require(path, key not in blocks, f"{where} repeats the key {key}")
         blocks[key] = entry["blocks"]
     return blocks
 
 
-def save(path: Path, kind: str, found: Mapping[Key, tuple[Any, Mapping[str, Any]]]) -> None:
-    """Adds blocks, with what was measured of them, to a file; a key that is there is replaced.
+def save(path: Path, kind: str, results: Mapping[Key, tuple[Any, Mapping[str, Any]]]) -> None:
+    """Adds blocks and their measurements to a file, replacing entries that have the same key.
 
-    The file is written whole or stays as it was.
+    The file is replaced atomically.
     """
-    load(path, kind)  # a file that is broken is not added to
+    load(path, kind)  # raises if the file is invalid
     entries = json.loads(path.read_text())["entries"] if path.exists() else []
     by_key = {json.dumps([entry[f] for f in _ENTRY_FIELDS[:5]]): entry for entry in entries}
-    for key, (blocks, measured) in found.items():
+    for key, (blocks, measured) in results.items():
         values = (*key[:3], dict(key.shape), key.dtype, dataclasses.asdict(blocks), dict(measured))
         entry = dict(zip(_ENTRY_FIELDS, values, strict=True))
         by_key[json.dumps([entry[f] for f in _ENTRY_FIELDS[:5]])] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"device_kind": kind, "entries": list(by_key.values())}
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(path)
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Request]]:
-    """Collects the choices of blocks that the calls traced meanwhile make."""
+    """Records the choices of blocks made by calls that are traced inside this context."""
     requests: list[Request] = []
     token = _recorder.set(requests)
     try:
@@ -232,7 +232,10 @@ def recording() -> Iterator[list[Request]]:
 
 @contextlib.contextmanager
 def forcing(blocks: Mapping[Key, Any]) -> Iterator[None]:
-    """Gives the calls traced meanwhile these blocks. What JAX has traced before, it keeps."""
+    """Overrides the blocks of calls that are traced inside this context.
+
+    Calls that JAX has already traced and cached are not affected.
+    """
     token = _forced.set(blocks)
     try:
         yield
@@ -241,20 +244,18 @@ def forcing(blocks: Mapping[Key, Any]) -> Iterator[None]:
 
 
 def _check_names(
-    path: Path, key: Key, field: str, found: Mapping[str, Any], known: Mapping[str, Any]
+    path: Path, key: Key, field: str, got: Mapping[str, Any], known: Mapping[str, Any]
 ) -> None:
     rule = (
-        f"{', '.join(key[:3])}: {field} has {sorted(found)}, the code has {sorted(known)};"
+        f"{', '.join(key[:3])}: {field} has {sorted(got)}, the code has {sorted(known)};"
         " remove the entry, or measure it again with `python -m kernels_pallas.bench --tune`"
     )
-    _require(path, found.keys() == known.keys(), rule)
+    _require(path, got.keys() == known.keys(), rule)
 
 
-def _require_fields(
-    path: Path, where: str, found: Mapping[str, Any], known: tuple[str, ...]
-) -> None:
-    rule = f"{where} has the fields {sorted(found)}, must have {sorted(known)}"
-    _require(path, found.keys() == set(known), rule)
+def _require_fields(path: Path, where: str, got: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    rule = f"{where} has the fields {sorted(got)}, must have {sorted(known)}"
+    _require(path, got.keys() == set(known), rule)
 
 
 def _require(path: Path, holds: bool, rule: str) -> None:

@@ -1,8 +1,8 @@
-"""Runs commands as a shell would, but in forks of one process, and with faults of the machine.
+"""Runs commands as a shell would, but in forks of one process, and can inject machine failures.
 
-An interpreter that has imported what they need starts a command in milliseconds. Run as a script
-this is that interpreter: it reads a command in JSON from each line of its input, and answers with
-status, output and errors.
+An interpreter that has imported the dependencies starts a command in milliseconds. This script is
+that interpreter: it reads a command in JSON from each line of its input, and replies with status,
+output and errors.
 """
 
 import builtins
@@ -28,8 +28,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class Completed:
+    """The result of a command."""
 
     status: int
     output: str
@@ -37,10 +37,10 @@ class Ended:
 
 
 class Commands:
-    """Starts commands in forks of a process of its own."""
+    """Starts commands in forks of a server process."""
 
     def __init__(self, *preloaded: str, environment: Mapping[str, str] | None = None) -> None:
-        """Names modules to import once; none may ask for a device: no thread survives a fork."""
+        """Preloads modules, which must not start a JAX backend: threads do not survive a fork."""
         self._server = subprocess.Popen(
             [sys.executable, __file__, *preloaded],
             env=None if environment is None else dict(environment),
@@ -58,17 +58,17 @@ class Commands:
         missing: Iterable[str] = (),
         environment: Mapping[str, str] | None = None,
         refused: Mapping[str, str] | None = None,
-    ) -> Ended:
+    ) -> Completed:
         """Runs `python -m MODULE ARGUMENTS`.
 
         Args:
-          module: to run; "main": main.py.
-          arguments: of it.
-          folder: to work in.
-          stdout: a file to write to, or "closed" for a pipe that nobody reads; "": collected.
-          missing: packages that it finds not to be installed.
-          environment: variables beside those of the process.
-          refused: folders in which nothing can be written, and why: the name of an errno.
+          module: the module to run; "main" is main.py.
+          arguments: its command-line arguments.
+          folder: the working directory.
+          stdout: a file to write to, "closed" for a pipe without a reader, "" to capture.
+          missing: packages that appear not to be installed.
+          environment: additional environment variables.
+          refused: folders that cannot be written to, each with the name of the errno.
         """
         request = {
             "module": module,
@@ -83,10 +83,10 @@ class Commands:
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        return Ended(**json.loads(self._server.stdout.readline()))
+        return Completed(**json.loads(self._server.stdout.readline()))
 
     def close(self) -> None:
-        """Ends the process."""
+        """Stops the server process."""
         self._server.communicate()
 
 
@@ -106,13 +106,13 @@ def _serve() -> None:
             for file in (output, errors):
                 file.seek(0)
                 texts.append(file.read().decode(errors="replace"))
-        ended = Ended(os.waitstatus_to_exitcode(status), *texts)
-        sys.stdout.write(json.dumps(dataclasses.asdict(ended)) + "\n")
+        completed = Completed(os.waitstatus_to_exitcode(status), *texts)
+        sys.stdout.write(json.dumps(dataclasses.asdict(completed)) + "\n")
         sys.stdout.flush()
 
 
 def _run(request: Mapping[str, Any], output: int, errors: int) -> None:
-    """Runs a command in this process, which ends with it."""
+    """Runs a command in this process and exits."""
     if request["stdout"] == "closed":
         reader, output = os.pipe()
         os.close(reader)
@@ -125,7 +125,7 @@ def _run(request: Mapping[str, Any], output: int, errors: int) -> None:
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
     for name in request["missing"]:
-        sys.modules[name] = None  # type: ignore[assignment]  # what the import system reads so
+        sys.modules[name] = None  # type: ignore[assignment]  # makes the import fail
     for folder, name in request["refused"].items():
         _refuse_writes(folder, getattr(errno, name))
     sys.argv = [request["module"], *request["arguments"]]
@@ -142,14 +142,14 @@ def _run(request: Mapping[str, Any], output: int, errors: int) -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError as error:  # as the interpreter says it at its end
+    except OSError as error:  # as the interpreter reports it at exit
         os.write(2, f"Exception ignored: {error}\n".encode())
         status = 120
     os._exit(status)
 
 
 def _refuse_writes(folder: str, number: int) -> None:
-    """Makes all writes of Python below a folder fail, as on a disk that is read-only or full."""
+    """Makes all writes below a folder fail, as on a read-only or full disk."""
 
     def check(path: Any) -> None:
         if not isinstance(path, int) and os.path.abspath(os.fspath(path)).startswith(folder):

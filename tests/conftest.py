@@ -1,9 +1,9 @@
-"""What every test runs under: eight CPU devices, float32, no silent rank promotion."""
+"""Settings of all tests: eight CPU devices, float32, no silent rank promotion."""
 
 import os
 
-# Before jax is imported. What the caller has set stays: the tests marked gpu or tpu are run with
-# JAX_PLATFORMS=cuda or tpu. Processes that a test starts inherit both.
+# Set before jax is imported. The caller's values take precedence: tests marked gpu or tpu run with
+# JAX_PLATFORMS=cuda or tpu. Processes started by a test inherit both variables.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"
 if _DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples every time, so that a failure is due to the change at hand; no deadline, because
-# the first example of each shape compiles.
+# The same examples every time, so that a failure comes from the change at hand; no deadline,
+# because the first example of each shape compiles.
 hypothesis.settings.register_profile("umv2", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("umv2")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps one third of the slow tests where SLOW_TESTS_THIRD (0, 1 or 2) asks for it.
+    """Keeps one third of the slow tests if SLOW_TESTS_THIRD (0, 1 or 2) is set.
 
-    .ci/run takes another one each time, so that three runs cover all.
+    .ci/run starts with another third each time, so that three runs cover all slow tests.
     """
     if not (third := os.environ.get("SLOW_TESTS_THIRD")):
         return
@@ -49,18 +49,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what this machine cannot run, and slow tests that .ci/run has no time left for."""
+    """Skips tests that this machine cannot run, and slow tests if .ci/run is out of time."""
     for platform in ("gpu", "tpu"):
         if item.get_closest_marker(platform) and jax.default_backend() != platform:
             pytest.skip(f"needs JAX on a {platform.upper()}, found {jax.default_backend()}")
     until, slow = os.environ.get("SLOW_TESTS_UNTIL"), item.get_closest_marker("slow")
     if until and slow and time.time() + 60 * slow.kwargs.get("minutes", 0) > float(until):
-        pytest.skip("the time left is too short for it, or over (SLOW_TESTS_UNTIL)")
+        pytest.skip("not enough time left (SLOW_TESTS_UNTIL)")
 
 
 @pytest.fixture(autouse=True)
 def _same_draws() -> None:
-    """Of a long list beartype checks one item, drawn at random: the same in every run."""
+    """Beartype checks one random item of a long list: makes it the same in every run."""
     random.seed(0)
 
 
@@ -73,11 +73,11 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Run]":
-    """The tiny run of 12 steps, uninterrupted, with a checkpoint every third step.
+    """The uninterrupted tiny run of 12 steps, with a checkpoint every third step.
 
-    Its tests compile each program once, in all processes. Copy the folder before changing it.
+    Its tests share a compilation cache across processes. Copy the folder before changing it.
     """
-    # Here, so that tests of kernels run where only jax is installed.
+    # Imported here, so that tests of kernels run where only jax is installed.
     from tests import tiny_run
     from umv2.training.train import train
 

@@ -1,4 +1,4 @@
-"""Marks of tests that need an extra of pyproject.toml."""
+"""Marks for tests that need an extra of pyproject.toml."""
 
 import importlib.util
 

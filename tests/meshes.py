@@ -1,4 +1,4 @@
-"""Meshes of the forced CPU devices."""
+"""Meshes of the eight CPU devices."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from umv2.cost import exchange
 
 
 def config(**fields: Any) -> MeshConfig:
-    """A mesh section: the given fields, and size 1 for the other axes."""
+    """Returns a mesh section with the given fields, and size 1 for the other axes."""
     defaults = {axis: 1 for axis in sharding.AXES} | {
         "parameters": "fsdp",
         "table_sharding": "auto",
@@ -20,16 +20,16 @@ def config(**fields: Any) -> MeshConfig:
 
 
 def create(**fields: Any) -> Mesh:
-    """The mesh of `config`."""
+    """Returns the mesh of `config`."""
     return sharding.create_mesh(config(**fields))
 
 
 def resolved(experiment: Config, num_tokens: int = 256) -> Config:
-    """The experiment with a resolved mesh, as training resolves it."""
+    """Returns the experiment with its mesh resolved, as in training."""
     sizes = sharding.axis_sizes(experiment.mesh, jax.device_count())
     return exchange.resolve_mesh(experiment, sizes, num_tokens)
 
 
 def replicate[T](tree: T, mesh: Mesh) -> T:
-    """A copy of every array on every device."""
+    """Replicates every array over the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

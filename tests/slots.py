@@ -1,4 +1,4 @@
-"""What stands in the slots of a block, by the short names that tests use."""
+"""Short names for the contents of a block's slots, for tests."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ def fill(config: ConfigDict, slots: str, **model: Any) -> None:
     """Sets `model.ffn` and `model.memory.layer`, and other fields of the model.
 
     Args:
-      config: of the base, changed in place.
-      slots: dense | memory: beside a dense FFN | moe | both: a memory beside experts.
-      **model: fields of `model`; without `ffn_size`, that of a mixture of experts is 0.
+      config: a configuration from configs/base.py, changed in place.
+      slots: dense | memory: with a dense FFN | moe | both: a memory with experts.
+      **model: fields of `model`; the default `ffn_size` of a mixture of experts is 0.
     """
     config.model.ffn, config.model.memory.layer = SLOTS[slots]
     if config.model.ffn == "moe":

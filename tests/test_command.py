@@ -1,4 +1,4 @@
-"""How a command ends: one line for what a user can mend, a trace for a bug."""
+"""How a command exits: one line for a user error, a traceback for a bug."""
 
 import os
 import subprocess
@@ -46,39 +46,39 @@ def run(
         ("pass", ("--cuont=1",), "error: Unknown command line flag 'cuont'", 1),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
+def test_user_errors_are_one_line(
     body: str, arguments: tuple[str, ...], line: str, status: int
 ) -> None:
-    ended = run(body, *arguments)
-    assert ended.returncode == status, ended.stderr
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert ended.stderr.startswith(line)
+    completed = run(body, *arguments)
+    assert completed.returncode == status, completed.stderr
+    assert len(completed.stderr.splitlines()) == 1, completed.stderr
+    assert completed.stderr.startswith(line)
 
 
 @pytest.mark.parametrize("bug", ["1 / 0", "raise FileNotFoundError(2, 'No such file', '/x')"])
-def test_a_bug_shows_its_trace(bug: str) -> None:
-    ended = run(bug)
-    assert ended.returncode == 1
-    assert "Traceback" in ended.stderr
+def test_a_bug_shows_a_traceback(bug: str) -> None:
+    completed = run(bug)
+    assert completed.returncode == 1
+    assert "Traceback" in completed.stderr
 
 
 @pytest.mark.parametrize(
     ("shell", "status"), [("| head -n 1 && exit ${PIPESTATUS[0]}", 141), (">&- 2>/dev/null", 0)]
 )
-def test_output_that_nobody_reads_is_no_error(shell: str, status: int) -> None:
-    ended = run("for i in range(100000): print(i)", shell=shell)
-    assert ended.returncode == status
-    assert ended.stderr == ""
+def test_closed_output_is_not_an_error(shell: str, status: int) -> None:
+    completed = run("for i in range(100000): print(i)", shell=shell)
+    assert completed.returncode == status
+    assert completed.stderr == ""
 
 
-def test_output_to_a_full_disk_is_one_line() -> None:
-    ended = run("print('x' * 100000)", shell="> /dev/full")
-    assert ended.returncode == 1
-    assert ended.stderr.endswith("No space left on device\n")
-    assert len(ended.stderr.splitlines()) == 1
+def test_output_to_a_full_disk_is_a_one_line_error() -> None:
+    completed = run("print('x' * 100000)", shell="> /dev/full")
+    assert completed.returncode == 1
+    assert completed.stderr.endswith("No space left on device\n")
+    assert len(completed.stderr.splitlines()) == 1
 
 
-def test_text_comes_out_whatever_the_encoding() -> None:
-    ended = run("print('ü')", env={"PYTHONIOENCODING": "ascii"})
-    assert ended.returncode == 0
-    assert ended.stdout == "\\xfc\n"
+def test_text_is_printed_in_any_encoding() -> None:
+    completed = run("print('ü')", env={"PYTHONIOENCODING": "ascii"})
+    assert completed.returncode == 0
+    assert completed.stdout == "\\xfc\n"

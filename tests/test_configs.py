@@ -1,4 +1,4 @@
-"""The named configurations: golden text of each, counts against the real tree, and imports."""
+"""The named configurations: their golden texts, counts against the parameter tree, and imports."""
 
 import difflib
 import functools
@@ -24,7 +24,7 @@ NAMES = sorted(
     if path.stem not in ("base", "families", "__init__")
 )
 
-# The part that a parameter counts in, by its name.
+# The part under which a parameter is counted, by its name.
 PARTS = {
     "embedding": r"params/embedding",
     "head": r"params/head",
@@ -66,7 +66,7 @@ def assert_counts_are_those_of_the_tree(listed: inspection.Inspection) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_configuration_is_its_golden_text(name: str) -> None:
+def test_a_configuration_matches_its_golden_text(name: str) -> None:
     text = inspected(name).as_text(width=200) + "\n"
     path = GOLDEN_DIR / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -77,28 +77,28 @@ def test_a_configuration_is_its_golden_text(name: str) -> None:
         lines = (golden.splitlines(), text.splitlines())
         difference = "\n".join(difflib.unified_diff(*lines, "golden", "now", n=0, lineterm=""))
         pytest.fail(
-            f"{name} is not {path}; if that is meant, run the test with UPDATE_GOLDEN=1 and"
-            f" commit the file:\n{difference}"
+            f"{name} differs from {path}; if this is intended, run the test with UPDATE_GOLDEN=1"
+            f" and commit the file:\n{difference}"
         )
 
 
-def test_no_golden_text_is_left_over() -> None:
+def test_every_golden_text_has_a_configuration() -> None:
     assert sorted(path.stem for path in GOLDEN_DIR.iterdir()) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_counts_are_those_of_the_tree(name: str) -> None:
+def test_counts_match_the_tree(name: str) -> None:
     assert_counts_are_those_of_the_tree(inspected(name))
 
 
 def test_selected_values_by_hand() -> None:
-    config = base.get_config()  # 4 layers, 16 values of 48 + 16
+    config = base.get_config()  # 4 layers, 16 values of width 48 + 16
     config.model.memory.num_heads = 2
     counts = inspection.inspect(from_config_dict(config)).counts
     assert counts.selected == 4 * 2 * 16 * (48 + 16)
 
 
-def test_the_smallest_published_size_is_that_of_the_paper() -> None:
+def test_the_smallest_published_size_matches_the_paper() -> None:
     counts = inspected("paper_227m_1b2").as_dict()["counts"]
     # Table 10: 1.18B parameters, 225M of them active with one embedding matrix.
     assert counts["total_without_embeddings"] == pytest.approx(1.18e9, rel=0.01)
@@ -125,8 +125,8 @@ def test_the_sharding_of_every_parameter_is_listed() -> None:
     assert listed["params/final_norm/weight"] == "replicated"
 
 
-def test_every_field_of_the_base_configuration_is_explained() -> None:
-    """Each has a comment of its own, or stands in the group below a comment."""
+def test_every_field_of_the_base_configuration_has_a_comment() -> None:
+    """A field has its own comment, or is in the group below a comment."""
     lines = [line.strip() for line in (CONFIGS_DIR / "base.py").read_text().splitlines()]
     in_group = False
     for line in lines[lines.index("config = ConfigDict()") + 1 : lines.index("return config")]:
@@ -136,7 +136,7 @@ def test_every_field_of_the_base_configuration_is_explained() -> None:
         elif line.startswith("#") or "= ConfigDict()  #" in line:
             in_group = True
         else:
-            assert commented or in_group, f"neither unit nor source nor meaning: {line}"
+            assert commented or in_group, f"no comment with unit, source or meaning: {line}"
             in_group = in_group and not commented
 
 

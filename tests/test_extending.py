@@ -1,4 +1,4 @@
-"""docs/extending.md: each recipe, built exactly as the page says, does all that a family can do."""
+"""docs/extending.md: each recipe, built exactly as on the page, works in all modes."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ FILES = dict(re.findall(r"```python\n# file: (\S+)\n(.*?)```", PAGE, re.DOTALL))
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The files of the page, importable."""
+    """Makes the files of the page importable."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -48,7 +48,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _config(**changes: Any) -> Config:
-    """A tiny experiment, with the fields that the page sets on its command lines."""
+    """A tiny experiment with the fields set on the command lines of the page."""
     config = base.get_config()
     config.model.update(hidden_size=16, num_layers=2, num_heads=2, num_key_value_heads=2)
     config.model.update(ffn_size=32, compute_dtype="float32")
@@ -80,7 +80,7 @@ def _batch(config: Config) -> Batch:
 
 
 def _losses(config: Config, steps: int = 3, **mesh_axes: int) -> tuple[list[float], Any]:
-    """The losses of some steps on a mesh, and the state after them."""
+    """Returns the losses of some steps on a mesh, and the final state."""
     mesh = meshes.create(**mesh_axes)
     config = meshes.resolved(config)
     with jax.set_mesh(mesh):
@@ -108,7 +108,7 @@ def test_the_page_names_every_recipe() -> None:
 
 
 @pytest.mark.usefixtures("modules")
-def test_a_layer_family_trains_serves_and_is_accounted_for(tmp_path: Path) -> None:
+def test_a_layer_family_can_be_trained_served_and_counted(tmp_path: Path) -> None:
     config = _config(model__memory__layer="dense_memory:DenseMemory")
     losses, trained = _losses(config, replica=1)
     assert losses[-1] < losses[0]
@@ -117,7 +117,7 @@ def test_a_layer_family_trains_serves_and_is_accounted_for(tmp_path: Path) -> No
     assert changed.params["memory"]["keys"]
     assert changed.store.values
 
-    # Declared once: sharded, grouped and counted from there.
+    # Sharding, group and counts follow from the declaration.
     listed = {p.name: p for p in inspection.inspect(config).parameters}
     assert listed["params/memory/keys"].group == "keys"
     assert listed["store/values"].group == "values"
@@ -127,7 +127,7 @@ def test_a_layer_family_trains_serves_and_is_accounted_for(tmp_path: Path) -> No
     read = traffic.decode_bytes(config.model, batch_size=2, context_length=8)
     assert read.sparse_values == 2 * 4 * counts.selected
 
-    # Served: decoding equals the forward pass; exported and read back.
+    # Serving: decoding equals the forward pass; export and import.
     prompt = np.frombuffer(b"def f(x):", np.uint8).astype(np.int32)
     greedy = dataclasses.replace(config.generate, temperature=0.0)
     generator = Generator(config.model, trained.weights, tokenizer=ByteTokenizer(), config=greedy)
@@ -148,7 +148,7 @@ def test_a_layer_family_trains_serves_and_is_accounted_for(tmp_path: Path) -> No
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_a_layer_family_computes_the_same_on_a_mesh(layout: str) -> None:
     config = _config(model__memory__layer="dense_memory:DenseMemory")
-    alone, _ = _losses(config, replica=1)
+    single, _ = _losses(config, replica=1)
     spread = _config(
         model__memory__layer="dense_memory:DenseMemory",
         mesh__fsdp=2,
@@ -158,13 +158,13 @@ def test_a_layer_family_computes_the_same_on_a_mesh(layout: str) -> None:
         mesh__table_sharding=layout,
     )
     eight, state_of_eight = _losses(spread, fsdp=2, memory=2, tensor=2)
-    assert eight == pytest.approx(alone, rel=1e-5)
+    assert eight == pytest.approx(single, rel=1e-5)
     spec = state_of_eight.store.values.sharding.spec
     assert spec[["rows", "columns"].index(layout) + 1] == "memory"
 
 
 @pytest.mark.usefixtures("modules")
-def test_an_optimizer_for_tables_has_no_moments_and_moves_tables_by_their_gradient() -> None:
+def test_an_optimizer_for_tables_has_no_moments_and_applies_the_gradient() -> None:
     adamw, sgd = (_config(), _config(optimizer__values_optimizer="table_sgd:table_sgd"))
     (_, with_moments), (_, without) = (_losses(c, 2, replica=1) for c in (adamw, sgd))
 
@@ -175,12 +175,12 @@ def test_an_optimizer_for_tables_has_no_moments_and_moves_tables_by_their_gradie
     assert jnp.any(with_moments.store.values != without.store.values)
 
 
-def test_the_source_of_data_is_the_one_that_tests_of_data_use() -> None:
+def test_the_data_source_recipe_is_the_one_tested_in_test_sources() -> None:
     assert FILES["counting_source.py"] == RECIPE
 
 
 @pytest.mark.usefixtures("modules")
-def test_an_ablation_has_arms_that_differ_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_arms_of_an_ablation_differ_as_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "ABLATIONS", dict(catalogue.ABLATIONS))
     importlib.import_module("shuffle_ablation")
     entry = catalogue.ABLATIONS["shuffle"]
@@ -191,7 +191,7 @@ def test_an_ablation_has_arms_that_differ_as_it_says(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("modules")
-def test_a_kernel_backend_keeps_the_protocol_and_computes_the_reference() -> None:
+def test_a_kernel_backend_follows_the_protocol_and_matches_the_reference() -> None:
     backend = importlib.import_module("dense_row_products")
     assert isinstance(backend, Backend)
     generator = np.random.default_rng(0)

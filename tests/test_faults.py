@@ -1,7 +1,7 @@
-"""Bad inputs and faults of the machine, over all modes: each ends in one line, and nothing is lost.
+"""Invalid inputs and machine failures in all modes: a one-line error, and nothing is lost.
 
-Every case is a command that cannot do its work. It must say so in one line that names what the user
-gave, write no trace, print no result, and leave the run that it was pointed at as it was.
+Every case is a command that must fail. It must print one line that names the user's input, no
+traceback and no result, and must not change the run that it was given.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_run
-from tests.commands import ROOT, TRACE, Commands, Ended
+from tests.commands import ROOT, TRACE, Commands, Completed
 from tests.tiny_run import Run
 
 
@@ -27,8 +27,8 @@ def commands(finished: Run) -> Iterator[Commands]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a case happens: a folder of its own, a copy of a finished run, and its text."""
+class Workspace:
+    """The environment of a case: an empty folder, a copy of a finished run, and its text."""
 
     tmp: Path
     run: Path
@@ -36,60 +36,60 @@ class Place:
 
     @property
     def flags(self) -> list[str]:
-        """The configuration of the run, as flags."""
+        """Returns the configuration of the run as flags."""
         return tiny_run.flags(self.text)
 
     def file(self, name: str, content: str | bytes) -> Path:
-        """Writes a file of the case's folder."""
+        """Writes a file in the folder of the case."""
         path = self.tmp / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
     def config(self, source: str) -> str:
-        """Writes a file of configuration, and returns the flag that names it."""
+        """Writes a configuration file, and returns the flag for it."""
         return f"--config={self.file('mine.py', source)}"
 
 
 @pytest.fixture
-def place(finished: Run, tmp_path: Path) -> Place:
+def workspace(finished: Run, tmp_path: Path) -> Workspace:
     run = Path(shutil.copytree(finished.workdir, tmp_path / "run"))
-    return Place(tmp_path, run, finished.paths)
+    return Workspace(tmp_path, run, finished.paths)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a run but its lock."""
+    """Returns all files of a run except its lock."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def check_one_line(ended: Ended, expected: str) -> None:
-    assert ended.status != 0, ended
-    assert TRACE not in ended.errors, ended.errors
-    lines = ended.errors.splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == 1, ended.errors
-    assert lines[-1].startswith("error: "), ended.errors
-    assert expected in lines[-1], ended.errors
-    assert ended.output == ""
+def check_one_line(completed: Completed, expected: str) -> None:
+    assert completed.status != 0, completed
+    assert TRACE not in completed.errors, completed.errors
+    lines = completed.errors.splitlines()
+    assert sum(line.startswith("error: ") for line in lines) == 1, completed.errors
+    assert lines[-1].startswith("error: "), completed.errors
+    assert expected in lines[-1], completed.errors
+    assert completed.output == ""
 
 
-type Arguments = Callable[[Place], list[str]]
+type Arguments = Callable[[Workspace], list[str]]
 
 
 def of_run(*flags: str) -> Arguments:
-    return lambda place: [f"--workdir={place.run}", *flags]
+    return lambda workspace: [f"--workdir={workspace.run}", *flags]
 
 
 def training(*flags: str, workdir: str = "new") -> Arguments:
-    return lambda place: [*place.flags, f"--workdir={place.tmp / workdir}", *flags]
+    return lambda workspace: [*workspace.flags, f"--workdir={workspace.tmp / workdir}", *flags]
 
 
 def on_text(name: str, content: str | bytes, *flags: str, mode: str = "train") -> Arguments:
-    def arguments(place: Place) -> list[str]:
-        path = place.file(f"input/{name}", content)
+    def arguments(workspace: Workspace) -> list[str]:
+        path = workspace.file(f"input/{name}", content)
         return [
             *tiny_run.flags(str(path)),
-            f"--workdir={place.tmp / 'new'}",
+            f"--workdir={workspace.tmp / 'new'}",
             f"--mode={mode}",
             *flags,
         ]
@@ -98,11 +98,11 @@ def on_text(name: str, content: str | bytes, *flags: str, mode: str = "train") -
 
 
 def written_config(source: str, *flags: str) -> Arguments:
-    return lambda place: [place.config(source), "--mode=inspect", *flags]
+    return lambda workspace: [workspace.config(source), "--mode=inspect", *flags]
 
 
 def file_as_workdir(*flags: str) -> Arguments:
-    return lambda place: [*place.flags, f"--workdir={place.file('file', 'x')}", *flags]
+    return lambda workspace: [*workspace.flags, f"--workdir={workspace.file('file', 'x')}", *flags]
 
 
 HEAD = "from configs import base\ndef get_config():\n    config = base.get_config()\n"
@@ -112,12 +112,18 @@ CASES: dict[str, tuple[Arguments, str]] = {
     "unknown flag": (of_run("--wrkdir=x"), "wrkdir"),
     "unknown mode": (of_run("--mode=evaluat"), "evaluat"),
     "an argument": (of_run("evaluate"), "evaluate: unexpected argument"),
-    "no workdir": (lambda place: place.flags, "--workdir"),
-    "empty workdir": (lambda place: [*place.flags, "--workdir="], "--workdir"),
-    "no config": (lambda place: ["--mode=inspect"], "--config"),
-    "empty config": (lambda place: ["--config=", "--mode=inspect"], "--config"),
-    "context of zero": (lambda place: ["--config=tiny", "--mode=cost", "--context=0"], "context=0"),
-    "context of text": (lambda place: ["--config=tiny", "--mode=cost", "--context=x"], "context=x"),
+    "no workdir": (lambda workspace: workspace.flags, "--workdir"),
+    "empty workdir": (lambda workspace: [*workspace.flags, "--workdir="], "--workdir"),
+    "no config": (lambda workspace: ["--mode=inspect"], "--config"),
+    "empty config": (lambda workspace: ["--config=", "--mode=inspect"], "--config"),
+    "context of zero": (
+        lambda workspace: ["--config=tiny", "--mode=cost", "--context=0"],
+        "context=0",
+    ),
+    "context of text": (
+        lambda workspace: ["--config=tiny", "--mode=cost", "--context=x"],
+        "context=x",
+    ),
     "limit of zero": (of_run("--mode=evaluate", "--suite=arc_easy", "--limit=0"), "limit=0"),
     "limit without a suite": (of_run("--mode=evaluate", "--limit=1"), "--limit"),
     "two suites": (of_run("--mode=evaluate", "--suite=long_context,arc_easy"), "long_context"),
@@ -129,7 +135,7 @@ CASES: dict[str, tuple[Arguments, str]] = {
         training("--mode=train_tokenizer", "--vocab_size=10"),
         "vocab_size",
     ),
-    "process without the others": (training("--process_id=1"), "--process_id=1"),
+    "process_id alone": (training("--process_id=1"), "--process_id=1"),
     "process beyond the number": (
         training("--process_id=2", "--num_processes=2", "--coordinator_address=localhost:1"),
         "--process_id=2",
@@ -138,98 +144,120 @@ CASES: dict[str, tuple[Arguments, str]] = {
         training("--process_id=0", "--num_processes=2", "--coordinator_address=localhost"),
         "--coordinator_address=localhost",
     ),
-    "several processes that prepare": (training("--mode=prepare", "--num_processes=2"), "prepare"),
+    "prepare in several processes": (training("--mode=prepare", "--num_processes=2"), "prepare"),
     # Paths.
     "bucket to train in": (
-        lambda place: [*place.flags, "--workdir=gs://bucket/x"],
+        lambda workspace: [*workspace.flags, "--workdir=gs://bucket/x"],
         "gs://bucket/x",
     ),
     "bucket to prepare in": (
-        lambda place: [*place.flags, "--mode=prepare", "--workdir=s3://bucket/x"],
+        lambda workspace: [*workspace.flags, "--mode=prepare", "--workdir=s3://bucket/x"],
         "s3://bucket/x",
     ),
     "bucket to export to": (of_run("--mode=export", "--folder=gs://bucket/x"), "gs://bucket/x"),
     "bucket to import from": (
-        lambda place: ["--mode=import", f"--workdir={place.tmp / 'n'}", "--folder=hf://x/y"],
+        lambda workspace: [
+            "--mode=import",
+            f"--workdir={workspace.tmp / 'n'}",
+            "--folder=hf://x/y",
+        ],
         "hf://x/y",
     ),
     "bucket for costs": (
-        lambda place: ["--config=tiny", "--mode=cost", "--workdir=gs://b/x"],
+        lambda workspace: ["--config=tiny", "--mode=cost", "--workdir=gs://b/x"],
         "gs://b/x",
     ),
     "bucket of text": (
-        lambda place: [*tiny_run.flags("gs://b/*.txt"), f"--workdir={place.tmp / 'new'}"],
+        lambda workspace: [*tiny_run.flags("gs://b/*.txt"), f"--workdir={workspace.tmp / 'new'}"],
         "gs://b/*.txt",
     ),
-    "brackets in a name": (training(workdir="a[b]"), "may not hold [ ]"),
-    "star in a name": (training(workdir="a*"), "may not hold *"),
-    "question mark in a name": (training(workdir="a?"), "may not hold ?"),
-    "backslash in a name": (training(workdir="a\\b"), "may not hold \\"),
-    "brackets above": (training(workdir="a[b]/c/d"), "may not hold [ ]"),
+    "brackets in a name": (training(workdir="a[b]"), "must not contain [ ]"),
+    "star in a name": (training(workdir="a*"), "must not contain *"),
+    "question mark in a name": (training(workdir="a?"), "must not contain ?"),
+    "backslash in a name": (training(workdir="a\\b"), "must not contain \\"),
+    "brackets in a parent folder": (training(workdir="a[b]/c/d"), "must not contain [ ]"),
     "name too long": (training(workdir="n" * 300), "File name too long"),
     "null byte": (
-        lambda place: [*place.flags, "--workdir=a\0b"],
+        lambda workspace: [*workspace.flags, "--workdir=a\0b"],
         "null bytes",
     ),
-    "home of nobody": (lambda place: [*place.flags, "--workdir=~no_such_user/x"], "~no_such_user"),
+    "home of an unknown user": (
+        lambda workspace: [*workspace.flags, "--workdir=~no_such_user/x"],
+        "~no_such_user",
+    ),
     "file to train in": (file_as_workdir(), "file: "),
     "file to prepare in": (file_as_workdir("--mode=prepare"), "file: "),
     "file for a tokenizer": (file_as_workdir("--mode=train_tokenizer", "--vocab_size=300"), "file"),
     "file to import into": (
-        lambda place: [
+        lambda workspace: [
             "--mode=import",
-            f"--folder={place.tmp}",
-            f"--workdir={place.file('file', 'x')}",
+            f"--folder={workspace.tmp}",
+            f"--workdir={workspace.file('file', 'x')}",
             "--config=tiny",
         ],
         "",
     ),
     "file to evaluate": (
-        lambda place: ["--mode=evaluate", f"--workdir={place.file('file', 'x')}"],
+        lambda workspace: ["--mode=evaluate", f"--workdir={workspace.file('file', 'x')}"],
         "file/checkpoints does not exist",
     ),
-    "run that is not there": (
-        lambda place: ["--mode=evaluate", f"--workdir={place.tmp / 'none'}"],
+    "run that does not exist": (
+        lambda workspace: ["--mode=evaluate", f"--workdir={workspace.tmp / 'none'}"],
         "none/checkpoints does not exist",
     ),
     "folder of exports in use": (
-        lambda place: [f"--workdir={place.run}", "--mode=export", f"--folder={place.run}"],
+        lambda workspace: [
+            f"--workdir={workspace.run}",
+            "--mode=export",
+            f"--folder={workspace.run}",
+        ],
         "run",
     ),
     "file as folder of exports": (
-        lambda place: [
-            f"--workdir={place.run}",
+        lambda workspace: [
+            f"--workdir={workspace.run}",
             "--mode=export",
-            f"--folder={place.file('file', 'x')}",
+            f"--folder={workspace.file('file', 'x')}",
         ],
         "file",
     ),
     "import of nothing": (
-        lambda place: ["--mode=import", f"--folder={place.tmp}", f"--workdir={place.tmp / 'n'}"],
+        lambda workspace: [
+            "--mode=import",
+            f"--folder={workspace.tmp}",
+            f"--workdir={workspace.tmp / 'n'}",
+        ],
         "config.json",
     ),
     "import over a run": (
-        lambda place: ["--mode=import", f"--folder={place.tmp}", f"--workdir={place.run}"],
+        lambda workspace: [
+            "--mode=import",
+            f"--folder={workspace.tmp}",
+            f"--workdir={workspace.run}",
+        ],
         "",
     ),
-    # Files of configuration.
-    "no such file": (lambda place: ["--config=configs/tniy.py", "--mode=inspect"], "tniy"),
-    "no such name": (lambda place: ["--config=tniy", "--mode=inspect"], "tniy"),
-    "a folder": (lambda place: ["--config=configs", "--mode=inspect"], "configs"),
+    # Configuration files.
+    "no such file": (lambda workspace: ["--config=configs/tniy.py", "--mode=inspect"], "tniy"),
+    "no such name": (lambda workspace: ["--config=tniy", "--mode=inspect"], "tniy"),
+    "a folder": (lambda workspace: ["--config=configs", "--mode=inspect"], "configs"),
     "empty file": (written_config(""), "get_config"),
     "no get_config": (written_config("x = 1\n"), "get_config"),
     "syntax error": (written_config("def get_config(:\n    pass\n"), "mine.py"),
     "unfinished string": (written_config('x = "\n'), "mine.py"),
     "bad indentation": (written_config("def get_config():\nreturn 1\n"), "mine.py"),
     "not UTF-8": (
-        lambda place: [
-            f"--config={place.file('mine.py', b'x = ' + bytes([255]))}",
+        lambda workspace: [
+            f"--config={workspace.file('mine.py', b'x = ' + bytes([255]))}",
             "--mode=inspect",
         ],
         "mine.py",
     ),
     "binary file": (
-        lambda place: [f"--config={place.file('mine.py', bytes(range(256)))}", "--mode=inspect"],
+        lambda workspace: [
+            f"--config={workspace.file('mine.py', bytes(range(256)))}",
+            "--mode=inspect",
+        ],
         "mine.py",
     ),
     "missing module": (written_config("import no_such_module\n"), "no_such_module"),
@@ -237,8 +265,11 @@ CASES: dict[str, tuple[Arguments, str]] = {
     "get_config raises": (written_config("def get_config():\n    1 / 0\n"), "division by zero"),
     "get_config returns nothing": (written_config("def get_config():\n    pass\n"), "mine.py"),
     "get_config returns a list": (written_config("def get_config():\n    return []\n"), "mine.py"),
-    "get_config is no function": (written_config("get_config = 3\n"), "get_config"),
-    "get_config wants two": (written_config("def get_config(a, b):\n    pass\n"), "mine.py"),
+    "get_config is not a function": (written_config("get_config = 3\n"), "get_config"),
+    "get_config with two arguments": (
+        written_config("def get_config(a, b):\n    pass\n"),
+        "mine.py",
+    ),
     "misspelt section": (
         written_config(HEAD + "    config.modl.hidden_size = 8\n    return config\n"),
         "modl",
@@ -263,25 +294,25 @@ CASES: dict[str, tuple[Arguments, str]] = {
         written_config(HEAD + "    config.model.colour = 'red'\n    return config\n"),
         "colour",
     ),
-    "unknown family": (lambda place: ["--config=tiny:mixture", "--mode=inspect"], "mixture"),
-    "family of one that has none": (
-        lambda place: ["--config=paper_430m_5b:moe", "--mode=inspect"],
+    "unknown family": (lambda workspace: ["--config=tiny:mixture", "--mode=inspect"], "mixture"),
+    "family of a file without families": (
+        lambda workspace: ["--config=paper_430m_5b:moe", "--mode=inspect"],
         "leave out the colon",
     ),
-    "two colons": (lambda place: ["--config=tiny:moe:dense", "--mode=inspect"], "moe:dense"),
+    "two colons": (lambda workspace: ["--config=tiny:moe:dense", "--mode=inspect"], "moe:dense"),
     "comparison with no file": (
-        lambda place: ["--config=tiny", "--mode=cost", "--compare=none"],
+        lambda workspace: ["--config=tiny", "--mode=cost", "--compare=none"],
         "--compare=none",
     ),
     "comparison with itself": (
-        lambda place: ["--config=tiny", "--mode=cost", "--compare=tiny"],
+        lambda workspace: ["--config=tiny", "--mode=cost", "--compare=tiny"],
         "there already",
     ),
     "comparison with a broken file": (
-        lambda place: [
+        lambda workspace: [
             "--config=tiny",
             "--mode=cost",
-            f"--compare={place.file('other.py', 'def get_config(:')}",
+            f"--compare={workspace.file('other.py', 'def get_config(:')}",
         ],
         "other.py",
     ),
@@ -323,47 +354,54 @@ CASES: dict[str, tuple[Arguments, str]] = {
         of_run("--mode=evaluate", "--config.model.hidden_size=32"),
         "hidden_size",
     ),
-    "override of a run that is unknown": (
+    "unknown override of a run": (
         of_run("--mode=evaluate", "--config.evaluation.batch=3"),
         "evaluation.batch",
     ),
     # Another run in the folder.
     "another learning rate": (
-        lambda place: [
-            *place.flags,
-            f"--workdir={place.run}",
+        lambda workspace: [
+            *workspace.flags,
+            f"--workdir={workspace.run}",
             "--config.optimizer.learning_rate=0.5",
             "--config.train.num_steps=20",
         ],
         "optimizer.learning_rate",
     ),
     "another model": (
-        lambda place: [*place.flags, f"--workdir={place.run}", "--config.model.num_layers=1"],
+        lambda workspace: [
+            *workspace.flags,
+            f"--workdir={workspace.run}",
+            "--config.model.num_layers=1",
+        ],
         "model.num_layers",
     ),
     # Text.
     "no such text": (
-        lambda place: [*tiny_run.flags(f"{place.tmp}/*.none"), f"--workdir={place.tmp / 'new'}"],
+        lambda workspace: [
+            *tiny_run.flags(f"{workspace.tmp}/*.none"),
+            f"--workdir={workspace.tmp / 'new'}",
+        ],
         "*.none",
     ),
     "empty text": (on_text("a.txt", ""), "a.txt"),
     "text that is not UTF-8": (on_text("a.txt", b"abc\xff\xfe" * 20), "a.txt"),
-    "JSON lines that are none": (on_text("a.jsonl", "{broken\n"), "a.jsonl"),
-    "JSON lines in capitals": (on_text("a.JSONL", "{broken\n"), "a.JSONL"),
-    "ndjson that is none": (on_text("a.ndjson", "{broken\n"), "a.ndjson"),
+    "invalid JSON lines": (on_text("a.jsonl", "{broken\n"), "a.jsonl"),
+    "invalid JSON lines, upper case": (on_text("a.JSONL", "{broken\n"), "a.JSONL"),
+    "invalid ndjson": (on_text("a.ndjson", "{broken\n"), "a.ndjson"),
     "JSON without the field": (on_text("a.jsonl", '{"body": "x"}\n'), "text"),
-    "JSON too deep": (on_text("a.jsonl", "[" * 100_000 + "\n"), "a.jsonl"),
-    "Parquet that is none": (on_text("a.parquet", "PAR1 and no more"), "a.parquet"),
+    "JSON nested too deep": (on_text("a.jsonl", "[" * 100_000 + "\n"), "a.jsonl"),
+    "invalid Parquet": (on_text("a.parquet", "PAR1 and no more"), "a.parquet"),
     "damaged gzip": (
         on_text("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:-20]),
         "a.txt.gz",
     ),
-    "gzip that is none": (on_text("a.gz", "text"), "a.gz"),
-    "bzip2 that is none": (on_text("a.txt.bz2", "text"), "a.txt.bz2"),
-    "xz that is none": (on_text("a.jsonl.xz", "text"), "a.jsonl.xz"),
-    "zstandard that is none": (on_text("a.txt.zst", "text"), "a.txt.zst"),
+    "invalid gzip": (on_text("a.gz", "text"), "a.gz"),
+    "invalid bzip2": (on_text("a.txt.bz2", "text"), "a.txt.bz2"),
+    "invalid xz": (on_text("a.jsonl.xz", "text"), "a.jsonl.xz"),
+    "invalid zstandard": (on_text("a.txt.zst", "text"), "a.txt.zst"),
     "text too short": (on_text("a.txt", "short"), ""),
-    "prepare: JSON lines that are none": (
+    "prepare: invalid JSON lines": (
         on_text("a.jsonl", "{broken\n", mode="prepare"),
         "a.jsonl",
     ),
@@ -371,30 +409,30 @@ CASES: dict[str, tuple[Arguments, str]] = {
         on_text("a.txt", b"\xff" * 99, "--vocab_size=300", mode="train_tokenizer"),
         "a.txt",
     ),
-    "tokenizer that is not there": (
+    "tokenizer that does not exist": (
         training("--config.data.tokenizer=/none/bpe.json"),
         "/none/bpe.json",
     ),
     "tokenizer of unknown kind": (training("--config.data.tokenizer=gpt2"), "gpt2"),
-    "tokenizer that is JSON alone": (
-        lambda place: [
-            *place.flags,
-            f"--workdir={place.tmp / 'new'}",
-            f"--config.data.tokenizer={place.file('t.json', '{}')}",
+    "tokenizer that is other JSON": (
+        lambda workspace: [
+            *workspace.flags,
+            f"--workdir={workspace.tmp / 'new'}",
+            f"--config.data.tokenizer={workspace.file('t.json', '{}')}",
         ],
         "t.json",
     ),
     "tokenizer that is damaged": (
-        lambda place: [
-            *place.flags,
-            f"--workdir={place.tmp / 'new'}",
-            f"--config.data.tokenizer={place.file('t.model', 'x' * 99)}",
+        lambda workspace: [
+            *workspace.flags,
+            f"--workdir={workspace.tmp / 'new'}",
+            f"--config.data.tokenizer={workspace.file('t.model', 'x' * 99)}",
         ],
         "t.model",
     ),
     "evaluation with another tokenizer": (
-        lambda place: [
-            f"--workdir={place.run}",
+        lambda workspace: [
+            f"--workdir={workspace.run}",
             "--mode=evaluate",
             f"--config.data.tokenizer={ROOT / 'experiments' / 'bpe_2048.json'}",
         ],
@@ -412,7 +450,7 @@ CASES: dict[str, tuple[Arguments, str]] = {
         ),
         "a.bin",
     ),
-    "shards that are none": (
+    "invalid shards": (
         on_text("a.array_record", "x" * 500, "--config.data.source=array_record"),
         "",
     ),
@@ -433,16 +471,16 @@ CASES: dict[str, tuple[Arguments, str]] = {
     ),
     # Suites, plans, prompts.
     "suite without the harness": (of_run("--mode=evaluate", "--suite=arc_easy"), "eval"),
-    "topology that is none": (
-        lambda place: ["--config=tiny", "--mode=plan", "--topology=v9:2"],
+    "unknown topology": (
+        lambda workspace: ["--config=tiny", "--mode=plan", "--topology=v9:2"],
         "v9:2",
     ),
     "topology without a shape": (
-        lambda place: ["--config=tiny", "--mode=plan", "--topology=v5e"],
+        lambda workspace: ["--config=tiny", "--mode=plan", "--topology=v5e"],
         "v5e",
     ),
     "search for decoding": (
-        lambda place: [
+        lambda workspace: [
             "--config=tiny",
             "--mode=plan",
             "--topology=v5e:2x2",
@@ -459,15 +497,17 @@ CASES: dict[str, tuple[Arguments, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_input_is_one_line(commands: Commands, place: Place, case: str) -> None:
+def test_an_invalid_input_is_a_one_line_error(
+    commands: Commands, workspace: Workspace, case: str
+) -> None:
     arguments, expected = CASES[case]
-    before = contents(place.run)
+    before = contents(workspace.run)
     check_one_line(
-        commands.run("main", *arguments(place), missing=("datasets", "lm_eval")), expected
+        commands.run("main", *arguments(workspace), missing=("datasets", "lm_eval")), expected
     )
-    assert contents(place.run) == before
-    assert not (place.tmp / "new" / "checkpoints").exists() or not list(
-        (place.tmp / "new" / "checkpoints").iterdir()
+    assert contents(workspace.run) == before
+    assert not (workspace.tmp / "new" / "checkpoints").exists() or not list(
+        (workspace.tmp / "new" / "checkpoints").iterdir()
     )
 
 
@@ -475,43 +515,44 @@ def damage(path: Path) -> None:
     path.write_bytes(b"x" + path.read_bytes()[1:-1])
 
 
-def damage_all(place: Place) -> None:
-    for path in (place.run / "checkpoints").rglob("*"):
+def damage_all(workspace: Workspace) -> None:
+    for path in (workspace.run / "checkpoints").rglob("*"):
         if path.is_file():
             damage(path)
 
 
-def rename_newest(place: Place) -> None:
-    for path in (place.run / "checkpoints").iterdir():
+def rename_newest(workspace: Workspace) -> None:
+    for path in (workspace.run / "checkpoints").iterdir():
         if path.name != "12":
             shutil.rmtree(path)
-    (place.run / "checkpoints" / "12").rename(place.run / "checkpoints" / "40")
+    (workspace.run / "checkpoints" / "12").rename(workspace.run / "checkpoints" / "40")
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "generate", "export"])
 @pytest.mark.parametrize("spoil", [damage_all, rename_newest])
-def test_a_damaged_run_is_one_line(
-    commands: Commands, place: Place, mode: str, spoil: Callable[[Place], None]
+def test_a_damaged_run_is_a_one_line_error(
+    commands: Commands, workspace: Workspace, mode: str, spoil: Callable[[Workspace], None]
 ) -> None:
-    spoil(place)
-    before = contents(place.run)
-    folder = [f"--folder={place.tmp / 'out'}"] if mode == "export" else []
-    ended = commands.run("main", f"--workdir={place.run}", f"--mode={mode}", *folder)
-    check_one_line(ended, "no checkpoint can be read")
-    assert contents(place.run) == before
+    spoil(workspace)
+    before = contents(workspace.run)
+    folder = [f"--folder={workspace.tmp / 'out'}"] if mode == "export" else []
+    completed = commands.run("main", f"--workdir={workspace.run}", f"--mode={mode}", *folder)
+    check_one_line(completed, "no checkpoint can be read")
+    assert contents(workspace.run) == before
 
 
 @pytest.mark.parametrize("number", ["EROFS", "EACCES", "ENOSPC"])
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(lambda place, out: [*place.flags, f"--workdir={out}"], id="train"),
+        pytest.param(lambda workspace, out: [*workspace.flags, f"--workdir={out}"], id="train"),
         pytest.param(
-            lambda place, out: [*place.flags, "--mode=prepare", f"--workdir={out}"], id="prepare"
+            lambda workspace, out: [*workspace.flags, "--mode=prepare", f"--workdir={out}"],
+            id="prepare",
         ),
         pytest.param(
-            lambda place, out: [
-                *place.flags,
+            lambda workspace, out: [
+                *workspace.flags,
                 "--mode=train_tokenizer",
                 "--vocab_size=300",
                 f"--workdir={out}",
@@ -519,50 +560,56 @@ def test_a_damaged_run_is_one_line(
             id="train_tokenizer",
         ),
         pytest.param(
-            lambda place, out: [f"--workdir={place.run}", "--mode=export", f"--folder={out}"],
+            lambda workspace, out: [
+                f"--workdir={workspace.run}",
+                "--mode=export",
+                f"--folder={out}",
+            ],
             id="export",
         ),
         pytest.param(
-            lambda place, out: ["--config=tiny", "--mode=cost", f"--workdir={out}"], id="cost"
+            lambda workspace, out: ["--config=tiny", "--mode=cost", f"--workdir={out}"], id="cost"
         ),
     ],
 )
-def test_a_folder_that_cannot_be_written_is_one_line(
-    commands: Commands, place: Place, number: str, arguments: Any
+def test_a_folder_that_cannot_be_written_is_a_one_line_error(
+    commands: Commands, workspace: Workspace, number: str, arguments: Any
 ) -> None:
-    before = contents(place.run)
-    disk = place.tmp / "disk"
-    ended = commands.run("main", *arguments(place, disk / "out"), refused={str(disk): number})
-    check_one_line(ended, str(disk))
-    assert contents(place.run) == before
-
-
-def test_results_of_an_evaluation_that_cannot_be_written_are_one_line(
-    commands: Commands, place: Place
-) -> None:
-    before = contents(place.run)
-    arguments = [f"--workdir={place.run}", "--mode=evaluate"]
-    check_one_line(
-        commands.run("main", *arguments, refused={str(place.run): "ENOSPC"}), "No space left"
+    before = contents(workspace.run)
+    disk = workspace.tmp / "disk"
+    completed = commands.run(
+        "main", *arguments(workspace, disk / "out"), refused={str(disk): number}
     )
-    assert contents(place.run) == before
+    check_one_line(completed, str(disk))
+    assert contents(workspace.run) == before
+
+
+def test_evaluation_results_that_cannot_be_written_are_a_one_line_error(
+    commands: Commands, workspace: Workspace
+) -> None:
+    before = contents(workspace.run)
+    arguments = [f"--workdir={workspace.run}", "--mode=evaluate"]
+    check_one_line(
+        commands.run("main", *arguments, refused={str(workspace.run): "ENOSPC"}), "No space left"
+    )
+    assert contents(workspace.run) == before
 
 
 @pytest.mark.slow
-def test_a_token_cache_that_cannot_be_written_is_a_warning(
-    commands: Commands, place: Place
+def test_a_token_cache_that_cannot_be_written_only_warns(
+    commands: Commands, workspace: Workspace
 ) -> None:
-    cache = place.tmp / "cache"
-    ended = commands.run(
+    cache = workspace.tmp / "cache"
+    completed = commands.run(
         "main",
-        *place.flags,
+        *workspace.flags,
         f"--config.data.tokenizer={ROOT / 'experiments' / 'bpe_2048.json'}",
         "--config.model.vocab_size=2048",
         "--config.train.num_steps=3",
-        f"--workdir={place.tmp / 'new'}",
+        f"--workdir={workspace.tmp / 'new'}",
         environment={"XDG_CACHE_HOME": str(cache)},
         refused={str(cache): "EROFS"},
     )
-    assert ended.status == 0, ended.errors
-    assert str(cache) in ended.errors
-    assert (place.tmp / "new" / "checkpoints" / "3").exists()
+    assert completed.status == 0, completed.errors
+    assert str(cache) in completed.errors
+    assert (workspace.tmp / "new" / "checkpoints" / "3").exists()

@@ -1,4 +1,4 @@
-"""Paths, whole files and locks."""
+"""Paths, atomic writes and locks."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from umv2.config.schema import UserError
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("gs://bucket/run", "--workdir=gs://bucket/run: must be a path of this machine, not a URL"),
+        ("gs://bucket/run", "--workdir=gs://bucket/run: must be a local path, not a URL"),
         ("s3://bucket", "not a URL"),
         ("file:///tmp/x", "not a URL"),
         ("GS://bucket", "not a URL"),
@@ -28,20 +28,20 @@ from umv2.config.schema import UserError
         ("~no_such_user_here/x", "--workdir=~no_such_user_here/x: "),
     ],
 )
-def test_a_path_that_no_disk_has_is_refused(given: str, message: str) -> None:
+def test_an_invalid_path_is_rejected(given: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         files.user_path(given, "--workdir")
     assert message in str(error.value)
 
 
-def test_a_path_keeps_its_name_but_for_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_home_folder_of_a_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     assert files.user_path("~/x", "--workdir") == Path("/somewhere/x")
     for name in ("a~b", "a:b", "a[b]", "ü", "a b", "./x", "C:x"):
         assert files.user_path(name, "--workdir") == Path(name)
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.png"
     files.write_text(path, "old")
 
@@ -58,7 +58,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == b"\xc3\xbc"
 
 
-def test_a_new_file_has_the_mode_of_any_other(tmp_path: Path) -> None:
+def test_a_new_file_has_the_default_mode(tmp_path: Path) -> None:
     previous = os.umask(0o022)
     try:
         files.write_text(tmp_path / "file", "x")
@@ -67,9 +67,9 @@ def test_a_new_file_has_the_mode_of_any_other(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
 
 
-def test_what_the_system_refuses_names_the_path_and_the_reason(tmp_path: Path) -> None:
+def test_system_errors_name_the_path_and_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(files.FileError, match=f"{tmp_path}/file/x: cannot be made a folder: Not a"):
+    with pytest.raises(files.FileError, match=f"{tmp_path}/file/x: cannot be created: Not a"):
         files.make_folder(tmp_path / "file" / "x")
     with (
         pytest.raises(files.FileError, match=f"{tmp_path}/y: cannot be written: No space left"),
@@ -81,31 +81,31 @@ def test_what_the_system_refuses_names_the_path_and_the_reason(tmp_path: Path) -
         files.write_text(long, "x")
 
 
-def test_a_lock_is_of_one_live_process(tmp_path: Path) -> None:
+def test_a_lock_is_exclusive(tmp_path: Path) -> None:
     path = tmp_path / "run" / "lock"
     with files.locked(path, "training"):
         with pytest.raises(files.InUse) as error, files.locked(path, "training"):
             raise AssertionError("both hold it")
         assert f"process {os.getpid()} on " in str(error.value)
-        assert "(training) works there" in str(error.value)
+        assert "(training); wait" in str(error.value)
     with files.locked(path, "again"):
         pass
 
 
-def test_a_lock_of_a_dead_process_holds_nothing(tmp_path: Path) -> None:
+def test_a_lock_of_a_dead_process_is_released(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     program = (
         "import os, sys; from pathlib import Path; from umv2 import files\n"
         "with files.locked(Path(sys.argv[1]), 'training'): os.kill(os.getpid(), 9)"
     )
-    ended = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
-    assert ended.returncode == -9
+    completed = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert completed.returncode == -9
     assert "(training)" in path.read_text()
     with files.locked(path, "training"):
         pass
 
 
-def test_a_file_system_without_locks_locks_nothing(
+def test_without_file_system_locks_nothing_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

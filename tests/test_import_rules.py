@@ -1,4 +1,4 @@
-"""Holds the source to the import directions of the design, by walking its syntax trees."""
+"""Checks the import rules of the design by walking syntax trees."""
 
 import ast
 import io
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
 BANNED = {name: entry["msg"] for name, entry in RUFF["flake8-tidy-imports"]["banned-api"].items()}
 
-# What each part of umv2 may import of the others, beside BASE.
+# The parts of umv2 that each part may import, in addition to BASE.
 BASE = (
     "umv2.config",
     "umv2.files",
@@ -45,7 +45,7 @@ UMV2: dict[str, tuple[str, ...]] = {
     "umv2.cli": (*_TRAINING, *_ABOVE, "umv2.modes"),
 }
 
-# Beside the standard library, all that these may import at load time ...
+# The packages, besides the standard library, that these may import at load time ...
 LOAD_TIME_IMPORTS = {
     "configs": ("configs", "ml_collections"),
     "experiments": (
@@ -61,10 +61,10 @@ LOAD_TIME_IMPORTS = {
 # ... and these at any time. numpy comes with jax.
 IMPORTS = {
     "kernels_pallas": ("kernels_pallas", "jax", "numpy"),
-    "kernels_pallas.array_types": ("jax", "jaxtyping", "numpy"),  # jaxtyping where it is installed
+    "kernels_pallas.array_types": ("jax", "jaxtyping", "numpy"),  # jaxtyping if installed
     "kernels_pallas.benchmark": ("kernels_pallas", "jax", "numpy", "matplotlib"),
 }
-# Who alone imports it. Tests import what they like.
+# Packages with their only importers. Tests may import anything.
 ONLY_IMPORTERS = {
     "kernels_pallas": ("umv2.kernels", "kernels_pallas", "experiments"),
     "orbax": ("umv2.training.checkpoint",),
@@ -76,18 +76,18 @@ ONLY_IMPORTERS = {
 }
 PRINTERS = ("umv2.cli", "kernels_pallas.bench", "experiments")
 
-MAX_TYPE_IGNORES = 10  # in the whole tree
+MAX_TYPE_IGNORES = 10  # in the repository
 TYPE_IGNORE = re.compile(r"#\s*type:\s*ignore")
 EXPLAINED_TYPE_IGNORE = re.compile(r"#\s*type:\s*ignore\[[a-z, -]+\]\s+#\s*\w")
 
 
 def is_within(name: str, *packages: str) -> bool:
-    """Whether a dotted name is one of the packages or lies in one."""
+    """Whether a dotted name is one of the packages or in one of them."""
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
 def imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of all that is imported; a relative name keeps its leading dots."""
+    """Yields line and dotted name of every import; a relative name keeps its leading dots."""
     for node in nodes:
         match node:
             case ast.Import():
@@ -98,7 +98,7 @@ def imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
 
 
 def load_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: all but the bodies of functions."""
+    """Yields the nodes that run when a module is imported: all but the bodies of functions."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -106,7 +106,7 @@ def load_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def attributes(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every attribute used, its head spelled as it was imported."""
+    """Yields line and dotted name of every attribute, with its head resolved by the imports."""
     origins: dict[str, str] = {}
     for node in ast.walk(tree):
         match node:
@@ -121,12 +121,12 @@ def attributes(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def part(name: str) -> str | None:
-    """The part of umv2 that a dotted name lies in: the longest of those that hold it."""
+    """Returns the part of umv2 that contains a dotted name: the longest that matches."""
     return max((p for p in UMV2 if is_within(name, p)), key=len, default=None)
 
 
 def import_fault(module: str, name: str) -> str | None:
-    """Why a module may not import a name at all, or None where it may."""
+    """Returns why a module may not import a name, or None if it may."""
     if name.startswith("."):
         return f"imports {name} by a relative name"
     if is_within(module, "tests"):
@@ -145,9 +145,9 @@ def import_fault(module: str, name: str) -> str | None:
 
 
 def faults(module: str, source: str) -> list[str]:
-    """What breaks a rule in one module, by line."""
+    """Returns the violations in one module, by line."""
     tree = ast.parse(source)
-    found = [
+    broken = [
         (line, fault)
         for line, name in imports(ast.walk(tree))
         if (fault := import_fault(module, name))
@@ -155,52 +155,52 @@ def faults(module: str, source: str) -> list[str]:
     if allowed := LOAD_TIME_IMPORTS.get(module.partition(".")[0]):
         for line, name in imports(load_time_nodes(tree)):
             if not is_within(name, *allowed, *sys.stdlib_module_names):
-                found.append((line, f"imports {name} at load time"))
+                broken.append((line, f"imports {name} at load time"))
     for line, name in (*imports(ast.walk(tree)), *attributes(tree)):
-        found += [(line, f"uses {b}: {why}") for b, why in BANNED.items() if is_within(name, b)]
+        broken += [(line, f"uses {b}: {why}") for b, why in BANNED.items() if is_within(name, b)]
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Name(id="print")) if not is_within(module, *PRINTERS):
-                found.append((node.lineno, "calls print: libraries log through absl.logging"))
-    found += [
+                broken.append((node.lineno, "calls print: libraries log through absl.logging"))
+    broken += [
         (line, "ignores a type without a code and a reason")
         for line, comment in type_ignores(source)
         if not EXPLAINED_TYPE_IGNORE.search(comment)
     ]
     if is_within(module, "umv2") and module != "umv2" and part(module) is None:
-        found.append((1, "is of no part of UMV2"))
-    return [f"{module}:{line} {fault}" for line, fault in sorted(set(found))]
+        broken.append((1, "belongs to no part of UMV2"))
+    return [f"{module}:{line} {fault}" for line, fault in sorted(set(broken))]
 
 
 def type_ignores(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of the comments that silence the type checker."""
+    """Yields line and text of the comments that silence the type checker."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and TYPE_IGNORE.search(token.string):
             yield token.start[0], token.string
 
 
 def sources() -> dict[str, str]:
-    """The text of every Python file of the project by its path; missing folders have none."""
+    """Returns the text of every Python file of the project by path; folders may be missing."""
     folders = ("configs", "experiments", "umv2", "kernels_pallas", "tests")
     paths = [*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py"))]
     return {p.relative_to(ROOT).as_posix(): p.read_text() for p in sorted(paths)}
 
 
 def module_name(path: str) -> str:
-    """umv2/model/__init__.py is umv2.model."""
+    """Returns the module of a path: umv2/model/__init__.py is umv2.model."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def test_every_module_keeps_the_rules() -> None:
-    found = [f for path, text in sources().items() for f in faults(module_name(path), text)]
-    assert not found, "\n".join(found)
+def test_every_module_follows_the_rules() -> None:
+    broken = [f for path, text in sources().items() for f in faults(module_name(path), text)]
+    assert not broken, "\n".join(broken)
 
 
 def test_the_walk_reads_this_file_and_the_package() -> None:
     assert {"tests/test_import_rules.py", "umv2/__init__.py"} <= sources().keys()
 
 
-def test_types_are_seldom_ignored() -> None:
+def test_there_are_few_type_ignores() -> None:
     ignores = [path for path, text in sources().items() for _ in type_ignores(text)]
     assert len(ignores) <= MAX_TYPE_IGNORES, ignores
 
@@ -230,7 +230,7 @@ def test_types_are_seldom_ignored() -> None:
         ("experiments.ablations.report", "if True:\n    import numpy", "at load time"),
         ("umv2.types", "from . import config", "relative"),
         ("umv2.types", "from ..umv2 import config", "relative"),
-        ("umv2.helpers", "", "of no part"),
+        ("umv2.helpers", "", "belongs to no part"),
         ("umv2.types", "import jax._src.core", r"uses jax\._src"),
         ("umv2.types", "import jax\njax._src.core", r"uses jax\._src"),
         ("umv2.types", "from jax.experimental import shard_map", "uses jax.experimental.shard_map"),
@@ -244,9 +244,9 @@ def test_types_are_seldom_ignored() -> None:
         ("tests.test_model", "from flax import nnx\nnnx.jit(f)", r"uses flax\.nnx\.jit"),
     ],
 )
-def test_a_broken_rule_is_found(module: str, source: str, fault: str) -> None:
-    (found,) = faults(module, source)
-    assert re.search(fault, found)
+def test_a_violation_is_reported(module: str, source: str, fault: str) -> None:
+    (broken,) = faults(module, source)
+    assert re.search(fault, broken)
 
 
 @pytest.mark.parametrize(
@@ -270,5 +270,5 @@ def test_a_broken_rule_is_found(module: str, source: str, fault: str) -> None:
         ("umv2.types", 'x = "# type: ignore"\nself.print(jit(nnx))'),
     ],
 )
-def test_a_kept_rule_is_not_reported(module: str, source: str) -> None:
+def test_allowed_code_is_not_reported(module: str, source: str) -> None:
     assert not faults(module, source)

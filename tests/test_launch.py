@@ -1,4 +1,4 @@
-"""What the files of experiments/launch start, with stand-ins for what would start it."""
+"""The launch scripts of experiments/launch, with stubs for the cluster commands."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "experiments" / "launch"
-# What shells and YAML would read otherwise than it is meant.
+# Arguments that need quoting in shells and YAML.
 ARGUMENTS = ["--config=configs/tiny.py", "--config.data.paths=('a b.txt', 'c: #d')", "--x=$HOME"]
 JOBSETS = {
     "gpu": {"GPUS": "4"},
@@ -44,11 +44,11 @@ def jobset(kind: str, **variables: str) -> dict[str, Any]:
 
 def container(job: dict[str, Any]) -> dict[str, Any]:
     (replicated,) = job["spec"]["replicatedJobs"]
-    (found,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
-    return found
+    (container_spec,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    return container_spec
 
 
-def test_the_shell_reads_every_script() -> None:
+def test_every_script_has_valid_syntax() -> None:
     scripts = [path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch")]
     assert len(scripts) == 3
     for script in scripts:
@@ -80,13 +80,15 @@ def test_every_host_of_a_tpu_runs_the_command(
     ]
 
 
-def test_a_script_names_what_it_misses() -> None:
+def test_a_script_names_missing_variables() -> None:
     assert "ZONE: the zone" in launch(LAUNCH / "tpu.sh").stderr
     assert "TPU: or QUEUED_RESOURCE" in launch(LAUNCH / "tpu.sh", ZONE="z").stderr
     assert "IMAGE" in launch(LAUNCH / "jobset.sh", "gpu").stderr
 
 
-def test_slurm_starts_a_process_for_each_gpu_and_warns_it(tmp_path: Path) -> None:
+def test_slurm_starts_one_process_per_gpu_and_signals_it_before_the_time_limit(
+    tmp_path: Path,
+) -> None:
     stub(tmp_path, "srun", 'printf "%s\\n" "$@"')
     started = launch("bash", LAUNCH / "slurm.sbatch", *ARGUMENTS, path=tmp_path)
     assert started.stdout.splitlines() == [
@@ -107,7 +109,7 @@ def test_slurm_starts_a_process_for_each_gpu_and_warns_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", JOBSETS)
-def test_a_jobset_has_a_pod_for_each_host(kind: str) -> None:
+def test_a_jobset_has_one_pod_per_host(kind: str) -> None:
     job = jobset(kind, NAME="run")
     assert (job["kind"], job["metadata"]["name"]) == ("JobSet", "run")
     (replicated,) = job["spec"]["replicatedJobs"]
@@ -123,17 +125,19 @@ def test_a_jobset_has_a_pod_for_each_host(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", JOBSETS)
 def test_a_pod_runs_main_with_its_place_in_the_job(tmp_path: Path, kind: str) -> None:
-    found = container(jobset(kind))
+    container_spec = container(jobset(kind))
     stub(tmp_path, "python", 'printf "%s\\n" "$@"; exit 3')
-    ran = launch(*found["command"], *found["args"], path=tmp_path, JOB_COMPLETION_INDEX="2")
+    ran = launch(
+        *container_spec["command"], *container_spec["args"], path=tmp_path, JOB_COMPLETION_INDEX="2"
+    )
     assert ran.returncode == 3
     place = ["--coordinator_address=umv2-host-0-0.umv2:8476", "--num_processes=4", "--process_id=2"]
     assert ran.stdout.splitlines() == ["main.py", *(place if kind == "gpu" else []), *ARGUMENTS]
 
 
 @pytest.mark.parametrize("kind", JOBSETS)
-def test_a_pod_that_must_go_lets_main_save_and_has_not_succeeded(tmp_path: Path, kind: str) -> None:
-    found = container(jobset(kind))
+def test_a_terminated_pod_lets_main_save_and_does_not_succeed(tmp_path: Path, kind: str) -> None:
+    container_spec = container(jobset(kind))
     saved, started = tmp_path / "saved", tmp_path / "started"
     stub(
         tmp_path,
@@ -141,7 +145,8 @@ def test_a_pod_that_must_go_lets_main_save_and_has_not_succeeded(tmp_path: Path,
         f"trap 'touch {saved}; exit 0' TERM; touch {started}; while :; do sleep 0.05; done",
     )
     pod = subprocess.Popen(
-        [*found["command"], *found["args"]], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        [*container_spec["command"], *container_spec["args"]],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     until = time.monotonic() + 30
     while not started.exists() and time.monotonic() < until:

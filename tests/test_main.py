@@ -1,4 +1,4 @@
-"""The command line: a mistake is one line, and a tokenizer, shards and a run follow each other."""
+"""The command line: one-line errors, and the path from a tokenizer to shards to a run."""
 
 import contextlib
 import dataclasses
@@ -25,16 +25,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a command ended, and what it printed."""
+class Completed:
+    """The status and output of a command."""
 
     status: int
     out: str
     err: str
 
 
-def run(*arguments: str) -> Ended:
-    """Runs the command in this process, which has imported JAX."""
+def run(*arguments: str) -> Completed:
+    """Runs the command in this process, where JAX is imported."""
     status, message = 0, ""
     out = io.StringIO()
     flags = flagsaver.save_flag_values(cli.FLAGS)
@@ -42,17 +42,17 @@ def run(*arguments: str) -> Ended:
         try:
             with command.one_line_errors():
                 cli.main(cli.parse(["umv2", *arguments]))
-        except SystemExit as ended:
-            status, message = int(bool(ended.code)), str(ended.code or "")
+        except SystemExit as completed:
+            status, message = int(bool(completed.code)), str(completed.code or "")
         finally:
             flagsaver.restore_flag_values(flags, cli.FLAGS)
-    return Ended(status, out.getvalue(), message)
+    return Completed(status, out.getvalue(), message)
 
 
 def start(
     *arguments: str, env: dict[str, str] | None = None, **streams: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own."""
+    """Runs the command in a new process."""
     pipe = subprocess.PIPE
     return subprocess.run(
         [sys.executable, "main.py", *arguments],
@@ -101,7 +101,7 @@ INSPECT, COST = "--mode=inspect", "--mode=cost"
         ([INSPECT, "--config.seed=1"], "--config: mode 'inspect' needs one"),
         ([TINY], "--workdir: mode 'train' needs the folder of the run"),
         ([TINY, "--workdir="], "--workdir: must not be empty"),
-        ([TINY, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: must be a path of this"),
+        ([TINY, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: must be a local path"),
         ([TINY, "--workdir=~nobody-at-all/x"], "--workdir=~nobody-at-all/x: "),
         (["--workdir=/nonexistent"], "--config: mode 'train' needs one"),
         (["--mode=evaluate", "--workdir=/nonexistent"], "/nonexistent/checkpoints does not exist"),
@@ -118,11 +118,14 @@ INSPECT, COST = "--mode=inspect", "--mode=cost"
             "--compare=configs/tiny.py:mixture: family 'mixture': must be one of",
         ),
         ([TINY, COST, "--compare=configs/none.py"], "--compare=configs/none.py: no such file"),
-        ([TINY, COST, "--compare=configs/tiny.py"], "tiny is there already"),
+        ([TINY, COST, "--compare=configs/tiny.py"], "tiny is given twice"),
         ([TINY, COST, "--compare="], "--compare: must not be empty"),
         ([TINY, COST, "--compare=tiny:moe,,dense"], "--compare='': must not be empty"),
-        ([TINY, COST, "--compare=s3://bucket/tiny.py"], "must be a path of this machine"),
-        ([TINY, COST, "--workdir=gs://bucket/cost"], "--workdir=gs://bucket/cost: must be a path"),
+        ([TINY, COST, "--compare=s3://bucket/tiny.py"], "must be a local path"),
+        (
+            [TINY, COST, "--workdir=gs://bucket/cost"],
+            "--workdir=gs://bucket/cost: must be a local path",
+        ),
         ([TINY, COST, "--context=0"], "context=0"),
         ([TINY, COST, "--context=1.5"], "context=1.5"),
         ([TINY, COST, f"--context={10**19}"], "context=10000000000000000000"),
@@ -131,25 +134,28 @@ INSPECT, COST = "--mode=inspect", "--mode=cost"
         (["--mode=import", "--workdir=x"], "--folder: mode 'import' needs the folder"),
         (
             ["--mode=import", "--workdir=x", "--folder=y", "--config.seed=1"],
-            "--config.seed: mode 'import' needs --config=FILE with it",
+            "--config.seed: mode 'import' needs --config=FILE as well",
         ),
-        (["--mode=import", "--workdir=x", "--folder=gs://b"], "--folder=gs://b: must be a path"),
+        (
+            ["--mode=import", "--workdir=x", "--folder=gs://b"],
+            "--folder=gs://b: must be a local path",
+        ),
         (["--mode=export", "--folder=x"], "--workdir: mode 'export' needs the folder"),
         (
             ["--mode=export", "--folder=x", "--workdir=y", "--config.seed=1"],
             "--config.seed: mode 'export' needs",
         ),
-        ([TINY, "--mode=export"], "--config: mode 'export' has no use for it"),
+        ([TINY, "--mode=export"], "--config: is not used by mode 'export'"),
         ([TINY, "--mode=plan"], "--topology: mode 'plan' needs one"),
         (["--mode=plan", "--topology=h200:8"], "--config: mode 'plan' needs one"),
-        ([TINY, "--mode=plan", "--topology=h200:8", "--search_limit=3"], "is for --search"),
+        ([TINY, "--mode=plan", "--topology=h200:8", "--search_limit=3"], "needs --search"),
         (["--mode=prepare", "--workdir=x"], "--config: mode 'prepare' needs one"),
-        ([TINY, "--workdir=x", "--limit=3"], "--limit: mode 'train' has no use for it"),
-        (["--mode=evaluate", "--workdir=x", "--limit=3"], "--limit: is for tasks of the harness"),
+        ([TINY, "--workdir=x", "--limit=3"], "--limit: is not used by mode 'train'"),
+        (["--mode=evaluate", "--workdir=x", "--limit=3"], "--limit: needs harness tasks"),
         (["--mode=evaluate", "--workdir=x", "--suite="], "--suite: must not be empty"),
         (
             ["--mode=evaluate", "--workdir=x", "--suite=arc_easy", "--include_path=gs://b"],
-            "--include_path=gs://b: must be a path",
+            "--include_path=gs://b: must be a local path",
         ),
         ([TINY, INSPECT, "--nojson=3"], "--nojson=3 does not take an argument"),
         ([TINY, INSPECT, "--json=perhaps"], "Non-boolean argument"),
@@ -159,16 +165,16 @@ INSPECT, COST = "--mode=inspect", "--mode=cost"
         ([TINY, "inspect", "--config.seed=1"], "inspect: unexpected argument"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_mistake_is_a_one_line_error(
     arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    ended = run(*arguments)
-    assert ended.status == 1
-    assert len(ended.err.splitlines()) == 1, ended.err
-    assert ended.err.startswith("error: ")
-    assert expected in ended.err
-    assert ended.out == ""
+    completed = run(*arguments)
+    assert completed.status == 1
+    assert len(completed.err.splitlines()) == 1, completed.err
+    assert completed.err.startswith("error: ")
+    assert expected in completed.err
+    assert completed.out == ""
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ def test_a_mistake_is_one_line(
         (["--help"], 0, ""),
     ],
 )
-def test_a_process_ends_so_too_and_before_it_imports_jax(
+def test_a_mistake_is_found_before_jax_is_imported(
     tmp_path: Path, arguments: list[str], status: int, expected: str
 ) -> None:
     (tmp_path / "jax.py").write_text("raise AssertionError('jax is imported')\n")
@@ -190,23 +196,23 @@ def test_a_process_ends_so_too_and_before_it_imports_jax(
     assert bool(result.stdout) == (status == 0)
 
 
-def test_help_has_every_flag_and_mode_and_names_no_flag_twice() -> None:
-    ended = run("--help")
+def test_help_lists_every_mode_and_every_flag_once() -> None:
+    completed = run("--help")
     for name in cli._FLAG_MODES:
-        assert len(re.findall(rf"^ +--(\[no\])?{name}:", ended.out, re.MULTILINE)) == 1
-    unwrapped = re.sub(r"\s", "", ended.out)
+        assert len(re.findall(rf"^ +--(\[no\])?{name}:", completed.out, re.MULTILINE)) == 1
+    unwrapped = re.sub(r"\s", "", completed.out)
     for mode, what in cli._MODES.items():
         assert re.sub(r"\s", "", f"{mode}: {what}") in unwrapped
 
 
-def test_every_flag_of_a_mode_is_refused_by_the_others() -> None:
+def test_flags_of_a_mode_are_rejected_by_the_others() -> None:
     values = {"context": "1", "plan_step": "decode", "format": "umv2", "process_id": "0"}
     numbers = ("num_fewshot", "limit", "search_limit", "vocab_size")
     for name, its_modes in cli._FLAG_MODES.items():
         value = values.get(name, "300" if name in numbers else "true")
         for mode in set(cli._MODES) - set(its_modes):
-            ended = run(f"--mode={mode}", f"--{name}={value}")
-            assert ended.err == f"error: --{name}: mode {mode!r} has no use for it"
+            completed = run(f"--mode={mode}", f"--{name}={value}")
+            assert completed.err == f"error: --{name}: is not used by mode {mode!r}"
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate", "generate"])
@@ -237,7 +243,7 @@ def test_overrides_apply_to_the_stored_configuration_of_a_run(
 
 
 class Answer:
-    """Stands in for the text of a model and for the report of an evaluation."""
+    """Stub for the text of a model and for the report of an evaluation."""
 
     def __init__(self) -> None:
         self.pieces = ["prompt", " text"]
@@ -269,7 +275,7 @@ def test_a_flag_file_may_hold_overrides(tmp_path: Path) -> None:
     assert (config["seed"], config["train"]["tensorboard"]) == (3, False)
 
 
-def test_the_last_of_two_values_counts_and_tuples_add_up() -> None:
+def test_the_last_value_of_a_flag_wins_and_tuples_are_appended() -> None:
     config = json.loads(
         run(
             *("--config.seed=1", "--config.data.paths=a", TINY, INSPECT, "--json"),
@@ -280,7 +286,7 @@ def test_the_last_of_two_values_counts_and_tuples_add_up() -> None:
     assert config["train"]["tensorboard"] is True
 
 
-def test_text_begins_when_its_log_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_printed_after_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
     def generate(*_: object) -> Iterator[str]:
@@ -307,10 +313,10 @@ def test_text_begins_when_its_log_has_ended(monkeypatch: pytest.MonkeyPatch) -> 
         ("| true", 141, ""),
     ],
 )
-def test_whatever_becomes_of_standard_output_there_is_no_trace(
+def test_failures_of_standard_output_print_no_traceback(
     redirection: str, status: int, expected: str
 ) -> None:
-    """Of the command that prints most, in a process without JAX: its help."""
+    """Uses the command with the most output, in a process without JAX: the help."""
     program = f"set -o pipefail; exec {sys.executable} main.py --help {redirection}"
     program = program.replace("exec", "") if "|" in redirection else program
     result = subprocess.run(
@@ -345,7 +351,7 @@ def test_inspect_lists_every_parameter_as_json() -> None:
     assert listed["counts"]["embedding"] == 264 * 128
 
 
-def test_costs_of_several_configurations_stand_side_by_side(tmp_path: Path) -> None:
+def test_costs_of_several_configurations_are_shown_side_by_side(tmp_path: Path) -> None:
     arguments = [TINY + ":moe", "--mode=cost", f"--workdir={tmp_path}", "--compare=" + TINY[9:]]
     costs = json.loads(run(*arguments, "--json").out)["configs"]
     assert list(costs) == ["tiny:moe", "tiny"]
@@ -392,7 +398,7 @@ def test_from_text_to_a_tokenizer_to_shards_to_a_model_to_text(tmp_path: Path) -
     overrides = [f"--config.{name}={value}" for name, value in of_tokenizer.items()]
     output_of("--mode=prepare", *text, *overrides, f"--workdir={shards}")
     assert list(shards.glob("*.array_record"))
-    shutil.rmtree(tmp_path / "text")  # the shards are all that training needs
+    shutil.rmtree(tmp_path / "text")  # training needs only the shards
 
     records = tiny_run.flags(f"{shards}/*.array_record", data__source="array_record")
     workdir = f"--workdir={tmp_path / 'run'}"

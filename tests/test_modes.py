@@ -14,7 +14,7 @@ from umv2.config.schema import UserError
 from umv2.data import corpus, tasks
 
 
-def test_evaluation_repeats_the_held_out_loss_of_the_run(finished: Run) -> None:
+def test_evaluation_reproduces_the_held_out_loss_of_the_run(finished: Run) -> None:
     report = modes.evaluate(None, finished.workdir)
     last = json.loads((finished.workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert report.step == last["step"] == 12
@@ -25,15 +25,15 @@ def test_evaluation_repeats_the_held_out_loss_of_the_run(finished: Run) -> None:
     assert (finished.workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluation_writes_no_documents_of_long_context_tasks(
+def test_evaluation_generates_no_long_context_documents(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("wrote documents of tasks")
 
     config = tiny_run.tiny_config(finished.paths)
-    wanted = dataclasses.replace(config.data.long_context, num_documents=4, tasks=("key_value",))
-    data = dataclasses.replace(config.data, long_context=wanted)
+    suite = dataclasses.replace(config.data.long_context, num_documents=4, tasks=("key_value",))
+    data = dataclasses.replace(config.data, long_context=suite)
     monkeypatch.setattr(tasks, "mixture", refuse)
     with pytest.raises(AssertionError, match="wrote documents of tasks"):
         corpus.open_corpus(data, config.model.vocab_size)
@@ -41,14 +41,14 @@ def test_evaluation_writes_no_documents_of_long_context_tasks(
     assert modes.evaluate(None, finished.workdir).held_out.loss_nats_per_token > 0
 
 
-def test_generation_continues_the_prompt_and_repeats_itself(finished: Run) -> None:
+def test_generation_continues_the_prompt_and_is_reproducible(finished: Run) -> None:
     first, again = ("".join(modes.generate(None, finished.workdir, "Doc")) for _ in range(2))
     assert first.startswith("Doc")
     assert len(first) > len("Doc")
     assert first == again
 
 
-def test_another_model_than_the_run_is_refused(finished: Run) -> None:
+def test_a_model_other_than_that_of_the_run_is_rejected(finished: Run) -> None:
     other = tiny_run.tiny_config(finished.paths, model__ffn_size=32)
     for mode in (
         lambda: modes.evaluate(other, finished.workdir),

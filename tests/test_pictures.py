@@ -1,4 +1,4 @@
-"""Pictures: names are shown as they are, curves of equal values are seen, files are the same."""
+"""Figures: names are shown verbatim, equal curves are all visible, files are reproducible."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ NAMES = ["plain", "_underscore", "$x_$", r"$\frac$", "a/" * 200, "a" * 300, "two
 
 
 def shown(text: Text) -> str:
-    """What matplotlib draws of a text, without line breaks; fails where it is a formula."""
+    """Returns the text that matplotlib draws, without line breaks; fails if it is a formula."""
     drawn, is_formula = text._preprocess_math(text.get_text())  # type: ignore[attr-defined]  # as drawn
     assert not is_formula
     return drawn.replace("\n", "")
@@ -23,7 +23,7 @@ def shown(text: Text) -> str:
 
 @pytest.mark.parametrize("count", [0, 1, 2, len(NAMES)])
 @pytest.mark.parametrize("width", [5.0, 12.0])
-def test_a_legend_lies_below_the_axes_and_within_the_figure(width: float, count: int) -> None:
+def test_a_legend_is_below_the_axes_and_within_the_figure(width: float, count: int) -> None:
     figure = pictures.new(width, 6.0)
     axes = figure.subplots()
     for style in pictures.curve_styles(count):
@@ -42,7 +42,7 @@ def test_a_legend_lies_below_the_axes_and_within_the_figure(width: float, count:
 
 
 @pytest.mark.parametrize("count", [2, 6, 10])
-def test_each_of_several_equal_curves_is_seen(count: int, tmp_path: Path) -> None:
+def test_each_of_several_equal_curves_is_visible(count: int, tmp_path: Path) -> None:
     figure = pictures.new(4.0, 3.0)
     axes = figure.subplots()
     for style in pictures.curve_styles(count):
@@ -55,7 +55,7 @@ def test_each_of_several_equal_curves_is_seen(count: int, tmp_path: Path) -> Non
         assert (np.abs(picture - color) < 0.1).all(axis=1).sum() > 50
 
 
-def test_a_picture_is_the_same_file_every_time(tmp_path: Path) -> None:
+def test_a_figure_is_written_reproducibly(tmp_path: Path) -> None:
     for name in ("one.png", "two.png"):
         figure = pictures.new(3.0, 2.0)
         figure.subplots().plot([1, 2])
@@ -66,7 +66,7 @@ def test_a_picture_is_the_same_file_every_time(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"one.png", "two.png"}
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_figure_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(files.FileError, match="file"):
         pictures.save(pictures.new(1.0, 1.0), tmp_path / "file" / "a.png")

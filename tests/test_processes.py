@@ -1,4 +1,4 @@
-"""Several real processes on this machine: the same run as in one, whatever ends or resumes it."""
+"""Several processes on this machine: the same run as in one, also if killed and resumed."""
 
 import contextlib
 import dataclasses
@@ -24,13 +24,13 @@ from umv2.config import MeshConfig
 from umv2.config.schema import UserError
 
 ROOT = Path(__file__).parents[1]
-# A process that waits for another which does not come is killed after so many seconds.
+# Seconds after which a process that waits for another one is killed.
 PATIENCE = 400
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """How one process of a job ended."""
+class Completed:
+    """The result of one process of a job."""
 
     code: int
     stdout: str
@@ -38,7 +38,7 @@ class Ended:
 
 
 class Job:
-    """Started processes; their output goes to files, so that none waits for a reader."""
+    """Started processes; their output goes to files, so that none blocks on a pipe."""
 
     def __init__(self, folder: Path, commands: list[list[str]], env: dict[str, str]) -> None:
         folder.mkdir()
@@ -50,27 +50,29 @@ class Job:
                     subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, stderr=stderr)
                 )
 
-    def wait(self) -> list[Ended]:
-        """Returns how each ended, in time."""
+    def wait(self) -> list[Completed]:
+        """Waits for all processes, within the time limit, and returns their results."""
         until = time.monotonic() + PATIENCE
         for process in self.processes:
             process.wait(until - time.monotonic())
         return [
-            Ended(process.returncode, out.read_text(), err.read_text())
+            Completed(process.returncode, out.read_text(), err.read_text())
             for process, (out, err) in zip(self.processes, self._outputs, strict=True)
         ]
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Waits for what the processes will do while they run."""
+        """Waits for a condition while the processes run."""
         until = time.monotonic() + PATIENCE
         while not condition():
-            ended = [p.poll() for p in self.processes]
-            assert ended == [None] * len(ended), [err.read_text() for _, err in self._outputs]
+            completed = [p.poll() for p in self.processes]
+            assert completed == [None] * len(completed), [
+                err.read_text() for _, err in self._outputs
+            ]
             assert time.monotonic() < until
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """Ends them at once, without a word."""
+        """Kills all processes."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -85,7 +87,7 @@ def free_port() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Launcher:
-    """Starts main.py in processes of their own CPU devices."""
+    """Starts main.py in processes with their own CPU devices."""
 
     folder: Path
     paths: str
@@ -104,9 +106,9 @@ class Launcher:
         changes: dict[str, Any] | None = None,
         script: str | None = None,
     ) -> Iterator[Job]:
-        """A job of `count` processes; those after the first take `others`, too.
+        """Starts a job of `count` processes; all but the first also get the arguments `others`.
 
-        In place of main.py they run a script, whose arguments are address and process.
+        If a script is given, they run it instead of main.py, with address and process as arguments.
         """
         config = {"mesh__replica": -1} | (changes or {})
         address = f"localhost:{free_port()}"
@@ -124,7 +126,7 @@ class Launcher:
         env = tiny_run.environment(self.cache) | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compilation takes most of the time
         }
         output = self.folder / f"output_{len(list(self.folder.iterdir()))}"
         job = Job(output, commands, env | (environment or {}))
@@ -133,17 +135,17 @@ class Launcher:
         finally:
             job.kill()
 
-    def run(self, count: int, workdir: Path, **options: Any) -> list[Ended]:
-        """Runs a job to its end, which must be a good one."""
+    def run(self, count: int, workdir: Path, **options: Any) -> list[Completed]:
+        """Runs a job, which must succeed."""
         with self.job(count, workdir, **options) as job:
-            ended = job.wait()
-        assert [process.code for process in ended] == [0] * count, ended
-        return ended
+            completed = job.wait()
+        assert [process.code for process in completed] == [0] * count, completed
+        return completed
 
 
 @pytest.fixture
 def launcher(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
-    """Jobs on the text of the tiny run; what they compile is kept for the session."""
+    """Starts jobs on the text of the tiny run, with a compilation cache for the session."""
     text = tmp_path_factory.mktemp("text")
     cache = tmp_path_factory.getbasetemp() / "compiled_for_processes"
     output = tmp_path / "output"
@@ -157,12 +159,12 @@ def records(workdir: Path) -> list[dict[str, float]]:
 
 
 def curve(workdir: Path, name: str) -> dict[int, float]:
-    """A measure by the step after which it was taken."""
+    """Returns a metric by step."""
     return {int(r["step"]): r[name] for r in records(workdir) if name in r}
 
 
 def steps(workdir: Path) -> list[int]:
-    """Steps of the finished checkpoints."""
+    """Returns the steps of the finished checkpoints."""
     folder = workdir / "checkpoints"
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
@@ -187,7 +189,7 @@ def assert_same_records(left: Path, right: Path, relative: float) -> None:
         (("localhost", 2, 1), "--coordinator_address=localhost: must be host:port"),
     ],
 )
-def test_flags_that_do_not_fit_together(
+def test_inconsistent_flags_are_rejected(
     flags: tuple[str | None, int | None, int | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -207,7 +209,7 @@ def test_flags_that_do_not_fit_together(
         ({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}, False, None),
     ],
 )
-def test_a_process_joins_where_a_launcher_started_several(
+def test_a_process_joins_if_a_launcher_started_several(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], joins: bool, started: str | None
 ) -> None:
     joined: list[dict[str, Any]] = []
@@ -221,12 +223,12 @@ def test_a_process_joins_where_a_launcher_started_several(
     assert len(joined) == joins
     distributed.initialize(None, 1, None, saves_on_termination=True)  # alone, by the flag
     assert len(joined) == joins
-    distributed.require_alone("mode 'prepare'", 1)
+    distributed.require_single_process("mode 'prepare'", 1)
     if started is None:
-        distributed.require_alone("mode 'prepare'", None)
+        distributed.require_single_process("mode 'prepare'", None)
     else:
         with pytest.raises(UserError, match=started):
-            distributed.require_alone("mode 'prepare'", None)
+            distributed.require_single_process("mode 'prepare'", None)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +251,13 @@ def test_processes_of_a_launcher_find_each_other(tmp_path: Path, environment: st
     port = {"JAX_COORDINATOR_PORT": str(free_port())}
     job = Job(tmp_path / "job", commands, os.environ | port | {"JAX_PLATFORMS": "cpu"})
     try:
-        ended = job.wait()
+        completed = job.wait()
     finally:
         job.kill()
-    assert [process.stdout for process in ended] == ["0 2\n", "1 2\n"], ended
+    assert [process.stdout for process in completed] == ["0 2\n", "1 2\n"], completed
 
 
-def test_a_launcher_that_jax_cannot_ask_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_jax_cannot_query_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no permission")
 
@@ -304,19 +306,19 @@ print(*printed)
 
 
 def test_processes_load_the_rows_of_their_devices_in_any_order(launcher: Launcher) -> None:
-    # Alternating devices; and pairs of one tensor group, of which one pair is of both processes.
+    # Alternating devices; and tensor groups of two, one of which spans both processes.
     shares = [
         [*(0, 1, 4, 5, 8, 9), *range(8)],
         [*(2, 3, 6, 7, 10, 11), *range(4, 12)],
     ]
     with launcher.job(2, launcher.folder / "rows", devices_each=3, script=ROWS_OF_A_PROCESS) as job:
-        ended = job.wait()
-    for process, rows in zip(ended, shares, strict=True):
+        completed = job.wait()
+    for process, rows in zip(completed, shares, strict=True):
         assert process.code == 0, process.stderr
         assert process.stdout.splitlines()[-1].split() == [str(row) for row in rows]
 
 
-def test_two_processes_train_as_one_does(finished: tiny_run.Run, launcher: Launcher) -> None:
+def test_two_processes_train_like_one(finished: tiny_run.Run, launcher: Launcher) -> None:
     workdir = launcher.folder / "run"
     first, second = launcher.run(2, workdir, devices_each=2)
     assert steps(workdir) == steps(finished.workdir)
@@ -327,29 +329,29 @@ def test_two_processes_train_as_one_does(finished: tiny_run.Run, launcher: Launc
     assert [line for line in second.stderr.splitlines() if "Gloo" not in line] == []
 
 
-def test_a_folder_that_is_not_shared_is_one_error(launcher: Launcher) -> None:
+def test_a_folder_that_is_not_shared_is_an_error(launcher: Launcher) -> None:
     here, there = launcher.folder / "here", launcher.folder / "there"
     with launcher.job(2, here, others=(f"--workdir={there}",)) as job:
-        ended = job.wait()
-    for process, workdir in zip(ended, (here, there), strict=True):
+        completed = job.wait()
+    for process, workdir in zip(completed, (here, there), strict=True):
         assert process.code == 1
         assert f"error: {workdir}/checkpoints: is not shared by all 2 processes" in process.stderr
-        assert "is not seen by 1" in process.stderr
+        assert "are not visible to 1" in process.stderr
         assert "Traceback" not in process.stderr
     assert list((here / "checkpoints").iterdir()) == []
 
 
-def test_what_one_process_lacks_ends_both(launcher: Launcher) -> None:
+def test_an_error_in_one_process_ends_both(launcher: Launcher) -> None:
     lacking = ("--config.data.paths=('/nonexistent',)",)
     with launcher.job(2, launcher.folder / "run", others=lacking) as job:
         first, second = job.wait()
     assert (first.code, second.code) == (1, 1)
-    assert "error: process 1 failed, and says why" in first.stderr
+    assert "error: process 1 failed; see its error message" in first.stderr
     assert "error: data.paths: no file matches '/nonexistent'" in second.stderr
     assert "Traceback" not in first.stderr + second.stderr
 
 
-# Long curves are compared in float64: those of float32 part after some ten steps by rounding alone.
+# Long curves are compared in float64: in float32 rounding makes them diverge after ten steps or so.
 PRECISE = {"model__compute_dtype": "float64"}
 LONG = PRECISE | {
     "train__num_steps": 40,
@@ -358,7 +360,7 @@ LONG = PRECISE | {
     "train__log_interval_steps": 1,
 }
 X64 = {"JAX_ENABLE_X64": "1"}
-# Of a job of so many processes with a device each; replica takes what is left.
+# Meshes by number of processes, with one device each; replica takes the remaining devices.
 MESHES: dict[int, dict[str, Any]] = {
     1: {},
     2: {"mesh__memory": 2, "mesh__table_sharding": "rows"},
@@ -367,13 +369,13 @@ MESHES: dict[int, dict[str, Any]] = {
 
 
 def largest_difference(left: dict[int, float], right: dict[int, float]) -> float:
-    """Of two curves over the same steps, relative to the right one."""
+    """Returns the largest difference of two curves, relative to the right one."""
     assert left.keys() == right.keys()
     return max(abs(left[step] - right[step]) / abs(right[step]) for step in right)
 
 
 def described(mesh: dict[str, Any]) -> str:
-    """The fields of a mesh that are not at their defaults."""
+    """Describes the fields of a mesh that are not at their defaults."""
     return " ".join(f"{name.removeprefix('mesh__')}={value}" for name, value in mesh.items())
 
 
@@ -402,15 +404,15 @@ def test_a_killed_job_resumes_in_any_number_of_processes(
     with launcher.job(count, killed, environment=X64, changes=LONG | mesh) as job:
         job.wait_until((killed / "checkpoints" / "8").exists)
         job.kill()
-    # The last may have ended by itself at the loss of the first.
+    # The last process may have exited by itself at the loss of the first.
     assert job.processes[0].returncode == -signal.SIGKILL
     assert all(process.returncode < 0 for process in job.processes)
     saved = max(steps(killed))
     assert 8 <= saved < 40
     for resumed_count, other_mesh in MESHES.items():
         resumed = shutil.copytree(killed, launcher.folder / f"resumed_{resumed_count}")
-        ended = launcher.run(resumed_count, resumed, environment=X64, changes=LONG | other_mesh)
-        assert f"continuing after step {saved}" in ended[0].stderr
+        completed = launcher.run(resumed_count, resumed, environment=X64, changes=LONG | other_mesh)
+        assert f"continuing after step {saved}" in completed[0].stderr
         assert curve(resumed, "loss").keys() == set(range(1, 41))
         differences = {
             name: largest_difference(curve(resumed, name), curve(uninterrupted, name))
@@ -427,7 +429,7 @@ def test_a_killed_job_resumes_in_any_number_of_processes(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_at_one_step(launcher: Launcher) -> None:
+def test_a_signal_to_one_process_stops_both_at_the_same_step(launcher: Launcher) -> None:
     workdir = launcher.folder / "run"
     endless = {
         "train__num_steps": 100_000,
@@ -447,11 +449,11 @@ def test_a_signal_to_one_process_stops_both_at_one_step(launcher: Launcher) -> N
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_which_one_part_is_damaged_is_skipped_by_all(launcher: Launcher) -> None:
+def test_a_partly_damaged_checkpoint_is_skipped_by_all_processes(launcher: Launcher) -> None:
     workdir = launcher.folder / "run"
     tables = {"mesh__memory": 2, "mesh__table_sharding": "rows"}
     launcher.run(2, workdir, changes=tables)
-    whole = curve(workdir, "loss")
+    expected = curve(workdir, "loss")
     assert steps(workdir)[-2:] == [9, 12]
     state = workdir / "checkpoints" / "12" / "state"
     largest = max(state.glob("ocdbt.process_1/d/*"), key=lambda file: file.stat().st_size)
@@ -459,7 +461,7 @@ def test_a_checkpoint_of_which_one_part_is_damaged_is_skipped_by_all(launcher: L
     for process in launcher.run(2, workdir, changes=tables):
         assert "skipping a damaged checkpoint" in process.stderr
     assert (workdir / "checkpoints" / "damaged_12").exists()
-    assert curve(workdir, "loss") == pytest.approx(whole, rel=1e-5)
+    assert curve(workdir, "loss") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -475,8 +477,8 @@ def test_processes_of_one_tensor_group_load_the_same_rows(
 def test_divergence_ends_all_processes(launcher: Launcher) -> None:
     workdir = launcher.folder / "run"
     with launcher.job(2, workdir, changes={"optimizer__learning_rate": 1e38}) as job:
-        ended = job.wait()
-    for process in ended:
+        completed = job.wait()
+    for process in completed:
         assert process.code == 1
         assert "The last good checkpoint is kept" in process.stderr
         assert "Traceback" not in process.stderr
@@ -498,9 +500,9 @@ def test_two_processes_evaluate_and_report_once(finished: tiny_run.Run, launcher
     assert [line for line in second.stdout.splitlines() if "Gloo" not in line] == []
 
 
-def test_modes_of_one_process_refuse_several(launcher: Launcher) -> None:
+def test_single_process_modes_reject_several_processes(launcher: Launcher) -> None:
     with launcher.job(2, launcher.folder / "run", options=("--mode=prepare",)) as job:
-        ended = job.wait()
-    for process in ended:
+        completed = job.wait()
+    for process in completed:
         assert process.code == 1
         assert process.stderr == "error: --num_processes=2: mode 'prepare' runs in one process\n"

@@ -1,8 +1,8 @@
-"""Every command and snippet that a person may copy from the documentation does what it says.
+"""Every command and snippet in the documentation works as described.
 
-`COMMANDS` has an entry for each: how it is run here, or why it is not, and which test does. A new
-command without one fails. The slow test runs the README from top to bottom as a new user would, on
-a small text and with a small model.
+`COMMANDS` has an entry for each: how it is run here, or why it is not, and which test runs it. A
+command without an entry is a failure. The slow test runs the README from top to bottom like a new
+user, on a small text and with a small model.
 """
 
 import ast
@@ -36,7 +36,7 @@ CODE = (
     "umv2/cli.py",
     *(f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))),
 )
-# How a command begins, after variables of its environment.
+# The start of a command, after its environment variables.
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ +)*"
     r"(?:(?:python|umv2|make|pip|source|export|sbatch|gcloud) |flags=|experiments/)"
@@ -45,9 +45,9 @@ COMMAND = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """A command of umv2 that the slow test runs; here its flags are read, and the model is none.
+    """A command of umv2 that the slow test runs; other tests parse its flags, with modes stubbed.
 
-    `shorter` are overrides that make it quick, where the run's own do not apply.
+    `shorter` are overrides that make it quick, unless the configuration of a run applies.
     """
 
     shorter: tuple[str, ...] = ()
@@ -55,28 +55,28 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Reads:
-    """A command of umv2 of which only the flags and the configuration are read, for a reason."""
+    """A command of umv2 of which only flags and configuration are parsed; says why."""
 
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Parses:
-    """A module of Python of which the flags are read; `tested` runs it."""
+    """A Python module of which the flags are parsed; `tested` runs it."""
 
     tested: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Elsewhere:
-    """What another test runs, or nothing can here."""
+    """A command that another test runs, or that cannot be run here."""
 
     tested: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Makes:
-    """A target of make, of which `make -n` prints what it would do."""
+    """A make target, checked with `make -n`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +91,14 @@ def overrides(values: dict[str, Any]) -> tuple[str, ...]:
     return tuple(f"--config.{path}={value}" for path, value in values.items())
 
 
-# A small model and a few steps, whatever the named configuration is ...
+# A small model and a few steps, independent of the named configuration ...
 EXPERTS = {"num_experts": 4, "top_k": 2, "expert_size": 8}
 SMALL = overrides(
     {path: value for path, value in tiny_run.TINY.items() if path != "data.source"}
     | {f"model.moe.{name}": value for name, value in EXPERTS.items()}
     | {"train.num_steps": 4}
 )
-# ... on a small text, where a command names none.
+# ... on a small text, if a command names none.
 TEXT = overrides({"data.source": "text", "data.paths": "corpus/*.jsonl"})
 TASKS = overrides(
     {
@@ -116,7 +116,7 @@ LAUNCHED = Elsewhere("tests/test_launch.py")
 BENCH = Parses("tests/kernels_pallas/test_bench.py")
 SET_UP = Elsewhere("tests/test_setup.py")
 
-# By the page that has it first.
+# Commands by the first page that has them.
 COMMANDS: dict[str, How] = {
     "make train": Makes(),
     "make test": Makes(),
@@ -191,13 +191,13 @@ COMMANDS: dict[str, How] = {
     "python -m experiments.benchmarks.compile_matrix": Parses(
         "tests/experiments/benchmarks/test_checks.py"
     ),
-    "python main.py --mode=plan": Elsewhere("docs/plans.md"),  # has the whole command below it
+    "python main.py --mode=plan": Elsewhere("docs/plans.md"),  # followed by the full command
     "python main.py --mode=plan --config=configs/paper_1b_7b.py --topology=h200:8"
     " --config.mesh.memory=8 --plan_step=decode": COMPILES,
     "python -m experiments.benchmarks.plans": Parses("tests/experiments/test_commands.py"),
     "python main.py --config=configs/paper_1b_7b.py --workdir=/mnt/shared/run"
     " --config.mesh.replica=2 --config.mesh.memory=16": PROCESSES,
-    "pip install kubernetes": Elsewhere("docs/pods.md"),  # by whom JAX asks it
+    "pip install kubernetes": Elsewhere("docs/pods.md"),  # used by JAX
     "export JAX_PLATFORMS=cpu": PROCESSES,
     "python main.py --config=configs/tiny.py --workdir=runs/two"
     " --coordinator_address=localhost:9999 --num_processes=2 --process_id=0": PROCESSES,
@@ -231,7 +231,7 @@ COMMANDS: dict[str, How] = {
 
 
 def logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yields lines with those that a backslash continues, and the number of the first."""
+    """Yields lines joined at backslashes, with the number of the first line."""
     begun: tuple[int, str] | None = None
     for number, line in enumerate(text.splitlines(), 1):
         first, before = begun or (number, "")
@@ -242,13 +242,13 @@ def logical_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def without_comment(command: str) -> str:
-    """Leaves out what a line says of its command: behind a #, or two spaces and more."""
+    """Strips the comment after a command: after a #, or after two spaces or more."""
     command = re.sub(r" +#.*$", "", command.strip())
     return re.sub(r"(?<=\S) {2,}[^-\s].*$", "", command).rstrip(" &|")
 
 
 def commands_of(page: str) -> Iterator[str]:
-    """Yields the commands of a page: indented lines, and what stands between backticks."""
+    """Yields the commands of a page: indented lines, and text between backticks."""
     text = (ROOT / page).read_text()
     variables: dict[str, str] = {}
     if page in CODE:
@@ -257,8 +257,8 @@ def commands_of(page: str) -> Iterator[str]:
         text = "\n".join(f"    {line[4:]}" for line in text.splitlines() if line[:5] == "#   m")
     for _, line in logical_lines(text):
         indented = line.startswith("    ") or page.startswith("configs/")
-        found = [line] if indented else re.findall(r"(?<!`)`([^`]+)`", line)
-        for written in found:
+        texts = [line] if indented else re.findall(r"(?<!`)`([^`]+)`", line)
+        for written in texts:
             command = without_comment(written)
             for name, value in variables.items():
                 command = command.replace(f"${name}", value)
@@ -278,16 +278,16 @@ def of_kind(*kinds: type) -> list[str]:
 
 
 def arguments_of(command: str) -> list[str]:
-    """Returns what stands behind `python main.py` or `umv2`."""
+    """Returns the arguments after `python main.py` or `umv2`."""
     words = shlex.split(command)
     return words[2:] if words[0] == "python" else words[1:]
 
 
-def test_every_command_is_known_here_and_every_one_here_is_in_a_page() -> None:
+def test_every_command_of_the_pages_is_listed_and_every_listed_one_is_on_a_page() -> None:
     assert sorted(all_commands()) == sorted(COMMANDS)
 
 
-def test_what_is_said_to_be_tested_elsewhere_is() -> None:
+def test_tests_referred_to_exist() -> None:
     for how in COMMANDS.values():
         for path in re.findall(r"(?:tests|docs)/\S+", str(vars(how))):
             assert (ROOT / path.strip("'})")).is_file(), how
@@ -295,15 +295,15 @@ def test_what_is_said_to_be_tested_elsewhere_is() -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with what a clone has that commands name."""
+    """A working directory with the files of the clone that commands name."""
     for name in ("configs", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-class Nothing:
-    """What a mode returns, without having done it."""
+class Stub:
+    """Stands in for the result of a mode."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: ""
@@ -319,9 +319,9 @@ def test_flags_and_configuration_of_a_command_are_right(
     called: list[str] = []
 
     def stand_in(name: str) -> Any:
-        def call(*_: Any, **__: Any) -> Nothing:
+        def call(*_: Any, **__: Any) -> Stub:
             called.append(name)
-            return Nothing()
+            return Stub()
 
         return call
 
@@ -333,8 +333,8 @@ def test_flags_and_configuration_of_a_command_are_right(
     stored = to_dict(config_files.read("cpu_small", "--config"))
     monkeypatch.setattr(checkpoint, "saved_config", lambda _: stored)
     (tree / "runs/cpu_small/checkpoints").mkdir(parents=True)
-    ended = run(*arguments_of(command))
-    assert ended.err == ""
+    completed = run(*arguments_of(command))
+    assert completed.err == ""
     assert len(called) == 1
 
 
@@ -353,11 +353,11 @@ def test_flags_of_a_module_are_right(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", of_kind(Makes))
-def test_make_knows_its_targets_and_gives_arguments_on(command: str) -> None:
+def test_make_has_the_targets_and_passes_arguments_on(command: str) -> None:
     result = subprocess.run(
         [*shlex.split(command), "--dry-run"],
         cwd=ROOT,
-        # Those of the make that runs the tests are not meant.
+        # Without the variables of a make that runs the tests.
         env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
         capture_output=True,
         text=True,
@@ -379,19 +379,19 @@ def test_extras_exist(command: str) -> None:
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
-def test_fields_that_pages_name_can_be_overridden_so() -> None:
-    found = 0
+def test_overrides_mentioned_on_the_pages_are_valid() -> None:
+    count = 0
     for page in PAGES:
         for code in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text()):
             for path, value in re.findall(r"^--config\.([\w.]+)(?:=(.*))?$", code):
                 config_files.parse(path, shlex.split(value)) if value else (
                     config_files.field_type(path)
                 )
-                found += 1
-    assert found >= 5
+                count += 1
+    assert count >= 5
 
 
-def test_what_the_readme_says_is_where_is_there() -> None:
+def test_files_listed_in_the_readme_exist() -> None:
     _, _, listing = (ROOT / "README.md").read_text().partition("## Where things are\n\n")
     paths = re.findall(r"^    (\S+)  ", listing, re.MULTILINE)
     assert len(paths) >= 10
@@ -399,7 +399,7 @@ def test_what_the_readme_says_is_where_is_there() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_are_valid() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
             if "://" not in target:
@@ -434,8 +434,8 @@ def test_the_snippet_of_the_kernels_page_runs() -> None:
 
 
 @pytest.mark.slow(minutes=5)
-def test_the_commands_of_the_pages_run_one_after_the_other(tree: Path) -> None:
-    """From top to bottom as a new user would, made short, and they write into runs/ alone."""
+def test_the_commands_of_the_pages_run_in_order(tree: Path) -> None:
+    """From top to bottom like a new user, but shortened; they write only into runs/."""
     modules = sorted(Path(json.__file__).parent.parent.glob("[a-h]*.py"))
     texts = [path.read_text(errors="replace") for path in modules]
     (tree / "corpus").mkdir()
@@ -448,10 +448,10 @@ def test_the_commands_of_the_pages_run_one_after_the_other(tree: Path) -> None:
         for command in of_kind(Runs):
             how = COMMANDS[command]
             assert isinstance(how, Runs)
-            ended = run(*arguments_of(command), *how.shorter)
-            assert ended.status == 0, f"{command}: {ended.err}"
+            completed = run(*arguments_of(command), *how.shorter)
+            assert completed.status == 0, f"{command}: {completed.err}"
             if "--mode" in command and "prepare" not in command and "export" not in command:
-                assert ended.out, command
+                assert completed.out, command
     assert set(tree.iterdir()) - there == {tree / "runs"}
     assert (tree / "runs/cost/cost.png").is_file()
     assert (tree / "runs/exported_moe/config.json").is_file()

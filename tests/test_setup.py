@@ -1,4 +1,4 @@
-"""The set-up that every make target starts from, and what tests run under."""
+"""The environment that make targets set up, and the settings of tests."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ def read_pins(name: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("pin", [p for f in PIN_FILES for p in read_pins(f)], ids=str)
-def test_pins_have_two_bounds_and_are_installed(pin: Requirement) -> None:
+def test_requirements_have_two_bounds_and_are_installed(pin: Requirement) -> None:
     assert {spec.operator for spec in pin.specifier} == {">=", "<"}
     assert pin.specifier.contains(metadata.version(pin.name))
 
@@ -55,7 +55,7 @@ def test_every_package_that_the_code_imports_is_required() -> None:
         assert names & required, f"{name} is imported but not required"
 
 
-def test_the_version_is_one_that_packages_may_have() -> None:
+def test_the_version_is_valid() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", umv2.__version__)
 
 
@@ -76,7 +76,7 @@ def test_the_x64_fixture_allows_float64() -> None:
 
 
 def start_make(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    # No more of the environment than that: these tests may run under make themselves.
+    # A minimal environment, as these tests may themselves run under make.
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -92,14 +92,14 @@ def make(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The Makefile beside pins that nothing must be downloaded for."""
+    """The Makefile with requirements that need no download."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in (*PIN_FILES, "pyproject.toml"):
         (tmp_path / name).write_text("# nothing\n")
     return tmp_path
 
 
-def test_a_python_that_is_too_old_is_refused_in_one_line(project: Path) -> None:
+def test_a_python_that_is_too_old_is_a_one_line_error(project: Path) -> None:
     old = project / "python3.11"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
@@ -112,14 +112,14 @@ def test_a_python_that_is_too_old_is_refused_in_one_line(project: Path) -> None:
     assert not (project / ".venv").exists()
 
 
-def test_the_environment_follows_the_pins_whatever_came_before(project: Path) -> None:
+def test_the_environment_matches_the_requirements_from_any_state(project: Path) -> None:
     arguments = ("venv", f"PYTHON=python-that-is-not-there {sys.executable}")
     pins = project / "requirements.txt"
 
     def stamps() -> list[str]:
         return [path.name for path in (project / ".venv").glob("pins-*")]
 
-    # Two at once, over what an interrupted venv leaves: one works, the other waits for it.
+    # Two at once, over the remains of an interrupted venv: one works, the other waits.
     (project / ".venv").mkdir()
     both = [start_make(project, *arguments) for _ in range(2)]
     outputs = [process.communicate()[0] for process in both]
@@ -134,7 +134,7 @@ def test_the_environment_follows_the_pins_whatever_came_before(project: Path) ->
     assert len(stamps()) == 1
     assert stamps() != [first]
 
-    # An installation that fails half-way is not built upon.
+    # A partial installation is not reused.
     pins.write_text("not a requirement\n")
     assert make(project, *arguments)[0] != 0
     assert stamps() == []
@@ -161,7 +161,7 @@ def test_every_package_is_in_the_wheel() -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an environment where the wheel is installed beside what it requires."""
+    """The folder of an environment where the wheel and its requirements are installed."""
     folder = tmp_path_factory.mktemp("installed")
     tree = folder / "tree"
     for name in ("umv2", "kernels_pallas", "configs"):
@@ -178,7 +178,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python, (built,) = folder / "venv/bin/python", folder.glob("*.whl")
     subprocess.run([*pip, "--python", python, "install", *options, built], check=True)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
-    # What umv2 requires is here already. The .pth files there, of an editable umv2, do not count.
+    # The requirements come from this environment; its .pth files (of an editable umv2) are ignored.
     (site / "requirements.pth").write_text(f"{Path(jax.__file__).parent.parent}\n")
     return folder
 
@@ -197,14 +197,14 @@ def of_installed(folder: Path, cwd: Path, *command: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_wheel_brings_the_command_the_configurations_and_its_types(
+def test_the_wheel_contains_the_command_the_configurations_and_its_types(
     installed: Path, tmp_path: Path
 ) -> None:
     assert "--mode" in of_installed(installed, tmp_path, "umv2", "--help")
     (tmp_path / "mine.py").write_text(
         "from configs import tiny\n\ndef get_config(family):\n    return tiny.get_config(family)\n"
     )
-    (tmp_path / "configs").mkdir()  # somebody else's
+    (tmp_path / "configs").mkdir()  # an unrelated folder
     by_name, of_user = (
         of_installed(installed, tmp_path, "umv2", f"--config={given}:moe", "--mode=inspect")
         for given in ("tiny", "mine.py")
@@ -227,11 +227,11 @@ def test_the_wheel_brings_the_command_the_configurations_and_its_types(
 
 
 @pytest.mark.slow
-def test_the_wheel_adds_two_names_to_the_environment(installed: Path) -> None:
+def test_the_wheel_installs_two_top_level_packages(installed: Path) -> None:
     (site,) = installed.glob("venv/lib/*/site-packages")
     names = {path.name for path in site.iterdir() if path.suffix not in (".dist-info", ".pth")}
     assert names - {"__pycache__"} == {"umv2", "kernels_pallas"}
-    found = metadata.Distribution.at(next(site.glob("umv2-*.dist-info"))).metadata
-    assert found["License-Expression"] == "Apache-2.0"
-    assert found["Project-URL"].startswith("Paper, https://arxiv.org/abs/")
-    assert len(found.get_all("Classifier") or []) >= 5
+    fields = metadata.Distribution.at(next(site.glob("umv2-*.dist-info"))).metadata
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert fields["Project-URL"].startswith("Paper, https://arxiv.org/abs/")
+    assert len(fields.get_all("Classifier") or []) >= 5

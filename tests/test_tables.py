@@ -1,4 +1,4 @@
-"""Tables at the widths of terminals: nothing is wider, and nothing is lost."""
+"""Tables at different terminal widths: nothing is wider, and nothing is lost."""
 
 import re
 from collections import Counter
@@ -24,17 +24,17 @@ def widest(text: str) -> int:
 
 
 def letters(text: str) -> str:
-    """What a text says, whatever its lines are."""
+    """Returns the characters of a text, independent of line breaks."""
     return re.sub(r"\s", "", text)
 
 
 def column(text: str, start: str) -> list[str]:
-    """The numbers of the rows that begin with `start`, over all blocks."""
+    """Returns the numbers of the rows that begin with `start`, over all blocks."""
     rows = [line for line in text.split("\n") if line.startswith(start)]
     return [cell for row in rows for cell in row.split()[1:]]
 
 
-def test_a_table_that_fits_is_lined_up() -> None:
+def test_a_table_that_fits_is_aligned() -> None:
     rows = [("", "a", "long name"), ("sizes",), ("  one", "1,000", "2")]
     assert tables.table(rows, 60) == ("           a  long name\nsizes\n  one  1,000          2")
     assert tables.table(rows, 60, left=(0, 1), rule=True).splitlines()[:2] == [
@@ -71,7 +71,7 @@ def test_columns_that_do_not_fit_are_continued_below(count: int, width: int) -> 
     assert all("section" in block for block in blocks)
 
 
-def test_words_are_wrapped_before_columns_are_moved() -> None:
+def test_words_are_wrapped_before_columns_are_moved_below() -> None:
     rows = [("name", "shape", "size"), ("model/blocks/attention/key", "16 x 2048 x 2048", "67,108")]
     assert tables.table(rows, 40, left=(0, 1)) == (
         "name              shape             size\n"
@@ -81,14 +81,14 @@ def test_words_are_wrapped_before_columns_are_moved() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_one_row_no_row_and_one_column(width: int) -> None:
+def test_tables_with_one_row_no_rows_and_one_column(width: int) -> None:
     assert tables.table([], width) == ""
     assert tables.table([("title", "other")], width) == "title  other"
     assert tables.table([("title",), ("1",), ("2",)], width) == "title\n1\n2"
     one = tables.table([(LONG,), (LONG,)], width, rule=True)
     assert widest(one) <= width
     assert letters(one).replace("-", "") == 2 * LONG
-    # A number that no terminal has room for.
+    # A number too long for any terminal.
     assert letters(tables.table([("n", "m"), ("1" * 300, "2" * 300)], width)) != ""
     assert widest(tables.table([("n", "m"), ("1" * 300, "2" * 300)], width)) <= width
 
@@ -96,14 +96,14 @@ def test_one_row_no_row_and_one_column(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("text", [*NAMES.values(), "  indented " + "words " * 50])
 def test_paragraphs_keep_every_letter_and_their_indentation(text: str, width: int) -> None:
-    made = tables.paragraph(text, width)
-    assert widest(made) <= width
-    assert letters(made) == letters(tables.printable(text))
+    wrapped = tables.paragraph(text, width)
+    assert widest(wrapped) <= width
+    assert letters(wrapped) == letters(tables.printable(text))
     if text.startswith("  "):
-        assert all(re.match(r"  \S", line) for line in made.split("\n"))
+        assert all(re.match(r"  \S", line) for line in wrapped.split("\n"))
 
 
-def test_options_are_continued_as_shells_continue_them() -> None:
+def test_options_are_continued_with_backslashes() -> None:
     options = [f"--config.field_{number}={number}" for number in range(9)]
     lines = tables.command_line(options, 50).split("\n")
     assert max(map(len, lines)) <= 50
@@ -116,7 +116,7 @@ def test_options_are_continued_as_shells_continue_them() -> None:
     ("columns", "width"),
     [("72", 72), ("500", 500), ("3", 40), ("0", 100), ("wide", 100), ("", 100)],
 )
-def test_the_terminal_has_the_columns_that_it_says(
+def test_the_width_comes_from_columns(
     columns: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)

@@ -1,4 +1,4 @@
-"""What the modes print fits the terminal: no line is wider, and no figure is lost."""
+"""Output of the modes fits the terminal: no line is wider, and no number is lost."""
 
 import dataclasses
 import functools
@@ -62,8 +62,8 @@ def test_inspect_with_names_of_any_length(width: int) -> None:
 
 @functools.cache
 def plans() -> tuple[plan.Plan, ...]:
-    """All plans that are stored."""
-    found = []
+    """Returns all stored plans."""
+    stored = []
     for record in map(json.loads, PLANS.read_text().splitlines()):
         if "measured" in record:
             name, _, rest = record["case"].partition("@")
@@ -72,8 +72,8 @@ def plans() -> tuple[plan.Plan, ...]:
             if program := record["measured"]["program"]:
                 program.setdefault("heaviest", [("value_aggregation/" * 9, 10**12)])
             measured = ahead_of_time.from_dict(record["measured"])
-            found.append(plan.Plan(name, config, place, record["step"], measured))
-    return tuple(found)
+            stored.append(plan.Plan(name, config, place, record["step"], measured))
+    return tuple(stored)
 
 
 @functools.cache
@@ -89,23 +89,23 @@ def with_fields(name: str, fields: tuple[str, ...]) -> Config:
 @needs_libtpu
 @at_every_width
 def test_plan(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Advice looks for other meshes, which takes seconds.
+    # Advice searches for other meshes, which takes seconds.
     monkeypatch.setattr(plan.Plan, "advice", lambda _: ["model.remat='full': " + "words " * 40])
     assert len(plans()) > 9
-    for found in plans():
-        flags = " \\ ".join(f"--config.{field}" for field in plan.fields(found.config))
-        text = found.as_text(width)
-        assert_fits(text, width, found.name, "verdict")
+    for each in plans():
+        flags = " \\ ".join(f"--config.{field}" for field in plan.fields(each.config))
+        text = each.as_text(width)
+        assert_fits(text, width, each.name, "verdict")
         assert flags.replace(" \\", "") in text.replace(" \\\n", " ")
-        assert_fits(dataclasses.replace(found, name=LONG).as_text(width), width)
+        assert_fits(dataclasses.replace(each, name=LONG).as_text(width), width)
 
 
 @needs_libtpu
 @at_every_width
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_a_search(count: int, width: int) -> None:
-    found = search.Search(plans=plans()[:count], num_candidates=1000, least_bytes=2**40)
-    text = found.as_text(width)
+    result = search.Search(plans=plans()[:count], num_candidates=1000, least_bytes=2**40)
+    text = result.as_text(width)
     needed = [
         f"{each.measured.needed / 2**30:,.1f}" for each in plans()[:count] if each.measured.needed
     ]
@@ -136,7 +136,7 @@ def test_the_long_context_suite(lengths: tuple[int, ...], width: int) -> None:
     assert_fits(report.table(width), width, *(f"{length:,}" for length in lengths), "exact")
 
 
-def test_figures_that_json_cannot_say_are_null() -> None:
+def test_numbers_that_json_cannot_represent_are_null() -> None:
     score = Score(
         "needle", 64, 0, 0.1, 0.25, exact=False, log_likelihood=float("nan"), num_tokens=1
     )
@@ -145,7 +145,7 @@ def test_figures_that_json_cannot_say_are_null() -> None:
     json.dumps(metrics, allow_nan=False)
 
 
-def test_the_terminal_says_the_width_where_nobody_else_does(
+def test_the_default_width_is_that_of_the_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     listed = inspection.inspect(from_config_dict(tiny.get_config()))

@@ -1,4 +1,4 @@
-"""A run of seconds on text files: its configuration, and what shortens its compilation."""
+"""A run of seconds on text files: its configuration, and ways to shorten compilation."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from configs import base
 from umv2.config import Config, from_config_dict
 
-# By path, as `--config.<path>=` takes them too.
+# Fields by path, as in `--config.<path>=`.
 TINY: dict[str, Any] = {
     "model.hidden_size": 16,
     "model.num_layers": 2,
@@ -47,13 +47,13 @@ TINY: dict[str, Any] = {
     "generate.max_new_tokens": 4,
     "mesh.replica": 1,
 }
-# The default generator takes half of all compilation; what it draws does not matter here.
+# The default PRNG takes half of all compilation time; its values do not matter here.
 PRNG = "unsafe_rbg"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, and which functions it compiled."""
+    """A finished run, and the functions that it compiled."""
 
     workdir: pathlib.Path
     paths: str
@@ -70,7 +70,7 @@ def write_text(folder: pathlib.Path) -> str:
 
 
 def tiny_config(paths: str, **changes: Any) -> Config:
-    """The configuration of `TINY` with changes, named by path with __ for a dot."""
+    """Returns the configuration of `TINY` with changes by path, with __ for a dot."""
     config = base.get_config()
     config.update_from_flattened_dict(
         TINY | {"data.paths": (paths,)} | {k.replace("__", "."): v for k, v in changes.items()}
@@ -79,13 +79,13 @@ def tiny_config(paths: str, **changes: Any) -> Config:
 
 
 def flags(paths: str, **changes: Any) -> list[str]:
-    """The same for the command line."""
+    """Returns the same as command-line flags."""
     values = TINY | {"data.paths": (paths,)} | {k.replace("__", "."): v for k, v in changes.items()}
     return ["--config=configs/base.py"] + [f"--config.{k}={v}" for k, v in values.items()]
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
-    """Environment of a process that compiles as `quick_compilation` does."""
+    """Returns the environment of a process that compiles as in `quick_compilation`."""
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -96,7 +96,7 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def quick_compilation(cache: pathlib.Path) -> Iterator[None]:
-    """Compiles each program once, over runs and processes: every run jits functions of its own."""
+    """Caches compiled programs across runs and processes: every run jits its own functions."""
     values = {
         "jax_compilation_cache_dir": str(cache),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -106,7 +106,7 @@ def quick_compilation(cache: pathlib.Path) -> Iterator[None]:
     previous = {name: getattr(jax.config, name) for name in values}
 
     def set_all(values: dict[str, Any]) -> None:
-        compilation_cache.reset_cache()  # it remembers whether there is one
+        compilation_cache.reset_cache()  # JAX remembers whether a cache is in use
         for name, value in values.items():
             jax.config.update(name, value)
 
@@ -117,13 +117,13 @@ def quick_compilation(cache: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Collects the name of every function that is compiled, cached on disk or not."""
+    """Collects the name of every compiled function, cached on disk or not."""
     names: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if found := re.match(r"Compiling jit\((\w+)\)", record.getMessage()):
-                names.append(found[1])
+            if match := re.match(r"Compiling jit\((\w+)\)", record.getMessage()):
+                names.append(match[1])
 
     collector = Collector()
     logging.getLogger("jax").addHandler(collector)
@@ -134,7 +134,7 @@ def compilations() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def logged() -> Iterator[list[str]]:
-    """Collects what the library logs."""
+    """Collects the log messages of the library."""
     messages: list[str] = []
 
     class Collector(logging.Handler):

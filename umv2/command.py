@@ -1,6 +1,6 @@
-"""How a command begins and ends: its streams, its log, and one line for what a user can mend.
+"""Entry point of commands: standard streams, logging, one-line user errors and flag overrides.
 
-`run` is the entry of main.py and of every script in experiments/. Imports neither jax nor numpy.
+main.py and the scripts in experiments/ start with `run`. Imports neither jax nor numpy.
 """
 
 import contextlib
@@ -18,23 +18,24 @@ from umv2 import files
 from umv2.config import files as config_files
 from umv2.config.schema import ConfigError, UserError
 
-# Errors of the machine, its disks or a path that a user gave: wherever they come up, never bugs.
-_ENVIRONMENT = files.PASSING_ERRNOS | {errno.ENAMETOOLONG, errno.ENOTDIR}
-_INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
-_CLOSED = 141  # and of one whose reader went away
+# Errors of the machine, its disks or a user's path, which are never bugs wherever they occur.
+_ENVIRONMENT_ERRNOS = files.TRANSIENT_ERRNOS | {errno.ENAMETOOLONG, errno.ENOTDIR}
+_INTERRUPTED_STATUS = 130  # the shell convention for SIGINT
+_BROKEN_PIPE_STATUS = 141  # the shell convention for SIGPIPE
 
 
 def run(
     main: Callable[[list[str]], Any], *, parse: Callable[[list[str]], list[str]] | None = None
 ) -> None:
-    """Parses the flags, calls `main` with the arguments that are left, and exits.
+    """Parses the flags, calls `main` with the remaining arguments, and exits.
 
-    A `UserError`, a mistake in the flags, a full disk and their like end in one line on standard
-    error and status 1; Ctrl-C ends in one line and status 130. A bug shows its trace.
+    A `UserError`, a flag error, a full disk and the like print one line to standard error and exit
+    with status 1; Ctrl-C prints one line and exits with status 130. Bugs show a traceback.
 
     Args:
       main: the command.
-      parse: reads flags from the command line, program first, and returns the rest; None: absl.
+      parse: parses the flags of a command line, program first, and returns the remaining arguments;
+        None: absl's flags.
     """
     _set_up_streams()
     set_up_logging()
@@ -46,39 +47,39 @@ def run(
     def guarded(arguments: list[str]) -> None:
         with one_line_errors():
             main(arguments)
-            write("", end="")  # what it printed
+            write("", end="")  # flush
 
     app.run(guarded, flags_parser=parse_flags)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line for what the user can mend; bugs keep their trace."""
+    """Exits with a one-line message on errors that are not bugs; bugs keep their traceback."""
     try:
         yield
     except (UserError, flags.Error, app.UsageError) as error:
         _exit_with(str(error))
     except BrokenPipeError:
-        _settle_output()
-        sys.exit(_CLOSED)  # nobody reads any more (`| head`)
+        _flush_output()
+        sys.exit(_BROKEN_PIPE_STATUS)  # the reader has exited (`| head`)
     except OSError as error:
-        if error.errno not in _ENVIRONMENT:
+        if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
         path = f"{error.filename}: " if error.filename else ""
         _exit_with(f"{path}{files.reason(error)}")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(_INTERRUPTED)
+        sys.exit(_INTERRUPTED_STATUS)
     except MemoryError:
         _exit_with("out of memory")
 
 
 def write(text: str, end: str = "\n") -> None:
-    """Writes to standard output, at once.
+    """Writes to standard output and flushes it.
 
     Raises:
-      FileError: it cannot be written, as where the disk of its file is full.
-      BrokenPipeError: nobody reads it any more.
+      FileError: the write failed, for example because the disk is full.
+      BrokenPipeError: the reader has exited.
     """
     try:
         sys.stdout.write(text + end)
@@ -90,51 +91,51 @@ def write(text: str, end: str = "\n") -> None:
 
 
 def refuse_arguments(arguments: list[str]) -> None:
-    """Raises ConfigError for arguments that are no flags; the first is the program."""
+    """Raises ConfigError for positional arguments; the first argument is the program."""
     if len(arguments) > 1:
         raise ConfigError(f"{arguments[1]}: unexpected argument; options are written --name=value")
 
 
 def end_of_flags(arguments: Sequence[str]) -> int:
-    """Returns the place of the "--" after which nothing is a flag."""
+    """Returns the index of "--", which ends the flags, or the number of arguments."""
     return arguments.index("--") if "--" in arguments else len(arguments)
 
 
 def define_overrides(
     arguments: list[str], names: Collection[str], registry: flags.FlagValues = flags.FLAGS
 ) -> None:
-    """Makes a flag of every field that a command line overrides, as --NAME.FIELD, for absl to read.
+    """Defines an absl flag for every --NAME.FIELD override on a command line.
 
     Args:
-      arguments: of the command line, program first.
-      names: of the flags that name configurations.
-      registry: of the flags.
+      arguments: arguments of the command line, program first.
+      names: names of the flags that give configurations.
+      registry: flags to add the overrides to.
 
     Raises:
-      ConfigError: a field that there is not.
+      ConfigError: a field does not exist.
     """
     given = registry.read_flags_from_files(arguments[1:], force_gnu=False)
     for argument in given[: end_of_flags(given)]:
-        named = re.match(r"--?(?:no)?((\w+)\.([^=]*))", argument)
-        if named is None or named[2] not in names or named[1] in registry:
+        match = re.match(r"--?(?:no)?((\w+)\.([^=]*))", argument)
+        if match is None or match[2] not in names or match[1] in registry:
             continue
         flag: flags.MultiFlag[str] = flags.MultiFlag(
             parser=flags.ArgumentParser(),
             serializer=flags.ArgumentSerializer(),
-            name=named[1],
+            name=match[1],
             default=None,
-            help_string=f"In place of {named[3]} of the configuration.",
-            # As such --config.FIELD and --noconfig.FIELD have values.
-            boolean=config_files.field_type(named[3]) is bool,
+            help_string=f"Overrides {match[3]} of the configuration.",
+            # A boolean flag also accepts --config.FIELD and --noconfig.FIELD.
+            boolean=config_files.field_type(match[3]) is bool,
         )
         flags.DEFINE_flag(flag, registry)
 
 
 def overrides(name: str, registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
-    """Returns what the command line says of the fields of a configuration, by their paths.
+    """Returns the fields of a configuration that the command line overrides, by path.
 
     Raises:
-      ConfigError: text that is no value of its field.
+      ConfigError: a value is not valid for its field.
     """
     prefix = f"{name}."
     given = {
@@ -146,12 +147,12 @@ def overrides(name: str, registry: flags.FlagValues = flags.FLAGS) -> dict[str, 
 
 
 def _exit_with(message: str) -> None:
-    _settle_output()
+    _flush_output()
     sys.exit("error: " + " ".join(message.split()))
 
 
-def _settle_output() -> None:
-    """Writes out what was printed; where that fails, the interpreter shall not try once more."""
+def _flush_output() -> None:
+    """Flushes standard output; if that fails, discards it, so that exiting does not fail again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -159,10 +160,7 @@ def _settle_output() -> None:
 
 
 def _set_up_streams() -> None:
-    """Lets text out whatever the encoding of the terminal: what it cannot show is escaped.
-
-    What is written to a closed stream is thrown away.
-    """
+    """Makes standard streams escape characters that their encoding lacks; replaces closed ones."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -170,10 +168,10 @@ def _set_up_streams() -> None:
     logging.get_absl_handler().python_handler.setStream(sys.stderr)
 
 
-def set_up_logging(speaker: str = "") -> None:
-    """Shows the library's messages with the time of day, and of jax only what is wrong."""
+def set_up_logging(prefix: str = "") -> None:
+    """Logs messages of this package with the time of day and a prefix, and warnings of jax."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    formatter = std_logging.Formatter(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S")
+    formatter = std_logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
     logging.get_absl_handler().setFormatter(formatter)
     std_logging.getLogger("jax").setLevel(std_logging.WARNING)

@@ -1,7 +1,7 @@
-"""Several processes as one: how they join, and what they must agree on.
+"""Multi-process jobs: initialisation, and operations on which all processes must agree.
 
-The work is JAX's: it finds the other processes of a SLURM step, an Open MPI job, a TPU pod (of
-several slices, too) or an indexed Kubernetes job, and tells all of a SIGTERM that reached one.
+Builds on JAX, which discovers the processes of a SLURM step, an Open MPI job, a TPU pod (of one or
+several slices) or an indexed Kubernetes job, and propagates a SIGTERM from one process to all.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 from umv2 import files
 from umv2.config.schema import UserError
 
-# A process that ends waits as long for the others, which may be writing their last files; when
-# they do not come, because it ended by an error of its own, all end.
+# How long an exiting process waits for the others, which may still be writing files. After an error
+# in one process the others never arrive; then all processes are terminated.
 _SHUTDOWN_TIMEOUT_SECONDS = 60
 
 
@@ -33,18 +33,20 @@ def initialize(
     *,
     saves_on_termination: bool,
 ) -> int:
-    """Joins the other processes of the job, before JAX is used; returns which of them this one is.
+    """Initialises `jax.distributed` if the job has several processes; returns the process index.
 
-    A process that was started by hand is alone, and asks no network.
+    Must be called before JAX is used. A process that no launcher started runs alone, and does not
+    access the network.
 
     Args:
-      coordinator_address: host:port of process 0, with the other two, where JAX cannot find them.
-      num_processes: 1 says that this process is alone, whatever started it.
-      process_id: from 0.
-      saves_on_termination: SIGTERM asks for a `StopSignal` instead of ending the process.
+      coordinator_address: host:port of process 0. If JAX cannot discover the processes, this and
+        the next two arguments are all required.
+      num_processes: number of processes; 1 runs this process alone, whatever started it.
+      process_id: index of this process.
+      saves_on_termination: SIGTERM triggers `StopSignal` instead of ending the process.
 
     Raises:
-      UserError: values that do not fit together, or a launcher that JAX cannot ask.
+      UserError: the arguments are inconsistent, or JAX cannot query the launcher.
     """
     _check(coordinator_address, num_processes, process_id)
     launcher, _ = _launcher()
@@ -58,7 +60,7 @@ def initialize(
             coordinator_address,
             num_processes,
             process_id,
-            # What is given here must not be completed by what a launcher says.
+            # Explicit arguments must not be combined with those of a launcher.
             cluster_detection_method="deactivate" if num_processes else None,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_SECONDS,
         )
@@ -66,16 +68,16 @@ def initialize(
         source = "the flags" if num_processes else launcher
         raise UserError(
             f"cannot join the processes of {source}: {error}; --coordinator_address,"
-            " --num_processes and --process_id say who they are, --num_processes=1 that there are"
-            " no others"
+            " --num_processes and --process_id specify them, --num_processes=1 runs this process"
+            " alone"
         ) from error
     if jax.process_index() == 0:
         logging.info("%d processes, %d devices", jax.process_count(), jax.device_count())
     return jax.process_index()
 
 
-def require_alone(what: str, num_processes: int | None) -> None:
-    """Checks that a job which only one process can do was not started in several.
+def require_single_process(what: str, num_processes: int | None) -> None:
+    """Checks that a single-process job was not started in several processes.
 
     Raises:
       UserError: it was.
@@ -85,40 +87,41 @@ def require_alone(what: str, num_processes: int | None) -> None:
     launcher, started = _launcher()
     if num_processes is None and (started or 1) > 1:
         raise UserError(
-            f"{what} runs in one process, and {launcher} started {started}: start one, or give"
-            " --num_processes=1 where this is another job"
+            f"{what} runs in one process, but {launcher} started {started}: start only one, or pass"
+            " --num_processes=1 if this process is not part of that job"
         )
 
 
-def everywhere[T](work: Callable[[], T]) -> T:
-    """Returns what work gives that each process does by itself, such as reading files.
+def on_all_processes[T](work: Callable[[], T]) -> T:
+    """Calls `work` on every process, raising on all of them if it fails on any.
 
-    Where it fails in one process it fails in all: the others would wait for that one in vain.
+    For per-process work such as reading files: if only one process raised, the others would wait
+    for it forever.
 
     Raises:
-      UserError: it succeeded here, but not in another process.
-      Exception: what `work` raises here.
+      UserError: `work` failed in another process.
+      Exception: the exception that `work` raised in this process.
     """
     if jax.process_count() == 1:
         return work()
     error: Exception | None = None
     try:
         result = work()
-    except Exception as caught:  # whatever it is, the others must hear of it first
+    except Exception as caught:  # raised below, after the other processes are informed
         error = caught
     failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
     if error is not None:
         raise error
     if failed.size:
-        raise UserError(f"process {failed[0]} failed, and says why")
+        raise UserError(f"process {failed[0]} failed; see its error message")
     return result
 
 
 def require_shared(directory: Path) -> None:
-    """Creates a directory, and checks that it is one and the same for all processes.
+    """Creates a directory, and checks that all processes see the same one.
 
     Raises:
-      UserError: a process does not see what process 0 writes there.
+      UserError: a process does not see a file that process 0 writes there.
     """
     if jax.process_count() == 1:
         return
@@ -131,54 +134,55 @@ def require_shared(directory: Path) -> None:
             with files.errors(directory):
                 probe.touch()
 
-    everywhere(write)
-    seen = multihost_utils.process_allgather(np.asarray(probe.exists())).ravel()
+    on_all_processes(write)
+    visible = multihost_utils.process_allgather(np.asarray(probe.exists())).ravel()
     if jax.process_index() == 0:
         probe.unlink(missing_ok=True)
-    if not seen.all():
-        blind = ", ".join(str(process) for process in np.flatnonzero(~seen))
+    if not visible.all():
+        others = ", ".join(str(process) for process in np.flatnonzero(~visible))
         raise UserError(
-            f"{directory}: is not shared by all {seen.size} processes (what process 0 writes there"
-            f" is not seen by {blind}); give a --workdir on a disk that all of them mount"
+            f"{directory}: is not shared by all {visible.size} processes (files of process 0 are"
+            f" not visible to {others}); use a --workdir on a disk that all of them mount"
         )
 
 
 @contextlib.contextmanager
-def only_job(folder: Path, work: str) -> Iterator[None]:
-    """Holds a folder for this job, however many processes it has: process 0 locks it for all.
+def lock_folder(folder: Path, work: str) -> Iterator[None]:
+    """Locks a folder for all processes of this job; process 0 holds the lock.
 
     Args:
-      folder: that nobody else may work in; it is made.
-      work: what is done there, for the message of whoever comes second.
+      folder: the folder to lock; it is created if missing.
+      work: description of the work, for the error message of other jobs.
 
     Raises:
-      UserError: another job works there, or the folder cannot be made.
+      UserError: another job holds the lock, or the folder cannot be created.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
 
         def lock() -> None:
             if jax.process_index() == 0:
-                held.enter_context(files.locked(folder / "lock", work))
+                stack.enter_context(files.locked(folder / "lock", work))
 
-        everywhere(lock)
+        on_all_processes(lock)
         yield
 
 
-def of_first_process(work: Callable[[], int]) -> int:
-    """Returns on every process what `work` gives on the first, which alone does it."""
-    value = everywhere(lambda: work() if jax.process_index() == 0 else 0)
+def broadcast_from_first(work: Callable[[], int]) -> int:
+    """Calls `work` on the first process, and returns its result on all processes."""
+    value = on_all_processes(lambda: work() if jax.process_index() == 0 else 0)
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C as a wish to stop, on which all processes agree.
+    """Turns SIGTERM and Ctrl-C into a request to stop, on which all processes agree.
 
-    `requested(step)` says after each step whether to. A second Ctrl-C ends the process at once, and
-    saves nothing. One process gets the signals from Python. Several cannot act on them each by
-    itself, for one would save while the others compute: JAX's preemption service tells all of a
-    SIGTERM, which Ctrl-C becomes here, and picks the first step that none of them has reached.
+    `requested(step)` returns after each step whether to stop. A second Ctrl-C ends the process
+    immediately, without saving. A single process handles the signals itself. Several processes must
+    all stop after the same step, or some would save while others compute. There Ctrl-C is converted
+    to SIGTERM, which JAX's preemption service propagates to all processes, choosing the first step
+    that none of them has reached.
     """
 
     def __init__(self) -> None:
@@ -187,7 +191,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python gives signals to the main thread alone
+            return self  # Python allows signal handlers only in the main thread
         handlers: dict[int, Callable[..., None]] = {signal.SIGINT: self._interrupt}
         if jax.process_count() == 1:
             handlers[signal.SIGTERM] = self._note
@@ -201,29 +205,30 @@ class StopSignal:
 
     @property
     def name(self) -> str:
-        """Of the signal, where this process got it."""
+        """Name of the signal, if this process received it."""
         return self._received or "a signal to another process"
 
     def requested(self, step: int) -> bool:
-        """Returns whether to stop after this step; the same in all processes."""
+        """Returns whether to stop after this step; the result is the same on all processes."""
         if jax.process_count() == 1:
             return self.received
         return multihost_utils.reached_preemption_sync_point(step)
 
     @property
     def received(self) -> bool:
-        """Whether to leave work that is done between steps; False where processes must agree."""
+        """Whether to stop work between steps; always False if several processes must agree."""
         return self._received is not None and jax.process_count() == 1
 
     def _note(self, number: int, _: object) -> None:
         self._received = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
     def _interrupt(self, number: int, frame: object) -> None:
-        # The system itself ends the process: a handler would wait for the end of a compilation.
+        # Restore the default action, which ends the process even during a compilation, where Python
+        # would not run a handler.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._note(number, frame)
-        # Not through the log, whose locks the signal may have met half-way.
-        os.write(2, b"\nstopping as soon as the state is saved; Ctrl-C once more ends at once\n")
+        # Do not use the logger: the interrupted code may hold its lock.
+        os.write(2, b"\nstopping once the state is saved; press Ctrl-C again to end immediately\n")
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -245,9 +250,9 @@ def _check(address: str | None, num_processes: int | None, process_id: int | Non
 
 
 def _launcher() -> tuple[str | None, int | None]:
-    """Returns what started this process as one of several, and of how many where that is known.
+    """Returns the launcher that started several processes, if any, and their number, if known.
 
-    Reads the environment alone: JAX, which knows the details, may ask a network for them.
+    Reads only environment variables: JAX's own detection may access the network.
     """
     environment = os.environ
     for launcher, count in (
@@ -259,7 +264,7 @@ def _launcher() -> tuple[str | None, int | None]:
             raise UserError(f"{count}={given}: must be the number of processes of {launcher}")
         if (started := int(given)) > 1:
             return launcher, started
-    # JAX sets it when it is imported where TPUs are attached. A host of one TPU joins itself.
+    # JAX sets this variable on import if TPUs are attached. A single TPU host joins only itself.
     if "TPU_ML_PLATFORM" in environment and "tpu" in (jax.config.jax_platforms or "tpu"):
         return "the TPU pod", None
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():

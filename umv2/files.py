@@ -1,7 +1,7 @@
-"""Paths that a user names, files that appear complete or not at all, what JSON can say, and locks.
+"""User paths, atomic file writes, JSON values and lock files.
 
-What the operating system refuses (a full disk, a read-only folder) becomes a `FileError`: one line
-with the path and the reason. Imports neither jax nor numpy.
+Errors of the operating system (a full disk, a read-only folder) become a `FileError`: one line with
+the path and the reason. Imports neither jax nor numpy.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from typing import Any
 from umv2.config.schema import UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-# What the operating system answers when the machine or a disk cannot do more at this moment, which
-# says nothing about the program or about what a file holds.
-PASSING_ERRNOS = frozenset(
+# Errors that come from the current state of the machine or a disk, not from a bug or the content of
+# a file.
+TRANSIENT_ERRNOS = frozenset(
     {
         errno.EACCES,
         errno.EAGAIN,
@@ -38,39 +38,40 @@ PASSING_ERRNOS = frozenset(
         errno.ETIMEDOUT,
     }
 )
-# What file systems that cannot lock answer.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class FileError(UserError, OSError):
-    """A path that cannot be used; the message names it and says why."""
+    """A path that cannot be used; the message gives the path and the reason."""
 
 
 class InUse(FileError):
-    """A lock that another live process holds."""
+    """Another live process holds the lock."""
 
 
 def user_path(given: str, name: str) -> Path:
-    """Returns the path that a flag or a field gives, with `~` expanded.
+    """Returns the path given by a flag or a field, with `~` expanded.
 
     Args:
-      given: as the user wrote it.
-      name: of the flag or field, for messages.
+      given: the path as the user wrote it.
+      name: name of the flag or field, for error messages.
 
     Raises:
-      FileError: a URL (paths are of local or mounted disks), or a name that no file can have.
+      FileError: the path is empty, a URL (only local and mounted disks are supported), or not a
+        valid file name.
     """
     if not given:
         raise FileError(f"{name}={given!r}: must not be empty")
     if _SCHEME.match(given):
         raise FileError(
-            f"{name}={given}: must be a path of this machine, not a URL; mount the bucket or share"
+            f"{name}={given}: must be a local path, not a URL; mount the bucket or share"
         )
     if "\0" in given or not _is_unicode(given):
         raise FileError(f"{name}={given!r}: must be a name in UTF-8 without null bytes")
     try:
         return Path(given).expanduser()
-    except RuntimeError as error:  # ~ of a user that there is not
+    except RuntimeError as error:  # ~ of an unknown user
         raise FileError(f"{name}={given}: {error}") from error
 
 
@@ -83,13 +84,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def reason(error: OSError) -> str:
-    """Returns what the operating system says of an error, without numbers and paths."""
+    """Returns the operating system's message for an error, without number and path."""
     return error.strerror or str(error)
 
 
 @contextlib.contextmanager
 def errors(path: Path, failed: str = "cannot be written") -> Iterator[None]:
-    """Turns what the operating system refuses into a `FileError` about `path`."""
+    """Turns errors of the operating system into a `FileError` about `path`."""
     try:
         yield
     except FileError:
@@ -99,25 +100,26 @@ def errors(path: Path, failed: str = "cannot be written") -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, where they are missing.
+    """Creates a folder and its parents, if missing.
 
     Raises:
-      FileError: it cannot be made, or is a file.
+      FileError: the folder cannot be created, or is a file.
     """
-    with errors(path, "cannot be made a folder"):
+    with errors(path, "cannot be created"):
         path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and renames it to `path` at the end.
+    """Writes `path` atomically: yields a temporary path, which is renamed to `path` on success.
 
-    Whoever reads `path` sees the old content or the new, never a part. Its folder is made.
+    Readers of `path` see either the old or the new content, never a part of it. The folder of
+    `path` is created if missing.
 
     Raises:
-      FileError: the operating system refuses; what stood at `path` is unchanged.
+      FileError: writing failed; `path` is unchanged.
     """
-    # The suffix stays last, for libraries that go by it.
+    # Keep the suffix last, since some libraries infer the format from it.
     unfinished = path.with_name(f".unfinished_{os.getpid()}_{path.name}")
     make_folder(path.parent)
     with errors(path):
@@ -130,13 +132,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of text, in UTF-8, as a whole; see `replacing`."""
+    """Writes a UTF-8 text file atomically; see `replacing`."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def json_value(value: Any) -> Any:
-    """Returns a value as JSON can say it: None, which is null, for NaN and infinities."""
+    """Returns a value that is valid JSON: NaN and infinities become None."""
     if isinstance(value, Mapping):
         return {name: json_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -146,18 +148,18 @@ def json_value(value: Any) -> Any:
 
 @contextlib.contextmanager
 def locked(path: Path, work: str) -> Iterator[None]:
-    """Holds a lock file while `work` is done in its folder.
+    """Holds a lock on a file.
 
-    The lock ends with the process, however that ends: the file may stay, and means nothing. On file
-    systems that cannot lock, there is no lock.
+    The lock is released when the process ends for any reason; a remaining file has no effect. On
+    file systems without locks, this does nothing.
 
     Args:
-      path: of the lock file; its folder is made.
-      work: what the holder does, for the message of whoever comes second.
+      path: path of the lock file; its folder is created if missing.
+      work: description of the work, for the error message of other processes.
 
     Raises:
-      InUse: another process holds it.
-      FileError: the file cannot be made.
+      InUse: another process holds the lock.
+      FileError: the file cannot be created.
     """
     make_folder(path.parent)
     with errors(path):
@@ -168,7 +170,9 @@ def locked(path: Path, work: str) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise InUse(f"{path.parent}: {holder} works there; wait for it or stop it") from error
+            raise InUse(
+                f"{path.parent}: is in use by {holder}; wait until it ends, or stop it"
+            ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise FileError(f"{path}: cannot be locked: {reason(error)}") from error

@@ -1,6 +1,6 @@
-"""Chips, by the names that JAX gives their devices: arithmetic, memory, links.
+"""Peak FLOP/s, memory and bandwidths of accelerator chips, by their JAX device kind.
 
-A device is what JAX calls one: a whole chip, or one of the two cores of a TPU7x chip.
+All figures are per JAX device, which is a chip or, for TPU7x, one of its two cores.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What one JAX device of a kind computes.
+    """A chip whose peak FLOP/s are known.
 
     Attributes:
-      device_kind: the name that JAX gives it, or a part of it.
-      other_names: parts of names that it has too.
-      peak_flops: FLOP/s of dense bfloat16 matrix products, from the maker's data sheet.
+      device_kind: `jax.Device.device_kind`, or a substring of it.
+      other_names: other substrings of the device kind.
+      peak_flops: peak FLOP/s of dense bfloat16 matrix products, from the vendor's data sheet.
     """
 
     device_kind: str
@@ -31,17 +31,19 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedChip(Chip):
-    """A chip to plan for: what one JAX device of it holds and moves.
+    """A chip that programs can be planned for.
 
     Attributes:
-      platform: as JAX names it.
-      dimensions: of the torus, which a topology's name gives the sizes of; 1: a switch.
-      devices: that JAX makes of a chip.
-      memory_bytes: that one program may fill.
-      memory_bandwidth: bytes a second.
-      link_bandwidth: bytes a second that a device can receive over all of its links together.
-      flops_per_cycle: of the matrix units, so that the peak gives the clock; None: not needed.
-      source: of the figures.
+      platform: JAX platform.
+      dimensions: number of torus dimensions, which is that of sizes in a topology's name; 1 for a
+        switched network.
+      devices: number of JAX devices per chip.
+      memory_bytes: device memory available to one program.
+      memory_bandwidth: bytes per second.
+      link_bandwidth: bytes per second that a device can receive over all of its links together.
+      flops_per_cycle: FLOPs per cycle of the matrix units, which with the peak gives the clock
+        rate; None if not needed.
+      source: source of the figures.
     """
 
     platform: Literal["tpu", "cuda"]
@@ -58,7 +60,7 @@ _TPU_SOURCE = (
     "bandwidths: docs.cloud.google.com/tpu/docs/{page} (links: half of the bidirectional figure);"
     " memory: what the compiler of libtpu 0.0.51 calls available; matrix units: four of {unit}"
 )
-# The first of which a name is in that of a device is its chip. A v5p calls itself "TPU v5".
+# `chip_of` returns the first match, so the order matters: the device kind of a v5p is "TPU v5".
 CHIPS: dict[str, Chip] = {
     "v4": Chip(device_kind="TPU v4", peak_flops=275e12),
     "v5e": PlannedChip(
@@ -121,7 +123,7 @@ CHIPS: dict[str, Chip] = {
         peak_flops=989.4e12,
         dimensions=1,
         devices=1,
-        # CUDA and NCCL hold the rest; JAX takes 75 % where nothing else is said.
+        # CUDA and NCCL need the rest; by default JAX preallocates only 75 %.
         memory_bytes=int(0.95 * 151397597184),
         memory_bandwidth=4.8e12,
         link_bandwidth=900e9 / 2,
@@ -135,10 +137,11 @@ CHIPS: dict[str, Chip] = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the FLOP/s that a device can reach, or None where that is unknown.
+    """Returns the peak FLOP/s of a device, or None if unknown.
 
-    Dense bfloat16 from a table for TPUs and GPUs. For a CPU, what a float32 matrix product of
-    numpy reaches on all its cores, measured once: devices that share them share this number.
+    For TPUs and GPUs, this is the dense bfloat16 peak in the table. For a CPU, it is the throughput
+    of a float32 numpy matrix product on all cores, measured once; it is the same for all devices of
+    a process, which share the cores.
     """
     if device.platform == "cpu":
         return _measured_cpu_flops()
@@ -147,7 +150,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns the chip that JAX calls so, or None where it is unknown."""
+    """Returns the chip with this device kind, or None if unknown."""
     for chip in CHIPS.values():
         if any(name in device_kind for name in (chip.device_kind, *chip.other_names)):
             return chip
@@ -166,10 +169,10 @@ def _measured_cpu_flops(size: int = 1024, repeats: int = 5) -> float:
 
 
 def mesh_peak_flops() -> float | None:
-    """Returns the FLOP/s of all devices of the mesh in use together, or None where unknown."""
+    """Returns the total peak FLOP/s of the current mesh, or None if unknown."""
     mesh = jax.sharding.get_mesh()
     devices = jax.devices()[:1] if mesh.empty else list(mesh.devices.flat)
-    if devices[0].platform == "cpu":  # one of each process: the others share its cores
+    if devices[0].platform == "cpu":  # count one per process, since the others share its cores
         devices = list({device.process_index: device for device in devices}.values())
     peaks = [peak_flops(device) for device in devices]
     return None if None in peaks else sum(filter(None, peaks))

@@ -1,4 +1,4 @@
-"""The typed gate to `kernels_pallas`: nothing else in this package imports it."""
+"""Typed wrappers of `kernels_pallas`, which no other module of this package imports."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,12 +13,13 @@ from umv2.config import ConfigError
 Activation = Literal["gelu", "silu", "relu"]
 
 
-def vary_alike[T](arrays: T, axes: tuple[str, ...] = ()) -> T:
-    """Makes arrays vary, in one device's code, over `axes` and every axis that one varies over.
+def match_vma[T](arrays: T, axes: tuple[str, ...] = ()) -> T:
+    """Makes all arrays varying over `axes` and every manual axis that one of them varies over.
 
-    JAX then sums their gradients over the devices; a custom derivative must leave that to it.
+    Call it inside `shard_map` before an operator with a custom VJP. JAX then all-reduces the
+    gradients, which the custom VJP must not do itself.
     """
-    return common.vary_alike(arrays, axes=axes)
+    return common.match_vma(arrays, axes=axes)
 
 
 def fix_signs(
@@ -27,7 +28,7 @@ def fix_signs(
     previous_u: Float[Array, "*heads r"],
     previous_v: Float[Array, "*heads r"],
 ) -> tuple[Float[Array, "*heads r"], Float[Array, "*heads r"]]:
-    """Returns u and v with the sign that `product_key_top_k` needs: see `kernels_pallas`."""
+    """Fixes the common sign of u and v for `product_key_top_k`; see `kernels_pallas.fix_signs`."""
     return kernels_pallas.fix_signs(u, v, previous_u, previous_v)
 
 
@@ -42,24 +43,26 @@ def product_key_top_k(
     shortlist: int,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "t h*{top_m} cores"], Int[Array, "t h*{top_m}"]]:
-    """Returns the scores by core, and the addresses, of the best pairs of keys of one device.
+    """Selects the top key pairs; returns their per-core scores and their grid positions.
 
-    See `kernels_pallas.product_key_top_k`. The sign of u and v matters: (-u, -v) selects others.
+    See `kernels_pallas.product_key_top_k`. The common sign of u and v matters: (-u, -v) selects
+    other pairs.
 
     Args:
-      query: of each head, side, rank and token; heads or ranks that share a query have size 1.
-      keys: of each head, side (row, column) and rank.
-      u: the first left singular vector of each head's summed cores; None for additive scores.
-      v: the first right singular vector; None as u is.
-      cores: Tucker cores; None as u is.
-      top_m: pairs for each token and head.
-      shortlist: candidates a side.
-      implementation: "auto", or a name of `kernels_pallas`.
+      query: queries per head, side, rank and token; the axis of heads or ranks that share a query
+        has size 1.
+      keys: keys per head, side (row, column) and rank.
+      u: leading left singular vector of each head's summed cores; None for additive scores.
+      v: leading right singular vector; None for additive scores.
+      cores: Tucker cores; None for additive scores.
+      top_m: number of pairs to select per token and head.
+      shortlist: number of candidate keys per side.
+      implementation: "auto", or the name of an implementation in `kernels_pallas`.
 
     Raises:
-      ConfigError: the implementation that was named cannot take the call; "auto" always can.
+      ConfigError: the named implementation does not support the call; "auto" always does.
     """
-    with _refusals("product_key_top_k", implementation):
+    with _config_errors("product_key_top_k", implementation):
         return kernels_pallas.product_key_top_k(
             query,
             keys,
@@ -68,7 +71,7 @@ def product_key_top_k(
             cores,
             top_m=top_m,
             shortlist=shortlist,
-            implementation=_named(implementation),
+            implementation=_implementation(implementation),
         )
 
 
@@ -85,26 +88,26 @@ def value_aggregation(
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t {num_slots}*v"]:
-    """Returns the weighted sums of each token's rows of one device's tables.
+    """Returns the weighted sum of each token's selected rows, on one device.
 
     See `kernels_pallas.value_aggregation`.
 
     Args:
-      values: the table.
+      values: the value table.
       rows: ids of the selected rows.
-      weights: of each selection, for each of the c equal slices of a row.
-      pre_values: rows that decide, with `pre_inputs`, how much each selection counts.
-      pre_inputs: what each token brings to `pre_values`; both or neither.
-      activation: of the pre-score.
-      slots: where in its token's output each selection is added, in [0, num_slots).
-      num_slots: outputs a token; 1 without `slots`.
-      chunk_size: tokens whose rows are fetched at once; None: chosen by their size.
-      implementation: "auto", or a name of `kernels_pallas`.
+      weights: weight of each selection, for each of the c equal slices of a row.
+      pre_values: the pre-value table, whose products with `pre_inputs` gate the selections.
+      pre_inputs: input of each token to the pre-scores; given with `pre_values`.
+      activation: activation of the pre-scores.
+      slots: slot of its token's output to which each selection is added, in [0, num_slots).
+      num_slots: output slots per token; 1 without `slots`.
+      chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
+      implementation: "auto", or the name of an implementation in `kernels_pallas`.
 
     Raises:
-      ConfigError: the implementation that was named cannot take the call; "auto" always can.
+      ConfigError: the named implementation does not support the call; "auto" always does.
     """
-    with _refusals("value_aggregation", implementation):
+    with _config_errors("value_aggregation", implementation):
         return kernels_pallas.value_aggregation(
             values,
             rows,
@@ -115,7 +118,7 @@ def value_aggregation(
             slots=slots,
             num_slots=num_slots,
             chunk_size=chunk_size,
-            implementation=_named(implementation),
+            implementation=_implementation(implementation),
         )
 
 
@@ -127,39 +130,43 @@ def row_products(
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t k"]:
-    """Returns the inner products of each token's input with its rows of one device's table.
+    """Returns the inner products of each token's input with its selected rows, on one device.
 
     See `kernels_pallas.row_products`.
 
     Args:
       table: the table, or some of its columns.
       rows: ids of the selected rows.
-      inputs: what each token brings.
-      chunk_size: tokens whose rows are fetched at once; None: chosen by their size.
-      implementation: that of `value_aggregation`.
+      inputs: input of each token.
+      chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
+      implementation: the implementation of `value_aggregation`.
 
     Raises:
-      ConfigError: as `value_aggregation`, whose implementation it takes.
+      ConfigError: the implementation does not support the call, as in `value_aggregation`.
     """
-    with _refusals("value_aggregation", implementation):
+    with _config_errors("value_aggregation", implementation):
         return kernels_pallas.row_products(
-            table, rows, inputs, chunk_size=chunk_size, implementation=_named(implementation)
+            table,
+            rows,
+            inputs,
+            chunk_size=chunk_size,
+            implementation=_implementation(implementation),
         )
 
 
 def activate(x: Float[Array, "*shape"], activation: Activation | None) -> Float[Array, "*shape"]:
-    """Returns the activation of pre-scores, exactly as `value_aggregation` applies it."""
+    """Applies the activation of pre-scores, exactly as `value_aggregation` does."""
     return kernels_pallas.activate(x, activation)
 
 
-def _named(implementation: str) -> Any:
-    """What `kernels_pallas` calls an implementation of the configuration."""
+def _implementation(implementation: str) -> Any:
+    """Returns the `implementation` argument of `kernels_pallas`, where None means "auto"."""
     return None if implementation == "auto" else implementation
 
 
 @contextlib.contextmanager
-def _refusals(field: str, implementation: str) -> Iterator[None]:
-    """Names the field of the configuration where an implementation cannot take the call."""
+def _config_errors(field: str, implementation: str) -> Iterator[None]:
+    """Turns UnsupportedError into a ConfigError that names the configuration field."""
     try:
         yield
     except UnsupportedError as error:

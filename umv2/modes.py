@@ -1,4 +1,4 @@
-"""What each `--mode` of main.py does."""
+"""The functions behind each `--mode` of main.py."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,8 @@ from umv2.config import Config, ConfigError, to_dict
 from umv2.config import files as config_files
 from umv2.cost import exchange
 from umv2.cost import report as cost_report
-from umv2.data import kept_tokenizer, tokenizers
 from umv2.data import prepare as data_preparation
+from umv2.data import tokenizer_copy, tokenizers
 from umv2.data.corpus import Corpus, open_corpus
 from umv2.evaluation import downstream, long_context, report
 from umv2.evaluation.scoring import Scorer
@@ -28,7 +28,7 @@ from umv2.planning import search as plan_search
 from umv2.training import checkpoint, inspection
 from umv2.training import train as training
 from umv2.training.held_out import evaluate_corpus, make_evaluation_step
-from umv2.training.progress import working
+from umv2.training.progress import show_progress
 
 train = training.train
 inspect = inspection.inspect
@@ -37,11 +37,11 @@ import_model = runs.import_model
 
 
 def evaluate(config: Config | None, workdir: Path) -> report.Report:
-    """Evaluates the newest good checkpoint on the held-out documents and draws the loss curve.
+    """Evaluates the newest valid checkpoint on the held-out documents, and plots the loss curve.
 
     Raises:
-      ConfigError: a configuration that is not the run's, or another tokenizer than the run's.
-      CheckpointError: there is no checkpoint that can be read.
+      ConfigError: the model configuration or the tokenizer is not the run's.
+      CheckpointError: no checkpoint can be read.
     """
     config = _run_config(config, workdir)
     corpus = open_corpus(config.data, config.model.vocab_size, purpose="evaluate")
@@ -61,20 +61,21 @@ def evaluate(config: Config | None, workdir: Path) -> report.Report:
 
 
 def evaluate_long_context(config: Config | None, workdir: Path) -> long_context.LongContextReport:
-    """Asks the newest good checkpoint the questions of the long-context suite.
+    """Evaluates the newest valid checkpoint on the long-context suite.
 
-    Process 0 writes `long_context.jsonl` and `long_context.png`. Filler is cut from held-out text.
+    Filler text is taken from the held-out documents. Process 0 writes `long_context.jsonl` and
+    `long_context.png`.
 
     Raises:
-      ConfigError: a configuration that is not the run's, or a run without a tokenizer.
-      CheckpointError: there is no checkpoint that can be read.
+      ConfigError: the model configuration or the tokenizer is not the run's, or it has none.
+      CheckpointError: no checkpoint can be read.
     """
     config = _run_config(config, workdir)
     tokenizer = _tokenizer(config, workdir, "the long-context suite")
     corpus = open_corpus(config.data, config.model.vocab_size, purpose="evaluate")
     _check_corpus(corpus, workdir)
     config, mesh, restored = _restored(config, workdir)
-    found = long_context.evaluate(
+    suite_report = long_context.evaluate(
         config,
         Scorer(config.model, restored.weights, mesh),
         tokenizer=tokenizer,
@@ -82,8 +83,8 @@ def evaluate_long_context(config: Config | None, workdir: Path) -> long_context.
         step=restored.step,
     )
     if jax.process_index() == 0:
-        found.write(workdir, config)
-    return found
+        suite_report.write(workdir, config)
+    return suite_report
 
 
 def evaluate_downstream(
@@ -95,18 +96,18 @@ def evaluate_downstream(
     limit: int | None,
     include_path: Path | None,
 ) -> downstream.DownstreamReport:
-    """Runs tasks of lm-evaluation-harness; process 0 writes `downstream.json`.
+    """Evaluates on tasks of lm-evaluation-harness; process 0 writes `downstream.json`.
 
     Raises:
-      ConfigError: a configuration that is not the run's, or a run without a tokenizer.
-      UserError: the harness is not installed, a task is unknown, or its data cannot be had.
-      CheckpointError: there is no checkpoint that can be read.
+      ConfigError: the model configuration or the tokenizer is not the run's, or it has none.
+      UserError: the harness is not installed, a task is unknown, or its data is unavailable.
+      CheckpointError: no checkpoint can be read.
     """
     downstream.require_harness()
     from umv2.evaluation import harness
 
     model, step = harness_model(_run_config(config, workdir), workdir)
-    found = harness.run(
+    task_report = harness.run(
         model,
         tasks,
         step=step,
@@ -115,20 +116,20 @@ def evaluate_downstream(
         include_path=include_path,
     )
     if jax.process_index() == 0:
-        found.write(workdir)
-    return found
+        task_report.write(workdir)
+    return task_report
 
 
 def harness_model(config: Config, workdir: Path) -> tuple[Any, int]:
-    """Returns the newest good checkpoint as lm-evaluation-harness wants it, and its step.
+    """Returns the newest valid checkpoint as a model of lm-evaluation-harness, and its step.
 
     Args:
-      config: of the run.
-      workdir: of the run.
+      config: configuration of the run.
+      workdir: folder of the run.
 
     Raises:
-      ConfigError: a run without a tokenizer.
-      CheckpointError: there is no checkpoint that can be read.
+      ConfigError: the run has no tokenizer, or was trained with another one.
+      CheckpointError: no checkpoint can be read.
     """
     from umv2.evaluation import harness
 
@@ -141,39 +142,39 @@ def harness_model(config: Config, workdir: Path) -> tuple[Any, int]:
         config=config.generate,
         mesh=mesh if mesh.size > 1 else None,
     )
-    wanted = harness.HarnessModel(
+    model = harness.HarnessModel(
         Scorer(config.model, restored.weights, mesh),
         generator,
         tokenizer,
         max_length=config.data.sequence_length,
         batch_size=config.evaluation.batch_size,
     )
-    return wanted, restored.step
+    return model, restored.step
 
 
 def _restored(
     config: Config, workdir: Path
 ) -> tuple[Config, jax.sharding.Mesh, checkpoint.Restored]:
-    """Returns the configuration with a layout of tables, its mesh, and the newest checkpoint."""
+    """Returns the configuration with a resolved mesh, the mesh, and the newest checkpoint."""
     mesh = sharding.create_mesh(config.mesh, config.evaluation.batch_size)
     num_tokens = config.evaluation.batch_size * config.data.sequence_length
     config = exchange.resolve_mesh(
         config, mesh.shape, num_tokens, capacity=sharding.tpu_memory(mesh)
     )
-    with jax.set_mesh(mesh), working("restoring the newest checkpoint"):
+    with jax.set_mesh(mesh), show_progress("restoring the newest checkpoint"):
         return config, mesh, checkpoint.restore_for_inference(workdir / "checkpoints", config)
 
 
 def _check_corpus(corpus: Corpus, workdir: Path) -> None:
-    """Refuses another tokenizer than the run's, and warns of another held-out text."""
+    """Rejects a tokenizer other than the run's, and warns about different held-out documents."""
     trained_on = checkpoint.saved_data(workdir / "checkpoints")
     if trained_on is None:
         return
     checkpoint.check_tokenizer(trained_on, corpus.identity.tokenizer)
     if corpus.identity.held_out != trained_on["held_out"]:
         logging.warning(
-            "the held-out documents are not those of the run in %s, which may have been trained on"
-            " some of them",
+            "the held-out documents differ from those of the run in %s, which may have been trained"
+            " on some of them",
             workdir,
         )
 
@@ -182,8 +183,8 @@ def _tokenizer(config: Config, workdir: Path, purpose: str) -> tokenizers.Tokeni
     """Returns the tokenizer of a run.
 
     Raises:
-      ConfigError: it has none, or was trained with another.
-      DataError: the file cannot be read.
+      ConfigError: the run has no tokenizer, or was trained with another one.
+      DataError: the file of the tokenizer cannot be read.
     """
     tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.end_of_text_id)
     if tokenizer is None:
@@ -194,11 +195,11 @@ def _tokenizer(config: Config, workdir: Path, purpose: str) -> tokenizers.Tokeni
 
 
 def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]:
-    """Yields the prompt and its continuation by the newest good checkpoint.
+    """Yields the prompt and its continuation by the newest valid checkpoint.
 
     Raises:
-      ConfigError: a configuration that is not the run's, or a run without a tokenizer.
-      CheckpointError: there is no checkpoint that can be read.
+      ConfigError: the model configuration or the tokenizer is not the run's, or it has none.
+      CheckpointError: no checkpoint can be read.
     """
     config = _run_config(config, workdir)
     config = exchange.resolve_mesh(
@@ -216,7 +217,7 @@ def generate(config: Config | None, workdir: Path, prompt: str) -> Iterator[str]
 
 
 def _generation_mesh(config: Config) -> jax.sharding.Mesh | None:
-    """Returns the devices that hold one model; None for one device, whatever the copies were."""
+    """Returns a mesh for one replica of the model; None if a single device holds it."""
     mesh = dataclasses.replace(config.mesh, replica=1)
     if mesh.fsdp * mesh.memory * mesh.tensor == 1:
         return None
@@ -226,7 +227,7 @@ def _generation_mesh(config: Config) -> jax.sharding.Mesh | None:
 def cost(
     named_configs: Mapping[str, Config], context_length: int | None, output_dir: Path
 ) -> cost_report.CostReport:
-    """Counts what each configuration costs; draws the bytes of a decode step into `cost.png`."""
+    """Returns the costs of the configurations; plots the bytes of a decode step to `cost.png`."""
     report = cost_report.cost_report(named_configs, context_length=context_length)
     report.draw(output_dir / "cost.png")
     logging.info("wrote %s", output_dir / "cost.png")
@@ -236,14 +237,14 @@ def cost(
 def plan(
     name: str, config: Config, topology: str, *, step: cost_plan.Step, search_limit: int | None
 ) -> cost_plan.Plan | plan_search.Search:
-    """Says whether a step fits on a topology that need not be attached, and what bounds its time.
+    """Compiles a step for a topology that need not be attached: does it fit, and what bounds it?
 
-    With a `search_limit`, compiles that many of the most promising meshes for training.
+    With a `search_limit`, compiles training steps for up to that many of the most promising meshes.
 
     Raises:
-      UserError: an unknown topology, a compiler that is missing, a mesh that is impossible.
+      UserError: the topology is unknown, its compiler is missing, or the mesh is impossible.
     """
-    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and no device is asked for
+    jax.config.update("jax_platforms", "cpu")  # nothing is executed, so initialise no accelerator
     if search_limit is not None:
         return plan_search.search(name, config, topology, limit=search_limit)
     logging.info("compiling the %s step for %s, seconds to minutes", step, topology)
@@ -263,11 +264,11 @@ def train_tokenizer(config: Config, output_dir: Path, vocab_size: int) -> Path:
 
 
 def _run_config(config: Config | None, workdir: Path) -> Config:
-    """Returns the run's own configuration, with what `config` may change of it."""
+    """Returns `config`, checked to have the run's model; by default the run's configuration."""
     saved = config_files.of_run(checkpoint.saved_config(workdir / "checkpoints"), {})
     if config is not None:
-        theirs, given = ({"model": to_dict(each)["model"]} for each in (saved, config))
-        if differences := checkpoint.essential_differences(theirs, given):
+        of_run, given = ({"model": to_dict(each)["model"]} for each in (saved, config))
+        if differences := checkpoint.essential_differences(of_run, given):
             raise ConfigError(f"--config: not the model of {workdir}: " + "; ".join(differences))
     config = config or saved
-    return dataclasses.replace(config, data=kept_tokenizer.found(config.data, workdir))
+    return dataclasses.replace(config, data=tokenizer_copy.resolve(config.data, workdir))

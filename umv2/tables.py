@@ -1,4 +1,4 @@
-"""Tables of text that fit the terminal, whatever the names and the numbers in them.
+"""Text tables that fit the width of the terminal.
 
 Imports neither jax nor numpy.
 """
@@ -9,26 +9,26 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 _GAP = "  "
-_NO_TERMINAL = 100  # columns of a pipe or a file, where COLUMNS does not say
-_LEAST = 40  # columns: no table is narrower
-# Columns that cells of words may be wrapped to, more for a longer word up to the second, and those
-# of the first column, which names the rows.
-_LEAST_CELL = 8
-_LEAST_WORD = 12
-_LEAST_NAME = 16
-# A cell that is never broken.
+_DEFAULT_WIDTH = 100  # for pipes and files, if COLUMNS is not set
+_MIN_WIDTH = 40
+# Minimum widths for wrapping: of cells of words, of cells with a long word, and of the first
+# column, which names the rows.
+_MIN_CELL_WIDTH = 8
+_MIN_WORD_WIDTH = 12
+_MIN_NAME_WIDTH = 16
+# Numbers, which are never broken.
 _NUMBER = re.compile(r"[-+~]?\d[\d,.]*(e[-+]?\d+)?\s?[%\w]{0,3}|nan|-?inf", re.IGNORECASE)
 _AFTER_SEPARATOR = re.compile(r"(?<=[/_:=.,-])")
 _WORD_END = re.compile(rf"\s+|{_AFTER_SEPARATOR.pattern}")
 
 
 def terminal_width() -> int:
-    """Returns the columns of the terminal, as COLUMNS or the terminal says; 100 where none does."""
-    return max(_LEAST, shutil.get_terminal_size((_NO_TERMINAL, 0)).columns)
+    """Returns the width given by COLUMNS or the terminal, or else 100 columns."""
+    return max(_MIN_WIDTH, shutil.get_terminal_size((_DEFAULT_WIDTH, 0)).columns)
 
 
 def display_width(text: str) -> int:
-    """Returns the columns that a text takes: two for a wide character, none for a mark upon one."""
+    """Returns the width of a text in columns: 2 for wide characters, 0 for combining ones."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -36,14 +36,14 @@ def display_width(text: str) -> int:
 
 
 def printable(text: str) -> str:
-    """Returns a text on one line: what moves the cursor, or is no character, is escaped."""
+    """Returns a text with control and other non-printable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Breaks a text into lines: at spaces, else behind separators of names, else anywhere.
+    """Wraps a text at spaces or, for long words, after separators in names or else anywhere.
 
-    Lines keep the indentation of the first.
+    All lines keep the indentation of the first.
     """
     text = printable(text)
     if display_width(text) <= width:
@@ -67,7 +67,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def _pieces(word: str, width: int) -> Iterator[str]:
-    """Cuts a word that is longer than a line behind its separators, and what is still too long."""
+    """Splits a word that is longer than a line after its separators, or else at the width."""
     for piece in _AFTER_SEPARATOR.split(word):
         start = 0
         for end in range(1, len(piece) + 1):
@@ -78,12 +78,12 @@ def _pieces(word: str, width: int) -> Iterator[str]:
 
 
 def paragraph(text: str, width: int | None = None) -> str:
-    """Returns a text in lines that fit."""
+    """Wraps a text to the given or the terminal's width."""
     return "\n".join(wrapped(text, width or terminal_width()))
 
 
 def command_line(options: Sequence[str], width: int | None = None) -> str:
-    r"""Returns options of a command in lines that fit and that a shell takes: each ends with \."""
+    r"""Formats options of a command as shell lines that fit the width, continued with \."""
     limit = (width or terminal_width()) - 2
     lines = [""]
     for option in options:
@@ -102,52 +102,53 @@ def table(
     left: Collection[int] = (0,),
     rule: bool = False,
 ) -> str:
-    """Lines up the cells of a table that is no wider than the terminal.
+    """Formats a table that is no wider than the terminal.
 
-    Where the cells of a row do not fit side by side, words are wrapped within their columns. Where
-    that is not enough, the table is continued below itself: the first column again, with those
-    that did not fit. Numbers are never broken unless one alone is wider than the terminal.
+    If the rows are too wide, words are wrapped within their columns. If that is not enough, the
+    remaining columns are printed as a further table below, with the first column repeated. Numbers
+    are broken only if a single one is wider than the terminal.
 
     Args:
-      rows: the titles of the columns first. A row of one cell is a heading over all columns.
-      width: columns of the terminal; None: as many as it has.
-      left: columns that start at the left; the others end at the right.
-      rule: whether a line is drawn below the titles.
+      rows: rows of cells, the first of which is the header. A row with a single cell is a heading
+        over all columns.
+      width: width in columns; None: that of the terminal.
+      left: left-aligned columns; the others are right-aligned.
+      rule: whether to draw a line below the header.
     """
     width = width or terminal_width()
     if not rows:
         return ""
     rows = [[printable(cell) for cell in row] for row in rows]
-    whole = [row for row in rows if len(row) == len(rows[0])]
-    natural = [max(map(display_width, column)) for column in zip(*whole, strict=True)]
-    least = [
-        max((_least_width(cell, number) for number, cell in enumerate(column)))
-        for column in zip(*whole, strict=True)
+    full_rows = [row for row in rows if len(row) == len(rows[0])]
+    natural = [max(map(display_width, column)) for column in zip(*full_rows, strict=True)]
+    minimum = [
+        max((_min_width(cell, number) for number, cell in enumerate(column)))
+        for column in zip(*full_rows, strict=True)
     ]
-    least[0] = min(natural[0], max(least[0], _LEAST_NAME))
-    if _total(least) > width:  # Names are to be read: the first column gets up to half the width.
-        least[0] = max(least[0], min(natural[0], width // 2))
+    minimum[0] = min(natural[0], max(minimum[0], _MIN_NAME_WIDTH))
+    if _total(minimum) > width:  # keep names readable: up to half the width for the first column
+        minimum[0] = max(minimum[0], min(natural[0], width // 2))
     blocks = []
-    for columns in _blocks(least, width):
-        widths = _shrunk([natural[c] for c in columns], [least[c] for c in columns], width)
+    for columns in _blocks(minimum, width):
+        widths = _shrunk([natural[c] for c in columns], [minimum[c] for c in columns], width)
         blocks.append(_lines(rows, columns, widths, width, left=left, rule=rule))
     return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
-def _least_width(cell: str, row: int) -> int:
+def _min_width(cell: str, row: int) -> int:
     size = display_width(cell)
     if row and _NUMBER.fullmatch(cell.strip()):
         return size
     longest = max((display_width(w) for w in _WORD_END.split(cell)), default=0)
-    return min(size, max(_LEAST_CELL, min(longest, _LEAST_WORD)))
+    return min(size, max(_MIN_CELL_WIDTH, min(longest, _MIN_WORD_WIDTH)))
 
 
-def _blocks(least: Sequence[int], width: int) -> list[list[int]]:
-    """Returns the columns that stand side by side; the first column is in every block."""
+def _blocks(minimum: Sequence[int], width: int) -> list[list[int]]:
+    """Splits the columns into blocks that fit the width; each block has the first column."""
     blocks = [[0]]
-    for column in range(1, len(least)):
-        beside = _total([least[c] for c in (*blocks[-1], column)])
-        if beside > width and len(blocks[-1]) > 1:
+    for column in range(1, len(minimum)):
+        total = _total([minimum[c] for c in (*blocks[-1], column)])
+        if total > width and len(blocks[-1]) > 1:
             blocks.append([0])
         blocks[-1].append(column)
     return blocks
@@ -157,10 +158,10 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
-def _shrunk(widths: Sequence[int], least: Sequence[int], width: int) -> list[int]:
-    """Takes from the widest columns until all fit: from words first, from numbers if need be."""
+def _shrunk(widths: Sequence[int], minimum: Sequence[int], width: int) -> list[int]:
+    """Shrinks the widest columns until all fit, below their minimum widths only if necessary."""
     widths = [min(size, width) for size in widths]
-    for floors in (least, [2] * len(widths)):
+    for floors in (minimum, [2] * len(widths)):
         while _total(widths) > width:
             wide = [c for c, size in enumerate(widths) if size > floors[c]]
             if not wide:

@@ -1,8 +1,8 @@
-"""Values that cross module boundaries.
+"""Types used across modules.
 
 Axis letters in jaxtyping annotations: `b` batch, `t` position or token, `d` hidden, `h` retrieval
 head, `r` Tucker rank, `n` keys per side, `k` selected value, `c` core, `v` value width, `p`
-pre-value width, `l` memory layer. Sides (row, column) are a literal axis of size 2.
+pre-value width, `l` memory layer. The side axis (row, column) is a literal 2.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Batches are numpy arrays until they reach the devices; type checkers need not tell them apart.
+# Batches are numpy arrays until they are put on devices; type checkers do not distinguish them.
 if TYPE_CHECKING:
     AnyArray = Any
 else:
@@ -22,10 +22,11 @@ else:
 
 @dataclass_transform(frozen_default=True)
 def struct[T](cls: type[T]) -> type[T]:
-    """Makes a class a frozen dataclass and a pytree with all its fields as children.
+    """Makes a class a frozen dataclass and a pytree whose children are its fields.
 
-    Unlike `jax.tree_util.register_dataclass`, rebuilding it does not call `__init__`: JAX rebuilds
-    trees with shapes, shardings or None in place of arrays, which run-time type checks refuse.
+    Unlike with `jax.tree_util.register_dataclass`, unflattening does not call `__init__`: JAX
+    unflattens trees with shapes, shardings or None instead of arrays, which would fail the run-time
+    type checks.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     names = [field.name for field in dataclasses.fields(made)]
@@ -49,7 +50,7 @@ class Batch:
 
     inputs: Int[AnyArray, "b t"]
     targets: Int[AnyArray, "b t"]
-    # Number of the document within its sequence, from 0.
+    # Index of the document within its sequence, from 0.
     segment_ids: Int[AnyArray, "b t"]
     # 1 where the target counts in the loss, 0 where it is padding.
     weights: Float[AnyArray, "b t"]

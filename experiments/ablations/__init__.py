@@ -1,1 +1,1 @@
-"""Arms that are compared: what they are, their runs, and what the runs say."""
+"""Ablations: their arms, runs, results and reports."""

@@ -1,7 +1,7 @@
-"""What an ablation is: named arms, each a diff to a base configuration, and what is held fixed.
+"""Definition of an ablation: named arms, each a diff to a base configuration, and what is fixed.
 
-A diff maps the path of a field to its new value, or to a function of the configuration that gives
-it, so that one diff holds at every scale.
+A diff maps the path of a field to its new value, or to a function that computes it from the
+configuration, so that one diff applies at every scale.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ from ml_collections import ConfigDict
 from experiments.ablations import scales
 
 ALL = ("active", "total", "flops", "values_read")
-# Where arms differ in retrieval, whose comparisons are FLOPs of no parameter, the FFN can give back
-# the FLOPs or the active parameters, not both; compute is what the paper holds.
+# Scoring keys costs FLOPs but no parameters. Where arms differ in retrieval, the FFN can therefore
+# make up for the FLOPs or the active parameters, but not both; the paper holds compute fixed.
 COMPUTE = ("flops",)
 BUDGET = ("total", "flops", "values_read")
 
 type Diff = Mapping[str, Any]
-# What the paper finds of an arm, relative to the arm that it is compared with.
+# The paper's finding on an arm, relative to the arm that it is compared with.
 type Expected = Literal["higher", "lower", "equal", "not stated"]
-# held_out_loss: nats a token after the last step | decay_gain: how far the held-out loss falls
-# while the learning rate decays | answer_accuracy: of the multi-hop questions.
+# held_out_loss: nats per token after the last step | decay_gain: drop of the held-out loss while
+# the learning rate decays | answer_accuracy: on the multi-hop questions.
 type Measure = Literal["held_out_loss", "decay_gain", "answer_accuracy"]
 
 
-# Learning rate of the value tables relative to the rest; paper, section 4.2.9.
+# Learning rate of the value tables relative to that of the other parameters; paper, section 4.2.9.
 CONSTANT_1: Diff = {
     "optimizer.values_multiplier": 1.0,
     "optimizer.values_final_multiplier": 1.0,
@@ -42,12 +42,12 @@ FALLING_4_TO_1: Diff = {
 class Arm:
     """One configuration of an ablation.
 
-    `paper` is what the paper reports of it, and `expected` the sign of that in the ablation's
-    measure, both against the arm `versus` (empty: the baseline); `paper_difference` is its number,
-    where the paper gives the loss (held out, where it gives both). `make` changes many fields at
-    once, such as a family, before `diff` does. At scale `paper` the sizes of `published` come on
-    top, and a `published_file` ('paper_1b_7b:moe') replaces all of it; arms without either are
-    sized by the solver there too.
+    `paper` is what the paper reports, and `expected` the sign of that in the ablation's measure,
+    both relative to the arm `versus` (empty: the baseline); `paper_difference` is the reported
+    difference in loss, if any (held-out loss if the paper gives both). `make` changes many fields
+    at once, for example the family, before `diff` is applied. At scale `paper`, the sizes in
+    `published` are applied last, and `published_file` ('paper_1b_7b:moe') replaces the whole
+    configuration; arms without either are sized by the solver, as at other scales.
     """
 
     diff: Diff = dataclasses.field(default_factory=dict)
@@ -62,13 +62,12 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """A question, its arms (the first is the baseline), and what is held fixed between them.
+    """A question, its arms (the first is the baseline), and the quantities held fixed.
 
-    `fixed` names quantities of `umv2.cost.matching` that every arm has in common with the baseline
-    within 1 %; the solver meets them through the sizes in `free`, and
-    `python -m experiments.ablations.sizes` stores what it finds. `scaled` is what the base of a
-    scale needs before any arm can exist, such as more layers. `explanation` is shown with the
-    results.
+    `fixed` names quantities of `umv2.cost.matching` in which every arm equals the baseline within
+    1 %; the solver matches them by changing the sizes in `free`, and
+    `python -m experiments.ablations.sizes` stores the solution. `scaled` is a diff to the base of a
+    scale that all arms need, such as more layers. `explanation` is shown with the results.
     """
 
     question: str
@@ -84,7 +83,7 @@ class Ablation:
 
     @property
     def baseline(self) -> str:
-        """Name of the arm that the others are sized by, and compared with unless they say else."""
+        """The arm that others are matched to, and compared with by default."""
         return next(iter(self.arms))
 
     def versus(self, arm: str) -> str:
@@ -92,13 +91,13 @@ class Ablation:
         return self.arms[arm].versus or self.baseline
 
     def base(self, scale: str) -> ConfigDict:
-        """Returns the configuration that the arms are diffs to."""
+        """Returns the configuration to which the diffs of the arms apply."""
         config = scales.paper(self.paper_file) if scale == "paper" else getattr(scales, scale)()
         apply(config, self.scaled.get(scale, {}))
         return config
 
     def unsized(self, arm: str, scale: str) -> ConfigDict:
-        """Returns the configuration of an arm before the solver's sizes are put in."""
+        """Returns the configuration of an arm without the sizes from the solver."""
         entry = self.arms[arm]
         if scale == "paper" and entry.published_file:
             return _published(entry.published_file)
@@ -111,7 +110,7 @@ class Ablation:
         return config
 
     def is_published(self, arm: str, scale: str) -> bool:
-        """Whether the paper gives the sizes of an arm at a scale."""
+        """Whether an arm has published sizes at a scale."""
         entry = self.arms[arm]
         return scale == "paper" and bool(entry.published or entry.published_file)
 
@@ -127,12 +126,12 @@ def _published(file: str) -> ConfigDict:
 
 
 def apply(config: ConfigDict, diff: Diff) -> None:
-    """Assigns the values of a diff in place.
+    """Applies a diff in place.
 
-    Functions in it see the configuration as it was before.
+    Functions in the diff see the original configuration.
 
     Raises:
-      KeyError: a path that is no field.
+      KeyError: no field has the path.
     """
     values = {
         path: value(config, path) if callable(value) else value for path, value in diff.items()
@@ -156,7 +155,7 @@ def field(config: ConfigDict, path: str) -> Any:
 
 
 def times(factor: float) -> Callable[[ConfigDict, str], Any]:
-    """Returns the field's value times a factor; what is an integer stays one, and above 0."""
+    """Multiplies a field by a factor; integers are rounded, to at least 1."""
 
     def scaled(config: ConfigDict, path: str) -> Any:
         value = field(config, path)
@@ -166,7 +165,7 @@ def times(factor: float) -> Callable[[ConfigDict, str], Any]:
 
 
 def top_m(factor: float) -> Diff:
-    """Multiplies the values that a head selects; the shortlist follows up to 128 (paper)."""
+    """Multiplies top-m; the shortlist has the same size up to 128, as in the paper."""
 
     def shortlist(config: ConfigDict, path: str) -> int:
         del path
@@ -176,7 +175,7 @@ def top_m(factor: float) -> Diff:
 
 
 def row_split(pre: int, value: int) -> Diff:
-    """Splits a row into Pre-value and Value, whose width stays even, for two cores."""
+    """Splits a row into Pre-value and Value; the width of Value is even, for two cores."""
 
     def value_dim(config: ConfigDict, path: str) -> int:
         del path
@@ -191,7 +190,7 @@ def row_split(pre: int, value: int) -> Diff:
 
 
 def half_of_row() -> Diff:
-    """Plain rows as wide as the Value of a row that is halved between Pre-value and Value."""
+    """Plain rows of half the width, so as wide as the Value of `row_split(1, 1)`."""
 
     def half(config: ConfigDict, path: str) -> int:
         del path
@@ -201,14 +200,14 @@ def half_of_row() -> Diff:
 
 
 def fraction_of_hidden(fraction: float) -> Callable[[ConfigDict, str], int]:
-    """Returns a width as a fraction of the residual stream's."""
+    """A width, as a fraction of that of the residual stream."""
     return lambda config, path: round(config.model.hidden_size * fraction)
 
 
 def layers(fraction: float) -> Diff:
-    """Keeps memory layers in a fraction of the blocks, evenly spaced, and the values read by all.
+    """Keeps memory layers in a fraction of the blocks, evenly spaced.
 
-    A selection grows as layers become fewer.
+    Top-m grows in inverse proportion, so that all layers together read as many values.
     """
 
     def count(config: ConfigDict) -> int:
@@ -231,12 +230,12 @@ def layers(fraction: float) -> Diff:
 
 
 def evenly_spaced(count: int, num_layers: int) -> tuple[int, ...]:
-    """Returns blocks, from 1, in the middle of `count` equal parts of the model."""
+    """Returns the blocks, counted from 1, in the middle of `count` equal parts of the model."""
     return tuple((2 * i + 1) * num_layers // (2 * count) + 1 for i in range(count))
 
 
 def placed(count: int) -> Diff:
-    """Keeps this many memory layers, evenly spaced."""
+    """Keeps `count` memory layers, evenly spaced."""
 
     def blocks(config: ConfigDict, path: str) -> tuple[int, ...]:
         del path
@@ -246,9 +245,9 @@ def placed(count: int) -> Diff:
 
 
 def skips() -> Diff:
-    """Places a memory in every fifth part of the blocks, at least two, from its first to its last.
+    """Places one memory per five blocks, at least two: read in the first block, added in the last.
 
-    UltraMem-227M has four in 20 blocks, each written three blocks after it is read.
+    UltraMem-227M has four in 20 blocks.
     """
 
     def ends(config: ConfigDict) -> list[int]:
@@ -268,5 +267,5 @@ def skips() -> Diff:
 
 
 def fraction_of_steps(fraction: float) -> Callable[[ConfigDict, str], int]:
-    """Returns a number of steps as a fraction of training."""
+    """A number of steps, as a fraction of the training steps."""
     return lambda config, path: math.floor(config.train.num_steps * fraction)

@@ -1,4 +1,4 @@
-"""Questions that the paper leaves open, or does not ask."""
+"""Ablations of questions that the paper leaves open or does not ask."""
 
 from configs import families
 from experiments.ablations import scales
@@ -17,7 +17,7 @@ from experiments.ablations.arms import (
     top_m,
 )
 
-# Multi-hop questions among their facts, from experiments/ablations/corpora.py, byte by byte.
+# The multi-hop documents of experiments/ablations/corpora.py, as bytes.
 _MULTI_HOP = {
     "model.vocab_size": 264,
     "data.source": "text",
@@ -29,7 +29,7 @@ _MULTI_HOP = {
 
 
 def _rows(factor: float, expected: Expected) -> Arm:
-    """A table of another number of keys a side, so of the square of it in rows."""
+    """An arm with another number of keys per side, so with its square in rows."""
     return Arm({"model.memory.num_keys": times(factor)}, "not stated", expected)
 
 
@@ -50,7 +50,7 @@ BEYOND: dict[str, Ablation] = {
         fixed=ALL,
         free=("moe.num_experts", "moe.expert_size"),
         paper_file="paper_227m_1b2",
-        explanation="Runs of four times the usual length; the curve of differences is the result.",
+        explanation="Runs are four times as long as usual; the result is the curve of differences.",
     ),
     "longer_value_processing": Ablation(
         question="Does the gap between PEER values and plain ones change with more training?",
@@ -68,10 +68,10 @@ BEYOND: dict[str, Ablation] = {
         fixed=BUDGET,
         free=("ffn_size", "memory.num_keys", "memory.top_m"),
         paper_file="paper_430m_5b",
-        explanation="The arms of value_processing, trained four times as long.",
+        explanation="The arms of value_processing, trained for four times as many steps.",
     ),
     "multi_hop": Ablation(
-        question="Do memory layers help or harm multi-hop reasoning?",
+        question="Do memory layers help or hurt multi-hop reasoning?",
         source="our own; Table 2 has 17.7 for UltraMemV2 against 34.8 for MoE, unexplained",
         finding="UltraMemV2 answers half as many multi-hop questions as MoE",
         arms={
@@ -84,8 +84,8 @@ BEYOND: dict[str, Ablation] = {
         paper_file="paper_227m_1b2",
         scaled={scale: {"train.num_steps": times(2)} for scale in ("cpu",)},
         measure="answer_accuracy",
-        explanation="Facts 'a is in b' in shuffled order, then the place of one thing, 1 to 4 hops"
-        " away; accuracy over all held-out questions, teacher-forced.",
+        explanation="Facts 'a is in b' in shuffled order, then questions for the place 1 to 4 hops"
+        " away; teacher-forced accuracy over all held-out questions.",
     ),
     "table_rows": Ablation(
         question="What do more rows bring at fixed active compute?",
@@ -101,9 +101,9 @@ BEYOND: dict[str, Ablation] = {
         fixed=COMPUTE,
         scaled={
             "smoke": {"model.ffn_size": 128, "model.memory.num_keys": 32},
-            "gpu": {"model.memory.num_keys": 192},  # 16 times as many still fit one H200
+            "gpu": {"model.memory.num_keys": 192},  # 16 times the rows still fit one H200
         },
-        explanation="Arms are named by their rows relative to the base.",
+        explanation="Arms are named by the number of rows relative to the base.",
     ),
     "selection": Ablation(
         question="What does a larger top-m bring at fixed active compute?",
@@ -117,6 +117,6 @@ BEYOND: dict[str, Ablation] = {
             "4": Arm(top_m(4), "not stated", "lower"),
         },
         fixed=COMPUTE,
-        explanation="Arms are named by top-m relative to the base; the FFN pays for what is read.",
+        explanation="Arms are named by top-m relative to the base; the FFN size makes up for it.",
     ),
 }

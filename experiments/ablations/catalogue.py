@@ -1,13 +1,13 @@
-"""Every ablation of the paper, and Table 3: what each compares. More: ladder.py, beyond_paper.py.
+"""Catalogue of all ablations of the paper and Table 3; see also ladder.py and beyond_paper.py.
 
     python main.py --config=experiments/ablations/catalogue.py:heads/two --workdir=runs/two_heads
     python -m experiments.ablations.run --ablation=heads --scale=cpu --seeds=3
     python -m experiments.ablations.report
 
-An arm is ABLATION/ARM, or ABLATION/ARM/SCALE with a scale of scales.py (default: cpu).
+An arm is named ABLATION/ARM, or ABLATION/ARM/SCALE with a scale of scales.py (default: cpu).
 Sections and tables are those of UltraMemV2 (arXiv 2508.18756) unless V1 (UltraMem, arXiv
-2411.12364) is named. What the paper reports are differences to the arm compared with: losses in
-nats a token, accuracies in points.
+2411.12364) is named. The paper's results are differences to the compared arm: losses in nats per
+token, accuracies in points.
 """
 
 import json
@@ -47,12 +47,12 @@ SIZES_FILE = Path(__file__).parent / "sizes.json"
 
 
 def _compute_share(key_dim: int) -> Arm:
-    """An arm of Table 4; its D_k over that of the best arm, 524."""
+    """An arm of Table 4, by its D_k; that of the best arm is 524."""
     return Arm({"model.memory.key_dim": times(key_dim / 524)}, "17 % is best", expected="higher")
 
 
 def _window(kind: str, group: int, paper: str) -> Arm:
-    """Tables that a layer sees, paper section 4.2.8."""
+    """An arm with other tables visible to a layer, paper section 4.2.8."""
     diff = {"model.memory.sharing": kind, "model.memory.share_group": group}
     return Arm(diff, paper, expected="lower")
 
@@ -100,8 +100,8 @@ ABLATIONS: dict[str, Ablation] = {
         " Value; plain_wide has as many rows and reads as many, each twice as wide.",
     ),
     "projector_and_queries": Ablation(
-        question="One output projection and a query per Tucker rank, or one a virtual block and a"
-        " shared query?",
+        question="One output projection and a query per Tucker rank, or a projection per virtual"
+        " block and a shared query?",
         source="section 4.2.2, Figure 3",
         finding="one projection and a query per rank: loss -0.0026, +0.7 points after 1.5T tokens",
         arms={
@@ -154,9 +154,9 @@ ABLATIONS: dict[str, Ablation] = {
             "27.5": _compute_share(880),
         },
         fixed=ALL,
-        explanation="Arms are named by the paper's fractions in per cent; D_k is in the same"
-        " proportion to the base's at every scale, and the FFN shrinks as it grows. Counted as"
-        " here, 17 % is 21 % of the FLOPs without the head.",
+        explanation="Arms are named by the paper's fractions in per cent; D_k is scaled by the same"
+        " factors at every scale, and the FFN shrinks as it grows. By our count, 17 % is 21 % of"
+        " the FLOPs without the head.",
     ),
     "value_width": Ablation(
         question="Few wide rows, or many narrow ones?",
@@ -193,10 +193,10 @@ ABLATIONS: dict[str, Ablation] = {
         },
         fixed=ALL,
         free=(),
-        explanation="Rows whose width 9 does not divide take the nearest even D_v for 1 : 8.",
+        explanation="Where 9 does not divide the width of a row, 1 : 8 takes the nearest even D_v.",
     ),
     "number_of_layers": Ablation(
-        question="How many blocks need a memory layer, top-m x layers being constant?",
+        question="How many blocks need a memory layer, at constant top-m x layers?",
         source="section 4.2.6, Figure 7",
         finding="from 2 over 5 and 10 to 20 layers of 20 the held-out loss is soon flat, while"
         " accuracy gains 2.3, 0.9 and 1.1 points",
@@ -218,11 +218,11 @@ ABLATIONS: dict[str, Ablation] = {
                 "model.memory.key_dim": 12,
             },
         },
-        explanation="Total parameters stay: fewer layers have larger tables, and more keys to"
-        " search, which the FFN pays for.",
+        explanation="Total parameters are constant: fewer layers have larger tables, and more keys"
+        " to search; the FFN shrinks to pay for that.",
     ),
     "continued_training": Ablation(
-        question="How much does the decay of the learning rate bring to each model?",
+        question="How much does each model gain from the decay of the learning rate?",
         source="section 4.2.6, Table 6",
         finding="points gained by continued training: MoE +7.1 to +7.8, memory in every layer +8.0"
         " to +8.3, in 4 layers +5.7",
@@ -237,9 +237,9 @@ ABLATIONS: dict[str, Ablation] = {
         free=("ffn_size", "memory.num_keys", "moe.num_experts", "moe.expert_size"),
         paper_file="paper_430m_5b",
         measure="decay_gain",
-        explanation="The gain is the fall of the held-out loss from where the decay begins to the"
-        " end. Continued training of the paper also turns to better data; here the data stay,"
-        " so that part of its effect is left out. Four layers of 20 are a fifth of them.",
+        explanation="The gain is the drop of the held-out loss from the start of the decay to the"
+        " end. The paper's continued training also switches to better data; here the data are the"
+        " same, so that part of the effect is missing. Four layers of 20 are a fifth of them.",
     ),
     "tucker_penalty": Ablation(
         question="Does the penalty on all but the first singular value of the cores help?",
@@ -305,7 +305,7 @@ ABLATIONS: dict[str, Ablation] = {
         " pay for them. The paper's gain is in accuracy; its figures show no loss for the rings.",
     ),
     "value_learning_rate": Ablation(
-        question="Which learning rate do value tables want, relative to the rest?",
+        question="Which learning rate should value tables have, relative to the other parameters?",
         source="section 4.2.9, Figure 13",
         finding="4x falling to 1x leads early; constant 1x wins by 0.4 points at 1.4T tokens",
         arms={
@@ -320,10 +320,10 @@ ABLATIONS: dict[str, Ablation] = {
                 "not stated",
             ),
         },
-        explanation="The expected sign is the paper's for short runs, which all of ours are.",
+        explanation="The expected sign is the paper's for short runs, as all of ours are short.",
     ),
     "activation_density": Ablation(
-        question="Many values read of fewer, or fewer read of twice as many?",
+        question="Read many values of a smaller table, or fewer values of one twice as large?",
         source="Table 1",
         finding="top-256 of 120B against top-768 of 60B: held-out loss -0.020 at 1.6T tokens;"
         " +0.033 and -0.8 points after continued training, where density wins",
@@ -404,7 +404,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def configuration(ablation: str, arm: str, scale: str) -> ConfigDict:
-    """Returns the configuration of an arm, at the sizes that the solver stored."""
+    """Returns the configuration of an arm, with the stored sizes of the solver."""
     config = ABLATIONS[ablation].unsized(arm, scale)
     sizes: dict[str, Any] = json.loads(SIZES_FILE.read_text())
     apply(config, sizes.get(scale, {}).get(f"{ablation}/{arm}", {}))
@@ -415,7 +415,7 @@ def get_config(name: str = "") -> ConfigDict:
     """Returns the configuration of ABLATION/ARM or ABLATION/ARM/SCALE.
 
     Raises:
-      ConfigError: a name that there is not; the message lists those there are.
+      ConfigError: the name is unknown; the message lists the known ones.
     """
     ablation, arm, scale = (*name.split("/"), "", "", "")[:3]
     cli.require(f"ablation {ablation!r}", ablation, ABLATIONS)

@@ -1,4 +1,4 @@
-"""What the finished runs of an ablation say: paired differences with intervals, and verdicts."""
+"""Results of an ablation from its finished runs: paired differences, intervals and verdicts."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences, and the half width of its 95 % interval (NaN for one pair).
+    """Mean of paired differences, and the half-width of its 95 % interval (NaN for one pair).
 
-    The interval is Student's, of the differences between runs of equal seed: equal seeds draw equal
-    parameters where both arms have them, and see equal batches.
+    The interval is Student's, over differences between runs of the same seed: the same seed draws
+    the same values for parameters that both arms have, and the same batches.
     """
 
     mean: float
@@ -26,7 +26,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the difference is above the noise of seeds; never for one pair."""
+        """Whether the difference exceeds the noise between seeds; never for one pair."""
         return abs(self.mean) > self.half_width
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Interval:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and standard deviation of a sample; NaN for what too few values cannot give."""
+    """Returns the mean and standard deviation of a sample; NaN where there are too few values."""
     if not values:
         return math.nan, math.nan
     mean = math.fsum(values) / len(values)
@@ -48,7 +48,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def interval(differences: Sequence[float]) -> Interval:
-    """Returns the mean of differences with its interval."""
+    """Returns the mean of differences and its interval."""
     import scipy.stats
 
     mean, deviation = mean_and_deviation(differences)
@@ -61,10 +61,10 @@ def interval(differences: Sequence[float]) -> Interval:
 
 
 def measured(run: Run, measure: str) -> float | None:
-    """Returns what an ablation compares of a run; None for one that diverged.
+    """Returns an ablation's measure of a run; None if the run diverged.
 
-    Held-out loss in nats a token; the gain of the decay, from the first held-out evaluation to the
-    last; or the accuracy of answers.
+    The held-out loss in nats per token; its drop in the decay, from the first held-out evaluation
+    to the last; or the accuracy of answers.
     """
     if run.diverged:
         return None
@@ -80,9 +80,9 @@ def measured(run: Run, measure: str) -> float | None:
 
 
 def quarter_means(run: Run) -> list[float] | None:
-    """Returns the mean logged training loss of each quarter of a run; None if it diverged.
+    """Returns the mean logged training loss of each quarter of a run.
 
-    None also for a run that logged nothing.
+    None if the run diverged or logged nothing.
     """
     if run.diverged or not run.losses:
         return None
@@ -93,10 +93,10 @@ def quarter_means(run: Run) -> list[float] | None:
 
 @dataclasses.dataclass(frozen=True)
 class ArmResult:
-    """One arm beside the arm that it is compared with.
+    """The results of one arm, compared with the arm `versus`.
 
-    `values` are the ablation's measure by seed, `difference` to the other arm's of the same seeds,
-    `quarters` the same of the training loss in each quarter of training.
+    `values` are the ablation's measure by seed, `difference` is paired with the other arm by seed,
+    and `quarters` are the same for the training loss in each quarter of training.
     """
 
     name: str
@@ -112,12 +112,12 @@ class ArmResult:
 
     @property
     def diverged(self) -> list[int]:
-        """Seeds whose run diverged."""
+        """Seeds of the runs that diverged."""
         return [seed for seed, run in self.runs.items() if run.diverged]
 
     @property
     def verdict(self) -> str:
-        """What the runs say of the paper's finding, in a few words."""
+        """How the runs compare with the paper's finding, in a few words."""
         if not self.runs:
             return "not run"
         if self.is_reference:
@@ -127,25 +127,25 @@ class ArmResult:
             return f"diverges ({len(self.diverged)} of {len(self.runs)}){agrees}"
         if self.difference.pairs < 2:
             return "too few seeds"
-        seen = "equal"
+        observed = "equal"
         if self.difference.excludes_zero:
-            seen = "higher" if self.difference.mean > 0 else "lower"
-        return _verdict(self.expected, seen)
+            observed = "higher" if self.difference.mean > 0 else "lower"
+        return _verdict(self.expected, observed)
 
 
-def _verdict(expected: Expected, seen: str) -> str:
-    """Compares what is expected with what is seen, where `equal` is a difference below noise."""
-    match expected, seen:
+def _verdict(expected: Expected, observed: str) -> str:
+    """Compares the expected with the observed sign; `equal` is a difference below noise."""
+    match expected, observed:
         case "equal", "equal":
             return "below noise, as expected"
         case "equal", _:
-            return f"{seen}, though equal in the paper"
+            return f"{observed}, though equal in the paper"
         case _, "equal":
             return "below noise"
         case "not stated", _:
-            return f"{seen}, above noise"
+            return f"{observed}, above noise"
         case _:
-            return "same sign" if seen == expected else "opposite sign"
+            return "same sign" if observed == expected else "opposite sign"
 
 
 def _quarter(run: Run, index: int) -> float | None:
@@ -154,17 +154,17 @@ def _quarter(run: Run, index: int) -> float | None:
 
 
 def compare(ablation: Ablation, runs: dict[str, dict[int, Run]]) -> list[ArmResult]:
-    """Returns the arms of an ablation with what their runs, by arm and seed, say."""
+    """Returns the results of an ablation's arms from its runs by arm and seed."""
 
-    def by_seed(arm: str, take: Any) -> dict[int, float]:
-        taken = {seed: take(run) for seed, run in sorted(runs.get(arm, {}).items())}
-        return {s: v for s, v in taken.items() if v is not None and math.isfinite(v)}
+    def by_seed(arm: str, get: Any) -> dict[int, float]:
+        values = {seed: get(run) for seed, run in sorted(runs.get(arm, {}).items())}
+        return {s: v for s, v in values.items() if v is not None and math.isfinite(v)}
 
-    def take_measure(run: Run) -> float | None:
+    def get_measure(run: Run) -> float | None:
         return measured(run, ablation.measure)
 
-    def paired(arm: str, versus: str, take: Any) -> Interval:
-        ours, theirs = by_seed(arm, take), by_seed(versus, take)
+    def paired(arm: str, versus: str, get: Any) -> Interval:
+        ours, theirs = by_seed(arm, get), by_seed(versus, get)
         return interval([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     results = []
@@ -178,8 +178,8 @@ def compare(ablation: Ablation, runs: dict[str, dict[int, Run]]) -> list[ArmResu
                 expected=arm.expected,
                 paper_difference=arm.paper_difference,
                 runs=dict(sorted(runs.get(name, {}).items())),
-                values=by_seed(name, take_measure),
-                difference=paired(name, versus, take_measure),
+                values=by_seed(name, get_measure),
+                difference=paired(name, versus, get_measure),
                 quarters=tuple(
                     paired(name, versus, functools.partial(_quarter, index=index))
                     for index in range(4)

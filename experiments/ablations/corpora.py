@@ -1,8 +1,8 @@
-"""The texts that ablations need beside the standard library: made where they are missing.
+"""Corpora of the ablations, made on demand.
 
-Multi-hop documents state facts, `ab` for 'a is in b', in shuffled order, then ask: `a2c` says that
-two steps up from a lies c. All facts of a document form two chains, so that a question needs as
-many of them as it has hops, and the order of the facts says nothing.
+Multi-hop documents state facts, `ab` for 'a is in b', in shuffled order, then ask questions: `a2c`
+says that c is two steps up from a. The facts of a document form two chains, so that answering a
+question takes as many facts as it has hops, and the order of the facts gives nothing away.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ from umv2.config.schema import ConfigError, nearest_name
 _SOURCES = ("standard_library", "site_packages")
 _NUM_DOCUMENTS = 200_000
 _NUM_CHAINS, _MAX_HOPS, _NUM_QUESTIONS = 2, 4, 8
-# Of a guess among the places that facts name.
+# Accuracy of a guess among the places that the facts name.
 CHANCE = 1 / (_NUM_CHAINS * _MAX_HOPS)
 _QUESTION = re.compile(r"([a-z])([1-9])([a-z])")
 
 
-def named(corpus: str, flag: str) -> str:
-    """Returns what a flag says of a corpus, as `take` wants it.
+def parse(corpus: str, flag: str) -> str:
+    """Returns the corpus given by a flag, as an argument of `use`.
 
     Raises:
-      ConfigError: it is no corpus of ours, and no text file matches it.
-      FileError: a path that no file of this machine has.
+      ConfigError: neither a known corpus nor a glob that matches a text file.
+      FileError: not a path of this machine.
     """
     from umv2.data import paths
 
@@ -51,15 +51,15 @@ def named(corpus: str, flag: str) -> str:
     return ",".join(globs)
 
 
-def take(values: ConfigDict, corpus: str, vocab_size: int) -> str:
-    """Makes a configuration train on another corpus, and returns that corpus' name.
+def use(values: ConfigDict, corpus: str, vocab_size: int) -> str:
+    """Makes a configuration train on another corpus, and returns the name of that corpus.
 
-    Multi-hop questions stay what they are.
+    A configuration of the multi-hop task keeps its text.
 
     Args:
       values: changed in place.
       corpus: standard_library, site_packages, or globs of text files, separated by commas.
-      vocab_size: of a byte-pair encoding trained on it.
+      vocab_size: of the byte-pair encoding trained on the corpus.
     """
     is_source = corpus in _SOURCES
     label = corpus if is_source else f"text_{hashlib.sha256(corpus.encode()).hexdigest()[:8]}"
@@ -73,7 +73,7 @@ def take(values: ConfigDict, corpus: str, vocab_size: int) -> str:
 
 
 def prepare(values: ConfigDict) -> None:
-    """Makes the tokenizer and the text that a configuration names, if they are ours and missing."""
+    """Makes the multi-hop text and the tokenizer of a configuration if they do not exist yet."""
     from umv2.config import from_config_dict
     from umv2.data import prepare as data_preparation
 
@@ -90,7 +90,7 @@ def prepare(values: ConfigDict) -> None:
 
 
 def _make(name: str, write: Callable[[Path], None]) -> None:
-    """Makes a file that is missing; several processes of a sweep may do so at the same time."""
+    """Makes a missing file; safe if several processes of a sweep do so at the same time."""
     path = Path(name)
     if path.exists():
         return
@@ -106,12 +106,12 @@ def _write_multi_hop(path: Path) -> None:
 
 
 def multi_hop_documents(count: int, seed: int = 0) -> Iterator[str]:
-    """Yields documents such as 'ab qr bc rs ...; q1r a2c ...', the same for equal seeds."""
+    """Yields documents such as 'ab qr bc rs ...; q1r a2c ...', a function of the seed."""
     generator = random.Random(seed)
     length = _MAX_HOPS + 1
     for _ in range(count):
-        things = generator.sample(string.ascii_lowercase, _NUM_CHAINS * length)
-        chains = [things[i * length : (i + 1) * length] for i in range(_NUM_CHAINS)]
+        places = generator.sample(string.ascii_lowercase, _NUM_CHAINS * length)
+        chains = [places[i * length : (i + 1) * length] for i in range(_NUM_CHAINS)]
         facts = [low + high for chain in chains for low, high in itertools.pairwise(chain)]
         generator.shuffle(facts)
         questions = []
@@ -123,19 +123,19 @@ def multi_hop_documents(count: int, seed: int = 0) -> Iterator[str]:
 
 
 def questions(text: str) -> Iterator[tuple[int, int]]:
-    """Yields the position of each answer's byte in a document, and how many hops it needs."""
+    """Yields the position of each answer byte in a document, and its number of hops."""
     for match in _QUESTION.finditer(text, text.index(";")):
         yield match.start(3), int(match[2])
 
 
 def answers(workdir: Path) -> dict[str, Any]:
-    """Asks the newest model of a run every held-out question.
+    """Evaluates the latest checkpoint of a run on every held-out question.
 
-    An answer counts where it is the likeliest byte after the facts, the questions before it and
-    their answers.
+    An answer is correct if it is the argmax given the facts and the previous questions with their
+    answers.
 
     Returns:
-      accuracy over all questions (None where there are none); by_hops, the same for each number of
+      accuracy over all questions (None if there are none); by_hops, the accuracy for each number of
       hops; num_questions.
     """
     import jax
@@ -154,36 +154,36 @@ def answers(workdir: Path) -> dict[str, Any]:
     texts = [text.decode() for text in corpus.held_out_texts or ()]
 
     @jax.jit
-    def likeliest(tokens: Any) -> Any:
+    def greedy(tokens: Any) -> Any:
         return model(tokens, store=weights.store, segment_ids=None).logits.argmax(axis=-1)
 
-    right: dict[int, int] = defaultdict(int)
-    asked: dict[int, int] = defaultdict(int)
+    correct: dict[int, int] = defaultdict(int)
+    total: dict[int, int] = defaultdict(int)
     batch, length = config.evaluation.batch_size, config.data.sequence_length
     for first in range(0, len(texts), batch):
         group = texts[first : first + batch]
         tokens = np.full((batch, length), corpus.end_of_text_id, np.int32)
         for row, text in enumerate(group):
             tokens[row, 1 : 1 + len(text)] = np.frombuffer(text.encode(), np.uint8)
-        # The prediction at a position is of the token after it, and end-of-text comes first.
-        predicted = np.asarray(likeliest(tokens))
+        # A position predicts the next token; rows are shifted by one, as end-of-text comes first.
+        predicted = np.asarray(greedy(tokens))
         for row, text in enumerate(group):
             for position, hops in questions(text):
-                asked[hops] += 1
-                right[hops] += int(predicted[row, position] == ord(text[position]))
+                total[hops] += 1
+                correct[hops] += int(predicted[row, position] == ord(text[position]))
     return {
-        "accuracy": sum(right.values()) / sum(asked.values()) if asked else None,
-        "by_hops": {str(hops): right[hops] / asked[hops] for hops in sorted(asked)},
-        "num_questions": sum(asked.values()),
+        "accuracy": sum(correct.values()) / sum(total.values()) if total else None,
+        "by_hops": {str(hops): correct[hops] / total[hops] for hops in sorted(total)},
+        "num_questions": sum(total.values()),
     }
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
-    """Returns what identifies a corpus: installed sources differ between machines."""
+    """Returns sizes and a hash of a corpus: installed sources differ between machines."""
     import numpy as np
 
     from umv2.data.corpus import open_corpus
-    from umv2.data.sources import content_hash
+    from umv2.data.hashing import content_hash
 
     corpus = open_corpus(config.data, config.model.vocab_size)
     sides = (corpus.train, corpus.held_out)

@@ -1,7 +1,7 @@
-"""Pictures of ablations: curves of differences as the paper draws them, and final results.
+"""Figures of ablations: curves of differences as the paper draws them, and final results.
 
-A picture says in its file what it was drawn from, and is drawn again where that has changed: other
-versions of matplotlib draw the same a little differently.
+A PNG file carries a mark, the hash of what it shows, and is only redrawn when that changes:
+versions of matplotlib draw the same figure slightly differently.
 """
 
 import hashlib
@@ -15,30 +15,30 @@ from experiments.ablations.comparison import ArmResult
 from umv2 import files
 
 _SMOOTHED_STEPS = 9  # logged steps in a moving mean: batches differ more than arms do
-_DRAWING = 2  # to be raised where this file draws something else of the same
+_DRAWING = 2  # increment when this file draws the same data differently
 
 
 def mark(*shown: Any) -> str:
-    """Returns what a picture of these values, which JSON has, carries in its file."""
+    """Returns the mark of a figure that shows these JSON values."""
     text = json.dumps([_DRAWING, *shown], sort_keys=True)
     return f"drawn from {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def is_drawn(path: Path, mark: str) -> bool:
-    """Whether a picture is there and shows what the mark is of.
+    """Whether a figure exists and carries the mark.
 
     Raises:
-      FileError: it cannot be read.
+      FileError: the file cannot be read.
     """
     with files.errors(path, "cannot be read"):
         return path.exists() and mark.encode() in path.read_bytes()
 
 
 def save(figure: Any, path: Path, mark: str, dpi: int = 100) -> None:
-    """Writes a picture with its mark, and nothing of the time and the program.
+    """Writes a figure with its mark, and without other metadata.
 
     Raises:
-      FileError: it cannot be written.
+      FileError: the file cannot be written.
     """
     metadata = {"Software": None, "Comment": mark}
     with files.replacing(path) as unfinished:
@@ -46,7 +46,7 @@ def save(figure: Any, path: Path, mark: str, dpi: int = 100) -> None:
 
 
 def _shown(results: Sequence[ArmResult]) -> list[Any]:
-    """Returns all that a picture of arms can depend on."""
+    """Returns everything that a figure of arms can depend on."""
     return [
         [
             [arm.name, arm.versus, arm.paper, arm.expected, arm.paper_difference],
@@ -57,9 +57,9 @@ def _shown(results: Sequence[ArmResult]) -> list[Any]:
 
 
 def draw_ablation(ablation: Ablation, results: list[ArmResult], path: Path) -> None:
-    """Draws training loss minus that of the arm compared with, over tokens, and the final results.
+    """Draws the difference in training loss to the compared arm over tokens, and final results.
 
-    Curves are means over the seeds that both arms have, bands their least and largest.
+    Curves are means over the seeds that both arms have, bands range from minimum to maximum.
     """
     marked = mark(ablation.measure, _shown(results))
     if is_drawn(path, marked):
@@ -106,7 +106,7 @@ def _draw_curve(axes: Any, arm: ArmResult, versus: ArmResult, color: str) -> Non
     ]
     if not pairs:
         return
-    # A run that diverged ends early.
+    # Diverged runs are shorter.
     length = min(len(run.losses) for pair in pairs for run in pair)
     if length < _SMOOTHED_STEPS:
         return
@@ -124,7 +124,7 @@ def _draw_curve(axes: Any, arm: ArmResult, versus: ArmResult, color: str) -> Non
 
 
 def draw_overview(ablations: dict[str, list[ArmResult]], path: Path) -> None:
-    """Draws the difference of every arm with its interval, coloured by the verdict."""
+    """Draws the difference of every arm with its interval, coloured by verdict."""
     marked = mark([[name, _shown(arms)] for name, arms in ablations.items()])
     if is_drawn(path, marked):
         return
@@ -143,13 +143,11 @@ def draw_overview(ablations: dict[str, list[ArmResult]], path: Path) -> None:
     figure = pictures.new(10.0, 1.5 + 0.24 * len(rows))
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=0.8)
-    for place, (_, arm) in enumerate(rows):
+    for y, (_, arm) in enumerate(rows):
         color = colors.get(arm.verdict, above if arm.difference.excludes_zero else below)
-        axes.errorbar(
-            arm.difference.mean, place, xerr=arm.difference.half_width, fmt="o", color=color
-        )
+        axes.errorbar(arm.difference.mean, y, xerr=arm.difference.half_width, fmt="o", color=color)
         if arm.paper_difference is not None:
-            axes.plot(arm.paper_difference, place, "x", color="black")
+            axes.plot(arm.paper_difference, y, "x", color="black")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=0.05)
@@ -164,6 +162,6 @@ def draw_overview(ablations: dict[str, list[ArmResult]], path: Path) -> None:
         "below noise": ("o", below),
         "the paper's difference": ("x", "black"),
     }
-    samples = [Line2D([], [], ls="", marker=sign, color=c) for sign, c in meanings.values()]
-    pictures.legend_below(figure, samples, list(meanings))
+    handles = [Line2D([], [], ls="", marker=marker, color=c) for marker, c in meanings.values()]
+    pictures.legend_below(figure, handles, list(meanings))
     save(figure, path, marked)

@@ -1,4 +1,4 @@
-"""UltraMem's ladder from product-key memory to itself, step by step (V1, arXiv 2411.12364)."""
+"""The ladder of ablations from product-key memory to UltraMem (V1, arXiv 2411.12364)."""
 
 from ml_collections import ConfigDict
 
@@ -16,7 +16,7 @@ from experiments.ablations.arms import (
     skips,
 )
 
-# Each step adds to those before: name, diff, training and validation loss that V1 reports.
+# Each step adds to the previous ones: name, diff, training and validation loss reported by V1.
 _STEPS: tuple[tuple[str, Diff, float, float], ...] = (
     ("pkm", {}, 2.604, 2.828),
     ("no_softmax", {"model.memory.score_activation": "none"}, 2.570, 2.822),
@@ -59,10 +59,10 @@ _STEPS: tuple[tuple[str, Diff, float, float], ...] = (
 
 
 def _product_key_memory(config: ConfigDict) -> None:
-    """The first rung: PKM in the middle block, without the norms and constants that come later."""
+    """The first rung: PKM in the middle block, without the norms and constants of later rungs."""
     families.pkm(config)
     apply(config, placed(1))
-    config.model.memory.num_heads = 2  # as UltraMem's
+    config.model.memory.num_heads = 2  # as in UltraMem
     config.model.memory.query_norm = "none"
     config.model.memory.initialization = "released"
     apply(config, CONSTANT_1)
@@ -93,7 +93,7 @@ def _arms() -> dict[str, Arm]:
 
 
 LADDER = Ablation(
-    question="What does each step from PKM to UltraMem bring?",
+    question="What does each step from PKM to UltraMem gain?",
     source="V1, ablation of 151M active parameters",
     finding="loss falls from 2.604 (held-out 2.828) to 2.494 (2.736); most by leaving out the"
     " softmax, by the decay of the value learning rate and by several cores",

@@ -1,10 +1,10 @@
-"""Sizes every family so that it costs what UltraMemV2 does, and says what could not be matched.
+"""Sizes every family to the cost of UltraMemV2, and reports what could not be matched.
 
     python -m experiments.ablations.match --config=configs/paper_227m_1b2.py
 
-Prints for each family the sizes found, what they cost relative to the reference, and the same for
-the sizes that configs/ ships: Table 10 of the paper where it has the family, an earlier solution
-where it has not.
+Prints for each family the sizes that the solver finds and their cost relative to the reference, and
+the same for the sizes in configs/: those of the paper's Table 10 if it has the family, otherwise an
+earlier solution.
 """
 
 import math
@@ -22,37 +22,37 @@ _FAMILIES = flags.DEFINE_list("families", None, "Families to size; default: all 
 
 
 def candidate(reference: ConfigDict, family: str, sizes: families.Sizes) -> ConfigDict:
-    """Returns the reference as another family, with its shipped sizes."""
+    """Returns the reference switched to another family, with the sizes in configs/."""
     return families.switch(reference.copy_and_resolve_references(), family, sizes)
 
 
 def report(reference: ConfigDict, sizes: families.Sizes, names: list[str]) -> str:
-    """Returns a table: for each family the sizes found and the sizes shipped, with their costs."""
+    """Returns a table of the found and the shipped sizes of each family, with their costs."""
     from umv2.config import from_config_dict
     from umv2.cost import matching
 
     target = from_config_dict(reference)
-    wanted = matching.quantities(target)
+    expected = matching.quantities(target)
     lines = [
         f"{'family':<13}{'sizes':<9}{'active M':>10}{'':>8}{'total M':>10}{'':>8}"
         f"{'MFLOP':>10}{'':>8}{'values read':>13}{'':>8}  sizes; what could not be matched"
     ]
-    lines.append(_line(families.REFERENCE, "", wanted, wanted, ""))
+    lines.append(_line(families.REFERENCE, "", expected, expected, ""))
     for family in names:
         shipped = from_config_dict(candidate(reference, family, sizes))
-        found = matching.match(target, shipped)
+        match = matching.match(target, shipped)
         unmatched = ", ".join(
             f"{name} {'does not exist' if math.isnan(deviation) else f'{deviation:+.1%}'}"
-            for name, deviation in found.unmatched.items()
+            for name, deviation in match.unmatched.items()
         )
-        note = _sizes(found.sizes) + (f"; not matched: {unmatched}" if unmatched else "")
-        lines.append(_line(family, "found", found.quantities, wanted, note))
-        values = {path: _value(shipped.model, path) for path in found.sizes}
-        lines.append(_line("", "shipped", matching.quantities(shipped), wanted, _sizes(values)))
+        note = _sizes(match.sizes) + (f"; not matched: {unmatched}" if unmatched else "")
+        lines.append(_line(family, "found", match.quantities, expected, note))
+        values = {path: _value(shipped.model, path) for path in match.sizes}
+        lines.append(_line("", "shipped", matching.quantities(shipped), expected, _sizes(values)))
     return "\n".join(lines)
 
 
-def _line(family: str, kind: str, ours: Any, wanted: Any, note: str) -> str:
+def _line(family: str, kind: str, ours: Any, expected: Any, note: str) -> str:
     cells = f"{family:<13}{kind:<9}"
     for name, scale, digits, width in (
         ("active", 1e6, 2, 10),
@@ -60,7 +60,7 @@ def _line(family: str, kind: str, ours: Any, wanted: Any, note: str) -> str:
         ("flops", 1e6, 2, 10),
         ("values_read", 1, 0, 13),
     ):
-        value, reference = getattr(ours, name), getattr(wanted, name)
+        value, reference = getattr(ours, name), getattr(expected, name)
         share = f"{value / reference - 1:+.2%}" if kind and value and reference else ""
         cells += f"{value / scale:>{width},.{digits}f}{share:>8}"
     return f"{cells}  {note}".rstrip()

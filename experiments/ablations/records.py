@@ -1,9 +1,9 @@
-"""Records of finished runs: where they lie, and which run is an arm's.
+"""Records of finished runs: where they are stored, and which arms a run belongs to.
 
-A run lies in SCALE/ABLATION/ARM/seed_N.jsonl of the folder of results, under the first arm of the
-catalogue that has its configuration. It belongs to every arm of that configuration, and what tells
-is the configuration in the file: a field that is added later, or an arm that is renamed, loses no
-run. (The first runs also hold a `config_hash`, which nothing reads.)
+A run is stored as SCALE/ABLATION/ARM/seed_N.jsonl in the results folder, under the first arm of the
+catalogue with its configuration. It belongs to every arm with that configuration. Runs are matched
+by the configuration in the file, so adding a field or renaming an arm loses no run. (The first runs
+also have a `config_hash`, which is unused.)
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from umv2.config.schema import differing_fields
 FOLDER = flags.DEFINE_string(
     "results", "experiments/results/ablations", "Folder of the runs and pages of all ablations."
 )
-# In the folder of runs on another corpus than the scale's: the arguments of `corpora.take`.
+# Marks a folder of runs on a corpus other than the scale's: the arguments of `corpora.use`.
 CORPUS = "corpus.json"
 _RUNS = "*/*/seed_*.jsonl"  # in the folder of a scale
-# What changes how a run is stored or shown, not what it computes.
+# Fields that change how a run is stored or shown, not what it computes.
 _BOOKKEEPING = {
     "train.log_interval_steps",
     "train.checkpoint_interval_steps",
     "train.num_checkpoints_kept",
 }
-# Fields that configs/base.py has no longer, each with the value that it has now for every run. A
-# stored run with another value is no arm's.
+# Fields removed from configs/base.py, each with the value that is now fixed. A stored run with
+# another value belongs to no arm.
 _REMOVED: dict[str, Any] = {}
 
-# What a field that is gone said, in the fields that took its place: by path, then by value.
+# Fields that others replaced: by path, then by value, the equivalent values of the new fields.
 _REPLACED: dict[str, dict[Any, dict[str, Any]]] = {
     "model.family": {
         "dense": {"model.ffn": "dense", "model.memory.layer": "none"},
@@ -48,8 +48,8 @@ _REPLACED: dict[str, dict[Any, dict[str, Any]]] = {
 }
 
 _NUMBER = (int, float)
-_MAYBE_NUMBER = (int, float, type(None))  # None: it was not finite
-# What the lines of each kind hold; there is one line about the run and one about its end.
+_MAYBE_NUMBER = (int, float, type(None))  # None: not finite
+# The fields of each kind of line. A file has one line of kind 'run' and one of kind 'end'.
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "run": {
         "seed": (int,),
@@ -91,18 +91,18 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of the parameters and of the order of the data."""
+        """Seed of the parameters and of the order of the data."""
         return int(self.head["seed"])
 
     @property
     def diverged(self) -> str | None:
-        """What was said when the loss stopped being finite; None for a run that ended well."""
+        """The message of a run whose loss became non-finite; None for one that completed."""
         message: str | None = self.end["diverged"]
         return message
 
     @property
     def losses(self) -> list[float]:
-        """Training losses of the logged steps, nats a token; NaN where it was not finite."""
+        """Training losses of the logged steps, nats per token; NaN where not finite."""
         return [_or_nan(step["loss"]) for step in self.steps]
 
     @property
@@ -112,7 +112,7 @@ class Run:
 
     @property
     def held_out_losses(self) -> list[float]:
-        """Held-out losses, nats a token, in the order of evaluation; NaN where not finite."""
+        """Held-out losses, nats per token, in the order of evaluation; NaN where not finite."""
         return [_or_nan(entry["held_out_loss"]) for entry in self.held_out]
 
     @property
@@ -133,7 +133,7 @@ class Stored:
         """Reads all runs in the folder of a scale.
 
         Raises:
-          RecordsError: a file that is not the records of a run, or of one that another file holds.
+          RecordsError: a file does not hold the records of a run, or two files hold the same run.
         """
         self.runs = {path: read(path) for path in sorted(folder.glob(_RUNS))}
         self._by_identity: dict[str, dict[int, Path]] = {}
@@ -153,10 +153,10 @@ class Stored:
 
 
 def scale_folders(results: Path) -> list[Path]:
-    """Returns the folders with runs: scales in their own order, each before its other corpora.
+    """Returns the folders with runs in the order of the scales, each before its other corpora.
 
     Raises:
-      RecordsError: a folder whose name begins with no scale.
+      RecordsError: the name of a folder does not begin with a scale.
     """
     folders = {path.parents[2] for path in results.glob(f"*/{_RUNS}")}
     for folder in folders:
@@ -167,16 +167,16 @@ def scale_folders(results: Path) -> list[Path]:
 
 
 def scale_of(folder: Path) -> str:
-    """Returns the scale of the runs of a folder, named SCALE or SCALE_CORPUS."""
+    """Returns the scale of the runs in a folder, which is named SCALE or SCALE_CORPUS."""
     return folder.name.partition("_")[0]
 
 
 def corpus_of(folder: Path) -> dict[str, Any] | None:
-    """Returns the corpus of the runs of a folder; None: the scale's own.
+    """Returns the corpus of the runs in a folder; None: that of the scale.
 
     Raises:
-      RecordsError: the file that names it is damaged.
-      FileError: it cannot be read.
+      RecordsError: the file that names the corpus is damaged.
+      FileError: the file cannot be read.
     """
     path = folder / CORPUS
     if not path.exists():
@@ -188,18 +188,18 @@ def corpus_of(folder: Path) -> dict[str, Any] | None:
 
 
 def run_file(folder: Path, arm: str, seed: int) -> Path:
-    """Returns where the folder of a scale has a run of ABLATION/ARM."""
+    """Returns the file of a run of ABLATION/ARM in the folder of a scale."""
     return folder / arm / f"seed_{seed}.jsonl"
 
 
 def plain(values: ConfigDict) -> dict[str, Any]:
-    """Returns a configuration as it is stored."""
+    """Returns a configuration in its stored form."""
     stored: dict[str, Any] = json.loads(values.to_json())
     return stored
 
 
 def identity(values: ConfigDict) -> str:
-    """Returns a text that is the same for configurations that compute the same run."""
+    """Returns a string that is equal for configurations that compute the same run."""
     return _identity(plain(values))
 
 
@@ -210,13 +210,13 @@ def _identity(config: Mapping[str, Any]) -> str:
 def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
     """Lists 'path: left -> right' for every field in which two stored configurations differ.
 
-    A field that only one of them has is at its default in the other; bookkeeping does not count.
+    A field that only one of them has is at its default in the other; bookkeeping is ignored.
     """
     return differing_fields(_with_defaults(left), _with_defaults(right))
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields by path, those that the configuration has not at their defaults."""
+    """Returns the fields by path, missing ones at their defaults."""
     given = _flat(config)
     for path, meanings in _REPLACED.items():
         if path in given:
@@ -239,29 +239,29 @@ def read(path: Path) -> Run:
     """Reads the records of one run.
 
     Raises:
-      RecordsError: a file that is not one.
-      FileError: a file that cannot be read.
+      RecordsError: the file does not hold the records of a finished run.
+      FileError: the file cannot be read.
     """
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
+    lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
     try:
         for number, line in enumerate(measurements.read(path), start=1):
             kind = line.get("kind")
-            if kind not in found:
+            if kind not in lines:
                 raise RecordsError(
-                    f"line {number}: kind={kind!r}: must be one of {', '.join(found)}"
+                    f"line {number}: kind={kind!r}: must be one of {', '.join(lines)}"
                 )
             fields = _flat(line) | line
             for name, types in _FIELDS[kind].items():
                 if not isinstance(fields.get(name, ...), types):
                     given = repr(fields[name]) if name in fields else "missing"
                     raise RecordsError(f"line {number}: {name}: {given}")
-            found[kind].append(line)
+            lines[kind].append(line)
         for kind in ("run", "end"):
-            if len(found[kind]) != 1:
-                raise RecordsError(f"{len(found[kind])} lines of kind '{kind}' in place of one")
-        if not found["held_out"] and found["end"][0]["diverged"] is None:
+            if len(lines[kind]) != 1:
+                raise RecordsError(f"{len(lines[kind])} lines of kind '{kind}' instead of one")
+        if not lines["held_out"] and lines["end"][0]["diverged"] is None:
             raise RecordsError("no line of kind 'held_out'")
     except RecordsError as error:
         text = str(error).removeprefix(f"{path}: ")
         raise RecordsError(f"{path}: not the records of a finished run: {text}") from error
-    return Run(found["run"][0], found["step"], found["held_out"], found["end"][0])
+    return Run(lines["run"][0], lines["step"], lines["held_out"], lines["end"][0])

@@ -1,11 +1,10 @@
-"""Pages of all ablations from the stored runs: tables, pictures, verdicts, and an index.
+"""Pages of all ablations from the stored runs: tables, figures, verdicts and an index.
 
     python -m experiments.ablations.report
 
 Writes RESULTS/SCALE/ABLATION.md and .png for each ablation with runs, and RESULTS/README.md with an
-overview of every scale. Numbers come from the files of the runs and nowhere else; what the paper
-found stands in catalogue.py. A file notes/ABLATION.md in the folder of a scale is taken into its
-page.
+overview of every scale. All measured numbers come from the files of the runs; the paper's findings
+come from catalogue.py. A page includes notes/ABLATION.md in the folder of the scale if it exists.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from umv2 import files
 
 _MEASURES = {
     "held_out_loss": "held-out loss, nats/token",
-    "decay_gain": "fall of the held-out loss in the decay, nats/token",
+    "decay_gain": "drop of the held-out loss in the decay, nats/token",
     "answer_accuracy": "accuracy of answers",
 }
 _HEALTH = {
@@ -40,7 +39,7 @@ _HEALTH = {
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Returns rows, of which the first is the header, as a Markdown table of aligned columns."""
+    """Returns rows, the first of them the header, as a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     padded = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
@@ -58,14 +57,14 @@ def page(name: str, scale: str, results: list[ArmResult], notes: str) -> str:
         f"    python -m experiments.ablations.run --ablation={name} --scale={scale}"
         f" --seeds={max(len(arm.runs) for arm in results)}",
         _results_table(entry, results),
-        "Differences are to the arm named two columns before, run by run of equal seed, with a"
-        " 95 % interval (Student's, over seeds).",
+        "Differences are relative to the arm in the column `compared with`, paired by seed, with a"
+        " 95 % confidence interval (Student's t, over seeds).",
         f"![differences and final losses]({name}.png)",
         "## Training loss, difference by quarter of training\n\n" + _quarters_table(results),
         _answers_section(results),
-        "## What an arm costs\n\n" + _cost_table(results),
+        "## Cost of each arm\n\n" + _cost_table(results),
         _budget(results),
-        "## In what the arms differ\n\n" + _differences(results),
+        "## Differences between the arms\n\n" + _differences(results),
         _health_section(results),
         f"## Notes\n\n{notes}" if notes else "",
     ]
@@ -81,9 +80,8 @@ def _held_fixed(entry: Ablation) -> str:
         "flops": "FLOPs",
         "values_read": "values read",
     }
-    return f"Held fixed, through {', '.join(entry.free) or 'the arms themselves'}: " + (
-        ", ".join(words[rule] for rule in entry.fixed) + "."
-    )
+    sized = f"Held fixed by sizing {', '.join(entry.free)}" if entry.free else "Held fixed"
+    return f"{sized}: {', '.join(words[rule] for rule in entry.fixed)}."
 
 
 def _results_table(entry: Ablation, results: list[ArmResult]) -> str:
@@ -116,7 +114,7 @@ def _results_table(entry: Ablation, results: list[ArmResult]) -> str:
 
 
 def _with_deviation(mean: float, deviation: float) -> str:
-    """Shows a mean; one seed has no deviation."""
+    """Formats a mean; one seed has no deviation."""
     return f"{mean:.4f}" + ("" if math.isnan(deviation) else f" ± {deviation:.4f}")
 
 
@@ -129,7 +127,7 @@ def _quarters_table(results: list[ArmResult]) -> str:
 
 
 def _answers_section(results: list[ArmResult]) -> str:
-    """Shows the accuracy on multi-hop questions by the number of hops, where any were asked."""
+    """Returns the section on multi-hop questions; empty if none were asked."""
     answers = {
         arm.name: [run.end["answers"] for run in arm.runs.values() if run.end["answers"]]
         for arm in results
@@ -137,18 +135,18 @@ def _answers_section(results: list[ArmResult]) -> str:
     if not any(answers.values()):
         return ""
     hops = sorted(
-        {hop for found in answers.values() for entry in found for hop in entry["by_hops"]}
+        {hop for entries in answers.values() for entry in entries for hop in entry["by_hops"]}
     )
     rows = [["arm", *(f"{hop} hops" for hop in hops)]]
-    for name, found in answers.items():
-        if found:
-            right = [[e["by_hops"][hop] for e in found if hop in e["by_hops"]] for hop in hops]
-            rows.append([name, *(f"{statistics.fmean(s):.3f}" if s else "" for s in right)])
+    for name, entries in answers.items():
+        if entries:
+            seeds = [[e["by_hops"][hop] for e in entries if hop in e["by_hops"]] for hop in hops]
+            rows.append([name, *(f"{statistics.fmean(s):.3f}" if s else "" for s in seeds)])
     return (
-        "## Questions answered, by hops\n\n"
+        "## Accuracy of answers by number of hops\n\n"
         + markdown_table(rows)
-        + "\n\nMeans over seeds. A guess"
-        f" among the places that the facts name is right in {corpora.CHANCE:.3f} of cases."
+        + "\n\nMeans over seeds. A guess among the places that the facts name has an accuracy of"
+        f" {corpora.CHANCE:.3f}."
     )
 
 
@@ -188,25 +186,25 @@ def _cost_table(results: list[ArmResult]) -> str:
 
 
 def _budget(results: list[ArmResult]) -> str:
-    """Says what the runs have in common, or all that they had."""
+    """Describes tokens, corpus, device, versions and dates of the runs."""
     heads = [run.head for arm in results for run in arm.runs.values()]
 
-    def all_of(take: Any) -> str:
-        return " and ".join(sorted({take(head) for head in heads}))
+    def all_of(get: Any) -> str:
+        return " and ".join(sorted({get(head) for head in heads}))
 
     return (
-        f"{all_of(lambda head: format(head['tokens'], ','))} tokens a run of"
+        f"{all_of(lambda head: format(head['tokens'], ','))} tokens per run of"
         f" {all_of(lambda head: head['corpus']['source'])} (corpus"
         f" {all_of(lambda head: head['corpus']['hash'])}); {all_of(lambda head: head['device'])},"
         f" jax {all_of(lambda head: head['versions']['jax'])}, Python"
         f" {all_of(lambda head: head['versions']['python'])}; {all_of(lambda head: head['date'])}."
-        " Parameters leave out embeddings; FLOPs are of a forward pass; decode steps leave out the"
-        " cache; minutes are the median of the seeds, beside whatever else the machine did."
+        " Parameters exclude embeddings; FLOPs are those of a forward pass; bytes of a decode step"
+        " exclude the cache; minutes are the median over seeds, on a machine with other load."
     )
 
 
 def _differences(results: list[ArmResult]) -> str:
-    """Lists the fields in which each arm differs from the one it is compared with, as stored."""
+    """Lists the stored fields in which each arm differs from the one it is compared with."""
     configs = {arm.name: _runs(arm)[0].head["config"] for arm in results if arm.runs}
     lines = []
     for arm in results:
@@ -239,17 +237,17 @@ def _health_section(results: list[ArmResult]) -> str:
         return ""
     return (
         "## Health of the sparse layers at the end\n\n" + markdown_table(rows) + "\n\nMeans over"
-        " layers and seeds; hits are those since the log before the last."
+        " layers and seeds; hits are counted since the last log but one."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What the runs of a scale, or of one on another corpus, say.
+    """Results of a scale, or of a scale on another corpus.
 
-    `ablations` have a page: two arms or more have runs. `single` is the arm that has, of ablations
-    where it is the only one. `runs` are all that are stored, `unknown` those among them that no
-    arm has any more.
+    `ablations` are those with a page, where two or more arms have runs; `single` maps each ablation
+    with runs of only one arm to that arm. `runs` are all stored runs, `unknown` the number of them
+    that no longer belong to an arm.
     """
 
     ablations: dict[str, list[ArmResult]]
@@ -262,32 +260,31 @@ def index(by_scale: dict[str, Scale]) -> str:
     """Returns the overview of all scales that have runs."""
     parts = [
         "# Ablations",
-        "Written by `python -m experiments.ablations.report` from the runs stored beside it; what"
-        " an ablation is stands in"
-        " [experiments/ablations/catalogue.py](../../ablations/catalogue.py)."
-        " A verdict compares signs:"
-        " *same sign* and *opposite sign* are differences whose 95 % interval over seeds leaves out"
-        " zero. Of twenty arms without any effect one would.",
+        "Written by `python -m experiments.ablations.report` from the runs stored next to it;"
+        " [experiments/ablations/catalogue.py](../../ablations/catalogue.py) defines the ablations."
+        " A verdict compares signs: *same sign* and *opposite sign* are differences whose 95 %"
+        " interval over seeds excludes zero. Of twenty arms without any effect, one does so by"
+        " chance.",
     ]
     for name, scale in by_scale.items():
         parts += [f"## Scale {name}", _scale_line(scale)]
         if scale.unknown:
             parts.append(
-                f"{scale.unknown} stored runs are of configurations that no arm has any more."
+                f"{scale.unknown} stored runs have configurations that no arm has any longer."
             )
         if scale.ablations:
             parts += [f"![all differences]({name}/overview.png)", _index_table(name, scale)]
         if scale.single:
             arms = ", ".join(f"{ablation} ({arm})" for ablation, arm in scale.single.items())
-            parts.append(f"One arm alone has runs, and nothing to be compared with: {arms}.")
-        begun = scale.ablations.keys() | scale.single.keys()
-        if missing := [ablation for ablation in ABLATIONS if ablation not in begun]:
+            parts.append(f"Only one arm has runs, with nothing to compare it to: {arms}.")
+        started = scale.ablations.keys() | scale.single.keys()
+        if missing := [ablation for ablation in ABLATIONS if ablation not in started]:
             parts.append(f"Not run at this scale: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
 
 
 def _scale_line(scale: Scale) -> str:
-    deviations = [
+    half_widths = [
         arm.difference.half_width
         for arms in scale.ablations.values()
         for arm in arms
@@ -296,11 +293,11 @@ def _scale_line(scale: Scale) -> str:
     hours = sum(run.end["seconds_shared_machine"] for run in scale.runs) / 3600
     flops = sum(run.head["training_flops"] for run in scale.runs)
     noise = ""
-    if deviations:
-        noise = f"; median half width of an interval {statistics.median(deviations):.4f}"
+    if half_widths:
+        noise = f"; median half-width of an interval {statistics.median(half_widths):.4f}"
     return (
-        f"{len(scale.runs)} runs, {flops / 1e15:.2f} PFLOP, {hours:.1f} hours of processes that"
-        f" shared the machine{noise}."
+        f"{len(scale.runs)} runs, {flops / 1e15:.2f} PFLOP, {hours:.1f} process hours on a shared"
+        f" machine{noise}."
     )
 
 
@@ -333,22 +330,22 @@ def _read_scale(folder: Path) -> Scale:
         for arm in entry.arms:
             values = configuration(name, arm, records.scale_of(folder))
             if corpus is not None:
-                corpora.take(values, **corpus)
-            if found := stored.find(values):
-                runs[arm] = found
+                corpora.use(values, **corpus)
+            if arm_runs := stored.find(values):
+                runs[arm] = arm_runs
                 known.update(stored.paths(values).values())
         if len(runs) > 1:
             ablations[name] = compare(entry, runs)
-        elif runs:  # as of a baseline that other ablations share
+        elif runs:  # for example, only those of a baseline that other ablations share
             (single[name],) = runs
     if not known:
-        raise RecordsError(_no_arm(folder, stored))
+        raise RecordsError(_describe_mismatch(folder, stored))
     return Scale(ablations, single, list(stored.runs.values()), len(stored.runs) - len(known))
 
 
-def _no_arm(folder: Path, stored: records.Stored) -> str:
-    """Says that no run of a folder is of an arm, and in what one of them differs from its own."""
-    text = f"{folder}: none of its {len(stored.runs)} runs is of a configuration that an arm has"
+def _describe_mismatch(folder: Path, stored: records.Stored) -> str:
+    """Returns the message for a folder without a run of any arm; shows the changes of one run."""
+    text = f"{folder}: none of its {len(stored.runs)} runs has the configuration of an arm"
     for path, run in stored.runs.items():
         name, arm = path.parts[-3:-1]
         if name in ABLATIONS and arm in ABLATIONS[name].arms:
@@ -367,16 +364,16 @@ def _notes(path: Path) -> str:
 
 
 def write_all(results: Path) -> str:
-    """Writes the pages and pictures of all scales, and returns the index.
+    """Writes the pages and figures of all scales, and returns the index.
 
     Raises:
-      RecordsError: there are no runs, and nothing is written; or a file is not what it should be.
+      RecordsError: there are no runs, so that nothing is written; or a file is invalid.
       FileError: a page cannot be written.
     """
     folders = records.scale_folders(results)
     if not folders:
         raise RecordsError(
-            f"{results}: has no runs; python -m experiments.ablations.run makes them"
+            f"{results}: has no runs; make some with python -m experiments.ablations.run"
         )
     by_scale = {folder.name: _read_scale(folder) for folder in folders}
     for folder, scale in zip(folders, by_scale.values(), strict=True):
@@ -392,7 +389,7 @@ def write_all(results: Path) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Writes all pages and shows the index."""
+    """Writes all pages and prints the index."""
     print(write_all(cli.path(records.FOLDER)))
 
 

@@ -1,17 +1,18 @@
-"""Runs ablations, or goes on with them: every arm, every seed, one file a run.
+"""Runs or resumes ablations: every arm, every seed, one file per run.
 
     python -m experiments.ablations.run --ablation=heads --scale=cpu --seeds=3
     python -m experiments.ablations.run --ablation=all --scale=cpu
 
-A finished run is not repeated, an interrupted one continues from its checkpoint, and arms of equal
-configuration are run once for all ablations that have them. Start the command as often as there are
-cores or GPUs to split the work (`taskset -c 0 python -m ...` keeps each on its own core): whoever
-finds an arm locked takes the next. `--corpus=site_packages --vocab_size=16384` trains all arms on
-another text than the scale's, and keeps them apart.
+Finished runs are not repeated, interrupted ones resume from their checkpoints, and arms with equal
+configurations run once for all ablations that have them. To split the work, start the command once
+per core or GPU (`taskset -c 0 python -m ...` pins each to a core): a process skips arms that are
+locked by another. `--corpus=site_packages --vocab_size=16384` trains all arms on another corpus,
+with a results folder of its own.
 
-RESULTS/SCALE/ABLATION/ARM/seed_N.jsonl gets a line about the run (configuration, versions, budget),
-one for every logged step, and one about its end, all at once when it ends. Of the arms of equal
-configuration the first in the catalogue names the file. A run that diverges has a result, too.
+RESULTS/SCALE/ABLATION/ARM/seed_N.jsonl has a line about the run (configuration, versions, budget),
+one for every logged step and evaluation, and one about its end; it is written when the run ends.
+Among arms with equal configurations, the first in the catalogue names the file. A diverged run has
+a result, too.
 """
 
 import shutil
@@ -31,34 +32,34 @@ from umv2 import files
 from umv2.config.schema import ConfigError
 
 _ABLATIONS = flags.DEFINE_list("ablation", None, "Ablations to run, or all.")
-_ARMS = flags.DEFINE_list("arms", [], "Arms of it to run; default: all.")
-_SCALE = flags.DEFINE_enum("scale", "cpu", list(scales.SCALES), "Sizes and length.")
+_ARMS = flags.DEFINE_list("arms", [], "Arms of the ablations to run; default: all.")
+_SCALE = flags.DEFINE_enum("scale", "cpu", list(scales.SCALES), "Model sizes and length of runs.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0 to SEEDS - 1 of each arm.", 1, 1000)
 _CORPUS = flags.DEFINE_string(
-    "corpus", None, "standard_library, site_packages or globs of text; default: the scale's."
+    "corpus", None, "standard_library, site_packages or globs of text; default: that of the scale."
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", None, "Of the byte-pair encoding trained on --corpus; default: 8192.", 258
+    "vocab_size", None, "Size of the BPE trained on --corpus; default: 8192.", 258
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Folder of checkpoints and corpora.")
 _KEEP = flags.DEFINE_bool("keep_checkpoints", False, "Keep the checkpoints of finished runs.")
 
 
 class Job:
-    """One configuration, the arms of the catalogue that it is, and whether they ask questions."""
+    """A configuration with the arms that have it; `answers`: whether to evaluate on questions."""
 
     def __init__(self, values: ConfigDict):
         self.values = values
-        self.names: list[str] = []  # the first names its files
+        self.names: list[str] = []  # ABLATION/ARM; the first one names the files
         self.answers = False
 
 
 def jobs_of(scale: str, corpus: dict[str, Any] | None = None) -> dict[str, Job]:
-    """Returns the job of every arm of the catalogue, by ABLATION/ARM; equal ones are one job.
+    """Returns the job of every arm of the catalogue by ABLATION/ARM; equal arms share a job.
 
     Args:
-      scale: of experiments/ablations/scales.py.
-      corpus: arguments of `corpora.take`; None: the scale's own corpus.
+      scale: one of `scales.SCALES`.
+      corpus: arguments of `corpora.use`; None: the corpus of the scale.
     """
     jobs: dict[str, Job] = {}
     by_arm: dict[str, Job] = {}
@@ -66,7 +67,7 @@ def jobs_of(scale: str, corpus: dict[str, Any] | None = None) -> dict[str, Job]:
         for arm in entry.arms:
             values = configuration(ablation, arm, scale)
             if corpus is not None:
-                corpora.take(values, **corpus)
+                corpora.use(values, **corpus)
             job = jobs.setdefault(records.identity(values), Job(values))
             job.names.append(f"{ablation}/{arm}")
             job.answers |= entry.measure == "answer_accuracy"
@@ -80,13 +81,13 @@ def arms_to_run(
     """Returns the jobs of arms, in the order of the ablations.
 
     Args:
-      ablations: names, "all" among them for every one.
-      arms: some of their arms; none: all.
-      scale: of experiments/ablations/scales.py.
-      corpus: arguments of `corpora.take`; None: the scale's own corpus.
+      ablations: names; "all" selects every ablation.
+      arms: names of arms; empty: all arms.
+      scale: one of `scales.SCALES`.
+      corpus: arguments of `corpora.use`; None: the corpus of the scale.
 
     Raises:
-      ConfigError: an ablation or an arm that there is not, or none.
+      ConfigError: an unknown ablation or arm, or no ablation.
     """
     if not ablations:
         raise ConfigError(f"--ablation: must name one of {', '.join(ABLATIONS)}, or all")
@@ -98,22 +99,22 @@ def arms_to_run(
     for arm in arms:
         cli.require(f"--arms={arm}", arm, dict.fromkeys(known))
     jobs = jobs_of(scale, corpus)
-    asked = [
+    selected = [
         jobs[f"{name}/{arm}"]
         for name in ablations
         for arm in ABLATIONS[name].arms
         if not arms or arm in arms
     ]
-    return list(dict.fromkeys(asked))
+    return list(dict.fromkeys(selected))
 
 
 def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
-    """Trains one arm with one seed, or continues; returns the records of the finished run.
+    """Trains or resumes one arm with one seed; returns the records of the finished run.
 
-    The seed is that of the parameters and of the order of the data.
+    The seed determines the parameters and the order of the data.
 
     Raises:
-      KeyboardInterrupt: a signal has stopped the training; its state is saved.
+      KeyboardInterrupt: a signal stopped the training; its state is saved.
     """
     from umv2 import modes
     from umv2.config import from_config_dict
@@ -144,7 +145,7 @@ def run(job: Job, seed: int, workdir: Path) -> list[dict[str, Any]]:
 
 
 def _head(job: Job, seed: int, config: Any) -> dict[str, Any]:
-    """Says what a run was: configuration, versions, data, and what it cost."""
+    """Returns the record about a run: configuration, versions, data and cost."""
     from umv2.cost import accounting, traffic
 
     counts = accounting.parameter_counts(config.model)
@@ -191,17 +192,17 @@ def _held_out(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(config: Any) -> int:
-    """Returns the tokens of all steps of a run."""
+    """Returns the number of training tokens of a run."""
     return int(config.train.num_steps * config.train.batch_size * config.data.sequence_length)
 
 
 def _rounded(value: float | None) -> float | None:
-    """Keeps six digits; a number that is not finite is None in metrics.jsonl."""
+    """Rounds to six digits; None stands for a number that is not finite, as in metrics.jsonl."""
     return None if value is None else float(f"{value:.6g}")
 
 
 class Sweep:
-    """All runs that are asked for, and how far they are."""
+    """The selected runs and their progress."""
 
     def __init__(
         self,
@@ -212,17 +213,17 @@ class Sweep:
         *,
         keep_checkpoints: bool = False,
     ):
-        """Takes the runs of `jobs` in hand; `results` is the folder of their scale.
+        """Prepares runs of `jobs` with seeds 0 to seeds - 1; `results` is the folder of the scale.
 
         Raises:
-          RecordsError: a file that is not the records of a run, or is where one of another
-            configuration belongs.
-          FileError: a folder that cannot be written to.
+          RecordsError: a file does not hold the records of a run, or holds a run with another
+            configuration.
+          FileError: a folder cannot be written to.
         """
         self.jobs, self.results, self.workdir = jobs, results, workdir
         self._keep_checkpoints = keep_checkpoints
         self.seeds = range(seeds)
-        self._speed: list[tuple[float, float]] = []  # FLOPs and seconds of runs of this process
+        self._speed: list[tuple[float, float]] = []  # FLOPs and seconds of this process's runs
         for folder in (results, workdir):
             measurements.require_writable(folder / "seed_0.jsonl")
         for job, seed in self.unfinished():
@@ -234,16 +235,16 @@ class Sweep:
             stored = records.read(path).head["config"]
             changes = records.differences(stored, records.plain(job.values))
             raise measurements.RecordsError(
-                f"{path}: is of another configuration than {job.names[0]} has now"
-                f" ({', '.join(changes) or 'another seed'}); move it away to run that"
+                f"{path}: its configuration is not that of {job.names[0]}"
+                f" ({', '.join(changes) or 'another seed'}); move the file away to run this arm"
             )
 
     def file(self, job: Job, seed: int) -> Path:
-        """Returns where the records of a run will be stored."""
+        """Returns the file for the records of a run."""
         return records.run_file(self.results, job.names[0], seed)
 
     def unfinished(self) -> list[tuple[Job, int]]:
-        """Returns the runs that have no records yet, arm by arm."""
+        """Returns the runs without records, arm by arm."""
         stored = records.Stored(self.results)
         return [
             (job, seed)
@@ -253,14 +254,14 @@ class Sweep:
         ]
 
     def run(self) -> None:
-        """Runs what nobody else has run or is running, until nothing is left for this process.
+        """Runs everything that is not finished and not being run by another process.
 
-        Says before each run how far the sweep is; on a terminal a bar over all runs stands above
-        that of the run.
+        Prints the progress of the sweep before each run; on a terminal, a progress bar over all
+        runs is shown above that of the current run.
 
         Raises:
-          KeyboardInterrupt: a signal has stopped it; what is finished is stored, what is not goes
-            on from its checkpoint.
+          KeyboardInterrupt: a signal stopped the sweep; finished runs are stored, and the current
+            one resumes from its checkpoint the next time.
         """
         from tqdm import tqdm
 
@@ -287,24 +288,24 @@ class Sweep:
 
         workdir = self.workdir / job.names[0] / f"seed_{seed}"
         start = time.monotonic()
-        found = run(job, seed, workdir)
-        measurements.write(self.file(job, seed), found)
-        self._speed.append((found[0]["training_flops"], time.monotonic() - start))
+        lines = run(job, seed, workdir)
+        measurements.write(self.file(job, seed), lines)
+        self._speed.append((lines[0]["training_flops"], time.monotonic() - start))
         if not self._keep_checkpoints:
             with files.errors(workdir, "cannot be removed"):
                 shutil.rmtree(workdir)
-        jax.clear_caches()  # hundreds of programs would fill the memory
+        jax.clear_caches()  # hundreds of programs would fill memory
 
     def progress(self) -> str:
-        """Says how many runs are finished, and how long this process would take for the rest."""
+        """Describes how many runs are finished, and how long this process needs for the rest."""
         unfinished = self.unfinished()
         total = len(self.jobs) * len(self.seeds)
         text = f"{total - len(unfinished)}/{total} runs"
         if not self._speed:
             return text
         flops, seconds = map(sum, zip(*self._speed, strict=True))
-        left = sum(_flops(job.values) for job, _ in unfinished)
-        minutes = left * seconds / flops / 60
+        remaining = sum(_flops(job.values) for job, _ in unfinished)
+        minutes = remaining * seconds / flops / 60
         return f"{text}, {minutes:.0f} min left for one process"
 
 
@@ -322,7 +323,7 @@ def main(_: list[str]) -> None:
     jobs = arms_to_run(_ABLATIONS.value or [], _ARMS.value, _SCALE.value, corpus)
     folder = _SCALE.value
     if corpus is not None:
-        folder += "_" + corpora.take(scales.smoke(), **corpus)
+        folder += "_" + corpora.use(scales.smoke(), **corpus)
     results = cli.path(records.FOLDER) / folder
     workdir = cli.path(_WORKDIR) / folder
     sweep = Sweep(jobs, _SEEDS.value, results, workdir, keep_checkpoints=_KEEP.value)
@@ -330,7 +331,7 @@ def main(_: list[str]) -> None:
 
     # The seeds of an arm share their programs.
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
-    if not sys.stderr.isatty():  # without a terminal there is no bar, but a line a logged step
+    if not sys.stderr.isatty():  # without a bar, training logs a line per logged step
         logging.set_verbosity(logging.WARNING)
     try:
         for job in jobs:
@@ -339,18 +340,18 @@ def main(_: list[str]) -> None:
             measurements.write(results / records.CORPUS, [corpus])
         sweep.run()
     except KeyboardInterrupt:
-        print(f"{sweep.progress()}; the same command goes on with the rest", flush=True)
+        print(f"{sweep.progress()}; run the same command again to resume", flush=True)
         raise
     print(sweep.progress())
 
 
 def _corpus() -> dict[str, Any] | None:
-    """Returns what the flags say of another corpus, as arguments of `corpora.take`."""
+    """Returns the corpus given by the flags, as arguments of `corpora.use`."""
     if not _CORPUS.present:
         if _VOCAB_SIZE.present:
-            raise ConfigError(f"--vocab_size={_VOCAB_SIZE.value}: is for --corpus")
+            raise ConfigError(f"--vocab_size={_VOCAB_SIZE.value}: needs --corpus")
         return None
-    corpus = corpora.named(_CORPUS.value or "", "--corpus")
+    corpus = corpora.parse(_CORPUS.value or "", "--corpus")
     return {"corpus": corpus, "vocab_size": _VOCAB_SIZE.value or 8192}
 
 

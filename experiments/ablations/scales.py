@@ -1,8 +1,8 @@
-"""The base configuration of every scale that an ablation runs at.
+"""Base configurations of the scales that ablations run at.
 
-`smoke`: seconds, for tests | `cpu`: minutes an arm on 2 cores | `gpu`: minutes an arm on one H200,
-bfloat16 | `paper`: the published sizes, by the file of configs/ that a section of the paper is
-about. What an ablation compares is the same at each; only sizes, data and length differ.
+`smoke`: seconds, for tests | `cpu`: minutes per arm on 2 cores | `gpu`: minutes per arm on one
+H200, bfloat16 | `paper`: the published sizes, from the file of configs/ for a section of the paper.
+An ablation makes the same comparison at each scale; only sizes, data and length differ.
 """
 
 import importlib
@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-# What `python -m experiments.ablations.run` makes where it is missing (corpora.py). The tokenizer
-# of `cpu` is committed, so that its tokens are the same everywhere.
+# `python -m experiments.ablations.run` makes missing corpora and tokenizers here (corpora.py). The
+# tokenizer of `cpu` is committed, so that its tokens are the same everywhere.
 CORPORA = "runs/ablations/corpora"
 CPU_TOKENIZER = "experiments/bpe_2048.json"
 MULTI_HOP_TEXT = f"{CORPORA}/multi_hop.jsonl"
@@ -44,11 +44,12 @@ def smoke() -> ConfigDict:
 
 
 def cpu() -> ConfigDict:
-    """About a minute a run on one core: 0.24M active, 1.4M total, BPE of the standard library.
+    """About a minute per run on one core: 0.24M active, 1.4M total, BPE of the standard library.
 
-    The vocabulary is small because at this width a larger one would take most of the FLOPs, and D_k
-    is h / 4 because n is large against h: so retrieval and memory take a fifth of the FLOPs that
-    are not the head's, as at the paper's 500M. Value rates are the paper's for short runs.
+    The vocabulary is small because at this width a larger one would take most of the FLOPs. D_k is
+    only h / 4 because n is large relative to h: retrieval and memory then take a fifth of the FLOPs
+    outside the head, as in the paper's 500M model. Learning rates of values are the paper's for
+    short runs.
     """
     config = base.get_config()
     model = config.model
@@ -56,7 +57,7 @@ def cpu() -> ConfigDict:
     model.hidden_size = 64
     model.num_layers = 4
     model.num_heads = model.num_key_value_heads = 4
-    model.ffn_size = 162  # at which a mixture of experts comes within 1 %, too
+    model.ffn_size = 162  # a size that a mixture of experts can match to 1 %
     model.compute_dtype = "float32"  # CPUs emulate bfloat16
     memory = model.memory
     memory.num_keys = 96
@@ -77,7 +78,7 @@ def cpu() -> ConfigDict:
 
 
 def gpu() -> ConfigDict:
-    """Minutes a run on one H200: 45M active, 260M total, 98M tokens of installed Python sources."""
+    """Minutes per run on one H200: 45M active, 260M total, 98M tokens of installed sources."""
     config = base.get_config()
     model = config.model
     model.vocab_size = 16_384
@@ -105,7 +106,7 @@ def gpu() -> ConfigDict:
 
 
 def paper(file: str) -> ConfigDict:
-    """A published size."""
+    """A published size, from a file of configs/."""
     config: ConfigDict = importlib.import_module(f"configs.{file}").get_config()
     return config
 

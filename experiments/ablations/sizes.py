@@ -1,11 +1,11 @@
-"""Sizes every arm of every ablation so that it costs what its baseline does.
+"""Sizes every arm of every ablation to the cost of its baseline.
 
-    python -m experiments.ablations.sizes            # solve, write sizes.json beside this file
-    python -m experiments.ablations.sizes --check    # print what is held fixed, and how well
+    python -m experiments.ablations.sizes            # solve, and write sizes.json next to this file
+    python -m experiments.ablations.sizes --check    # print the deviations of the stored sizes
 
-What the solver of `umv2.cost.matching` finds is stored, so that a configuration loads without
-it. The table gives each arm's deviation from its baseline in what the ablation holds fixed; more
-than 1 % is marked.
+Solutions of `umv2.cost.matching` are stored, so that loading a configuration needs no solver. The
+table shows the deviation of each arm from its baseline in the quantities that the ablation holds
+fixed; more than 1 % is marked.
 """
 
 import json
@@ -20,18 +20,18 @@ from experiments.ablations.arms import field
 from experiments.ablations.catalogue import ABLATIONS, SIZES_FILE, configuration
 from umv2 import files
 
-_CHECK = flags.DEFINE_bool("check", False, "Print the stored sizes' deviations, solve nothing.")
+_CHECK = flags.DEFINE_bool("check", False, "Only print the deviations of the stored sizes.")
 _SCALES = flags.DEFINE_list("scales", list(scales.SCALES), "Scales to solve or to check.")
 
 
 def solve(ablation: str, scale: str) -> dict[str, dict[str, Any]]:
-    """Returns the sizes of an ablation's arms that differ from the arm's own, by path.
+    """Solves an ablation; returns, by arm, the sizes by path that differ from the arm's diff.
 
-    A baseline that differs from the base of its scale is sized by that, the others by the baseline.
-    Arms whose sizes the paper gives stay as they are.
+    A baseline that differs from the base of its scale is matched to that base, the other arms to
+    the baseline. Arms with published sizes are not changed.
 
     Raises:
-      ConfigError: an arm that no sizes make as cheap as its baseline.
+      ConfigError: no sizes give an arm the cost of its baseline.
     """
     from umv2.config import Config, from_config_dict
     from umv2.config.schema import ConfigError, build
@@ -40,11 +40,11 @@ def solve(ablation: str, scale: str) -> dict[str, dict[str, Any]]:
     entry = ABLATIONS[ablation]
     if not entry.fixed:
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    solved: dict[str, dict[str, Any]] = {}
     reference = from_config_dict(entry.base(scale))
     for arm in entry.arms:
         values = entry.unsized(arm, scale)
-        candidate = build(Config, values)  # valid once it is sized
+        candidate = build(Config, values)  # may become valid only by sizing
         if entry.is_published(arm, scale) or candidate == reference:
             matched = candidate
         else:
@@ -56,14 +56,14 @@ def solve(ablation: str, scale: str) -> dict[str, dict[str, Any]]:
             sizes = {f"model.{path}": value for path, value in match.sizes.items()}
             changed = {path: v for path, v in sizes.items() if field(values, path) != v}
             if changed:
-                found[f"{ablation}/{arm}"] = changed
+                solved[f"{ablation}/{arm}"] = changed
         if arm == entry.baseline:
             reference = matched
-    return found
+    return solved
 
 
 def deviations(ablation: str, scale: str) -> dict[str, dict[str, float]]:
-    """Returns each arm's relative deviations from the baseline in what the ablation holds fixed.
+    """Returns each arm's relative deviations from the baseline in the fixed quantities.
 
     NaN: the family has no such quantity.
     """
@@ -71,11 +71,11 @@ def deviations(ablation: str, scale: str) -> dict[str, dict[str, float]]:
     from umv2.cost import matching
 
     entry = ABLATIONS[ablation]
-    counted = {
+    quantities = {
         arm: matching.quantities(from_config_dict(configuration(ablation, arm, scale)))
         for arm in entry.arms
     }
-    reference = counted[entry.baseline]
+    reference = quantities[entry.baseline]
     return {
         arm: {
             rule: getattr(ours, rule) / getattr(reference, rule) - 1
@@ -83,12 +83,12 @@ def deviations(ablation: str, scale: str) -> dict[str, dict[str, float]]:
             else math.nan
             for rule in entry.fixed
         }
-        for arm, ours in counted.items()
+        for arm, ours in quantities.items()
     }
 
 
 def table(names: list[str]) -> str:
-    """Returns the deviations of all arms at the given scales, in aligned columns."""
+    """Returns the deviations of all arms at the given scales as text in aligned columns."""
     from umv2.cost import matching
 
     lines = [f"{'scale':<7}{'arm':<40}" + "".join(f"{rule:>14}" for rule in matching.RULES)]
@@ -106,7 +106,7 @@ def table(names: list[str]) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Solves and stores, or checks what is stored."""
+    """Solves and stores sizes, or checks the stored ones."""
     for scale in _SCALES.value or [""]:
         cli.require(f"--scales={scale}", scale, scales.SCALES)
     if not _CHECK.value:

@@ -1,1 +1,1 @@
-"""What was measured of programs: times, memory, errors, plans, answers."""
+"""Benchmarks: time and memory of programs, numerical errors, plans, answers of models."""

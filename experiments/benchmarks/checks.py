@@ -1,7 +1,7 @@
-"""Measurements of tests: what a test compares with its tolerance is what a results page shows.
+"""Collects measurements that tests make: a results page shows what a test compares to a tolerance.
 
-Such a test hands its numbers to pytest, `record_property("measured", <JSON object>)`, and knows
-nothing of results; here they are collected.
+Such a test calls pytest's `record_property("measured", <JSON object>)` and needs to know nothing
+about results.
 """
 
 import dataclasses
@@ -22,51 +22,51 @@ from experiments import measurements
 from umv2.config.schema import UserError
 
 _ROOT = Path(__file__).parents[2]
-CASES = flags.DEFINE_list("cases", [], "Parts of the names of cases to run; default: all.")
+CASES = flags.DEFINE_list("cases", [], "Run the cases whose names contain one; default: all.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What tests measured, and the names of those that did not pass."""
+    """The measurements of tests, and the names of those that failed."""
 
     records: list[dict[str, Any]]
     failed: list[str]
 
     def require_passed(self) -> None:
-        """Raises a UserError that names the tests that did not pass, where there are any."""
+        """Raises a UserError that names the failed tests, if any."""
         if self.failed:
             raise UserError(f"{len(self.failed)} tests failed: {', '.join(self.failed[:3])}")
 
 
 def run(*tests: str, parts: Sequence[str] | None = None) -> Outcome:
-    """Runs tests of the clone; their progress goes to standard error.
+    """Runs tests of the clone; pytest's output goes to standard error.
 
     Args:
-      tests: files, or FILE::TEST, relative to the root of the clone.
-      parts: of the names of the tests to run; None: as --cases says; empty: all.
+      tests: FILE or FILE::TEST, relative to the root of the clone.
+      parts: runs the tests whose names contain one of these; None: --cases; empty: all.
 
     Raises:
-      UserError: no test could be run.
+      UserError: no test was run.
     """
     if importlib.util.find_spec("pytest") is None:
         raise UserError("pytest: not installed; pip install -r requirements-dev.txt in the clone")
-    chosen = CASES.value if parts is None else parts
-    selection = ["-k", " or ".join(chosen)] if chosen else []
-    # By which CI, short of time, skips slow tests.
+    selected = CASES.value if parts is None else parts
+    selection = ["-k", " or ".join(selected)] if selected else []
+    # CI sets this variable to skip slow tests when time is short.
     environment = {name: x for name, x in os.environ.items() if name != "SLOW_TESTS_UNTIL"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", *tests, *selection]
         command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
-        ended = subprocess.run(command, cwd=_ROOT, env=environment, stdout=2, check=False)
-        if ended.returncode not in (0, 1):  # all passed, or some did not
+        completed = subprocess.run(command, cwd=_ROOT, env=environment, stdout=2, check=False)
+        if completed.returncode not in (0, 1):  # 0: all passed, 1: some failed
             arguments = " ".join([*tests, *selection])
-            raise UserError(f"pytest ended with {ended.returncode}: {arguments}")
-        return collected(report)
+            raise UserError(f"pytest exited with status {completed.returncode}: {arguments}")
+        return read_report(report)
 
 
-def collected(report: Path) -> Outcome:
-    """Returns what a JUnit report of pytest says."""
+def read_report(report: Path) -> Outcome:
+    """Reads a JUnit report of pytest."""
     about = measurements.about()
     records, failed = [], []
     for case in ElementTree.parse(report).iter("testcase"):

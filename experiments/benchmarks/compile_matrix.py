@@ -3,11 +3,10 @@
     python -m experiments.benchmarks.compile_matrix [--chips=v5e,h200] [--operators=...]
         [--backends=...] [--passes=forward,gradients] [--shapes=...]
 
-Prints what the compilers say, temporaries and their own estimate of the cost, and writes it to
-compile_matrix.txt, with a line for each case in compile_matrix.jsonl; cases that are left out keep
-the line they had. Arguments and results have the layouts that the compiler chooses for them, so
-that no copy from one layout to another is counted. Nothing runs: none of these numbers is a time
-that anyone measured.
+Prints what the compilers report, temporaries and cost estimates, and writes it to
+compile_matrix.txt, with a line for each case in compile_matrix.jsonl; cases that are not selected
+keep their stored lines. The compiler chooses the layouts of arguments and results, so that no copy
+between layouts is counted. Nothing runs: none of these numbers is a measured time.
 """
 
 import fcntl
@@ -41,17 +40,17 @@ IDENTITY = ("chip", "operator", "backend", "shape", "dtype", "pass")
 
 _CHIPS = flags.DEFINE_list("chips", list(TOPOLOGIES), "Chips to compile for.")
 _OPERATORS = flags.DEFINE_list("operators", None, "Operators of kernels_pallas; default: all.")
-_BACKENDS = flags.DEFINE_list("backends", None, "Backends of them; default: all.")
-_SHAPES = flags.DEFINE_list("shapes", None, "Shapes of the paper's sizes; default: all.")
+_BACKENDS = flags.DEFINE_list("backends", None, "Backends of the operators; default: all.")
+_SHAPES = flags.DEFINE_list("shapes", None, "Shapes of the paper's models; default: all.")
 _PASSES = flags.DEFINE_list("passes", list(PASSES), "Passes to compile.")
-_WORKER = flags.DEFINE_string("worker", None, "For this command's own use: compile for this chip.")
+_WORKER = flags.DEFINE_string("worker", None, "Internal: the chip that this process compiles for.")
 
 
-def chosen() -> dict[str, list[str]]:
-    """Returns what the flags choose.
+def selected() -> dict[str, list[str]]:
+    """Returns the values selected by each flag.
 
     Raises:
-      ConfigError: what there is not.
+      ConfigError: a flag has an unknown value.
     """
     from kernels_pallas.benchmark.workloads import OPERATORS
 
@@ -70,7 +69,7 @@ def chosen() -> dict[str, list[str]]:
 
 
 def cases(chip: str, options: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
-    """What to compile for one chip: plain XLA, and the backends that are for its platform."""
+    """Yields the cases of one chip: plain XLA and the backends for its platform."""
     from kernels_pallas.benchmark.workloads import OPERATORS
 
     kernels = ("pallas_gpu",) if chip == "h200" else ("pallas_tpu", "pallas_sparsecore")
@@ -82,8 +81,8 @@ def cases(chip: str, options: Mapping[str, Sequence[str]]) -> Iterator[dict[str,
             yield dict(zip(IDENTITY[1:], (operator, *values), strict=True))
 
 
-def outcome(case: Mapping[str, str], mesh: Any) -> dict[str, Any]:
-    """What the compiler says of a case, or who refuses it and why."""
+def compile_case(case: Mapping[str, str], mesh: Any) -> dict[str, Any]:
+    """Returns what the compiler reports of a case, or why the case is refused or fails."""
     import jax
     from jax.experimental.layout import Format, Layout
     from jax.sharding import NamedSharding, PartitionSpec
@@ -104,15 +103,15 @@ def outcome(case: Mapping[str, str], mesh: Any) -> dict[str, Any]:
     function = call if case["pass"] == "forward" else gradients
     arguments = shape.arguments(case["dtype"])
     sharding = NamedSharding(mesh, PartitionSpec())
-    free = Format(Layout.AUTO, sharding)
-    formats: dict[str, Any] = dict.fromkeys(arguments, free)
-    outs: Any = free
+    auto = Format(Layout.AUTO, sharding)
+    formats: dict[str, Any] = dict.fromkeys(arguments, auto)
+    outs: Any = auto
     start = time.perf_counter()
     try:
         results = jax.eval_shape(function, arguments)
         if case["backend"] == "pallas_sparsecore":
-            # The compiler chooses no layout without tiles on its own, and knows none for scores:
-            # the copy that transposes them to [T, c, K] counts among the temporaries.
+            # The compiler never chooses an untiled layout by itself. Scores cannot have one: the
+            # copy that transposes them to [T, c, K] counts as a temporary.
             outs = jax.tree.map(lambda x: contiguous(x, sharding), results)
             named = {n: contiguous(x, sharding) for n, x in arguments.items() if n != "scores"}
             formats |= named
@@ -122,7 +121,7 @@ def outcome(case: Mapping[str, str], mesh: Any) -> dict[str, Any]:
         return {"refused": str(error).rpartition(f"{case['backend']!r}: ")[2]}
     except jax.errors.JaxRuntimeError as error:
         return {"failed": " ".join(str(error).split())[:200]}
-    # Of GPUs that are not attached the compiler gives no estimate.
+    # For GPUs that are not attached the compiler gives no estimate.
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     assert memory is not None
     seconds = cost.get("optimal_seconds", -1.0)
@@ -133,7 +132,7 @@ def outcome(case: Mapping[str, str], mesh: Any) -> dict[str, Any]:
         "compilers_estimate": {
             "bytes_accessed": cost.get("bytes accessed"),
             "flops": cost.get("flops"),
-            # Of some programs the compiler knows no time, and then it is negative.
+            # Negative where the compiler has no estimate of the time.
             "seconds": seconds if seconds > 0 else None,
         },
         "compile_seconds": round(time.perf_counter() - start, 2),
@@ -141,15 +140,15 @@ def outcome(case: Mapping[str, str], mesh: Any) -> dict[str, Any]:
 
 
 def contiguous(array: Any, sharding: Any) -> Any:
-    """The layout that SparseCore kernels read: rows of multiples of 32 bytes, contiguous."""
+    """Returns the layout that SparseCore kernels read: contiguous rows, multiples of 32 bytes."""
     from jax.experimental.layout import Format, Layout
 
     order = tuple(range(len(array.shape)))
     return Format(Layout(order, tiling=((32 // array.dtype.itemsize,),)), sharding)
 
 
-def work(chip: str, options: Mapping[str, Sequence[str]]) -> None:
-    """Compiles for one chip; a line of standard output for each case."""
+def run_worker(chip: str, options: Mapping[str, Sequence[str]]) -> None:
+    """Compiles for one chip; prints a line of JSON for each case."""
     import jax
     from jax.sharding import Mesh
 
@@ -158,41 +157,41 @@ def work(chip: str, options: Mapping[str, Sequence[str]]) -> None:
     mesh = Mesh(topology.parse(TOPOLOGIES[chip]).devices()[:1], ("device",))
     with jax.set_mesh(mesh):
         for case in cases(chip, options):
-            print(json.dumps({"chip": chip} | case | outcome(case, mesh)), flush=True)
+            print(json.dumps({"chip": chip} | case | compile_case(case, mesh)), flush=True)
 
 
 def run_chip(chip: str, options: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """Compiles for one chip in a process of its own.
 
     Raises:
-      UserError: its compiler is not installed.
+      UserError: the chip's compiler is not installed.
     """
     from umv2.planning import topology
 
-    place = topology.parse(TOPOLOGIES[chip])
+    target = topology.parse(TOPOLOGIES[chip])
     arguments = [f"--{name}={','.join(names)}" for name, names in options.items()]
     command = [sys.executable, "-m", "experiments.benchmarks.compile_matrix", *arguments]
     lines = []
-    with Path(tempfile.gettempdir(), f"umv2_{place.chip.platform}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # libtpu serves one process of a machine at a time
+    with Path(tempfile.gettempdir(), f"umv2_{target.chip.platform}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # libtpu serves one process per machine at a time
         with subprocess.Popen(
             [*command, f"--worker={chip}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | place.environment,
+            env=os.environ | target.environment,
         ) as process:
             assert process.stdout is not None
             for text in process.stdout:
                 sys.stderr.write(text)
                 lines.append(json.loads(text))
     if process.returncode:
-        raise RuntimeError(f"{chip}: the process ended with {process.returncode}")
+        raise RuntimeError(f"{chip}: the process exited with status {process.returncode}")
     return lines
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The matrix; the bytes of a loop's body count once in the compiler's estimate."""
+    """Returns the matrix as text in aligned columns."""
     from kernels_pallas.benchmark.report import aligned
 
     titles = ("temporaries MiB", "arguments MiB", "results MiB")
@@ -219,19 +218,19 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         (
             aligned(rows),
             "",
-            "Estimates are the compiler's own, not measurements. They count the body of a loop",
-            "once, and of a kernel what its author says that it moves.",
+            "Estimates are the compiler's, not measurements. They count a loop body once, and",
+            "for a kernel the cost that its author declares.",
         )
     )
 
 
 def ordered(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the lines of backends that there are, by case."""
+    """Returns the lines sorted by case, without those of backends that no longer exist."""
     from kernels_pallas.benchmark.workloads import OPERATORS
 
     chips, operators = list(TOPOLOGIES), list(OPERATORS)
 
-    def place(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
         operator = OPERATORS[line["operator"]]
         return (
             operators.index(line["operator"]),
@@ -244,23 +243,23 @@ def ordered(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
     known = {(name, backend) for name in operators for backend in OPERATORS[name].backends}
     kept = [line for line in lines if (line["operator"], line["backend"]) in known]
-    return sorted(kept, key=place)
+    return sorted(kept, key=key)
 
 
 def main(_: list[str]) -> None:
-    """Compiles, and writes all that there is."""
-    options = chosen()
+    """Compiles the selected cases, then writes all results."""
+    options = selected()
     if _WORKER.value is not None:
-        work(_WORKER.value, options)
+        run_worker(_WORKER.value, options)
         return
     path = RESULTS / "compile_matrix.jsonl"
     measurements.require_writable(path)
     about = measurements.about()
     lines = [about | line for chip in options["chips"] for line in run_chip(chip, options)]
-    everything = ordered(measurements.merged(path, lines, IDENTITY))
-    measurements.write(path, everything)
-    files.write_text(RESULTS / "compile_matrix.txt", table(everything) + "\n")
-    print(table(everything))
+    results = ordered(measurements.merged(path, lines, IDENTITY))
+    measurements.write(path, results)
+    files.write_text(RESULTS / "compile_matrix.txt", table(results) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

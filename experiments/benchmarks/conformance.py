@@ -1,9 +1,9 @@
-"""Errors of every kernel backend against the float32 reference, at small shapes.
+"""Numerical errors of every kernel backend against the float32 reference, at small shapes.
 
     python -m experiments.benchmarks.conformance [--cases=PART OF A NAME,...]
 
-Runs tests/kernels_pallas/conformance.py, kernels in the interpreter of their platform, and writes
-a line for each case to conformance.jsonl, and a table of all to conformance.txt.
+Runs tests/kernels_pallas/conformance.py, with the kernels in the interpreter of their platform, and
+writes a line for each case to conformance.jsonl and a table of all cases to conformance.txt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ TESTS = "tests/kernels_pallas/conformance.py"
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Counts and worst error by operator, backend, dtype and pass, then the refusals."""
+    """Returns counts and worst error by operator, backend, dtype and pass, then the refusals."""
     from kernels_pallas.benchmark.report import aligned
 
     counted = ("passed", "failed", "refused")
@@ -30,11 +30,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     for line in records:
         groups.setdefault((line["operator"], line["backend"], line["dtype"]), []).append(line)
     for group, lines in groups.items():
-        taken = [line for line in lines if "refused" not in line]
+        run = [line for line in lines if "refused" not in line]
         for name in ("forward", "gradients"):
-            failed = sum(line[name]["share"] > 1 for line in taken)
-            counts = (str(len(taken) - failed), str(failed), str(len(lines) - len(taken)))
-            worst = max(taken, key=lambda line: line[name]["share"], default=None)
+            failed = sum(line[name]["share"] > 1 for line in run)
+            counts = (str(len(run) - failed), str(failed), str(len(lines) - len(run)))
+            worst = max(run, key=lambda line: line[name]["share"], default=None)
             where = ("", "", "")
             if worst is not None:
                 error = worst[name]
@@ -49,7 +49,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Runs the cases; those that are left out keep their lines."""
+    """Runs the cases; those that do not run keep their stored lines."""
     path = RESULTS / "conformance.jsonl"
     measurements.require_writable(path)
     outcome = checks.run(TESTS)

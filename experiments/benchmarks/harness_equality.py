@@ -1,10 +1,10 @@
-"""Our adapter to lm-evaluation-harness against its own Hugging Face backend, on one tiny OLMoE.
+"""Our lm-evaluation-harness adapter against the harness's Hugging Face backend, on a tiny OLMoE.
 
     python -m experiments.benchmarks.harness_equality
 
-Makes a random OLMoE with transformers, imports it, and lets both answer the same requests: choices,
-full texts, greedy generation, and every token after some prompts, few of which are the likeliest.
-Needs the extra `eval`, torch, transformers and accelerate.
+Makes a random OLMoE with transformers, imports it, and sends both the same requests: choices, full
+texts, greedy generation, and every possible next token of some prompts, few of which are greedy.
+Needs the extras `eval` and `reference`.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ TASKS = ("umv2_choices", "umv2_texts", "umv2_prompts")
 TASK_FILES = "tests/evaluation/tasks"
 _TOKENIZER = "experiments/bpe_2048.json"
 _MAX_LENGTH = 128
-_PROMPTS = 4  # whose next tokens are all asked for
+_PROMPTS = 4  # prompts of which every next token is scored
 
 _OUTPUT = flags.DEFINE_string(
     "equality_output", "experiments/results/harness/equality.jsonl", "File of the result."
@@ -28,7 +28,7 @@ _OUTPUT = flags.DEFINE_string(
 
 
 def write_olmoe(folder: Path) -> None:
-    """Writes a random OLMoE whose predictions vary, with a tokenizer."""
+    """Writes a random OLMoE whose predictions vary with the token, and a tokenizer."""
     import torch
     import transformers
 
@@ -60,7 +60,7 @@ def write_olmoe(folder: Path) -> None:
 
 
 def ours(folder: Path, workdir: Path) -> Any:
-    """Imports the model into a run, and returns it as the harness wants it."""
+    """Imports the model into a run, and returns it as a harness model."""
     from umv2 import modes
     from umv2.config import from_config_dict
     from umv2.training import checkpoint
@@ -77,7 +77,7 @@ def ours(folder: Path, workdir: Path) -> Any:
 
 
 def hugging_face(folder: Path) -> Any:
-    """Returns the same model in the harness's own backend."""
+    """Returns the same model in the harness's Hugging Face backend."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(
@@ -91,51 +91,51 @@ def hugging_face(folder: Path) -> Any:
 
 
 def answers(model: Any) -> dict[str, dict[str, Any]]:
-    """Returns each task's figures, and the answer to each of its requests."""
+    """Returns the metrics of each task, and the answers to its requests."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    found = lm_eval.simple_evaluate(
+    evaluated = lm_eval.simple_evaluate(
         model=model,
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=TASK_FILES),
         bootstrap_iters=0,
     )
-    assert found is not None
+    assert evaluated is not None
     return {
         task: {
             "figures": {
                 name: value
-                for name, value in found["results"][task].items()
+                for name, value in evaluated["results"][task].items()
                 if "," in name and "stderr" not in name
             },
-            "answers": [sample["resps"] for sample in found["samples"][task]],
+            "answers": [sample["resps"] for sample in evaluated["samples"][task]],
         }
         for task in TASKS
     }
 
 
 def next_tokens(model: Any, prompts: list[str], tokens: list[str]) -> dict[str, dict[str, Any]]:
-    """Returns how likely each token is after each prompt, and whether it is the likeliest."""
+    """Scores every token after every prompt; an answer also says whether the token is greedy."""
     from lm_eval.api.instance import Instance
 
     pairs = [(prompt, token) for prompt in prompts for token in tokens]
-    found = model.loglikelihood(
+    scores = model.loglikelihood(
         [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)],
         disable_tqdm=True,
     )
-    figures = {"greedy": float(sum(greedy for _, greedy in found))}
-    return {"next_tokens": {"figures": figures, "answers": [[pair] for pair in found]}}
+    figures = {"greedy": float(sum(greedy for _, greedy in scores))}
+    return {"next_tokens": {"figures": figures, "answers": [[pair] for pair in scores]}}
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns, for each task, both sides' figures and the greatest difference of an answer."""
-    found = []
+    """Returns, for each task, the metrics of both sides and the largest difference of an answer."""
+    records = []
     for task in ours:
         pairs = list(zip(_flat(ours[task]["answers"]), _flat(theirs[task]["answers"]), strict=True))
         numbers = [(a, b) for a, b in pairs if isinstance(b, float)]
         others = [(a, b) for a, b in pairs if not isinstance(b, float)]
-        found.append(
+        records.append(
             {
                 "task": task,
                 "ours": ours[task]["figures"],
@@ -148,7 +148,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]
                 "different_texts": len({b for _, b in others}),
             }
         )
-    return found
+    return records
 
 
 def _flat(nested: Any) -> list[Any]:
@@ -158,21 +158,21 @@ def _flat(nested: Any) -> list[Any]:
 
 
 def run(folder: Path) -> list[dict[str, Any]]:
-    """Makes the model below a folder and compares the two."""
+    """Makes the model in a folder and compares the two adapters on it."""
     write_olmoe(folder / "olmoe")
     models = ours(folder / "olmoe", folder / "run"), hugging_face(folder / "olmoe")
     lines = measurements.read(Path(TASK_FILES, "prompts.jsonl"))
-    # Without white space at the end: the harness would count it as part of the token.
+    # Without trailing whitespace, which the harness would move into the continuation.
     prompts = [line["prompt"].rstrip() for line in lines[:_PROMPTS]]
     tokenizer = models[1].tokenizer
-    # Complete characters. And no name of a special token: to us that is text like any other.
+    # Only tokens of complete characters, and no special tokens, whose names are plain text to us.
     ids = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     tokens = [token for token in map(tokenizer.decode, ids) if "\ufffd" not in token]
     return compare(*(answers(model) | next_tokens(model, prompts, tokens) for model in models))
 
 
 def main(_: list[str]) -> None:
-    """Compares, prints, and writes a line a task."""
+    """Compares, prints, and writes a line per task."""
     path = cli.path(_OUTPUT)
     cli.require_installed("eval,reference", "lm_eval", "torch", "transformers", "accelerate")
     measurements.require_writable(path)

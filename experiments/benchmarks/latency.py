@@ -1,12 +1,12 @@
-"""What a decode step takes, family beside family, and what it must read: latency and traffic.
+"""Latency and memory traffic of a decode step, families side by side.
 
     python -m experiments.benchmarks.latency --size=227m_1b2 --batches=1,8,32,64 --contexts=2048
     python -m experiments.benchmarks.latency_report
 
-Models have their full size and random weights, and share one key-value cache, which is the same for
-all of them. Families take turns in one process, round by round, with a pass over memory that says
-what it can deliver. A family may name its data type, as in moe:float32; hugging_face is OLMoE in
-PyTorch (torch, transformers), of the sizes of moe.
+Models are full size with random weights, and share one key-value cache. Families take turns in one
+process; each round also times a plain pass over memory, which measures the available bandwidth. A
+family may name its data type, as in moe:float32; hugging_face is OLMoE in PyTorch (torch,
+transformers) with the sizes of moe.
 """
 
 import functools
@@ -22,26 +22,26 @@ from configs import families
 from experiments import cli, measurements
 from umv2.config.schema import ConfigError
 
-_SIZE = flags.DEFINE_enum("size", "227m_1b2", ["227m_1b2", "1b_7b"], "Of configs/paper_*.py.")
+_SIZE = flags.DEFINE_enum("size", "227m_1b2", ["227m_1b2", "1b_7b"], "Size in configs/paper_*.py.")
 _FAMILIES = flags.DEFINE_list(
     "families",
     ["ultramem_v2", "moe", "moe_2_of_16", "dense", "memory_plus"],
     "Families, each with ':float32' or ':bfloat16' (the default), or hugging_face.",
 )
-_BATCHES = flags.DEFINE_list("batches", ["1", "8", "32", "64"], "Sequences that decode together.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "32", "64"], "Batch sizes.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["2048"], "Positions in the cache before the step.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each family takes.", 1)
-_STEPS = flags.DEFINE_integer("steps", 4, "Decode steps of a turn.", 1)
-_PREFILL = flags.DEFINE_integer("prefill", 0, "Tokens of a prompt to prefill as well; 0: none.", 0)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed turns of each family.", 1)
+_STEPS = flags.DEFINE_integer("steps", 4, "Decode steps per turn.", 1)
+_PREFILL = flags.DEFINE_integer("prefill", 0, "Length of a prompt to time prefill on; 0: none.", 0)
 _RESULTS = flags.DEFINE_string(
-    "latency_output", "experiments/results/latency/latency.jsonl", "File that results go to."
+    "latency_output", "experiments/results/latency/latency.jsonl", "File to append results to."
 )
-_BLOCK = 1 << 20  # random numbers that weights repeat
+_BLOCK = 1 << 20  # random numbers, repeated to fill an array
 _READ_BYTES = 1 << 29
 
 
 class Family:
-    """One of our families, with random weights, ready to decode."""
+    """One of our families with random weights, ready to decode."""
 
     def __init__(self, label: str, config: Any):
         import jax
@@ -58,22 +58,22 @@ class Family:
         self.sampling = Sampling(0.0, 0, 1.0, self.config.vocab_size)
 
     def empty_cache(self, batch: int, length: int) -> Any:
-        """Returns a cache that other families of the same attention can use."""
+        """Returns a cache, which families with the same attention can share."""
         import jax
 
         cache = jax.eval_shape(lambda: self.served.parts()[0].empty_cache(batch, length))
         return jax.tree_util.tree_map_with_path(random_array, cache)
 
-    def compiled(self, cache: Any, batch: int) -> tuple[Callable[..., Any], dict[str, int]]:
-        """Returns the decode step, (cache, tokens, positions) -> the same, and what it needs."""
+    def compile(self, cache: Any, batch: int) -> tuple[Callable[..., Any], dict[str, int]]:
+        """Returns the step (cache, tokens, positions) -> the same, and the memory it needs."""
         import jax
         import jax.numpy as jnp
 
         from umv2.inference import decode
 
-        rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        vector = jax.ShapeDtypeStruct((batch,), jnp.int32)
         keys = jax.random.split(jax.random.key(0), batch)
-        arguments = (self.served, cache, rows, rows, keys)
+        arguments = (self.served, cache, vector, vector, keys)
         program = decode.decode.lower(*arguments, sampling=self.sampling).compile()
         memory = program.memory_analysis()
         assert memory is not None
@@ -98,7 +98,7 @@ class Family:
 
 
 def random_array(path: Any, leaf: Any) -> Any:
-    """Returns small random numbers; ones for weights of norms, a permutation for addresses."""
+    """Returns small random numbers; ones for norm weights, a permutation for addresses."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -114,10 +114,10 @@ def random_array(path: Any, leaf: Any) -> Any:
 
 
 def model_config(label: str, size: str) -> Any:
-    """Returns the configuration of the model that an entry of --families asks for.
+    """Returns the model configuration of an entry of --families.
 
     Raises:
-      ConfigError: a family or a data type that there is not.
+      ConfigError: unknown family or data type.
     """
     from umv2.config import from_config_dict
 
@@ -131,7 +131,7 @@ def model_config(label: str, size: str) -> Any:
 
 
 class HuggingFaceOlmoe:
-    """OLMoE of transformers, of the sizes of our moe, in PyTorch."""
+    """transformers' OLMoE, in PyTorch, with the sizes of our moe."""
 
     def __init__(self, model: Any):
         import torch
@@ -155,26 +155,26 @@ class HuggingFaceOlmoe:
         self.model = transformers.OlmoeForCausalLM(config).eval()
         torch.set_default_dtype(previous)
 
-    def compiled(self, context: int, batch: int, steps: int) -> Callable[[], float]:
-        """Returns what decodes `steps` tokens behind a full static cache, and says its seconds."""
+    def decode_timer(self, context: int, batch: int, steps: int) -> Callable[[], float]:
+        """Returns a function that decodes `steps` tokens after `context`; it returns s/step."""
         import torch
         import transformers
 
         length = context + steps
         cache = transformers.StaticCache(config=self.model.config, max_cache_len=length)
-        # As for our families: equal rows would all choose the same few experts.
+        # Distinct tokens, as for our families: equal rows would all route to the same few experts.
         tokens = torch.arange(batch)[:, None]
 
         def run() -> float:
             start = time.perf_counter()
             with torch.inference_mode():
                 for offset in range(steps):
-                    place = torch.tensor([context + offset])
+                    position = torch.tensor([context + offset])
                     self.model(
                         tokens,
                         past_key_values=cache,
-                        cache_position=place,
-                        position_ids=place[None].expand(batch, 1),
+                        cache_position=position,
+                        position_ids=position[None].expand(batch, 1),
                         use_cache=True,
                     )
             return (time.perf_counter() - start) / steps
@@ -183,7 +183,7 @@ class HuggingFaceOlmoe:
 
 
 def read_program() -> Callable[[], Any]:
-    """Returns a program that reads memory once and writes nothing: what decoding does most."""
+    """Returns a program that only reads memory, as decoding mostly does."""
     import jax
     import jax.numpy as jnp
 
@@ -193,7 +193,7 @@ def read_program() -> Callable[[], Any]:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Returns the seconds of one call."""
+    """Returns the seconds that one call takes."""
     import jax
 
     start = time.perf_counter()
@@ -204,7 +204,7 @@ def timed(run: Callable[[], Any]) -> float:
 def measure_decode(
     ours: list[Family], reference: HuggingFaceOlmoe | None, batch: int, context: int
 ) -> list[dict[str, Any]]:
-    """Times decode steps of all families in turns; returns a record of each."""
+    """Times decode steps of all families, interleaved; returns a record of each."""
     import jax.numpy as jnp
 
     from umv2.cost import traffic
@@ -216,9 +216,9 @@ def measure_decode(
     programs, memory = {}, {}
     for family in ours:
         dtype = family.config.compute_dtype
-        if dtype not in caches:  # one for all families of a data type
+        if dtype not in caches:  # one cache for all families of a data type
             caches[dtype] = family.empty_cache(batch, context + steps)
-        programs[family.label], memory[family.label] = family.compiled(caches[dtype], batch)
+        programs[family.label], memory[family.label] = family.compile(caches[dtype], batch)
         print(f"  compiled {family.label}, batch {batch}, context {context:,}", flush=True)
     read = read_program()
     seconds: dict[str, list[float]] = {family.label: [] for family in ours}
@@ -240,9 +240,9 @@ def measure_decode(
 
     run_reference = None
     if reference is not None:
-        run_reference = reference.compiled(context, batch, steps)
+        run_reference = reference.decode_timer(context, batch, steps)
         seconds[reference.label] = []
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first round warms up
         order = ours[number % len(ours) :] + ours[: number % len(ours)]
         durations = {family.label: turn(family) for family in order}
         if run_reference is not None:
@@ -252,12 +252,12 @@ def measure_decode(
             rates.append(rate)
             for label, duration in durations.items():
                 seconds[label].append(duration)
-    found = []
-    everyone: list[Any] = [*ours, *([reference] if reference else [])]
-    for family in everyone:
+    records = []
+    measured: list[Any] = [*ours, *([reference] if reference else [])]
+    for family in measured:
         precision = traffic.Precision(*3 * (family.config.compute_dtype,))
         needed = traffic.decode_bytes(family.config, batch, context + 1, precision=precision)
-        found.append(
+        records.append(
             {
                 "kind": "decode",
                 "family": family.label,
@@ -270,11 +270,11 @@ def measure_decode(
                 "memory": memory.get(family.label),
             }
         )
-    return found
+    return records
 
 
 def measure_prefill(ours: list[Family], length: int) -> list[dict[str, Any]]:
-    """Times the prefill of one prompt in turns."""
+    """Times the prefill of one prompt, families interleaved."""
     programs = {family.label: family.prefill(length) for family in ours}
     seconds: dict[str, list[float]] = {label: [] for label in programs}
     for number in range(min(3, _ROUNDS.value) + 1):
@@ -289,12 +289,12 @@ def measure_prefill(ours: list[Family], length: int) -> list[dict[str, Any]]:
 
 
 def main(_: list[str]) -> None:
-    """Measures what the flags ask for, and appends a record to the file as soon as there is one."""
+    """Runs the measurements; appends records to the file as soon as they are made."""
     path, labels = cli.path(_RESULTS), dict.fromkeys(_FAMILIES.value)
     contexts, batches = cli.integers(_CONTEXTS, least=1), cli.integers(_BATCHES, least=1)
     configs = {label: model_config(label, _SIZE.value) for label in labels}
     if not configs.keys() - {"hugging_face"}:
-        raise ConfigError("--families: must name one of ours")
+        raise ConfigError("--families: must name at least one of our families")
     if "hugging_face" in configs:
         cli.require_installed("reference", "torch", "transformers")
     measurements.require_writable(path)
@@ -307,21 +307,21 @@ def main(_: list[str]) -> None:
             print(f"made {label}", flush=True)
     reference = HuggingFaceOlmoe(configs["hugging_face"]) if "hugging_face" in configs else None
 
-    def keep(found: list[dict[str, Any]]) -> None:
-        measurements.append(path, [about | record for record in found])
-        for record in found:
-            middle = sorted(record["seconds"])[len(record["seconds"]) // 2]
+    def store(records: list[dict[str, Any]]) -> None:
+        measurements.append(path, [about | record for record in records])
+        for record in records:
+            median = sorted(record["seconds"])[len(record["seconds"]) // 2]
             print(
                 f"{record['kind']:<8} batch {record['batch']:>4} context"
-                f" {record['context']:>6,} {record['family']:<24} {1e3 * middle:>9.1f} ms",
+                f" {record['context']:>6,} {record['family']:<24} {1e3 * median:>9.1f} ms",
                 flush=True,
             )
 
     for context in contexts:
         for batch in batches:
-            keep(measure_decode(ours, reference, batch, context))
+            store(measure_decode(ours, reference, batch, context))
     if _PREFILL.value:
-        keep(measure_prefill(ours, _PREFILL.value))
+        store(measure_prefill(ours, _PREFILL.value))
 
 
 if __name__ == "__main__":

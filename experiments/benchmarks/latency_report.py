@@ -1,6 +1,6 @@
-"""The report of experiments/benchmarks/latency.py: ratios to UltraMemV2, and time beside traffic.
+"""Report of experiments.benchmarks.latency: ratios to UltraMemV2, in time and in traffic.
 
-python -m experiments.benchmarks.latency_report
+Usage: python -m experiments.benchmarks.latency_report
 """
 
 import statistics
@@ -14,10 +14,10 @@ from experiments import cli, measurements
 from umv2 import files
 
 _FILE = flags.DEFINE_string(
-    "latency_file", "experiments/results/latency/latency.jsonl", "What was measured."
+    "latency_file", "experiments/results/latency/latency.jsonl", "File of the measurements."
 )
 REFERENCE = "ultramem_v2"
-# That every record has.
+# Fields that every record has.
 _FIELDS = ("kind", "size", "family", "context", "seconds", "device", "platform", "versions", "date")
 Cells = dict[tuple[str, int], dict[int, dict[str, dict[str, Any]]]]
 
@@ -26,7 +26,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a file.
 
     Raises:
-      RecordsError: there are none, or a line that is none.
+      RecordsError: the file has no records, or a line that is not one.
       FileError: the file cannot be read.
     """
     records = measurements.read(path)
@@ -35,39 +35,39 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         if missing := [name for name in _FIELDS if name not in record]:
             raise measurements.RecordsError(
-                f"{path}: line {number} is no measurement of experiments.benchmarks.latency: has no"
+                f"{path}: line {number} is not a record of experiments.benchmarks.latency: no"
                 f" {missing[0]!r}"
             )
     return records
 
 
 def decode_cells(records: list[dict[str, Any]]) -> Cells:
-    """Groups decode steps by (size, context), then batch, then family; the newest of each."""
+    """Groups decode steps by (size, context), then batch, then family; keeps the first of each."""
     cells: Cells = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if record["kind"] == "decode":
-            place = cells[record["size"], record["context"]][record["batch"]]
-            # A family measured again, beside others, belongs to that run: keep the first.
-            place.setdefault(record["family"], record)
+            cell = cells[record["size"], record["context"]][record["batch"]]
+            # A later record of a family belongs to another interleaved run.
+            cell.setdefault(record["family"], record)
     return cells
 
 
 def ratio(record: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float, float]:
-    """Returns how many times as long a step takes as the reference's: median and quartiles.
+    """Returns the ratio of a step's time to the reference's: median, lower and upper quartile.
 
-    Round by round, so that what slows the machine down for a while counts for both.
+    Ratios are taken within a round, so that a slow spell of the machine affects both.
     """
     rounds = [a / b for a, b in zip(record["seconds"], reference["seconds"], strict=True)]
     if len(rounds) == 1:
         return rounds[0], rounds[0], rounds[0]
-    low, middle, high = statistics.quantiles(rounds, n=4, method="inclusive")
-    return middle, low, high
+    low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
+    return median, low, high
 
 
 def table(cells: dict[int, dict[str, dict[str, Any]]]) -> list[str]:
-    """Returns lines of markdown for one size and context."""
+    """Returns the lines of a Markdown table for one size and context."""
     lines = [
-        "| batch | family | time, of UltraMemV2's | traffic, of UltraMemV2's | ms a step |"
+        "| batch | family | time vs UltraMemV2 | traffic vs UltraMemV2 | ms per step |"
         " tokens/s | reads, GB/s | of a pass over memory |",
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -76,21 +76,21 @@ def table(cells: dict[int, dict[str, dict[str, Any]]]) -> list[str]:
         for family, record in cells[batch].items():
             seconds = statistics.median(record["seconds"])
             rate = record["traffic_bytes"] / seconds
-            roof = statistics.median(record["read_bytes_per_second"])
+            peak = statistics.median(record["read_bytes_per_second"])
             times = traffic = ""
             if reference is not None:
-                middle, low, high = ratio(record, reference)
-                times = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+                median, low, high = ratio(record, reference)
+                times = f"{median:.2f} ({low:.2f} to {high:.2f})"
                 traffic = f"{record['traffic_bytes'] / reference['traffic_bytes']:.2f}"
             lines.append(
                 f"| {batch} | {family} | {times} | {traffic} | {1e3 * seconds:.1f} |"
-                f" {batch / seconds:,.0f} | {rate / 1e9:.1f} | {100 * rate / roof:.0f} % |"
+                f" {batch / seconds:,.0f} | {rate / 1e9:.1f} | {100 * rate / peak:.0f} % |"
             )
     return lines
 
 
 def draw(cells: Cells, image: Path) -> None:
-    """Draws, for each size and context, the ratios over the batch, measured and by traffic.
+    """Draws, for each size and context, the ratios of time and of traffic over the batch size.
 
     Raises:
       FileError: the file cannot be written.
@@ -104,12 +104,12 @@ def draw(cells: Cells, image: Path) -> None:
         dict.fromkeys(
             name
             for key in keys
-            for beside in cells[key].values()
-            for name in beside
-            if REFERENCE in beside and name != REFERENCE
+            for records in cells[key].values()
+            for name in records
+            if REFERENCE in records and name != REFERENCE
         )
     )
-    # Measured values differ: none lies within another, and whiskers are to be seen.
+    # Measured curves do not coincide, so every marker is drawn, thin enough to show the whiskers.
     measured = {"linewidth": 1.6, "markersize": 6, "markevery": None}
     styles = {
         family: style | measured
@@ -119,31 +119,31 @@ def draw(cells: Cells, image: Path) -> None:
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         batches = sorted(batch for batch in cells[key] if REFERENCE in cells[key][batch])
         for family, style in styles.items():
-            at = [batch for batch in batches if family in cells[key][batch]]
-            found = [ratio(cells[key][b][family], cells[key][b][REFERENCE]) for b in at]
-            middle = [value for value, _, _ in found]
-            low = [value - lowest for value, lowest, _ in found]
-            high = [highest - value for value, _, highest in found]
-            axes.errorbar(at, middle, (low, high), elinewidth=1.2, capsize=3, **style)
+            shown = [batch for batch in batches if family in cells[key][batch]]
+            ratios = [ratio(cells[key][b][family], cells[key][b][REFERENCE]) for b in shown]
+            medians = [value for value, _, _ in ratios]
+            low = [value - lowest for value, lowest, _ in ratios]
+            high = [highest - value for value, _, highest in ratios]
+            axes.errorbar(shown, medians, (low, high), elinewidth=1.2, capsize=3, **style)
             bytes_read = [
                 cells[key][b][family]["traffic_bytes"] / cells[key][b][REFERENCE]["traffic_bytes"]
-                for b in at
+                for b in shown
             ]
-            axes.plot(at, bytes_read, linestyle="--", linewidth=1.2, color=style["color"])
+            axes.plot(shown, bytes_read, linestyle="--", linewidth=1.2, color=style["color"])
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.set(xlabel="sequences", ylabel="times UltraMemV2's", ylim=(0, None))
         axes.set_title(pictures.literal(f"{key[0]}, {key[1]:,} positions in the cache", 50))
         axes.grid(alpha=0.3)
-    samples = [Line2D([], [], **style) for style in styles.values()]
-    samples.append(Line2D([], [], color="gray", linestyle="--", linewidth=1.2))
-    pictures.legend_below(figure, samples, [*families, "dashed: bytes read"])
+    handles = [Line2D([], [], **style) for style in styles.values()]
+    handles.append(Line2D([], [], color="gray", linestyle="--", linewidth=1.2))
+    pictures.legend_below(figure, handles, [*families, "dashed: bytes read"])
     pictures.save(figure, image)
 
 
 def main(_: list[str]) -> None:
-    """Writes `README.md` and `latency.png` beside the file; `notes.md` there is taken over."""
+    """Writes README.md, which includes notes.md, and latency.png next to the measurements."""
     path = cli.path(_FILE)
     records = read(path)
     cells = decode_cells(records)
@@ -156,10 +156,10 @@ def main(_: list[str]) -> None:
         "",
         f"Measured on {first['device']} ({first['platform']}), jax {first['versions']['jax']},"
         f" {first['date']}; written by `python -m experiments.benchmarks.latency_report`."
-        " Models of full size with random weights in bfloat16 unless a family says float32, greedy"
-        " decoding, families in turns in one process, medians and quartiles of the rounds. Traffic"
+        " Full-size models with random weights, in bfloat16 unless a family says float32; greedy"
+        " decoding, families interleaved in one process, medians and quartiles over rounds. Traffic"
         " is what a step must read (`umv2.cost.traffic`); a pass over memory sums an array of 512"
-        " MB in the same run.",
+        " MiB in the same run.",
         "",
     ]
     if sweeps:
@@ -171,7 +171,7 @@ def main(_: list[str]) -> None:
         lines += [f"## {size}, context {context:,}", "", *table(cells[size, context]), ""]
     prefills = [record for record in records if record["kind"] == "prefill"]
     if prefills:
-        lines += ["## Prefill", "", "| size | family | prompt | tokens/s | of UltraMemV2's time |"]
+        lines += ["## Prefill", "", "| size | family | prompt | tokens/s | time vs UltraMemV2 |"]
         lines += ["| --- | --- | ---: | ---: | ---: |"]
         reference = next((each for each in prefills if each["family"] == REFERENCE), None)
         for record in prefills:

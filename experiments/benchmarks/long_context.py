@@ -1,9 +1,9 @@
-"""The long-context suite over families of equal budget: trains, asks, and writes the report.
+"""Long-context suite over families of equal budget: trains, evaluates and writes the report.
 
     python -m experiments.benchmarks.long_context --long_context_seeds=3
     python -m experiments.benchmarks.long_context --long_context_report
 
-A run that is finished is not repeated; one that was stopped goes on.
+Finished runs are not repeated; interrupted ones resume.
 """
 
 import concurrent.futures
@@ -30,27 +30,29 @@ RESULTS = Path("experiments/results/long_context")
 _NAMES = flags.DEFINE_list(
     "long_context_families", [families.REFERENCE, "moe", "dense"], "Families to train."
 )
-_SEEDS = flags.DEFINE_integer("long_context_seeds", 3, "Seeds of each, from 0.", 1)
-_PROCESSES = flags.DEFINE_integer("long_context_processes", 2, "Runs at a time, a core each.", 1)
+_SEEDS = flags.DEFINE_integer("long_context_seeds", 3, "Seeds 0 to SEEDS - 1 of each family.", 1)
+_PROCESSES = flags.DEFINE_integer(
+    "long_context_processes", 2, "Runs side by side, one core each.", 1
+)
 _RUNS = flags.DEFINE_string("long_context_runs", "runs/long_context", "Folder of the runs.")
 _REPORT = flags.DEFINE_bool(
-    "long_context_report", False, "Write the report of what there is, and no more."
+    "long_context_report", False, "Only write the report of the stored results."
 )
 
 
 def run(family: str, seed: int, folder: Path) -> None:
-    """Trains and asks one model; keeps its answers among the results.
+    """Trains and evaluates one model; stores its answers among the results.
 
     Raises:
-      UserError: it was stopped, or ends in an error; the next time it goes on.
+      UserError: the run was stopped or failed; the next call resumes it.
     """
-    kept = RESULTS / f"{family}_{seed}.jsonl"
-    if kept.exists():
+    stored = RESULTS / f"{family}_{seed}.jsonl"
+    if stored.exists():
         return
     command = [sys.executable, str(_ROOT / "main.py"), f"--workdir={folder}"]
-    # One core each: several runs side by side take less time than one after the other.
-    flags_of_xla = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    environment = os.environ | {"XLA_FLAGS": flags_of_xla}
+    # One core each: runs side by side take less time than runs one after the other.
+    xla_flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    environment = os.environ | {"XLA_FLAGS": xla_flags}
     fields = [f"--config.seed={seed}", f"--config.data.seed={seed}"]
     for arguments in (
         [f"--config={_ROOT / CONFIG}:{family}", *fields],
@@ -64,18 +66,18 @@ def run(family: str, seed: int, folder: Path) -> None:
             if not last.startswith(("error: ", "interrupted")):
                 raise RuntimeError(f"{family}, seed {seed}:\n{done.stderr[-2000:]}")
             raise UserError(f"{family}, seed {seed}: {last.removeprefix('error: ')}")
-        # A signal lets the training save, and end well.
+        # After a signal, training saves and exits with status 0.
         step = measurements.read(folder / "metrics.jsonl")[-1]["step"]
         if step < (needed := long_context_tiny.get_config(family).train.num_steps):
             raise UserError(f"{family}, seed {seed}: stopped after step {step} of {needed}")
-    measurements.write(kept, summary(folder / "long_context.jsonl"))
+    measurements.write(stored, summary(folder / "long_context.jsonl"))
 
 
 def summary(path: Path) -> list[dict[str, Any]]:
-    """Returns what a file of answers says of the run, then a record of each task, length and fifth.
+    """Returns the heading of a file of answers, then a record per task, length and fifth of depth.
 
-    A fifth is one of the depth. A line for every answer takes megabytes, and stays in the folder of
-    the run. A likelihood that is not finite is null, there and here.
+    The lines of single answers take megabytes, and stay in the folder of the run. A log-likelihood
+    that is not finite is null, there and here.
     """
     from umv2.evaluation.long_context import depth_bin
 
@@ -90,13 +92,13 @@ def summary(path: Path) -> list[dict[str, Any]]:
                 "task": task,
                 "length": length,
                 "fifth": fifth,
-                "answers": len(found),
-                "exact": sum(answer["exact"] for answer in found),
-                "chance": statistics.mean(answer["chance"] for answer in found),
-                "log_likelihood": _sum(answer["log_likelihood"] for answer in found),
-                "num_tokens": sum(answer["num_tokens"] for answer in found),
+                "answers": len(cell),
+                "exact": sum(answer["exact"] for answer in cell),
+                "chance": statistics.mean(answer["chance"] for answer in cell),
+                "log_likelihood": _sum(answer["log_likelihood"] for answer in cell),
+                "num_tokens": sum(answer["num_tokens"] for answer in cell),
             }
-            for (task, length, fifth), found in cells.items()
+            for (task, length, fifth), cell in cells.items()
         ),
     ]
 
@@ -107,7 +109,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def budget(family: str) -> dict[str, Any]:
-    """Returns what a run costs."""
+    """Returns the parameters, tokens and FLOPs of a run."""
     from umv2.config import from_config_dict
     from umv2.cost import accounting
 
@@ -123,11 +125,11 @@ def budget(family: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the answers of a run as `summary` writes them, without the heading.
+    """Reads the records of a run that `summary` made, without the heading.
 
     Raises:
-      RecordsError: the file holds something else.
-      FileError: it cannot be read.
+      RecordsError: the file has other content.
+      FileError: the file cannot be read.
     """
     cells = measurements.read(path)[1:]
     if not cells:
@@ -147,30 +149,30 @@ def accuracies(path: Path) -> dict[tuple[str, int], tuple[float, float]]:
     for cell in read(path):
         cells[cell["task"], cell["length"]].append(cell)
 
-    def mean(found: list[dict[str, Any]]) -> tuple[float, float]:
-        total = sum(cell["answers"] for cell in found)
-        chance = sum(cell["answers"] * cell["chance"] for cell in found)
-        return sum(cell["exact"] for cell in found) / total, chance / total
+    def mean(group: list[dict[str, Any]]) -> tuple[float, float]:
+        total = sum(cell["answers"] for cell in group)
+        chance = sum(cell["answers"] * cell["chance"] for cell in group)
+        return sum(cell["exact"] for cell in group) / total, chance / total
 
-    return {key: mean(found) for key, found in cells.items()}
+    return {key: mean(group) for key, group in cells.items()}
 
 
 def report() -> None:
-    """Writes `README.md`, `accuracy.png` and FAMILY.png from the answers of all runs.
+    """Writes README.md, accuracy.png and FAMILY.png from the results of all runs.
 
     Raises:
-      RecordsError: a file is not that of a run, or of other questions than another.
+      RecordsError: a file is not that of a run, or two files differ in tasks or lengths.
       FileError: there is no run to report, or a file cannot be written.
     """
     runs: dict[str, list[dict[tuple[str, int], tuple[float, float]]]] = {
         family: [accuracies(path) for path in _stored(family).values()] for family in _NAMES.value
     }
-    runs = {family: found for family, found in runs.items() if found}
+    runs = {family: family_runs for family, family_runs in runs.items() if family_runs}
     if not runs:
         raise files.FileError(f"{RESULTS}: no run of {', '.join(_NAMES.value)} is stored there")
     keys = list(next(iter(runs.values()))[0])
-    for family, found in runs.items():
-        for path, run in zip(_stored(family).values(), found, strict=True):
+    for family, family_runs in runs.items():
+        for path, run in zip(_stored(family).values(), family_runs, strict=True):
             if run.keys() != set(keys):
                 raise measurements.RecordsError(
                     f"{path}: not of the same tasks and lengths as others"
@@ -182,17 +184,18 @@ def report() -> None:
         "",
         "    python -m experiments.benchmarks.long_context",
         "",
-        f"Each family trained by `{CONFIG}:FAMILY`, then asked at one, two and four times the"
-        " trained length. Exact answers in %, mean over seeds and the lowest and highest of them;"
-        " chance as the tasks define it. By depth of the evidence: the files beside this one.",
+        f"Each family is trained with `{CONFIG}:FAMILY`, then evaluated at one, two and four times"
+        " the training length. Exact answers in %: mean over seeds, with the lowest and highest;"
+        " chance is as the tasks define it. The files next to this one have the results by depth"
+        " of the evidence.",
         "",
         "| family | seeds | active | total | tokens | FLOPs |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for family, found in runs.items():
+    for family, family_runs in runs.items():
         cost = budget(family)
         lines.append(
-            f"| {family} | {len(found)} | {cost['active']:,} | {cost['total']:,} |"
+            f"| {family} | {len(family_runs)} | {cost['active']:,} | {cost['total']:,} |"
             f" {cost['tokens']:,} | {cost['flops']:.2g} |"
         )
     heading = " | ".join(runs)
@@ -201,10 +204,10 @@ def report() -> None:
     for key in keys:
         chance = 100 * next(iter(runs.values()))[0][key][1]
         cells = []
-        for found in runs.values():
-            values = [100 * run[key][0] for run in found]
-            middle = statistics.mean(values)
-            cells.append(f"{middle:.1f} ({min(values):.1f} to {max(values):.1f})")
+        for family_runs in runs.values():
+            values = [100 * run[key][0] for run in family_runs]
+            mean = statistics.mean(values)
+            cells.append(f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})")
         lines.append(f"| {key[0]} | {key[1]:,} | {chance:.1f} | {' | '.join(cells)} |")
     lines += ["", "![accuracy](accuracy.png)", ""]
     for family in runs:
@@ -220,14 +223,14 @@ def report() -> None:
 
 
 def _stored(family: str) -> dict[int, Path]:
-    """Returns the files of a family's runs by seed."""
-    found = {path.stem: path for path in RESULTS.glob("*.jsonl")}
-    seeds = [int(s) for stem in found if (s := stem.removeprefix(f"{family}_")).isdecimal()]
-    return {seed: found[f"{family}_{seed}"] for seed in sorted(seeds)}
+    """Returns the results files of a family by seed."""
+    paths = {path.stem: path for path in RESULTS.glob("*.jsonl")}
+    seeds = [int(s) for stem in paths if (s := stem.removeprefix(f"{family}_")).isdecimal()]
+    return {seed: paths[f"{family}_{seed}"] for seed in sorted(seeds)}
 
 
 def _draw_depths(path: Path, image: Path) -> None:
-    """Draws the answers of one run by length and depth."""
+    """Draws the accuracy of one run by length and depth."""
     from umv2.evaluation import long_context
 
     percent: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
@@ -238,7 +241,7 @@ def _draw_depths(path: Path, image: Path) -> None:
         answers[task] += count
         chances[task] += 100 * count * cell["chance"]
     chance = {task: chances[task] / count for task, count in answers.items()}
-    long_context.draw_shares(percent, chance, image)
+    long_context.draw_accuracies(percent, chance, image)
 
 
 def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:
@@ -253,14 +256,14 @@ def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:
     styles = pictures.curve_styles(len(runs))
     for axes, task in zip(grid.flat, tasks, strict=False):
         curves = []
-        for found, style in zip(runs.values(), styles, strict=True):
-            lengths = sorted(length for name, length in found[0] if name == task)
-            every = [[100 * run[task, length][0] for run in found] for length in lengths]
-            middle = [statistics.mean(values) for values in every]
-            lowest, highest = [min(values) for values in every], [max(values) for values in every]
+        for family_runs, style in zip(runs.values(), styles, strict=True):
+            lengths = sorted(length for name, length in family_runs[0] if name == task)
+            seeds = [[100 * run[task, length][0] for run in family_runs] for length in lengths]
+            means = [statistics.mean(values) for values in seeds]
+            lowest, highest = [min(values) for values in seeds], [max(values) for values in seeds]
             axes.fill_between(lengths, lowest, highest, color=style["color"], alpha=0.15, zorder=1)
-            curves += axes.plot(lengths, middle, **style)
-        chance = [100 * found[0][task, length][1] for length in lengths]
+            curves += axes.plot(lengths, means, **style)
+        chance = [100 * family_runs[0][task, length][1] for length in lengths]
         curves += axes.plot(lengths, chance, color="gray", linestyle="--")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -272,7 +275,7 @@ def _draw(runs: dict[str, Any], tasks: list[str], image: Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Runs what is missing, then writes the report."""
+    """Runs the missing runs, then writes the report."""
     for family in _NAMES.value or [""]:
         known = [families.REFERENCE, *long_context_tiny.SIZES]
         cli.require(f"--long_context_families={family}", family, known)
@@ -285,7 +288,7 @@ def main(_: list[str]) -> None:
 
 
 def _run_all(folder: Path) -> None:
-    # Seed by seed, so that all families have something to show early.
+    # Seed by seed, so that all families have results early.
     jobs = [(family, seed) for seed in range(_SEEDS.value) for family in _NAMES.value]
     with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
         running = {
@@ -300,7 +303,7 @@ def _run_all(folder: Path) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
                 finished = sum(job.done() and not job.cancelled() for job in running)
-                print(f"{finished} of {len(running)} runs; the same command goes on with the rest")
+                print(f"{finished} of {len(running)} runs; run the same command again to resume")
             raise
 
 

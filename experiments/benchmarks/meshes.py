@@ -1,11 +1,11 @@
-"""Training on meshes and by several processes against one device: how far curves differ.
+"""Training on meshes and in several processes, compared with one device: how far curves differ.
 
     python -m experiments.benchmarks.meshes [--cases=PART OF A NAME,...]
 
-Runs the slow tests too, in tests/training/test_layouts.py (every layout of the mesh, on 8 devices,
-of a CPU if there are no others) and tests/test_processes.py (killed and resumed as other numbers of
-processes), for half an hour. Writes a line for each layout to layouts.jsonl and for each resumed
-run to processes.jsonl, and prints tables of them.
+Runs tests/training/test_layouts.py (every mesh layout, on 8 devices: CPU devices if there are no
+others) and tests/test_processes.py (killed and resumed with other numbers of processes), slow tests
+included, which takes half an hour. Writes a line for each layout to layouts.jsonl and for each
+resumed run to processes.jsonl, and prints both as tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from experiments import cli, measurements
 from experiments.benchmarks import checks
 
 RESULTS = Path("experiments/results/meshes")
-LAYOUTS = "tests/training/test_layouts.py::test_a_layout_trains_as_one_device"
+LAYOUTS = "tests/training/test_layouts.py::test_a_layout_trains_like_one_device"
 PROCESSES = "tests/test_processes.py::test_a_killed_job_resumes_in_any_number_of_processes"
-# The fields that name a case of each file, and the relative differences that it holds.
+# For each file, the fields that identify a case and the relative differences that it stores.
 FILES = {
     "layouts": (("family", "mesh"), ("loss", "gradient_norm")),
     "processes": (
@@ -29,7 +29,7 @@ FILES = {
 
 
 def table(name: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the relative differences of a file's cases, in Markdown."""
+    """Returns the relative differences of a file's cases as a Markdown table."""
     cases, differences = FILES[name]
     columns = (*cases, *differences)
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
@@ -40,7 +40,7 @@ def table(name: str, records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Runs the tests; cases that are left out keep their lines."""
+    """Runs the tests; cases that do not run keep their stored lines."""
     paths = {name: RESULTS / f"{name}.jsonl" for name in FILES}
     for path in paths.values():
         measurements.require_writable(path)

@@ -1,4 +1,4 @@
-"""Errors of our layers against the published PyTorch layers, by file of tests/golden.
+"""Numerical errors of our layers against the published PyTorch layers, by file of tests/golden.
 
     python -m experiments.benchmarks.parity [--cases=PART OF A NAME,...]
 
@@ -19,7 +19,7 @@ _COLUMNS = [(dtype, name) for dtype in ("float32", "float64") for name in ("valu
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the worst errors of each file, in Markdown."""
+    """Returns the worst errors of each file as a Markdown table."""
     by_case = {(record["file"], record["dtype"]): record for record in records}
     lines = ["| file | " + " | ".join(map(" ".join, _COLUMNS)) + " |", "|" + " --- |" * 5]
     for file in sorted({file for file, _ in by_case}):
@@ -33,7 +33,7 @@ def _cell(error: float | None) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Runs the tests; files that are left out keep their lines."""
+    """Runs the tests; files that do not run keep their stored lines."""
     measurements.require_writable(RESULTS)
     outcome = checks.run(TESTS)
     records = measurements.merged(RESULTS, outcome.records, ["file", "dtype"])

@@ -1,11 +1,11 @@
-"""Plans of the paper's models on pods that nobody rented: stores them, and writes docs/plans.md.
+"""Plans of the paper's models on pods that are not attached: stores them, writes docs/plans.md.
 
-    python -m experiments.benchmarks.plans              # what is not stored yet, then the page
-    python -m experiments.benchmarks.plans --limit=0    # the page alone
+    python -m experiments.benchmarks.plans              # missing plans, then the page
+    python -m experiments.benchmarks.plans --limit=0    # only the page
     python -m experiments.benchmarks.plans --only=paper_1b_7b@v6e:8x8
 
-One line of JSON for each plan in experiments/results/plans/plans.jsonl; a search stores every
-program that it compiled. Compiles run one after the other and take minutes each.
+experiments/results/plans/plans.jsonl has one line of JSON per plan; a search stores every program
+that it compiled. Programs are compiled one after the other, which takes minutes each.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ MODELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model on a machine; `fields` are set before, and with them nothing is searched."""
+    """A model on a machine; where `fields` are given, they are set and nothing is searched."""
 
     model: str
     machine: str
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Says all of it; the key of what is stored."""
+        """The complete case as text, the key of its stored records."""
         changes = "".join(f" {path}={value}" for path, value in self.fields)
         return f"{self.model}@{self.machine}{'' if self.step == 'train' else ' decode'}{changes}"
 
@@ -61,7 +61,7 @@ def _sharded(size: int, layout: str, accumulation: int) -> tuple[tuple[str, Any]
     )
 
 
-# Of the issue, in the order of what they show. A sequence at a time on each device.
+# Shown first on the page. One sequence at a time per device.
 SHOWN = (
     Case("paper_227m_1b2", "v5e:4x4", _sharded(16, "rows", 48)),
     Case("paper_1b_7b", "v6e:8x8", _sharded(64, "rows", 16)),
@@ -72,10 +72,10 @@ LAYOUTS = tuple(
     for size in (4, 16, 64)
     for layout in ("rows", "columns")
 )
-# Where a mesh was chosen by hand, after the search's first ones did not fit.
+# Meshes chosen by hand, because the first ones of the search did not fit.
 CHOSEN = {
     ("paper_430m_5b", "h200:8"): _sharded(8, "columns", 24),
-    ("paper_500m_6b8", "h200:8"): (  # whose D_k = 524 is no multiple of eight
+    ("paper_500m_6b8", "h200:8"): (  # no fsdp_and_memory: D_k = 524 is not a multiple of eight
         ("mesh.memory", 8),
         ("mesh.table_sharding", "columns"),
         ("train.gradient_accumulation", 24),
@@ -90,7 +90,7 @@ TABLE = tuple(
 
 _LIMIT = flags.DEFINE_integer("limit", 1000, "Cases to plan before the document is written.", 0)
 _ONLY = flags.DEFINE_list("only", [], "Names of cases, such as paper_1b_7b@v6e:8x8; default: all.")
-_TRIES = flags.DEFINE_integer("tries", 3, "Programs to compile until one fits.", 1)
+_TRIES = flags.DEFINE_integer("tries", 3, "Most programs that a search compiles.", 1)
 
 
 def cases() -> Iterator[Case]:
@@ -99,7 +99,7 @@ def cases() -> Iterator[Case]:
 
 
 def run(case: Case) -> list[dict[str, Any]]:
-    """Plans a case; returns the programs that were compiled, if any, the best first."""
+    """Plans a case; returns a record of each compiled program, best first, or of the error."""
     from umv2.config import from_config_dict
     from umv2.config.schema import UserError
     from umv2.planning import plan, search
@@ -109,8 +109,8 @@ def run(case: Case) -> list[dict[str, Any]]:
     config = from_config_dict(values)
     try:
         if case.fields or case.step != "train":
-            found = [plan.plan(case.model, config, case.machine, case.step, timeout_seconds=900)]  # type: ignore[arg-type]  # a step by name
-            waiting = 1
+            plans = [plan.plan(case.model, config, case.machine, case.step, timeout_seconds=900)]  # type: ignore[arg-type]  # a step by name
+            num_candidates = 1
         else:
             searched = search.search(
                 case.model,
@@ -120,72 +120,74 @@ def run(case: Case) -> list[dict[str, Any]]:
                 enough=1,
                 remat=(config.model.remat,),
             )
-            found, waiting = list(searched.plans), searched.num_candidates
+            plans, num_candidates = list(searched.plans), searched.num_candidates
     except UserError as error:
         return [{"case": case.name, "error": str(error)}]
-    except RuntimeError as error:  # of JAX or a compiler: a mistake of the program's
+    except RuntimeError as error:  # from JAX or a compiler
         lines = [line for line in str(error).splitlines() if re.match(r"\w+(\.\w+)*Error: ", line)]
         return [{"case": case.name, "error": (lines or ["RuntimeError"])[-1][:300]}]
-    return [each.as_dict() | {"case": case.name, "candidates": waiting} for each in found]
+    return [each.as_dict() | {"case": case.name, "candidates": num_candidates} for each in plans]
 
 
 def estimate(case: Case) -> dict[str, Any]:
-    """Returns what arithmetic says of a case, without a compiler."""
+    """Returns the estimate of a case by arithmetic, without a compiler."""
     from umv2.config import from_config_dict
     from umv2.planning import ahead_of_time, plan, search_space, topology
 
     values = importlib.import_module(f"configs.{case.model}").get_config()
     values.update_from_flattened_dict(dict(case.fields))
-    config, place = from_config_dict(values), topology.parse(case.machine)
-    record: dict[str, Any] = {"case": case.name, "capacity": place.chip.memory_bytes}
-    found = search_space.candidates(config, place, remat=(config.model.remat,))
-    record["candidates"] = len(found)
-    if not found:
-        return record | {"least_bytes": search_space.least_bytes(config, place)}
-    sizes = search_space.mesh_sizes(found[0], place.num_devices)
-    parts = ahead_of_time.argument_bytes(found[0], sizes, "train")
+    config, target = from_config_dict(values), topology.parse(case.machine)
+    record: dict[str, Any] = {"case": case.name, "capacity": target.chip.memory_bytes}
+    candidates = search_space.candidates(config, target, remat=(config.model.remat,))
+    record["candidates"] = len(candidates)
+    if not candidates:
+        return record | {"least_bytes": search_space.least_bytes(config, target)}
+    sizes = search_space.mesh_sizes(candidates[0], target.num_devices)
+    parts = ahead_of_time.argument_bytes(candidates[0], sizes, "train")
     return record | {
         "mesh": sizes,
-        "fields": plan.fields(found[0]),
+        "fields": plan.fields(candidates[0]),
         "arguments": sum(parts.values()),
-        "temporaries": search_space.least_temporaries(found[0], sizes, parts, place),
+        "temporaries": search_space.least_temporaries(candidates[0], sizes, parts, target),
     }
 
 
 def stored(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns what is stored, by the names of cases.
+    """Returns the stored records by case name.
 
     Raises:
-      RecordsError: a line that is no record of a case.
+      RecordsError: a line is not the record of a case.
       FileError: the file cannot be read.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    records: dict[str, list[dict[str, Any]]] = {}
     for number, record in enumerate(measurements.read(path) if path.exists() else [], start=1):
         if "case" not in record:
-            raise measurements.RecordsError(f"{path}: line {number} names no case")
-        found.setdefault(record["case"], []).append(record)
-    return found
+            raise measurements.RecordsError(f"{path}: line {number} has no 'case'")
+        records.setdefault(record["case"], []).append(record)
+    return records
 
 
 def document(
-    found: dict[str, list[dict[str, Any]]], estimated: dict[str, list[dict[str, Any]]]
+    planned: dict[str, list[dict[str, Any]]], estimated: dict[str, list[dict[str, Any]]]
 ) -> str:
-    """Returns docs/plans.md."""
+    """Returns the text of docs/plans.md."""
     parts = [_INTRODUCTION]
     for case in SHOWN:
-        if records := found.get(case.name):
+        if records := planned.get(case.name):
             parts.append(f"### {case.model} on {case.machine}\n\n{_table([(case.model, records)])}")
     compared = [
-        (case.name.partition(" ")[2], found[case.name]) for case in LAYOUTS if case.name in found
+        (case.name.partition(" ")[2], planned[case.name])
+        for case in LAYOUTS
+        if case.name in planned
     ]
     if compared:
         parts.append(_LAYOUTS + _layouts(compared))
     parts.append(_TABLES)
     for machine in MACHINES:
         rows = [
-            (case.model, found.get(case.name) or estimated[case.name])
+            (case.model, planned.get(case.name) or estimated[case.name])
             for case in TABLE
-            if case.machine == machine and (case.name in found or case.name in estimated)
+            if case.machine == machine and (case.name in planned or case.name in estimated)
         ]
         if rows:
             parts.append(f"### {machine}\n\n{_table(rows)}")
@@ -195,39 +197,39 @@ def document(
 _INTRODUCTION = """# Plans
 
 Does a model fit on a machine, and what bounds its step? `python main.py --mode=plan` compiles the
-real training step, state donated, for devices that are not attached, and reads memory, work and
-collectives from the program:
+real training step, with the state donated, for devices that are not attached, and reads memory,
+work and collectives from the compiled program:
 
     python main.py --mode=plan --config=configs/paper_1b_7b.py --topology=v6e:8x8 --search
     python main.py --mode=plan --config=configs/paper_1b_7b.py --topology=h200:8 \\
         --config.mesh.memory=8 --plan_step=decode
 
 Written by `python -m experiments.benchmarks.plans` from `experiments/results/plans/plans.jsonl`.
-**Nothing here was timed**: times are the least that each resource would need at its peak for what
-the program does (compute: the FLOPs of its matrix products; HBM: what its instructions read and
-write; links: what a device receives, over all its links at once), and the longest of them is the
-bound. Sizes are GiB of one device; of a TPU7x, one of the two cores of a chip. `v5p:4x4x8` names
+**Nothing here was timed**: times are lower bounds, what each resource needs at its peak rate
+(compute: FLOPs of the matrix products; HBM: bytes that the instructions read and write; links:
+bytes that a device receives, over all its links at once), and the longest of them bounds the step.
+Sizes are GiB per device; on a TPU7x a device is one of the two cores of a chip. `v5p:4x4x8` counts
 chips: 128 of them, which Cloud calls v5p-256, after their cores. A mesh is replica x fsdp x memory
-x tensor; `+` shards dense parameters over memory too. FLOPs are those of the program over those of
-the model: what is computed again, and attention to what causality hides. Every model keeps the
-paper's batch (768 or 1024 sequences of 4,096 tokens) whatever the size of the machine. 'Planned in'
-is wall time and memory of the planning, on two cores that others used too. Where a TPU program
-scatters the sum of several arrays at once, it is read as their all-reduce, which receives twice as
-much: 'links' is too long there.
+x tensor; `+` shards dense parameters over memory too. FLOPs are those of the program relative to
+those of the model: the excess is rematerialisation, and attention to masked positions. Every model
+keeps the paper's batch (768 or 1024 sequences of 4,096 tokens), whatever the size of the machine.
+'Planned in' is the wall time and memory of planning, on two shared cores. Where a TPU program
+reduce-scatters several arrays at once, it is counted as an all-reduce, which receives twice as
+much: 'links' is overestimated there.
 
-Rematerialisation is the configuration's, `full`. Of each model the search compiles what its
-arithmetic finds most promising, at most three programs, and stops at the first that fits. So this
-says what fits, not what is best. What was not compiled yet has what arithmetic says, with 'at
-least' for temporaries: what no compiler can avoid. The 430M model has 789^2 rows a table, which
-no even number divides, and only columns remain; the 500M model's 964^2 rows divide by 16 at most.
+Rematerialisation is `full`, as in the configurations. For each model the search compiles the most
+promising candidates of its estimate, at most three programs, and stops at the first that fits. So
+the tables show what fits, not what is best. Rows that were not compiled yet show the estimate, with
+'at least' for the temporaries that no compiler can avoid. The 430M model has 789^2 rows per table,
+an odd number, which leaves only columns; the 500M model's 964^2 rows are divisible by at most 16.
 
 ## Shown"""
 _LAYOUTS = """## Value tables by columns and by rows
 
-The 1B/7B model on 64 H200s, a sequence of 4,096 tokens at a time on each, with its tables sharded
-over M of them. Received bytes are those over `memory` in one step. On TPUs columns are no choice
-here: rows of a table are padded to 128 columns there, so that 768 / 64 columns take ten times the
-memory.
+The 1B/7B model on 64 H200s, one sequence of 4,096 tokens at a time per device, with its tables
+sharded over M devices. Received bytes are those over `memory` in one step. On TPUs sharding by
+columns is not an option here: table rows are padded to 128 columns, so that 768 / 64 columns take
+ten times the memory.
 
 """
 _TABLES = "## All sizes"
@@ -271,7 +273,7 @@ def _row(name: str, record: dict[str, Any]) -> str:
 
 
 def _estimate_row(name: str, record: dict[str, Any]) -> str:
-    """The row of what was not compiled, or not with success."""
+    """Returns the row of a case that was not compiled, or failed to."""
     if "error" in record:
         return f"| {name} |" + " |" * 12 + f" {record['error']} |"
     if "least_bytes" in record and not record["candidates"]:
@@ -335,14 +337,14 @@ def _time(seconds: float | None) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Plans what is missing and writes the document."""
+    """Plans the missing cases and writes the document."""
     del argv
     if unknown := set(_ONLY.value) - {case.name for case in cases()}:
         raise ConfigError(
-            f"--only={sorted(unknown)[0]}: is no case; see experiments/benchmarks/plans.py"
+            f"--only={sorted(unknown)[0]}: unknown case; see experiments/benchmarks/plans.py"
         )
 
-    def keep(path: Path, records: list[dict[str, Any]]) -> None:
+    def store(path: Path, records: list[dict[str, Any]]) -> None:
         measurements.append(path, [about | record for record in records])
 
     about, estimated = measurements.about(), stored(ARITHMETIC)
@@ -350,16 +352,16 @@ def main(argv: list[str]) -> None:
         if case.name not in estimated:
             logging.info("%s: arithmetic", case.name)
             estimated[case.name] = [estimate(case)]
-            keep(ARITHMETIC, estimated[case.name])
-    known, planned = stored(RESULTS), 0
+            store(ARITHMETIC, estimated[case.name])
+    known, num_planned = stored(RESULTS), 0
     for case in cases():
-        if case.name in known or planned >= _LIMIT.value:
+        if case.name in known or num_planned >= _LIMIT.value:
             continue
         if _ONLY.value and case.name not in _ONLY.value:
             continue
         logging.info("%s", case.name)
-        keep(RESULTS, run(case))
-        planned += 1
+        store(RESULTS, run(case))
+        num_planned += 1
     files.write_text(DOCUMENT, document(stored(RESULTS), estimated))
 
 

@@ -1,10 +1,11 @@
-"""Makes tables and pictures of stored results again, without a measurement.
+"""Regenerates tables and figures from stored results, without measuring anything.
 
     python -m experiments.benchmarks.redraw
 
-Costs are arithmetic on the configurations; the curve of cpu_small and the rooflines are drawn from
-the records beside them. What a report of its own draws is not here: experiments.ablations.report,
-experiments.benchmarks.latency_report and experiments.benchmarks.long_context --long_context_report.
+Costs are computed from the configurations; the loss curve of cpu_small and the rooflines are drawn
+from the records next to them. Some results have a report command of their own:
+experiments.ablations.report, experiments.benchmarks.latency_report and
+experiments.benchmarks.long_context --long_context_report.
 """
 
 import importlib
@@ -16,10 +17,10 @@ from umv2 import files
 
 RESULTS = Path("experiments/results")
 COSTS = ("227m_1b2", "1b_7b")
-# The first is what the others are compared with.
+# The first one is the baseline of the comparison.
 _FAMILIES = ("moe", None, "moe_2_of_16", "dense", "ultramem", "memory_plus")
 _CONTEXT_LENGTH = 2048
-_TABLE_WIDTH = 200  # of a file: all families side by side
+_TABLE_WIDTH = 200  # for a file: all families side by side
 
 
 def cost(size: str, folder: Path) -> None:
@@ -35,9 +36,9 @@ def cost(size: str, folder: Path) -> None:
         )
         for family in _FAMILIES
     }
-    made = report.cost_report(configs, context_length=_CONTEXT_LENGTH)
-    files.write_text(folder / "table.txt", made.as_text(_TABLE_WIDTH) + "\n")
-    made.draw(folder / "cost.png")
+    cost_report = report.cost_report(configs, context_length=_CONTEXT_LENGTH)
+    files.write_text(folder / "table.txt", cost_report.as_text(_TABLE_WIDTH) + "\n")
+    cost_report.draw(folder / "cost.png")
 
 
 def loss(folder: Path) -> None:
@@ -51,7 +52,7 @@ def loss(folder: Path) -> None:
 
 
 def rooflines(folder: Path) -> None:
-    """Draws a roofline of each file of an operator's records."""
+    """Draws a roofline for each file of an operator's records."""
     from kernels_pallas.benchmark import report
 
     for path in sorted(folder.glob("*.jsonl")):
@@ -59,14 +60,14 @@ def rooflines(folder: Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Makes everything again."""
+    """Regenerates everything."""
     if not RESULTS.is_dir():
-        raise files.FileError(f"{RESULTS}: is no folder here; run this in the project's")
+        raise files.FileError(f"{RESULTS}: no such folder here; run this in the clone")
     for size in COSTS:
         cost(size, RESULTS / f"cost_{size}")
     loss(RESULTS / "cpu_small")
     rooflines(RESULTS / "kernels" / "cpu")
-    print(f"wrote tables and pictures in {RESULTS}")
+    print(f"wrote tables and figures in {RESULTS}")
 
 
 if __name__ == "__main__":

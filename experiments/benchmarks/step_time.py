@@ -1,19 +1,19 @@
-r"""Time and memory of training steps that take turns in one process.
+r"""Time and memory of training steps, interleaved in one process.
 
     python -m experiments.benchmarks.step_time --config=tiny --variants=dense,config,unrolled
     python -m experiments.benchmarks.step_time --config=tiny --variants=config,families
     python -m experiments.benchmarks.step_time --config=tiny:moe \
         --variants=config,plain_experts,tiny
 
-Whatever else the machine does meets all variants alike, so that what counts is the ratio to the
-first of them within a round. A variant is one of
+Other load on the machine affects all variants alike, so the figure to compare is the ratio to the
+first variant within a round. A variant is one of
 
     config           the configuration as it is
     unrolled         with the other value of `model.scan_layers`
-    dense            without sparse layers, the FFN widened to as many active parameters
-    plain_experts    the MoE with `jax.lax.ragged_dot`, `jnp.take` and `lax.top_k` for its experts,
+    dense            without sparse layers, the FFN widened to the same number of active parameters
+    plain_experts    the MoE with `jax.lax.ragged_dot`, `jnp.take` and `lax.top_k` in its experts,
                      differentiated by JAX
-    families         every family at the configuration's scale, of the sizes that configs/ ships
+    families         every family at the configuration's scale, with the sizes in configs/
     FILE[:ARGUMENT]  another configuration
 
 Prints a table, and with --output appends a line to OUTPUT/step_time.jsonl.
@@ -34,10 +34,10 @@ from umv2.config.schema import ConfigError
 
 _CONFIG = cli.define_config("config", "Configuration to measure.")
 _VARIANTS = flags.DEFINE_list(
-    "variants", ["config", "unrolled", "dense"], "What takes turns; ratios are to the first."
+    "variants", ["config", "unrolled", "dense"], "Steps to time; ratios are to the first."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of step_time.jsonl; none: print only.")
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Steps of each variant that are timed.", 1)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of step_time.jsonl; default: print only.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed steps of each variant.", 1)
 
 _WARM_UP_ROUNDS = 2
 _PLAIN_EXPERTS = "plain_experts"
@@ -92,52 +92,52 @@ class Step:
 
 
 def variants(names: list[str], config: ConfigDict, given: str) -> dict[str, ConfigDict]:
-    """Returns the configurations of the variants, by their names in results.
+    """Returns the configurations of the variants, by their names in the results.
 
     Args:
-      names: as --variants lists them.
-      config: the configuration that they are variants of.
-      given: what --config says; its file has the sizes of families.
+      names: the entries of --variants.
+      config: the configuration that they vary.
+      given: the value of --config, for messages.
 
     Raises:
-      ConfigError: a variant that there is not, or none.
+      ConfigError: an unknown variant, or no variants.
     """
     from umv2.config import files as config_files
 
-    found: dict[str, ConfigDict] = {}
+    variants_by_name: dict[str, ConfigDict] = {}
     for name in names:
         copy = config.copy_and_resolve_references()
         match name:
             case "config":
-                found["config"] = copy
+                variants_by_name["config"] = copy
             case "unrolled":
                 copy.model.scan_layers = not config.model.scan_layers
-                found[f"scan_layers={copy.model.scan_layers}"] = copy
+                variants_by_name[f"scan_layers={copy.model.scan_layers}"] = copy
             case "dense":
                 widen_to_active_parameters(copy, config)
-                found[f"dense, ffn_size={copy.model.ffn_size}"] = copy
+                variants_by_name[f"dense, ffn_size={copy.model.ffn_size}"] = copy
             case "plain_experts":
                 if config.model.ffn != "moe":
                     raise ConfigError(
                         f"--variants={name}: --config={given} has no experts; name one of moe"
                     )
-                found[_PLAIN_EXPERTS] = copy
+                variants_by_name[_PLAIN_EXPERTS] = copy
             case "families":
                 sizes = cli.sizes_of_families(_CONFIG)
                 for family in sizes:
                     copy = config.copy_and_resolve_references()
-                    found[family] = families.switch(copy, family, sizes)
+                    variants_by_name[family] = families.switch(copy, family, sizes)
             case "":
                 raise ConfigError("--variants: must name one")
             case _:
-                found[config_files.label(name)] = config_files.load(name, "--variants")
-    if not found:
+                variants_by_name[config_files.label(name)] = config_files.load(name, "--variants")
+    if not variants_by_name:
         raise ConfigError("--variants: must name one")
-    return found
+    return variants_by_name
 
 
 def widen_to_active_parameters(dense: ConfigDict, config: ConfigDict) -> None:
-    """Makes a copy of a configuration dense, with as many active parameters as that has."""
+    """Makes `dense`, a copy of `config`, dense with the same number of active parameters."""
     from umv2.config import from_config_dict
     from umv2.cost import accounting
 
@@ -151,8 +151,8 @@ def widen_to_active_parameters(dense: ConfigDict, config: ConfigDict) -> None:
     )
 
 
-def compiled(name: str, config: ConfigDict) -> Step:
-    """Compiles the step of a variant."""
+def compile_step(name: str, config: ConfigDict) -> Step:
+    """Compiles the training step of a variant."""
     if name != _PLAIN_EXPERTS:
         return Step(config)
     with contextlib.ExitStack() as stack:
@@ -163,19 +163,19 @@ def compiled(name: str, config: ConfigDict) -> Step:
 
 
 def _plain_experts() -> list[Any]:
-    """Returns what replaces the MoE's own operators by plain ones."""
+    """Returns the patches that replace the MoE's operators with plain ones."""
     import jax
 
     from umv2.model.moe import experts, layer
 
     return [
         mock.patch.object(experts, "mixture", side_effect=plain_mixture),
-        mock.patch.object(layer, "_largest", side_effect=jax.lax.top_k),
+        mock.patch.object(layer, "_top_k", side_effect=jax.lax.top_k),
     ]
 
 
 def plain_mixture(x: Any, weights: Any, dispatch: Any, into: Any, down: Any) -> Any:
-    """Does the work of `umv2.model.moe.experts.mixture` without a derivative of its own."""
+    """Computes `umv2.model.moe.experts.mixture` without a custom derivative."""
     import jax
     import jax.numpy as jnp
 
@@ -188,19 +188,19 @@ def plain_mixture(x: Any, weights: Any, dispatch: Any, into: Any, down: Any) -> 
     return jnp.einsum("tkd,tk->td", jnp.take(out, dispatch.rows, axis=0), weights.astype(x.dtype))
 
 
-def in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Any]:
-    """Takes steps in turns; returns medians, quartiles, memory, and ratios to the first variant."""
+def time_interleaved(steps: Mapping[str, Step], rounds: int) -> dict[str, Any]:
+    """Times interleaved steps; returns medians, quartiles, memory, and ratios to the first."""
     import numpy as np
 
     for round_index in range(_WARM_UP_ROUNDS + rounds):
         for step in steps.values():
             step.run(timed=round_index >= _WARM_UP_ROUNDS)
     base = next(iter(steps))
-    found = {}
+    results = {}
     for name, step in steps.items():
         low, median, high = np.percentile(step.seconds, [25, 50, 75])
         ratios = np.percentile(np.divide(step.seconds, steps[base].seconds), [25, 50, 75])
-        found[name] = {
+        results[name] = {
             "median_seconds": median,
             "quartile_seconds": [low, high],
             "ratio": ratios[1],
@@ -210,11 +210,11 @@ def in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Any]:
             "peak_bytes": step.peak_bytes,
             "active_parameters": step.active_parameters,
         }
-    return {"rounds": rounds, "ratios_to": base, "variants": found}
+    return {"rounds": rounds, "ratios_to": base, "variants": results}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the measurements in aligned columns."""
+    """Returns the measurements as text in aligned columns."""
     width = 2 + max(map(len, ("variant", *results["variants"])))
     lines = [
         f"{'variant':<{width}}{'seconds':>9}{'ratio':>8}{'quartiles':>16}{'compile s':>11}"
@@ -232,14 +232,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Measures, prints and records."""
+    """Measures, prints and stores the results."""
     config, output = cli.configuration(_CONFIG), cli.output(_OUTPUT, "step_time.jsonl")
     configs = variants(_VARIANTS.value, config, _CONFIG.value)
-    steps = {name: compiled(name, values) for name, values in configs.items()}
+    steps = {name: compile_step(name, values) for name, values in configs.items()}
     results = {
         "config": _CONFIG.value,
         "tokens_per_step": config.train.batch_size * config.data.sequence_length,
-    } | in_turns(steps, _ROUNDS.value)
+    } | time_interleaved(steps, _ROUNDS.value)
     print(table(results))
     if output:
         measurements.append(output, [measurements.about() | measurements.device() | results])

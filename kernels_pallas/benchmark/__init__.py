@@ -1,1 +1,1 @@
-"""What `python -m kernels_pallas.bench` is made of: workloads, measurement, tuning, reports."""
+"""The parts of `python -m kernels_pallas.bench`: workloads, measurement, tuning, reports."""

@@ -1,4 +1,4 @@
-"""Times of programs that take turns on one device, beside a copy of memory that does so too."""
+"""Interleaved timing of programs on one device, with a memory copy as the yardstick."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ from jax.sharding import SingleDeviceSharding
 from kernels_pallas.benchmark.workloads import Pass, Workload, differentiated
 from kernels_pallas.dispatch import UnsupportedError
 
-COPY_BYTES = 256 * 2**20  # what the copy reads; it writes as many
-_LEAST_SECONDS = 5e-3  # of one measurement where calls can queue up on the device
+COPY_BYTES = 256 * 2**20  # bytes that the copy reads; it writes as many
+_MIN_SECONDS = 5e-3  # of one measurement, if calls can queue up on the device
 
 
 @dataclasses.dataclass
@@ -31,27 +31,27 @@ class Program:
     compile_seconds: float
     temporary_bytes: int
     needed_bytes: int  # arguments, results and temporaries
-    calls: int = 1  # of one measurement
+    calls: int = 1  # per measurement
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of a call in each round, one entry a round."""
+    """Seconds per call, one entry for each round."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The median of the rounds."""
+        """The median over the rounds."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The spread of the rounds."""
+        """The first and third quartile over the rounds."""
         return quartiles(self.seconds)
 
     def speedup_over(self, other: "Times") -> tuple[float, tuple[float, float]]:
-        """Median and quartiles of how many times as fast it is, round by round."""
+        """Median and quartiles of the per-round speedups over `other`."""
         ratios = [b / a for a, b in zip(self.seconds, other.seconds, strict=True)]
         return statistics.median(ratios), quartiles(ratios)
 
@@ -65,8 +65,8 @@ def quartiles(numbers: Sequence[float]) -> tuple[float, float]:
 def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
     """Compiles a function for its arguments.
 
-    On TPU arguments and results have the layouts that the compiler chooses for them, as a model
-    would place its tables, so that copies from one layout to another are not measured.
+    On TPU, arguments and results have the layouts that the compiler chooses, as tables of a model
+    would, so that relayout copies are not measured.
     """
     formats: dict[str, Any] = {}
     if layouts_are_chosen():
@@ -86,26 +86,27 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def layouts_are_chosen() -> bool:
-    """Whether the default layout of an array may be one that kernels do not read."""
+    """Whether the compiler chooses layouts, because kernels may not read the default ones."""
     return jax.default_backend() == "tpu"
 
 
 def program_of(
     workload: Workload, implementation: str, pass_name: Pass, arrays: dict[str, Any]
 ) -> Program | str:
-    """The program of a pass, or why there is none.
+    """Compiles the program of a pass, or returns why that is not possible.
 
-    "backward" starts from what the forward pass of the same implementation kept; "both" is one
-    program of both passes. Gradients are by all arguments that have one, of random cotangents.
+    "backward" starts from the residuals of the forward pass of the same implementation; "both" is
+    one program with both passes. The backward pass differentiates with respect to all
+    differentiable arguments, with random cotangents.
     """
     chosen, others = workload.split(arrays)
     function = differentiated(workload.call(implementation), others)
     try:
-        result, _ = jax.eval_shape(function, chosen)  # the cheapest way to have it say no
+        result, _ = jax.eval_shape(function, chosen)  # the cheapest way to get the refusal
     except UnsupportedError as error:
         return reason_of(error, implementation)
     if pass_name == "forward":
-        # Arrays are arguments, not constants of the program.
+        # Pass all arrays as arguments; a closure would make them constants of the program.
         call = workload.call(implementation)
         return _within_memory(compiled(call, arrays))
 
@@ -129,7 +130,7 @@ def program_of(
 
 
 def reason_of(error: UnsupportedError, implementation: str) -> str:
-    """Returns what an implementation that was asked for by name says, without its name."""
+    """Returns the reason in an `UnsupportedError`, without the name of the implementation."""
     return str(error).rpartition(f"{implementation!r}: ")[2]
 
 
@@ -137,12 +138,12 @@ def _within_memory(program: Program) -> Program | str:
     available = available_bytes()
     if program.needed_bytes > available:
         sizes = (f"{x / 2**30:.1f} GiB" for x in (program.needed_bytes, available))
-        return "needs {}, there are {}".format(*sizes)
+        return "needs {}, only {} are available".format(*sizes)
     return program
 
 
 def available_bytes() -> int:
-    """Memory that a program can have on the default device."""
+    """Memory available to a program on the default device."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -150,29 +151,29 @@ def available_bytes() -> int:
 
 
 def copy_program() -> Program:
-    """Copies memory of the default device: what it reads and writes is twice `COPY_BYTES`."""
+    """A copy in the memory of the default device, which moves 2 * `COPY_BYTES` in total."""
     return compiled(jnp.copy, jnp.ones(COPY_BYTES // 4, jnp.float32))
 
 
 def matrix_flops_per_second(size: int = 2048) -> float:
-    """What a product of float32 matrices reaches, at highest precision; the best of 5."""
+    """FLOP/s of a float32 matrix product at highest precision, best of 5."""
     matrix = jnp.ones((size, size), jnp.float32)
     product = compiled(functools.partial(jnp.matmul, precision="highest"), matrix, matrix)
-    times = in_turns({"product": product}, 5)["product"]
+    times = interleaved_times({"product": product}, 5)["product"]
     return 2 * size**3 / min(times.seconds)
 
 
-def in_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, Times]:
-    """Measures programs one after the other, round by round, so that noise meets all alike.
+def interleaved_times(programs: Mapping[str, Program], rounds: int) -> dict[str, Times]:
+    """Measures programs interleaved, round by round, so that noise affects all of them equally.
 
-    Each runs twice before. Where the device has a queue, a measurement is as many calls as take
-    some milliseconds, so that what a launch costs the host does not count.
+    Each program runs twice for warm-up. If the device queues calls, a measurement consists of
+    enough calls to take a few milliseconds, which hides the launch overhead of the host.
     """
     for program in programs.values():
         jax.block_until_ready(program.run())
         seconds = _seconds(program)
-        if jax.default_backend() != "cpu":  # there, calls that need not wait would run side by side
-            program.calls = max(1, min(100, math.ceil(_LEAST_SECONDS / seconds)))
+        if jax.default_backend() != "cpu":  # on CPU, independent calls would run concurrently
+            program.calls = max(1, min(100, math.ceil(_MIN_SECONDS / seconds)))
     names = list(programs)
     seconds_of: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -191,7 +192,7 @@ def _seconds(program: Program) -> float:
 
 
 def difference(got: Any, want: Any) -> float:
-    """The largest relative difference of the floating-point arrays of two results, in norm."""
+    """The largest relative difference, in norm, between floating-point arrays of two results."""
     floats = [
         (a, b)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)

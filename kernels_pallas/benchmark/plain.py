@@ -1,7 +1,7 @@
-"""The operators as one writes them first: no chunks, no derivative of their own.
+"""Naive implementations of the operators: no chunks, no custom derivatives.
 
-They are what the benchmark compares with. All of their intermediate results may be held at once,
-[T, K, D] rows or [T, s * s] grids, and their gradients are those that JAX derives.
+They are the baseline of the benchmark. They may materialize all intermediate results, [T, K, D]
+rows or [T, s * s] grids, and JAX derives their gradients.
 """
 
 import functools
@@ -56,7 +56,7 @@ def product_key_top_k(
     top_m: int,
     shortlist: int,
 ) -> tuple[Array, Array]:
-    """A product with all keys, `lax.top_k` of each side, then of the full grid of pairs."""
+    """A product with all keys, `lax.top_k` on each side, then `lax.top_k` on the grid of pairs."""
     num_heads, _, rank, num_keys, _ = keys.shape
     query = jnp.broadcast_to(query, (num_heads, 2, rank, *query.shape[3:]))
     products = jnp.einsum("hsrtq,hsrnq->shtrn", query, keys, preferred_element_type=jnp.float32)
@@ -73,7 +73,7 @@ def product_key_top_k(
         grid = row_scores[:, :, 0, :, None] + column_scores[:, :, 0, None, :]
     else:
         rank_scores = jnp.einsum("htai,hab->htbi", row_scores, cores.sum(axis=0))
-        # A sum of products, because matrices of so few ranks take much longer.
+        # A sum of products: with so few ranks, a matrix product takes much longer.
         grid = jnp.sum(rank_scores[..., :, None] * column_scores[..., None, :], axis=2)
     pairs = lax.top_k(lax.stop_gradient(grid).reshape(*grid.shape[:2], -1), top_m)[1]
     i, j = pairs // shortlist, pairs % shortlist

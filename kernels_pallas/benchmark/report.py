@@ -1,4 +1,4 @@
-"""Records of measurements as an aligned table and as a roofline plot."""
+"""Formats records of measurements as an aligned table and as a roofline plot."""
 
 import datetime
 import functools
@@ -17,7 +17,7 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "libtpu", "jax-cuda13-plugin")
 
 
 def environment() -> dict[str, Any]:
-    """Date, versions and device, which every record holds."""
+    """Date, versions and device, stored in every record."""
     device = jax.local_devices()[0]
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
@@ -31,13 +31,13 @@ def environment() -> dict[str, Any]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lines up cells: the first column to the left, numbers to the right, reasons as they come.
+    """Aligns cells in columns: numbers to the right, everything else to the left.
 
-    A row that is shorter than the first ends with a cell that may be as long as it likes.
+    The last cell of a row that is shorter than the first row does not affect the column widths.
     """
     num_columns = len(rows[0])
-    whole = [row for row in rows if len(row) == num_columns]
-    widths = [max(len(row[i]) for row in whole) for i in range(num_columns)]
+    full_rows = [row for row in rows if len(row) == num_columns]
+    widths = [max(len(row[i]) for row in full_rows) for i in range(num_columns)]
     for row in rows:
         for i, cell in enumerate(row[:-1]):
             widths[i] = max(widths[i], len(cell))
@@ -52,12 +52,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _fitted(rows: Sequence[Sequence[str]], width: int | None, num_names: int) -> str:
-    """Lines up cells where the terminal is wide enough; else each row becomes a paragraph.
+    """Aligns cells if the terminal is wide enough; else each row becomes a paragraph.
 
     Args:
-      rows: of which the first holds the titles.
-      width: columns of the terminal; None: as many as it or COLUMNS says, 100 where neither does.
-      num_names: cells of a row that say what was measured.
+      rows: the first one holds the titles.
+      width: columns of the terminal; None: what the terminal or COLUMNS says, else 100.
+      num_names: leading cells of a row that say what was measured.
     """
     width = width or max(40, shutil.get_terminal_size((100, 0)).columns)
     lines = aligned(rows).splitlines()
@@ -82,7 +82,10 @@ def _is_number(cell: str) -> bool:
 
 
 def table(records: Sequence[dict[str, Any]], width: int | None = None) -> str:
-    """The measurements of one operator, refusals with their reasons, in lines that fit `width`."""
+    """Formats the records of one operator, including unsupported cases, in at most `width` columns.
+
+    If `width` is None, the width of the terminal is used.
+    """
     case_titles = ("shape", "ids", "dtype", "pass", "implementation")
     titles = (*case_titles, "ms", "quartiles", "GB/s")
     rows: list[tuple[str, ...]] = [
@@ -126,29 +129,30 @@ def _ratio(record: dict[str, Any], name: str) -> str:
 
 
 def _label(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """The shape, and whatever else of ids and dtype is not the same everywhere."""
+    """The name of the shape, with ids and dtype if they differ between records."""
 
     def parts(record: dict[str, Any]) -> tuple[str, ...]:
         return record["shape"]["name"], record["shape"].get("ids", ""), record["dtype"]
 
-    everywhere = [set(column) for column in zip(*map(parts, records), strict=True)]
+    distinct = [set(column) for column in zip(*map(parts, records), strict=True)]
     name, *others = parts(record)
-    differing = (x for x, known in zip(others, everywhere[1:], strict=True) if len(known) > 1)
+    differing = (x for x, values in zip(others, distinct[1:], strict=True) if len(values) > 1)
     return " ".join((name, *differing))
 
 
 def plot_is_possible() -> bool:
-    """Whether matplotlib, which nothing else needs, is installed."""
+    """Whether matplotlib is installed, an optional dependency that only the plot needs."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def roofline(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws FLOP/s over FLOP/byte of every measurement, under what copies and matrices reach.
+    """Plots FLOP/s over FLOP/byte of every measurement, with the roofline of the device.
 
-    The slope is the copy's bandwidth, the ceiling a product of float32 matrices of the same run.
-    Numbers beside the points stand for shapes, and are explained beside the axes.
+    The slope of the roof is the bandwidth of the copy; its ceiling is the throughput of a float32
+    matrix product, both measured in the same run. Numbers next to the points are shapes; the legend
+    lists them.
     """
-    # The package itself imports jax alone.
+    # Imported here because the package itself only depends on jax.
     from matplotlib.figure import Figure
 
     measured = [record for record in records if "reason" not in record]
@@ -182,7 +186,7 @@ def roofline(records: Sequence[dict[str, Any]], path: Path) -> None:
     for record, intensity in zip(measured, intensities, strict=True):
         point = (intensity, record["flops_per_second"])
         color = f"C{implementations.index(record['implementation'])}"
-        # Later points are smaller, so that those of equal speed are all seen.
+        # Later points are smaller, so that overlapping points stay visible.
         size = 4 + 2 * (len(implementations) - implementations.index(record["implementation"]))
         style: dict[str, Any] = {"color": color, "markersize": size, "linestyle": "none"}
         (drawn,) = axes.plot(*point, marker=markers[record["pass"]], **style)
@@ -195,19 +199,19 @@ def roofline(records: Sequence[dict[str, Any]], path: Path) -> None:
         handles += axes.plot([], [], marker=f"${number}$", color="black", linestyle="none")
         names.append(case)
     figure.legend(handles, names, loc="outside right upper", fontsize=8)
-    figure.draw_without_rendering()  # points have their places now
+    figure.draw_without_rendering()  # fixes the positions of the points
     _annotate(axes, labelled)
-    # The same measurements are the same file.
+    # The same records must give a byte-identical file.
     figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
 
 def _annotate(axes: Any, labelled: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Writes labels right of their points, moved down where one would cover another."""
+    """Writes labels to the right of their points, moved down where they would overlap."""
     size = 7  # points
     pixels = size * axes.figure.dpi / 72
     taken: list[tuple[float, float]] = []
-    places = [(*axes.transData.transform(point), point, label) for point, label in labelled]
-    for x, y, point, label in sorted(places, key=lambda place: -place[1]):
+    positions = [(*axes.transData.transform(point), point, label) for point, label in labelled]
+    for x, y, point, label in sorted(positions, key=lambda position: -position[1]):
         below = y
         while any(abs(x - i) < 2 * pixels and abs(below - j) < pixels for i, j in taken):
             below -= pixels / 4

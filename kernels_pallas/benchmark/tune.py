@@ -1,4 +1,4 @@
-"""Looks for the fastest blocks of a backend at a workload, on the device that is attached."""
+"""Searches for the fastest blocks of a backend for a workload, on the attached device."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,16 +7,16 @@ from typing import Any
 import jax
 
 from kernels_pallas import tuned
-from kernels_pallas.benchmark.measure import Program, difference, in_turns, program_of
+from kernels_pallas.benchmark.measure import Program, difference, interleaved_times, program_of
 from kernels_pallas.benchmark.workloads import Workload, differentiated
 
 _FACTORS = (0.25, 0.5, 2, 4)
-_MOST_DIFFERENCE = 0.02  # in norm: sums in another order, rounded to bfloat16, differ by less
-_LEAST_GAIN = 1.03  # less is noise, and a number to keep for nothing
+_MAX_DIFFERENCE = 0.02  # in norm: reordered sums, rounded to bfloat16, differ by less
+_MIN_SPEEDUP = 1.03  # less is noise and not worth storing
 
 
 def requests(workload: Workload, implementation: str) -> list[tuned.Request]:
-    """The choices of blocks that the passes of a workload make, as its trace tells."""
+    """Traces the passes of a workload and returns the choices of blocks that they make."""
     arrays = workload.shape.arguments(workload.dtype)
 
     def gradients(arrays: dict[str, Any]) -> Any:
@@ -31,7 +31,7 @@ def requests(workload: Workload, implementation: str) -> list[tuned.Request]:
 
 
 def variations(blocks: Any, field: str) -> Iterator[Any]:
-    """The same blocks with other values of one field."""
+    """Yields the blocks with other values of one field."""
     value = getattr(blocks, field)
     if isinstance(value, bool):
         yield dataclasses.replace(blocks, **{field: not value})
@@ -46,14 +46,14 @@ def fastest(
     implementation: str,
     request: tuned.Request,
     rounds: int,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Any, dict[str, Any]]:
-    """Goes from the heuristic's blocks to better ones, field by field, until none is found.
+    """Improves the heuristic's blocks, one field at a time, until no variation is faster.
 
-    A candidate has to be 3 % faster than the best so far, by the median over the rounds.
+    A candidate must be 3 % faster than the best so far, by the median over the rounds.
 
     Returns:
-        The blocks, and what was measured of them.
+        The best blocks and their measurements.
     """
     arrays = workload.inputs()
     best = request.default
@@ -69,23 +69,24 @@ def fastest(
                 program = _program(workload, implementation, request, blocks, arrays)
                 if isinstance(program, str):
                     tried[blocks] = program
-                    tell(f"    {blocks}: no: {program}")
+                    log(f"    {blocks}: no: {program}")
                 else:
                     programs[blocks] = program
             if best not in programs:
                 return best, {"reason": tried[best]}
-            for blocks, reason in _strays(programs, best).items():
+            for blocks, reason in _drop_mismatches(programs, best).items():
                 tried[blocks] = reason
-                tell(f"    {blocks}: no: {reason}")
-            times = in_turns(programs, rounds)
+                log(f"    {blocks}: no: {reason}")
+            times = interleaved_times(programs, rounds)
             start = times[best]
-            for blocks, found in times.items():
-                speedup, _ = found.speedup_over(start)
+            for blocks, seconds_of_blocks in times.items():
+                speedup, _ = seconds_of_blocks.speedup_over(start)
                 tried[blocks] = f"{speedup:.2f}"
-                tell(f"    {blocks}: {1e3 * found.median:.3g} ms, {speedup:.2f} times as fast")
+                milliseconds = 1e3 * seconds_of_blocks.median
+                log(f"    {blocks}: {milliseconds:.3g} ms, {speedup:.2f} times as fast")
             winner = max(times, key=lambda blocks: times[blocks].speedup_over(start)[0])
             speedup, _ = times[winner].speedup_over(start)
-            if winner != best and speedup >= _LEAST_GAIN:
+            if winner != best and speedup >= _MIN_SPEEDUP:
                 best, gain, improved = winner, gain * speedup, True
             seconds = times[best].median
     return best, {
@@ -95,16 +96,16 @@ def fastest(
     }
 
 
-def _strays(programs: dict[Any, Program], best: Any) -> dict[Any, str]:
-    """Takes out the programs that do not compute what the best so far does; says by how much."""
+def _drop_mismatches(programs: dict[Any, Program], best: Any) -> dict[Any, str]:
+    """Removes programs whose results differ from those of the best blocks; returns the reasons."""
     want = programs[best].run()
-    found: dict[Any, str] = {}
+    reasons: dict[Any, str] = {}
     for blocks in list(programs):
         off = difference(programs[blocks].run(), want)
-        if not off <= _MOST_DIFFERENCE:  # which NaN is not either
-            found[blocks] = f"its result differs by {off:.0e}"
+        if not off <= _MAX_DIFFERENCE:  # also catches NaN
+            reasons[blocks] = f"its result differs by {off:.0e}"
             del programs[blocks]
-    return found
+    return reasons
 
 
 def _program(
@@ -114,8 +115,8 @@ def _program(
     blocks: Any,
     arrays: dict[str, Any],
 ) -> Program | str:
-    """The program of the pass that the blocks are for, compiled with them."""
-    jax.clear_caches()  # or JAX would take a trace with other blocks
+    """Compiles the pass of the request with the given blocks, or returns why it fails."""
+    jax.clear_caches()  # else JAX would reuse a trace with other blocks
     with tuned.forcing({request.key: blocks}):
         try:
             return program_of(workload, implementation, request.key.pass_name, arrays)

@@ -1,4 +1,4 @@
-"""What is measured: an operator at a shape, and what it costs at the least."""
+"""The workloads of the benchmark: an operator at a shape, with its minimum bytes and FLOPs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,18 +20,18 @@ PLAIN = "plain"
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """One of the package's operators, its plain form, its shapes and its costs.
+    """An operator of the package, its naive implementation, its shapes and its costs.
 
     Attributes:
         name: as in the package.
         function: the operator; takes arrays and options by name.
-        plain: the same as one writes it first.
-        backends: names of its implementations.
+        plain: its naive implementation.
+        backends: its implementations, by name.
         shapes: all named shapes.
-        paper: names of those that an accelerator runs by default.
-        cpu: names of those that a CPU runs by default.
+        paper: names of the shapes that run by default on an accelerator.
+        cpu: names of the shapes that run by default on CPU.
         differentiable: arguments that have a gradient.
-        cost: from a shape and the bytes of an element, (bytes, FLOP) by pass.
+        cost: maps a shape and an item size to (bytes, FLOPs) by pass.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """An operator at one shape, dtype and kind of ids (None where the operator takes no ids)."""
+    """An operator at one shape, dtype and distribution of ids (None if it takes no ids)."""
 
     operator: Operator
     shape: Any
@@ -55,12 +55,12 @@ class Workload:
     ids: str | None = None
 
     def inputs(self) -> dict[str, Any]:
-        """Its arrays by argument."""
+        """Random arrays, by argument name."""
         chosen = {} if self.ids is None else {"ids": self.ids}
         return self.shape.inputs(dtype=jnp.dtype(self.dtype), **chosen)
 
     def call(self, implementation: str) -> Callable[[dict[str, Any]], Any]:
-        """The operator as a function of its arrays: the plain form, or an implementation."""
+        """The operator as a function of its arrays: the naive form, or an implementation."""
         if implementation == PLAIN:
             return lambda arrays: self.operator.plain(**arrays, **self.shape.options)
         return lambda arrays: self.operator.function(
@@ -68,13 +68,13 @@ class Workload:
         )
 
     def split(self, arrays: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Arrays that are differentiated by, and the others."""
+        """Splits arrays into those to differentiate with respect to, and the others."""
         names = self.operator.differentiable
         chosen = {n: x for n, x in arrays.items() if n in names and x is not None}
         return chosen, {n: x for n, x in arrays.items() if n not in chosen}
 
     def cost(self, pass_name: Pass) -> tuple[int, int]:
-        """Bytes that have to move and floating-point operations, by formula."""
+        """Minimum bytes moved, and FLOPs, by formula."""
         costs = self.operator.cost(self.shape, jnp.dtype(self.dtype).itemsize)
         forward, backward = costs["forward"], costs["backward"]
         if pass_name == "both":
@@ -82,7 +82,7 @@ class Workload:
         return costs[pass_name]
 
     def describe(self) -> dict[str, Any]:
-        """What identifies it in a record."""
+        """The fields that identify the workload in a record."""
         sizes = dataclasses.asdict(self.shape)
         if self.ids is not None:
             sizes["ids"] = self.ids
@@ -92,9 +92,9 @@ class Workload:
 def differentiated(
     call: Callable[[dict[str, Any]], Any], others: dict[str, Any]
 ) -> Callable[[dict[str, Array]], tuple[Array, Any]]:
-    """The floating-point result of a call as a function of what it is differentiated by.
+    """The floating-point result of a call, as a function of its differentiable arguments.
 
-    Selections come along as an auxiliary result, so that they are computed as well.
+    Selections are returned as an auxiliary result, so that they are computed too.
     """
 
     def function(chosen: dict[str, Array]) -> tuple[Array, Any]:
@@ -105,11 +105,11 @@ def differentiated(
 
 
 def aggregation_cost(shape: aggregation_shapes.Shape, itemsize: int) -> dict[str, tuple[int, int]]:
-    """(Bytes, FLOP) of value aggregation by pass.
+    """(Bytes, FLOPs) of value aggregation by pass.
 
-    Bytes: every selection fetches its rows once, in each pass; ids, scores, pre-inputs, outputs and
-    their gradients, all of 4 bytes, move once; gradients of the tables, dense, are written once.
-    Frequent rows may come from a cache, so ids that are not uniform can beat a copy.
+    Bytes: every selection fetches its rows once in each pass; ids, scores, pre-inputs, outputs and
+    their gradients, 4 bytes each, move once; the dense gradients of the tables are written once.
+    Caches may hold frequent rows, so with non-uniform ids the bandwidth can exceed that of a copy.
     """
     selections = shape.num_tokens * shape.num_selected
     row = shape.value_dim + shape.pre_value_dim
@@ -129,11 +129,11 @@ def aggregation_cost(shape: aggregation_shapes.Shape, itemsize: int) -> dict[str
 
 
 def top_k_cost(shape: top_k_shapes.Shape, itemsize: int) -> dict[str, tuple[int, int]]:
-    """(Bytes, FLOP) of product-key top-k by pass.
+    """(Bytes, FLOPs) of product-key top-k by pass.
 
-    Bytes: query, keys, results and their gradients move once; the backward pass reads S of the
-    chosen keys besides. FLOP: products of queries with all keys forward, with the chosen keys
-    backward; comparisons are not counted.
+    Bytes: query, keys, results and their gradients move once; the backward pass also reads S of the
+    chosen keys. FLOPs: products of queries with all keys (forward) or with the chosen keys
+    (backward); comparisons are not counted.
     """
     arguments = shape.arguments()
     arrays = arguments["query"].size + arguments["keys"].size
@@ -178,7 +178,7 @@ OPERATORS = {
 
 
 def named_shapes(operator: Operator, names: str | None) -> list[Any]:
-    """Shapes by names or tags, parted by commas; by default those of the default device.
+    """Shapes by comma-separated names or tags; None selects the defaults of the default device.
 
     Raises:
         ValueError: there is no shape or tag of that name.
@@ -186,9 +186,9 @@ def named_shapes(operator: Operator, names: str | None) -> list[Any]:
     default = operator.cpu if jax.default_backend() == "cpu" else operator.paper
     chosen: list[Any] = []
     for name in default if names is None else names.split(","):
-        found = [s for s in operator.shapes if name in (s.name, s.tag, "all")]
-        if not found:
+        matches = [s for s in operator.shapes if name in (s.name, s.tag, "all")]
+        if not matches:
             known = ", ".join(["all", "ci", "model", *(s.name for s in operator.shapes)])
             raise ValueError(f"--shapes: got {name!r}, must be one of {known}")
-        chosen += [shape for shape in found if shape not in chosen]
+        chosen += [shape for shape in matches if shape not in chosen]
     return chosen

@@ -1,4 +1,4 @@
-"""What a backend of product-key top-k takes, returns and has."""
+"""The arguments, results and interface of a product-key top-k backend."""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -15,8 +15,8 @@ class TopKCall(Call):
     """The arguments of `product_key_top_k`.
 
     Attributes:
-        top_m: pairs to choose for each token and head.
-        shortlist: candidates a side.
+        top_m: number of pairs to choose for each token and head.
+        shortlist: number of candidates per side.
         chunk_size: tokens that "xla" processes at once.
     """
 
@@ -37,12 +37,12 @@ class TopKCall(Call):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the scores: float32, or float64 where query or keys are."""
+        """The dtype of the scores: float32, or float64 if query or keys are."""
         return accumulation_dtype(self.query, self.keys)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes by name, for the key under which blocks are measured."""
+        """The sizes by name, for the key of tuned blocks."""
         num_heads, _, rank, num_keys, key_dim = self.keys.shape
         return {
             "num_tokens": self.query.shape[3],
@@ -59,12 +59,12 @@ class TopKCall(Call):
 
 
 class TopK(NamedTuple):
-    """The results of `product_key_top_k`, and what its backward pass needs.
+    """The results of `product_key_top_k`, and the residuals of its backward pass.
 
     Attributes:
         scores: of each chosen pair, by core.
         addresses: of the pairs, row * num_keys + column.
-        chosen: S of the keys of the chosen pairs, or None where nobody asked for it.
+        chosen: S of the keys of the chosen pairs, or None if not requested.
     """
 
     scores: Float[Array, "num_tokens pairs cores"]
@@ -77,7 +77,7 @@ class TopKBackend(Backend[TopKCall, TopK], Protocol):
     """A module that implements product-key top-k."""
 
     def forward(self, call: TopKCall, with_chosen: bool = False) -> TopK:
-        """Computes the results; `chosen`, which a backward pass needs, on demand."""
+        """Computes the results; `chosen`, which a backward pass needs, only on request."""
 
     def backward(
         self,
@@ -89,8 +89,8 @@ class TopKBackend(Backend[TopKCall, TopK], Protocol):
         """Computes the gradients of query, keys and cores, each in its own dtype, by name.
 
         Args:
-            call: as `forward` had it.
-            addresses: of its result, as is `chosen`.
-            chosen: S of the keys of the chosen pairs.
-            scores_grad: the gradient of the scores of its result.
+            call: the arguments of `forward`.
+            addresses: as returned by `forward`.
+            chosen: as returned by `forward`.
+            scores_grad: the gradient of the scores returned by `forward`.
         """

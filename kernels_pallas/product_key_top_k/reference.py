@@ -1,7 +1,7 @@
-"""What product-key top-k means: every grid in full, differentiated by JAX itself.
+"""Reference implementation of product-key top-k: full grids, differentiated by JAX.
 
-It holds [T, n] scores and [T, s * s] grids of all tokens at once, so it is for tests and reading
-only.
+It materializes the [T, n] scores and [T, s * s] grids of all tokens, so it is only for tests and
+for reading.
 """
 
 import jax
@@ -23,7 +23,7 @@ def product_key_top_k_reference(
 ) -> tuple[
     Float[Array, "num_tokens num_heads*{top_m} cores"], Int32[Array, "num_tokens num_heads*{top_m}"]
 ]:
-    """Defines `product_key_top_k`; arguments, result and dtype are the same."""
+    """Defines the semantics of `product_key_top_k`; arguments, result and dtype are the same."""
     num_heads, _, rank, num_keys, _ = keys.shape
     num_tokens = query.shape[3]
     dtype = accumulation_dtype(query, keys)
@@ -57,8 +57,8 @@ def product_key_top_k_reference(
 
 
 def _best(scores: Float[Array, "t n"], k: int) -> Int32[Array, "t k"]:
-    """The places of the k best, best first: NaN before all numbers, ties to the lower place."""
-    # lax.top_k orders by sign bit too: it would put -0 after 0, and a negative NaN last.
+    """The indices of the k best, best first: NaN before all numbers, ties to the lower index."""
+    # lax.top_k also orders by the sign bit: it would put -0 after 0, and a negative NaN last.
     scores = jnp.where(scores == 0, 0, scores)
     scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
     return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]

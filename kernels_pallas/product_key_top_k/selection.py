@@ -1,18 +1,19 @@
-"""The best of many candidates of each token; on CPU with tokens along its vector lanes.
+"""Top-k over many candidates per token; vectorized over tokens on CPU.
 
-XLA's top-k on CPU takes the tokens one by one and on one core: some 17 microseconds for the 94 best
-of 964. Here each step is the same operation on all tokens of a block:
+XLA's top-k on CPU processes tokens one by one on a single core, about 17 microseconds for the 94
+best of 964. Here each step is the same operation on all tokens of a block:
 
-    threshold   Bisection of the scores' range, by counting, until between k and k plus a few
-                candidates reach the middle. Some 6 to 9 passes over the candidates.
-    survivors   Their places, in rising order. Each 32 candidates give a word of bits, and the j-th
-                survivor is sought by counting bits: no prefix sum over all candidates, no scatter.
-    order       A sorting network (bitonic) over the few survivors, by score, then by place.
+    threshold   Bisection of the score range, by counting, until at least k, but only a few more,
+                candidates reach the midpoint. About 6 to 9 passes over the candidates.
+    survivors   Their indices, in ascending order. Every 32 candidates give a word of bits, and the
+                j-th survivor is located by bit counts: no prefix sum over all candidates and no
+                scatter.
+    order       A bitonic sorting network over the few survivors, by score, then by index.
 
-A token for which bisection fails, because more candidates than fit have equal scores, or because
-some are not finite, sends its block to XLA's top-k. So the result is exact always.
+If bisection fails for a token, because too many candidates have equal scores or some scores are not
+finite, its block falls back to XLA's top-k. So the result is always exact.
 
-CPU, 2 cores, milliseconds, medians of 31 interleaved runs:
+Milliseconds on 2 CPU cores, medians of 31 interleaved runs:
 
     best of         8 of 64   16 of 128   32 of 360   94 of 964   128 of 1696   256 of 1696
     64 tokens          0.08        0.12        0.21        0.41          0.55          0.86
@@ -30,22 +31,22 @@ from jax import lax
 
 from kernels_pallas.array_types import Array, Float, Int32
 
-_WORD = 32  # candidates to a word of bits
-# Bisections until a block is given up. A float32 has 24 bits of precision.
-_MOST_STEPS = 32
-# With fewer to choose, over all tokens, a loop over tokens costs less than so many steps.
-_LEAST_CHOSEN = 4096
+_WORD = 32  # candidates per word of bits
+# Maximum number of bisection steps. A float32 has 24 bits of precision.
+_MAX_STEPS = 32
+# If fewer are chosen over all tokens, XLA's loop over tokens is faster than these steps.
+_MIN_CHOSEN = 4096
 
 
 def best(
     scores: Float[Array, "*leading candidates tokens"], k: int
 ) -> Int32[Array, "*leading {k} tokens"]:
-    """Returns the places of the k best candidates of each token, best first.
+    """Returns the indices of the k best candidates of each token, best first.
 
-    NaN counts as the best of all, -0 equals 0, and of equal scores the lower place comes first.
+    NaN ranks above all other scores, -0 equals 0, and ties go to the lower index.
     """
     num_candidates, num_tokens = scores.shape[-2:]
-    small = k * num_tokens < _LEAST_CHOSEN or num_candidates < 2 * _num_sorted(k)
+    small = k * num_tokens < _MIN_CHOSEN or num_candidates < 2 * _num_sorted(k)
     if small or scores.dtype != jnp.float32:
         return top_k(scores, k)
     cpu = functools.partial(_best_by_threshold, k=k)
@@ -55,12 +56,12 @@ def best(
 def top_k(
     scores: Float[Array, "*leading candidates tokens"], k: int
 ) -> Int32[Array, "*leading {k} tokens"]:
-    """Returns the same as `best`, by XLA's top-k whatever the sizes.
+    """Returns the same as `best`, but always uses XLA's top-k.
 
-    For a branch that is seldom taken: XLA would take work out of the loop of `best` and do it
-    always (for the 256 best pairs of 128 x 128 that doubled the time of the search).
+    Use it in branches that are rarely taken: XLA would hoist work out of the loop of `best` and do
+    it unconditionally (for the 256 best pairs of 128 x 128, this doubled the time of the search).
     """
-    # lax.top_k goes by the sign bit too: it would put -0 after 0, and a negative NaN last.
+    # lax.top_k also orders by the sign bit: it would put -0 after 0, and a negative NaN last.
     scores = jnp.where(scores == 0, 0, scores)
     scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
     return lax.top_k(scores.swapaxes(-1, -2), k)[1].swapaxes(-1, -2)
@@ -81,17 +82,17 @@ def _power_of_two(k: int) -> int:
 
 
 def _num_sorted(k: int) -> int:
-    """How many survivors are sorted: a power of two, and an eighth more if k nearly fills it."""
+    """Number of survivors to sort: a power of two, plus an eighth if k nearly fills it."""
     size = _power_of_two(k)
     return size if size - k >= size // 8 else size + size // 8
 
 
 def _threshold(scores: Array, k: int, most: int) -> tuple[Array, Array]:
-    """A score that k to `most` candidates reach, and whether it was found, [..., 1, t]."""
+    """A score that k to `most` candidates reach, and whether one was found: [..., 1, t] both."""
 
     def unfinished(state: Any) -> Array:
         step, *_, found = state
-        return (step < _MOST_STEPS) & ~jnp.all(found)
+        return (step < _MAX_STEPS) & ~jnp.all(found)
 
     def bisect(state: Any) -> Any:
         step, low, high, threshold, found = state
@@ -109,9 +110,9 @@ def _threshold(scores: Array, k: int, most: int) -> tuple[Array, Array]:
 
 
 def _survivors(reaches: Array, size: int) -> tuple[Array, Array]:
-    """Places of the first `size` true candidates, and which of these exist: [..., size, t] both.
+    """Indices of the first `size` true candidates, and which of these exist: [..., size, t] both.
 
-    What does not exist has some place within bounds.
+    Entries that do not exist have an arbitrary index in bounds.
     """
     *leading, num_candidates, num_tokens = reaches.shape
     padding = -num_candidates % _WORD
@@ -133,7 +134,7 @@ def _survivors(reaches: Array, size: int) -> tuple[Array, Array]:
 
 
 def _nth_set_bit(words: Array, n: Array) -> Array:
-    """The number of the n-th bit that is set, counted from 0, by halves."""
+    """The index of the n-th set bit, counted from 0, by binary search."""
     place = jnp.zeros_like(n)
     for width in (16, 8, 4, 2, 1):
         count = lax.population_count(words & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
@@ -145,14 +146,14 @@ def _nth_set_bit(words: Array, n: Array) -> Array:
 
 
 def _sorted(scores: Array, places: Array, size: int) -> Array:
-    """The places of the `size` best, a power of two, best first, the lower place first in ties."""
+    """The indices of the `size` best, a power of two, best first; ties go to the lower index."""
     entries = (scores, places)
     first = _sort(tuple(x[..., :size, :] for x in entries))
     if scores.shape[-2] == size:
         return first[1]
     others = _sort(tuple(x[..., size:, :] for x in entries))
-    # The worst of the first against the best of the others leave the best of all, in an order that
-    # rises and falls once: what a merge wants.
+    # Comparing the worst of the first with the best of the others keeps the best overall, as a
+    # bitonic sequence, which is what a merge needs.
     count = others[0].shape[-2]
     kept = tuple(x[..., :-count, :] for x in first)
     better, _ = _compare(
@@ -163,12 +164,12 @@ def _sorted(scores: Array, places: Array, size: int) -> Array:
 
 
 def _sort(entries: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Sorts along the last axis but one, whose size is a power of two."""
+    """Sorts along the second to last axis, whose size is a power of two."""
     size = entries[0].shape[-2]
     for level in range(int(math.log2(size))):
         length = 2 << level
         blocks = [_split(x, length) for x in entries]
-        # Two sorted halves, the second read backwards.
+        # Two sorted halves, the second one reversed.
         upper = tuple(x[..., : length // 2, :] for x in blocks)
         lower = tuple(x[..., length // 2 :, :][..., ::-1, :] for x in blocks)
         better, worse = _compare(upper, lower)
@@ -181,7 +182,7 @@ def _sort(entries: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _merge(entries: tuple[Array, ...], length: int) -> tuple[Array, ...]:
-    """Sorts blocks of `length` whose scores rise and fall once, or fall and rise."""
+    """Sorts bitonic blocks of `length` entries."""
     while length > 1:
         halves = [_split(x, length) for x in entries]
         better, worse = _compare(
@@ -192,14 +193,14 @@ def _merge(entries: tuple[Array, ...], length: int) -> tuple[Array, ...]:
             jnp.concatenate([x, y], axis=-2).reshape(z.shape)
             for x, y, z in zip(better, worse, entries, strict=True)
         ]
-        # XLA would fuse the stages into one, which computes everything many times over.
+        # Without the barrier, XLA would fuse the stages and recompute everything many times.
         entries = lax.optimization_barrier((joined[0], joined[1]))
         length //= 2
     return entries
 
 
 def _compare(x: tuple[Array, ...], y: tuple[Array, ...]) -> tuple[tuple[Array, ...], ...]:
-    """(score, place) pairs of x and y: the better of each two, and the worse."""
+    """Compares (score, index) pairs of x and y; returns the better ones and the worse ones."""
     swap = (y[0] > x[0]) | ((y[0] == x[0]) & (y[1] < x[1]))
     pairs = list(zip(x, y, strict=True))
     return (

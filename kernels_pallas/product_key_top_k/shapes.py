@@ -1,4 +1,4 @@
-"""Named workloads of product-key top-k, for tests and benchmarks alike."""
+"""Named workloads of product-key top-k, shared by tests and benchmarks."""
 
 import dataclasses
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a call; "ci" ones are tiny, "model" ones are what models and benchmarks use."""
+    """Sizes of a call; "ci" shapes are tiny, "model" shapes are those of models and benchmarks."""
 
     name: str
     tag: Literal["ci", "model"]
@@ -23,21 +23,21 @@ class Shape:
     num_heads: int = 1
     rank: int = 2
     num_cores: int = 2  # 0: additive scores
-    query_heads: int = 0  # 0: one a head
-    query_ranks: int = 0  # 0: one a rank
-    # The first singular value of the cores' sum is 2. The paper sees more than 4 to 1; the nearer
-    # the second one is, the more often a staircase of candidates is not enough.
+    query_heads: int = 0  # 0: one per head
+    query_ranks: int = 0  # 0: one per rank
+    # The first singular value of the summed cores is 2. The paper reports a ratio above 4 to 1; the
+    # closer the second value is, the more often the staircase of candidates is not enough.
     second_value: float = 0.15
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the operator that are no arrays."""
+        """The keyword arguments of the operator that are not arrays."""
         return {"top_m": self.top_m, "shortlist": self.shortlist}
 
     def arguments(self, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-        """Shapes and dtypes of the arrays by argument, None for the absent.
+        """Shapes and dtypes of the arrays, by argument name; None where absent.
 
-        `dtype` is that of query and keys; what weights their scores is float32.
+        `dtype` is that of query and keys; u, v and cores are float32.
         """
         query_heads, query_ranks = self.query_heads or self.num_heads, self.query_ranks or self.rank
         query = (query_heads, 2, query_ranks, self.num_tokens, self.key_dim)
@@ -59,21 +59,23 @@ class Shape:
         self,
         seed: int = 0,
         dtype: DTypeLike = jnp.float32,
-        numbers: Literal["normal", "whole"] = "normal",
+        numbers: Literal["normal", "integer"] = "normal",
     ) -> dict[str, Any]:
-        """Random arrays by argument, None for the absent.
+        """Random arrays by argument name; None where absent.
 
-        Small whole numbers make every sum exact in float32, so that a selection does not depend on
-        how its scores are computed, and make many scores equal.
+        "integer" draws small integers. They make every sum exact in float32, so the selection does
+        not depend on how scores are computed, and they produce many ties.
         """
         rng = np.random.default_rng(seed)
-        whole = numbers == "whole"
+        integers = numbers == "integer"
         specs = self.arguments(dtype)
         arrays: dict[str, Any] = dict.fromkeys(specs)
         for name in ("query", "keys"):
             shape = specs[name].shape
-            drawn = rng.integers(-3, 4, shape) if whole else rng.standard_normal(shape, np.float32)
-            scale = self.key_dim**-0.5 if name == "keys" and not whole else 1.0
+            drawn = (
+                rng.integers(-3, 4, shape) if integers else rng.standard_normal(shape, np.float32)
+            )
+            scale = self.key_dim**-0.5 if name == "keys" and not integers else 1.0
             arrays[name] = scale * drawn
         if self.num_cores:
             square = (self.num_heads, self.rank, self.rank)
@@ -86,7 +88,7 @@ class Shape:
                 "v": right[..., 0],
                 "cores": parts + (core - parts.sum(axis=0)) / self.num_cores,
             }
-            arrays |= {name: np.round(2 * x) if whole else x for name, x in tucker.items()}
+            arrays |= {name: np.round(2 * x) if integers else x for name, x in tucker.items()}
         return {
             name: None if x is None else jnp.asarray(x, specs[name].dtype)
             for name, x in arrays.items()
@@ -94,20 +96,20 @@ class Shape:
 
 
 SHAPES = (
-    # No size is a multiple of a block's.
+    # No size is a multiple of a block size.
     Shape("tucker", "ci", 11, 21, 9, 13, 8, num_heads=2),
     Shape("additive", "ci", 9, 20, 8, 11, 8, rank=1, num_cores=0),
     Shape("one_token", "ci", 1, 10, 3, 9, 8),  # all pairs of the shortlists are chosen
     Shape("shared_query", "ci", 5, 18, 7, 6, 16, num_heads=3, query_heads=1, query_ranks=1),
-    # Cores far from rank 1: the selection has to look outside the staircase.
+    # Cores far from rank 1: the selection has to search outside the staircase.
     Shape("doubtful", "ci", 6, 40, 17, 9, 8, num_cores=1, second_value=1.5),
     # UltraMemV2 (arXiv 2508.18756): one head, rank 2, two cores.
     Shape("227M", "model", 8192, 360, 32, 32, 192),
     Shape("1B", "model", 8192, 528, 128, 128, 1024),
     Shape("500M", "model", 8192, 964, 94, 94, 512),
     Shape("120B", "model", 8192, 1696, 128, 256, 1280),
-    # What a CPU does in a fraction of a second. Keys are narrow, so that it is the selection, not
-    # the products with keys, which takes the time.
+    # A fraction of a second on CPU. Keys are narrow, so that the selection dominates the time, not
+    # the products with the keys.
     Shape("cpu_964", "model", 1024, 964, 94, 94, 32),
     Shape("cpu_1696", "model", 512, 1696, 128, 256, 32),
 )

@@ -1,8 +1,8 @@
-"""Product-key top-k in plain XLA operations: runs on every platform.
+"""Product-key top-k in plain XLA operations, for every platform.
 
-Tokens are processed in chunks, so that no more than a chunk's [chunk, n] scores are ever held. The
-best pairs are looked for where both keys stand early in their shortlists, and almost always that is
-proved to be enough; see `_Staircase`.
+Tokens are processed in chunks, so that only [chunk, n] scores are live at a time. The best pairs
+are searched for among keys that come early in their shortlists. A check then proves that no other
+pair can be better, which almost always succeeds; see `_Staircase`.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ from kernels_pallas.common import add_up, scan_chunks
 from kernels_pallas.product_key_top_k.call import TopK, TopKCall
 from kernels_pallas.product_key_top_k.selection import best, top_k
 
-# How far beyond m the staircase reaches where Tucker scores are not monotone, and the share of the
-# grid beyond which it does not pay: 0.12 at (n 964, s 94, m 94) and 0.18 at (1696, 128, 256), but
-# 0.45 at (128, 16, 16), where searching the grid took as long.
+# The reach of the staircase in multiples of m for Tucker scores, which are not monotone, and the
+# fraction of the grid above which the staircase does not pay off. The fraction is 0.12 at (n 964,
+# s 94, m 94), 0.18 at (1696, 128, 256), and 0.45 at (128, 16, 16), where searching the full grid is
+# as fast.
 TUCKER_REACH = 2
-MOST_INSIDE = 0.5
+MAX_INSIDE_FRACTION = 0.5
 
 # DEFAULT precision would round float32 operands to bfloat16 on TPU and to TF32 on GPU.
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -31,18 +32,20 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 @dataclasses.dataclass(frozen=True)
 class _Staircase:
-    """The part of the s x s grid of a token in which its best pairs are looked for.
+    """The part of the s x s grid of a token in which its best pairs are searched for.
 
-    Row i (from 1) has its first `width` columns: the reach divided by i, with i rounded down to a
-    power of two, so that the part is a few rectangles and contains all (i, j) with i j <= reach.
+    It contains the first `width` columns of row i (from 1): the reach divided by i, with i rounded
+    down to a power of two. So it consists of a few rectangles and contains all (i, j) with
+    i j <= reach.
 
-    Rows and columns stand in their shortlists best first. If scores are additive, pair (i, j) has
-    i j - 1 pairs above and to the left of it, none of which scores less, and which win ties by
-    their lower place in the grid. So reach = m holds the m best. (Rounded sums keep this order;
-    only infinities of both signs break it, by a sum that is not a number.)
+    Rows and columns are in the order of their shortlists, best first. With additive scores, pair
+    (i, j) has i j - 1 pairs above and to the left of it, none of which scores less, and which win
+    ties by their lower index in the grid. So reach = m contains the m best. (Rounded sums keep this
+    order; only infinities of both signs break it, because their sum is NaN.)
 
-    Tucker scores obey this but for the lesser singular values of the core. So the pairs outside are
-    compared with the m-th best inside; if none of them precedes it, the selection is the right one.
+    For Tucker scores, this only holds up to the smaller singular values of the core. So the pairs
+    outside are compared with the m-th best inside; if none of them precedes it, the selection is
+    correct.
     """
 
     shortlist: int
@@ -50,7 +53,7 @@ class _Staircase:
 
     @property
     def blocks(self) -> list[tuple[int, int, int]]:
-        """First row, row after the last, and width of each rectangle."""
+        """Start row, end row (exclusive) and width of each rectangle."""
         starts = [2**i - 1 for i in range(self.shortlist.bit_length())]
         ends = [*starts[1:], self.shortlist]
         return [
@@ -61,7 +64,7 @@ class _Staircase:
 
     @property
     def places(self) -> np.ndarray:
-        """Places in the grid, row by row, of the pairs inside, ascending."""
+        """Row-major indices in the grid of the pairs inside, ascending."""
         grid = np.arange(self.shortlist**2, dtype=np.int32).reshape(self.shortlist, -1)
         return np.concatenate([grid[a:b, :width].reshape(-1) for a, b, width in self.blocks])
 
@@ -75,7 +78,7 @@ class _Staircase:
 
 
 def unsupported_reason(call: TopKCall, platform: str) -> str | None:
-    """Returns None: this implementation takes every call."""
+    """Returns None: this implementation supports every call."""
     del call, platform
     return None
 
@@ -131,8 +134,8 @@ def backward(
             columns_grad = _einsum("thkc,chrq,thrk->thqk", scores_grad, core, rows)
             sides_grad = jnp.stack([rows_grad, columns_grad], axis=1)
         ids = jnp.stack([addresses // num_keys, addresses % num_keys], axis=1)[:, :, :, None]
-        # Two products with all keys, of which few are chosen, rather than fetching the chosen ones
-        # and scattering their gradients row by row. Reasoned, not measured.
+        # Two dense products with all keys, rather than gathering the chosen keys and scattering
+        # their gradients row by row. Assumed to be faster, not measured.
         dense = _scatter_add(sides_grad, jnp.broadcast_to(ids, sides_grad.shape), num_keys)
         query_grad = _einsum(f"tshrn,hsrnq->t{query_axes}q", dense, keys.astype(dtype)).reshape(
             query.shape
@@ -141,7 +144,7 @@ def backward(
         keys_grad += _einsum(f"tshrn,t{query_axes}q->hsrnq", dense, query.astype(dtype))
         return (keys_grad, cores_grad), query_grad
 
-    # zeros_like keeps the manual axes over which an array varies inside shard_map; zeros would not.
+    # Unlike zeros, zeros_like keeps the manual axes over which an array varies inside shard_map.
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (keys, cores))
     per_token = (
         jnp.moveaxis(query, 3, 0),
@@ -156,7 +159,7 @@ def backward(
 
 
 def _query_axes(query: Array, keys: Array) -> str:
-    """The leading axes of the query but those of size 1 that serve several heads or ranks."""
+    """The leading axes of the query, without those of size 1 that several heads or ranks share."""
     shared_heads = query.shape[0] < keys.shape[0]
     shared_ranks = query.shape[2] < keys.shape[2]
     return ("" if shared_heads else "h") + "s" + ("" if shared_ranks else "r")
@@ -184,7 +187,7 @@ def _shortlist(scores: Array, weights: Array | None, size: int) -> tuple[Array, 
 
 
 def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) -> Array:
-    """Places of the best pairs in the grid of shortlisted keys, [h, m, t], best first.
+    """Indices of the best pairs in the grid of shortlisted keys, [h, m, t], best first.
 
     Args:
         rows: S of the shortlisted row keys, [h, r, s, t].
@@ -196,26 +199,26 @@ def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) ->
     if cores is not None:
         rows = _times_core(rows, cores)
     staircase = _Staircase(rows.shape[2], top_m * (1 if additive else TUCKER_REACH))
-    if len(staircase.places) > MOST_INSIDE * staircase.shortlist**2:
-        return best(_whole_grid(rows, columns, additive), top_m)
+    if len(staircase.places) > MAX_INSIDE_FRACTION * staircase.shortlist**2:
+        return best(_full_grid(rows, columns, additive), top_m)
 
     places, doubtful = _search(staircase, rows, columns, additive, top_m)
     num_heads, num_tokens = doubtful.shape
     num_redone = -(-num_heads * num_tokens // 8)
 
     def redo_some() -> Array:
-        """Doubts are few as a rule: it takes the grids of some tokens to settle them."""
+        """Searches the full grids of the few tokens whose selection is not proven correct."""
         which = lax.top_k(doubtful.reshape(-1).astype(jnp.float32), num_redone)[1]
         heads, tokens = which // num_tokens, which % num_tokens
-        # All of one head.
+        # Move all of them to the token axis of a single head.
         of_rows, of_columns = (
             jnp.moveaxis(x[heads, :, :, tokens], 0, 2)[None] for x in (rows, columns)
         )
-        redone = top_k(_whole_grid(of_rows, of_columns, additive), top_m)
+        redone = top_k(_full_grid(of_rows, of_columns, additive), top_m)
         return places.at[heads, :, tokens].set(redone[0].T)
 
     def redo_all() -> Array:
-        return top_k(_whole_grid(rows, columns, additive), top_m)
+        return top_k(_full_grid(rows, columns, additive), top_m)
 
     num_doubtful = jnp.sum(doubtful, dtype=jnp.int32)
     branch = (num_doubtful > 0).astype(jnp.int32) + (num_doubtful > num_redone).astype(jnp.int32)
@@ -226,7 +229,7 @@ def _times_core(rows: Array, cores: Array) -> Array:
     """S C of the shortlisted rows for the sum C of the cores, [h, r, s, t]."""
     core = cores.astype(rows.dtype).sum(axis=0)
     ranks = range(rows.shape[1])
-    # Rank by rank and not as a product of matrices: those of a token would be tiny.
+    # Unrolled over ranks, because the matrix products of a token would be tiny.
     products = [add_up(rows[:, r] * core[:, r, q, None, None] for r in ranks) for q in ranks]
     return jnp.stack(products, axis=1)
 
@@ -234,7 +237,7 @@ def _times_core(rows: Array, cores: Array) -> Array:
 def _search(
     staircase: _Staircase, rows: Array, columns: Array, additive: bool, top_m: int
 ) -> tuple[Array, Array]:
-    """The best pairs inside, [h, m, t], and whether one outside may precede the last, [h, t]."""
+    """The best pairs inside, [h, m, t], and whether one outside may precede the last: [h, t]."""
     shortlist = staircase.shortlist
     parts = [
         _grid(rows[:, :, start:end], columns[:, :, :width], additive)
@@ -254,13 +257,13 @@ def _search(
     for some_rows, some_columns in staircase.outside:
         grid = _grid(rows[:, :, some_rows], columns[:, :, some_columns], additive)
         later = numbers[:, some_rows, some_columns] > last_place
-        # A score or bound that is not a number is neither less nor equal.
+        # Comparisons with NaN are false, so a NaN outside counts as ahead.
         behind = (grid < last_score) | ((grid == last_score) & later)
         num_ahead += jnp.sum(~behind, axis=(1, 2), dtype=jnp.int32)
     return places, num_ahead > 0
 
 
-def _whole_grid(rows: Array, columns: Array, additive: bool) -> Array:
+def _full_grid(rows: Array, columns: Array, additive: bool) -> Array:
     """Scores of all pairs, [h, s * s, t]."""
     return lax.collapse(_grid(rows, columns, additive), 1, 3)
 
@@ -286,7 +289,7 @@ def _take(x: Array, places: Array) -> Array:
 
 
 def _scatter_add(x: Array, ids: Array, size: int) -> Array:
-    """[..., m] to [..., size]: each entry added where its id says."""
+    """[..., m] to [..., size]: adds each entry at its id."""
     flat, flat_ids = (y.reshape(-1, y.shape[-1]) for y in (x, ids))
     tokens = jnp.arange(flat.shape[0], dtype=jnp.int32)[:, None]
     zeros = jnp.zeros_like(flat, shape=(flat.shape[0], size))

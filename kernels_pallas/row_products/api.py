@@ -1,14 +1,15 @@
-"""Products of tokens with their selected rows: the derivative of value aggregation by its scores.
+"""Inner products of tokens with their selected rows.
 
-Value aggregation and its derivatives are three operations, on a table [N, D], ids [T, K], numbers
-[T, K] and vectors [T, D]. Each makes one of table, numbers and vectors from the other two:
+This is the derivative of value aggregation with respect to its scores. Value aggregation and its
+derivatives are three operations on a table [N, D], ids [T, K], numbers [T, K] and vectors [T, D].
+Each computes one of table, numbers and vectors from the other two:
 
     numbers     vectors[t] . table[ids[t, k]]                       this operator
     vectors     sum over k of numbers[t, k] * table[ids[t, k]]      value aggregation
-    table       row n: the sum of numbers[t, k] * vectors[t]        table gradient
-                over all ids[t, k] = n
+    table       row n: sum of numbers[t, k] * vectors[t]            table gradient
+                over all t, k with ids[t, k] = n
 
-So the derivatives of this operator are the other two.
+The derivatives of each are the other two.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax
 
 from kernels_pallas import arguments, dispatch, tables, tuned
 from kernels_pallas.array_types import AnyArray, Array, Float, Integer
-from kernels_pallas.common import check, vary_alike
+from kernels_pallas.common import check, match_vma
 from kernels_pallas.protocol import cotangents
 from kernels_pallas.row_products.call import RowProductsBackend, RowProductsCall
 from kernels_pallas.table_gradient import api as table_gradient
@@ -50,31 +51,31 @@ def row_products(
 
         output[t, k] = <inputs[t], table[indices[t, k]]>
 
-    These are the pre-scores of `value_aggregation`, on their own for tables that are sharded
-    by columns: each device multiplies its columns, and an all-reduce sums the products.
-    Neither pass holds the [T, K, D] rows of all tokens. `reference.py` says the same in unblocked
-    JAX.
+    These are the pre-scores of `value_aggregation`, as a separate operator for tables that are
+    sharded by columns: each device multiplies its columns, and an all-reduce sums the products.
+    Neither pass materializes the [T, K, D] rows of all tokens. `reference.py` is the equivalent
+    unblocked JAX code.
 
-    Everything is accumulated in, and the output has, the accumulation dtype: float32, or float64
-    if an argument is. Gradients are accumulated likewise and returned in the dtype of their
-    argument; that of the table is dense, with repeated ids summed in a fixed order except by "xla"
-    on GPU. Reverse-mode differentiable only. Inside `jax.shard_map` it works on the local arrays,
-    which may vary over different manual axes; outside, and with NumPy's arrays, as
-    `value_aggregation` does.
+    Accumulation and output are in float32, or in float64 if an argument is. Gradients are
+    accumulated in the same dtype and returned in the dtype of their argument; that of the table is
+    dense. Repeated ids are summed in a fixed order, except by "xla" on GPU. Only reverse-mode
+    differentiation is supported. Inside `jax.shard_map` the operator works on the local arrays,
+    which may vary over different manual axes. Meshes with explicit axes and NumPy arrays are
+    handled as in `value_aggregation`.
 
     Args:
-        table: rows of any width; the Pallas backends want those that value aggregation has there.
+        table: rows of any width; the Pallas backends need the widths that value aggregation needs.
         indices: ids of the selected rows, in [0, num_values); see `value_aggregation`.
-        inputs: what each token brings.
-        chunk_size: see `value_aggregation`, as for the arguments that follow.
-        implementation: of the forward and the backward pass, one of those of `value_aggregation`.
+        inputs: the input vector of each token.
+        chunk_size: see `value_aggregation`, as for the remaining arguments.
+        implementation: for the forward and the backward pass, one of those of `value_aggregation`.
         platform: what the call will be compiled for.
 
     Raises:
-        ValueError: an argument's rank, shape, dtype or value breaks a rule above; the message names
-            the argument, what it got and the rule.
-        UnsupportedError: the named implementation cannot take the call; the message says why, and
-            calls the table "values", as value aggregation does.
+        ValueError: the rank, shape, dtype or value of an argument is invalid; the message names the
+            argument, its value and the rule.
+        UnsupportedError: the named implementation does not support the call; the message says why.
+            It calls the table "values", as value aggregation does.
     """
     call = _checked({"table": table, "indices": indices, "inputs": inputs})
     target = dispatch.lowering_platform(platform)
@@ -85,7 +86,7 @@ def row_products(
     reasons = BACKENDS.unsupported_reasons(call, target)
     chosen = dispatch.choose("row_products", implementation, target, tables.AUTOMATIC, reasons)
     if chosen == "xla" and asked is None:
-        # The same rows are fetched as by value aggregation, for which chunks are measured.
+        # Value aggregation fetches the same rows, and its chunk size is the one that is tuned.
         sizes = call.aggregation().sizes
         key = tuned.Key.of("value_aggregation", "xla", "both", sizes, call.table.dtype)
         chunks = tuned.lookup(tuned.Chunks(default), key, platform=target)
@@ -94,7 +95,7 @@ def row_products(
 
 
 def _local_products(call: RowProductsCall, implementation: str) -> Array:
-    return _multiply(vary_alike(call), implementation)
+    return _multiply(match_vma(call), implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -109,7 +110,7 @@ def _multiply_fwd(call: RowProductsCall, implementation: str) -> tuple[Array, Ro
 def _multiply_bwd(
     implementation: str, call: RowProductsCall, output_grad: Array
 ) -> tuple[RowProductsCall]:
-    # Two operations that share nothing: the one whose result is not used is not compiled.
+    # The two are independent, so XLA removes one whose result is unused.
     table_grad = table_gradient.BACKENDS[implementation].forward(call.table_gradient(output_grad))
     aggregation = call.aggregation(output_grad)
     inputs_grad = value_aggregation.BACKENDS[implementation].forward(aggregation)
@@ -121,7 +122,7 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
 def _checked(given: dict[str, Any]) -> RowProductsCall:
-    """Returns the arguments as arrays of JAX that fit together."""
+    """Converts the arguments to JAX arrays and checks that their shapes are consistent."""
     arrays = arguments.as_arrays(RowProductsCall, given)
     table, indices, inputs = arrays["table"], arrays["indices"], arrays["inputs"]
     num_values, dim = table.shape

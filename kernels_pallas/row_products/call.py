@@ -1,4 +1,4 @@
-"""What a backend of row products takes."""
+"""The arguments of a row-products backend."""
 
 from typing import Any
 
@@ -30,16 +30,16 @@ class RowProductsCall(Call):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of accumulation and of the output: float32, or float64 where an array is."""
+        """The dtype of accumulation and output: float32, or float64 if an array is."""
         return accumulation_dtype(self.table, self.inputs)
 
     def aggregation(
         self, numbers: Float[AbstractArray, "num_tokens num_selected"] | None = None
     ) -> AggregationCall:
-        """Returns the value aggregation of the same rows, weighted by numbers.
+        """Returns the value aggregation of the same rows, weighted by `numbers`.
 
-        This operator is its derivative by the numbers, which do not matter there: by default they
-        have a shape and a dtype alone.
+        This operator is its derivative with respect to `numbers` and does not depend on their
+        values: by default they are only a shape and a dtype.
         """
         shape = (*self.indices.shape, 1)
         scores: Any = jax.ShapeDtypeStruct(shape, self.dtype)
@@ -50,7 +50,7 @@ class RowProductsCall(Call):
         )
 
     def table_gradient(self, numbers: Float[Array, "num_tokens num_selected"]) -> TableGradientCall:
-        """Returns the gradient of the table from that of the output."""
+        """Returns the table-gradient call for `numbers`, the gradient of the output."""
         return TableGradientCall(
             indices=self.indices,
             weights=numbers[:, :, None],

@@ -1,6 +1,6 @@
-"""What row products mean: one unblocked expression, differentiated by JAX itself.
+"""Reference implementation of row products: one unblocked expression, differentiated by JAX.
 
-It holds the [T, K, D] rows of all tokens at once, so it is for tests and reading only.
+It materializes the [T, K, D] rows of all tokens, so it is only for tests and for reading.
 """
 
 import jax.numpy as jnp
@@ -14,6 +14,6 @@ def row_products_reference(
     indices: Int32[Array, "num_tokens num_selected"],
     inputs: Float[Array, "num_tokens dim"],
 ) -> Float[Array, "num_tokens num_selected"]:
-    """Defines `row_products`; arguments, result and dtype are the same."""
+    """Defines the semantics of `row_products`; arguments, result and dtype are the same."""
     dtype = accumulation_dtype(table, inputs)
     return jnp.sum(table[indices].astype(dtype) * inputs.astype(dtype)[:, None, :], axis=-1)

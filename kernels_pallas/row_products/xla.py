@@ -1,4 +1,4 @@
-"""Row products in plain XLA operations: run on every platform."""
+"""Row products in plain XLA operations, for every platform."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def unsupported_reason(call: RowProductsCall, platform: str) -> str | None:
-    """Returns None: this implementation takes every call."""
+    """Returns None: this implementation supports every call."""
     del call, platform
     return None
 

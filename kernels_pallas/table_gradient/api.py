@@ -1,4 +1,4 @@
-"""The public operator: checks its arguments and chooses an implementation."""
+"""The public operators: validate arguments and choose a backend."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import arguments, dispatch, tables
 from kernels_pallas.array_types import AnyArray, Array, Float, Integer
-from kernels_pallas.common import check, vary_alike
+from kernels_pallas.common import check, match_vma
 from kernels_pallas.table_gradient.call import (
     TableGradientBackend,
     TableGradientCall,
@@ -16,7 +16,7 @@ from kernels_pallas.table_gradient.call import (
 )
 from kernels_pallas.tables import Implementation
 
-# Sums by row are the work of the TensorCore, whatever fetches the rows.
+# Sums by row run on the TensorCore, even if the SparseCores fetch the rows.
 BACKENDS = dispatch.Backends[TableGradientBackend](
     "kernels_pallas.table_gradient",
     {
@@ -39,34 +39,35 @@ def table_gradient(
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
 ) -> Float[Array, "{num_values} dim"]:
-    """Computes the gradient of a table from what its selected rows add to it.
+    """Computes the dense gradient of a table from the contributions of all selections.
 
     For token t, selection k, core i and the i-th of `num_cores` equal slices of a row:
 
         gradient[indices[t, k], slice i] += weights[t, k, i] * factors[t, slice i]
 
-    The derivatives of `value_aggregation` and of `row_products` by their tables are such sums: of
-    weights and the output's gradient, and of the pre-scores' gradient and the pre-inputs.
+    The derivatives of `value_aggregation` and `row_products` with respect to their tables are such
+    sums: of the weights and the output gradient, and of the pre-scores' gradient and the
+    pre-inputs.
 
-    Sums are accumulated in float32, or float64 if an argument or `dtype` is. An id that is selected
-    repeatedly contributes each time, in an order that is fixed except by "xla" on GPU. Not
-    differentiable. Inside `jax.shard_map` the gradient is that of the local tokens; outside, on a
-    mesh with explicit axes, all arrays must be replicated.
+    Sums are accumulated in float32, or in float64 if an argument or `dtype` is. An id that is
+    selected repeatedly contributes each time, in an order that is fixed, except by "xla" on GPU.
+    Not differentiable. Inside `jax.shard_map` the gradient is that of the local tokens; outside, on
+    a mesh with explicit axes, all arrays must be replicated.
 
     Args:
         indices: ids of the selected rows, in [0, num_values); see `value_aggregation`.
-        weights: of each selection and core.
-        factors: a row a token.
+        weights: the weight of each selection and core.
+        factors: one row per token.
         num_values: rows of the table.
         dtype: of the gradient; the Pallas kernels write float32 and bfloat16.
-        chunk_size: tokens that "xla" processes at once; by default from a budget of bytes.
+        chunk_size: tokens that "xla" processes at once; by default as many as fit a memory budget.
         implementation: one of those of `value_aggregation`.
         platform: what the call will be compiled for; see `value_aggregation`.
 
     Raises:
-        ValueError: an argument's rank, shape, dtype or value breaks a rule above; the message names
-            the argument, what it got and the rule.
-        UnsupportedError: the named implementation cannot take the call; the message says why.
+        ValueError: the rank, shape, dtype or value of an argument is invalid; the message names the
+            argument, its value and the rule.
+        UnsupportedError: the named implementation does not support the call; the message says why.
     """
     given = {"indices": indices, "weights": weights, "factors": factors}
     call = _checked(given, num_values, dtype)
@@ -87,20 +88,20 @@ def table_gradient_rows(
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
 ) -> TableRows:
-    """Computes `table_gradient` row by row: nothing of the size of the table is formed.
+    """Computes the row-sparse form of `table_gradient`, without an array of the size of the table.
 
-    There is a row for each different id, in rising order, in the accumulation dtype. An id outside
-    of the table counts as the nearest row, so that each of the first `num_rows` ids that are
-    returned is that of a row; the others are padding (`TableRows`).
+    The result has one row for each distinct id, in ascending order, in the accumulation dtype. Ids
+    out of range are clamped to the nearest row, so each of the first `num_rows` returned ids is
+    valid; the others are padding (see `TableRows`).
 
     Args:
         indices: see `table_gradient`, as for all arguments not listed here.
-        weights: of each selection and core.
-        factors: a row a token.
+        weights: the weight of each selection and core.
+        factors: one row per token.
         num_values: rows of the table.
-        max_rows: capacity of the result; by default min(num_tokens * num_selected, num_values).
-            Where more rows are selected, those of the smallest ids are returned, and `num_rows` is
-            how many there are.
+        max_rows: capacity of the result; the default, min(num_tokens * num_selected, num_values),
+            always suffices. If more distinct ids are selected, the rows of the smallest ids are
+            returned, and `num_rows` is the number of distinct ids.
         chunk_size: tokens that "xla" processes at once.
         implementation: one of those of `value_aggregation`.
         platform: what the call will be compiled for.
@@ -119,12 +120,12 @@ def table_gradient_rows(
 
 
 def _local_gradient(call: TableGradientCall, implementation: str) -> Array:
-    return BACKENDS[implementation].forward(vary_alike(call))
+    return BACKENDS[implementation].forward(match_vma(call))
 
 
 def _local_rows(call: TableGradientCall, max_rows: int, implementation: str) -> TableRows:
     nearest = jnp.clip(call.indices, 0, max(0, call.num_values - 1))
-    call = vary_alike(dataclasses.replace(call, indices=nearest))
+    call = match_vma(dataclasses.replace(call, indices=nearest))
     return BACKENDS[implementation].rows(call, max_rows)
 
 
@@ -134,7 +135,7 @@ def _choose(
     chunk_size: Any,
     where: tuple[str | None, dispatch.Platform | None],
 ) -> tuple[str, TableGradientCall]:
-    """Which implementation gets a call whose arguments are sound, and its chunks of tokens."""
+    """Chooses the implementation of a validated call, and its chunk size."""
     implementation, platform = where
     target = dispatch.lowering_platform(platform)
     num_selected, dim = call.indices.shape[1], call.factors.shape[1]
@@ -146,10 +147,10 @@ def _choose(
 
 
 def _checked(given: dict[str, Any], num_values: Any, dtype: Any) -> TableGradientCall:
-    """Returns the arguments as arrays of JAX that fit together."""
+    """Converts the arguments to JAX arrays and checks that their shapes are consistent."""
     arrays = arguments.as_arrays(TableGradientCall, given)
     indices, weights, factors = arrays["indices"], arrays["weights"], arrays["factors"]
-    num_values = arguments.whole_number("num_values", num_values)
+    num_values = arguments.as_integer("num_values", num_values)
     check(num_values >= 0, "num_values", num_values, "at least 0")
     tables.check_num_values("table", num_values, indices)
     rule = f"the shape of indices, {indices.shape}"

@@ -1,6 +1,7 @@
-"""What a backend of table gradients takes, returns and has."""
+"""The arguments, results and interface of a table-gradient backend."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -11,19 +12,19 @@ from kernels_pallas.protocol import Backend, Call, array
 
 
 class Term(NamedTuple):
-    """What the gradient of a table is made of: a selection adds weight x factor to its row."""
+    """The terms of the gradient of a table: each selection adds weight x factor to its row."""
 
     weights: Float[Array, "num_tokens num_selected num_cores"]
     factors: Float[Array, "num_tokens dim"]
 
 
 class TableRows(NamedTuple):
-    """The gradient of a table, row by row.
+    """The row-sparse gradient of a table.
 
     Row r < num_rows of `rows` is the gradient of row ids[r] of the table; all other rows of the
-    table have none. The rest of `ids` is num_values, out of bounds, and that of `rows` zero, so
-    that `table.at[ids].add(rows, mode="drop")` needs no mask. num_rows > len(ids) means that
-    max_rows was too small: then the rows of the largest ids are missing.
+    table have a gradient of zero. The remaining `ids` are num_values, out of bounds, and the
+    remaining `rows` are zero, so that `table.at[ids].add(rows, mode="drop")` needs no mask. If
+    num_rows > len(ids), max_rows was too small and the rows of the largest ids are missing.
     """
 
     ids: Int32[Array, "max_rows"]
@@ -54,12 +55,12 @@ class TableGradientCall(Call):
 
     @property
     def term(self) -> Term:
-        """Weights and factors."""
+        """The weights and factors."""
         return Term(self.weights, self.factors)
 
     @property
     def accumulation_dtype(self) -> jnp.dtype:
-        """That of the sums: float32, or float64 where an array or the gradient is."""
+        """The dtype of the sums: float32, or float64 if an array or the gradient is."""
         return jnp.result_type(accumulation_dtype(self.weights, self.factors), self.dtype)
 
 
@@ -67,8 +68,30 @@ class TableGradientCall(Call):
 class TableGradientBackend(Backend[TableGradientCall, Array], Protocol):
     """A module that implements table gradients.
 
-    `forward` is the dense gradient, [num_values, dim] in the dtype of the call.
+    `forward` computes the dense gradient, [num_values, dim], in the dtype of the call.
     """
 
     def rows(self, call: TableGradientCall, max_rows: int) -> TableRows:
-        """Computes the same row by row, in the accumulation dtype."""
+        """Computes the row-sparse gradient, in the accumulation dtype."""
+
+
+@runtime_checkable
+class SortedTableGradient(Protocol):
+    """A table-gradient backend that sorts the selections once for the gradients of all tables."""
+
+    def dense_gradients(
+        self,
+        tables: Sequence[Any],
+        indices: Int32[Array, "num_tokens num_selected"],
+        terms: list[Term],
+    ) -> list[Array]:
+        """Computes the dense gradient of each table, from its terms, in its dtype."""
+
+    def row_sparse_gradients(
+        self,
+        indices: Int32[Array, "num_tokens num_selected"],
+        num_values: int,
+        max_rows: int,
+        terms: list[Term],
+    ) -> list[TableRows]:
+        """Computes the row-sparse gradient of each table in float32."""

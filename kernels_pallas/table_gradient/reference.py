@@ -1,6 +1,6 @@
-"""What the gradient of a table means: one scatter of all products.
+"""Reference implementation of the gradient of a table: one scatter-add of all products.
 
-It holds the [T, K, D] products of all tokens at once, so it is for tests and reading only.
+It materializes the [T, K, D] products of all tokens, so it is only for tests and for reading.
 """
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def table_gradient_reference(
     *,
     num_values: int,
 ) -> Float[Array, "{num_values} dim"]:
-    """Defines `table_gradient`, in the accumulation dtype."""
+    """Defines the semantics of `table_gradient`; the result has the accumulation dtype."""
     dtype = accumulation_dtype(weights, factors)
     by_column = jnp.repeat(weights, factors.shape[1] // weights.shape[2], axis=2).astype(dtype)
     products = by_column * factors.astype(dtype)[:, None, :]

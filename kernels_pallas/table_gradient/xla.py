@@ -1,19 +1,19 @@
-"""Gradients of tables in plain XLA operations: run on every platform.
+"""Gradients of tables in plain XLA operations, for every platform.
 
-The dense gradient is scattered in chunks of tokens, as they come; the row-sparse one is summed from
-selections in order of their ids.
+The dense gradient is a scatter-add in chunks of tokens, in token order; the row-sparse one is
+summed from selections sorted by id.
 """
 
 import jax.numpy as jnp
 
 from kernels_pallas.array_types import Array, Float, Int32
-from kernels_pallas.common import scan_chunks, vary_alike
+from kernels_pallas.common import match_vma, scan_chunks
 from kernels_pallas.table_gradient.call import TableGradientCall, TableRows
 from kernels_pallas.table_gradient.selections import factor_rows, sort_selections, unique_ids
 
 
 def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
-    """Returns None: this implementation takes every call."""
+    """Returns None: this implementation supports every call."""
     del call, platform
     return None
 
@@ -30,13 +30,13 @@ def forward(call: TableGradientCall) -> Float[Array, "num_values dim"]:
         return scatter_add_rows(gradient, indices, products.reshape(*indices.shape, dim)), None
 
     per_token = (call.indices, call.weights, call.factors)
-    zeros = vary_alike(jnp.zeros((call.num_values, dim), dtype), per_token)
+    zeros = match_vma(jnp.zeros((call.num_values, dim), dtype), per_token)
     gradient = scan_chunks(accumulate, zeros, per_token, call.chunk_size)[0]
     return gradient.astype(call.dtype)
 
 
 def rows(call: TableGradientCall, max_rows: int) -> TableRows:
-    """Computes the same row by row."""
+    """Computes the row-sparse gradient."""
     selections = sort_selections(call.indices)
     ids, num_rows = unique_ids(selections.ids, call.num_values, max_rows)
     weights = call.weights.astype(call.accumulation_dtype)
@@ -51,7 +51,7 @@ def scatter_add_rows(
     indices: Int32[Array, "num_tokens num_selected"],
     rows: Float[Array, "num_tokens num_selected dim"],
 ) -> Float[Array, "num_values dim"]:
-    """Adds rows to those of a table, in place where XLA can."""
+    """Scatter-adds rows to a table, in place where XLA can."""
     return table.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
@@ -66,18 +66,18 @@ def sum_by_row(
 ) -> Float[Array, "{num_rows} dim"]:
     """Sums weight x factor by row, in plain XLA, in the dtype of the weights.
 
-    Rows are contiguous where they are numbered without gaps, so that each chunk adds to a window of
-    the result that it shares with its neighbours alone.
+    If rows are numbered without gaps, each chunk of selections writes a contiguous window of the
+    result, which only overlaps the windows of its neighbours.
 
     Args:
-        rows: where each selection adds, rising: the ids for a dense gradient, `Selections.rows` for
-            a row-sparse one. Selections of rows from `num_rows` on are left out.
-        order: which selection that is.
+        rows: the row of the result to which each selection adds, ascending: ids for a dense
+            gradient, `Selections.rows` for a row-sparse one. Rows >= `num_rows` are dropped.
+        order: index of each selection in the flattened weights.
         weights: of the selections, not sorted.
-        factors: with slots, those of the slots of a token lie one after the other.
+        factors: one row per token; with slots, one row per token and slot, slot-minor.
         slots: of the selections, not sorted.
         num_rows: rows of the result.
-        chunk_size: how many selections are taken at a time.
+        chunk_size: number of selections to process at once.
     """
     num_tokens, num_selected, num_cores = weights.shape
     weights = weights.reshape(-1, num_cores)
@@ -90,5 +90,5 @@ def sum_by_row(
         products = (weights[order][:, :, None] * factor).reshape(-1, dim)
         return sums.at[rows].add(products, mode="drop", indices_are_sorted=True), None
 
-    zeros = vary_alike(jnp.zeros((num_rows, dim), weights.dtype), (rows, weights, factors))
+    zeros = match_vma(jnp.zeros((num_rows, dim), weights.dtype), (rows, weights, factors))
     return scan_chunks(add, zeros, (rows, order), chunk_size)[0]

@@ -1,4 +1,4 @@
-"""Activations of pre-scores: for XLA, and in operations that Pallas lowers everywhere."""
+"""Activations of pre-scores, for XLA and in operations that Pallas lowers on every platform."""
 
 import math
 from typing import Any, get_args
@@ -11,8 +11,8 @@ from kernels_pallas.common import check
 from kernels_pallas.value_aggregation.reference import Activation
 
 # exp(x^2 / 2) * P(normal < -x) for 0 <= x < 15 is t * polynomial(t), t = 1 / (1 + _TAIL_SCALE * x).
-# Least squares of the relative error, reweighted until it was even: 3.2e-8. In float32 the normal
-# distribution function so computed is within 1.9e-7.
+# Fitted by iteratively reweighted least squares to equalize the relative error: 3.2e-8. Evaluated
+# in float32, the normal distribution function is within 1.9e-7.
 _TAIL_SCALE = 0.35
 _TAIL_COEFFICIENTS = (
     0.139621254,
@@ -28,7 +28,7 @@ _TAIL_COEFFICIENTS = (
 
 
 def activate(x: Array, activation: Activation | None) -> Array:
-    """The activation of pre-scores, to full precision; "gelu" is the exact one, with erf.
+    """Applies the activation to pre-scores, to full precision; "gelu" is exact (erf).
 
     Raises:
         ValueError: there is no activation of that name.
@@ -49,14 +49,14 @@ def check_activation(activation: Any) -> None:
     """Checks the name of an activation.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no activation of that name.
     """
     known = (None, *get_args(Activation))
     check(activation in known, "activation", repr(activation), f"one of {known}")
 
 
 def activation_and_slope(x: Array, activation: Activation | None) -> tuple[Array, Array]:
-    """The activation of pre-scores and its derivative, to about the precision of float32."""
+    """The activation of pre-scores and its derivative, to about float32 precision."""
     match activation:
         case None:
             return x, jnp.ones_like(x)
@@ -71,7 +71,7 @@ def activation_and_slope(x: Array, activation: Activation | None) -> tuple[Array
 
 
 def _normal(x: Array) -> tuple[Array, Array]:
-    """Distribution function and density of the normal distribution; Mosaic GPU has no erf."""
+    """CDF and density of the standard normal distribution, without erf: Mosaic GPU has none."""
     bell = jnp.exp(-x * x / 2)
     t = 1 / (1 + _TAIL_SCALE * jnp.abs(x))
     polynomial = jnp.full_like(x, _TAIL_COEFFICIENTS[-1])
@@ -88,7 +88,7 @@ def _gelu(x: Array) -> Array:
 
 @_gelu.defjvp
 def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """Adds up Phi(x) + x phi(x): the derivative of jax 0.12's erf fails within shard_map."""
+    """The derivative Phi(x) + x phi(x), written out: that of erf fails in shard_map in jax 0.12."""
     (x,), (tangent,) = primals, tangents
     density = jnp.exp(-jnp.square(x) / 2) / math.sqrt(2 * math.pi)
     slope = jax.lax.erfc(-x * math.sqrt(0.5)) / 2 + x * density

@@ -1,4 +1,4 @@
-"""The public operator: checks its arguments and owns the derivative."""
+"""The public operator: validates arguments, chooses a backend and defines the derivative."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import arguments, dispatch, tables, tuned
 from kernels_pallas.array_types import AnyArray, Array, Float, Integer
-from kernels_pallas.common import check, vary_alike
+from kernels_pallas.common import check, match_vma
 from kernels_pallas.protocol import ArraySpec, cotangents
 from kernels_pallas.tables import Implementation
 from kernels_pallas.value_aggregation.activation import check_activation
@@ -30,10 +30,10 @@ BACKENDS = dispatch.Backends[AggregationBackend](
     },
 )
 
-# Pre-values and values are two tables, not one of wider rows. Measured on CPU, forward + backward
+# Pre-values and values are two tables, not one table of wider rows. Left: forward + backward on CPU
 # in milliseconds, medians of 9 interleaved runs on 2 shared cores, float32, T = 2048, K = 32,
-# 129,600 rows; and MiB of the tables in the tiles of a TPU, where rows are padded to 128 lanes, at
-# the paper's sizes, from its compiler:
+# 129,600 rows. Right: MiB of the tables in the tiled layout of a TPU, which pads rows to 128 lanes,
+# at the paper's sizes, as reported by the compiler:
 #
 #     D_p + D_v    two tables     one        N           two tables      one
 #     192 + 192      70 + 277     44 + 312     360^2            253      190
@@ -41,9 +41,9 @@ BACKENDS = dispatch.Backends[AggregationBackend](
 #     72 + 216       38 + 126     19 + 173     964^2          1,361    1,361
 #     320 + 960                              1,696^2         15,450   14,045
 #
-# One fetch is faster forward, but its gradients must be joined before they are added: in all 1.05
-# times as fast at best, 0.86 at worst. The padding it saves is a quarter at the smallest size and
-# next to nothing at the others.
+# A single gather makes the forward pass faster, but gradients must be concatenated before the
+# scatter: in total, one table is between 0.86 and 1.05 times as fast. It saves a quarter of the
+# memory at the smallest size, through less padding, and almost nothing at the others.
 
 
 def value_aggregation(
@@ -60,7 +60,7 @@ def value_aggregation(
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
 ) -> Float[Array, "num_tokens {num_slots}*value_dim"]:
-    """Sums, for each token, the selected rows of a table, weighted by score and pre-score.
+    """Sums the selected rows of a table for each token, weighted by score and pre-score.
 
     For token t, selection k, core i and the i-th of `num_cores` equal slices of a row:
 
@@ -70,44 +70,44 @@ def value_aggregation(
 
     Sources: multi-core scoring, UltraMem (arXiv 2411.12364); pre-values, UltraMemV2
     (arXiv 2508.18756), eq. 13-15, where `activation` is None; PEER (arXiv 2407.04153) has one. With
-    `slots`, the slots of a token lie side by side in the output, slot-major: the implicit value
-    expansion of UltraMem. `reference.py` says the same in unblocked JAX.
+    `slots`, the output of a token is the concatenation of its slots: the implicit value expansion
+    of UltraMem. `reference.py` is the equivalent unblocked JAX code.
 
-    Everything is accumulated in, and the output has, the accumulation dtype: float32, or float64
-    if an argument is. The caller casts. Tables may be bfloat16; only fetched rows are converted.
-    Gradients are accumulated likewise and returned in the dtype of their argument; those of the
-    tables are dense. An id that is selected repeatedly contributes each time, to output and
-    gradient alike, in an order that is fixed: only "xla" on GPU leaves the order of the tables'
-    gradients to the device's atomics.
+    Accumulation and output are in float32, or in float64 if an argument is; cast the result as
+    needed. Tables may be bfloat16: only fetched rows are converted. Gradients are accumulated in
+    the same dtype and returned in the dtype of their argument; those of the tables are dense. An
+    id that is selected repeatedly contributes each time, to the output and to the gradient. The
+    order of every sum is fixed, except that "xla" on GPU scatters the gradients of the tables with
+    atomics.
 
-    Reverse-mode differentiable only. Inside `jax.shard_map` it works on the local arrays, which may
-    vary over different manual axes. Outside, on a mesh with explicit axes, tokens may be sharded,
-    and nothing else. Arrays may be NumPy's.
+    Only reverse-mode differentiation is supported. Inside `jax.shard_map` the operator works on the
+    local arrays, which may vary over different manual axes. Outside, on a mesh with explicit axes,
+    arrays may be sharded over tokens but no other axis. NumPy arrays are accepted.
 
     Args:
         values: the table.
-        indices: ids of the selected rows. They must lie in [0, num_values): the result is undefined
-            otherwise. KERNELS_PALLAS_CHECK_IDS=1 in the environment has them checked, and those of
-            `slots`: see `arguments.py`.
+        indices: ids of the selected rows. They must be in [0, num_values); otherwise, the result is
+            undefined. Set KERNELS_PALLAS_CHECK_IDS=1 in the environment to check them, and `slots`,
+            at run time: see `arguments.py`.
         scores: the weight of each selection and core.
-        pre_values: rows that decide, with `pre_inputs`, how much each selection counts.
-        pre_inputs: what each token brings to `pre_values`; both or neither.
-        activation: applied to the pre-score; "gelu" is the exact one, with erf.
-        slots: where in its token's output each selection is added, in [0, num_slots).
-        num_slots: outputs a token; 1 without `slots`.
-        chunk_size: tokens that "xla" processes at once. By default what was measured (`tuned.py`),
-            else a power of two, from a budget of bytes for the platform.
-        implementation: of the forward and the backward pass. "xla" runs everywhere; the others
-            never write the fetched rows to memory: "pallas_tpu" on TPU, "pallas_sparsecore" on
-            those that have SparseCores, "pallas_gpu" on Hopper. By default the first of
-            `AUTOMATIC` that supports the call, which is logged once.
-        platform: what the call will be compiled for, where it is not the platform of the mesh in
+        pre_values: table whose rows, multiplied with `pre_inputs`, give the pre-scores.
+        pre_inputs: the vector of each token that multiplies `pre_values`; both or neither.
+        activation: applied to the pre-score; "gelu" is exact (erf).
+        slots: the slot of its token's output that each selection adds to, in [0, num_slots).
+        num_slots: number of slots per token; 1 without `slots`.
+        chunk_size: tokens that "xla" processes at once. By default the tuned value (`tuned.py`) if
+            there is one, else a power of two that fits a memory budget of the platform.
+        implementation: for the forward and the backward pass. "xla" runs everywhere. The others
+            never write the fetched rows back to memory: "pallas_tpu" runs on TPU,
+            "pallas_sparsecore" on TPUs that have SparseCores, "pallas_gpu" on Hopper. By default,
+            the first of `AUTOMATIC` that supports the call; the choice is logged once.
+        platform: what the call will be compiled for, if that is neither the platform of the mesh in
             context nor the default backend: ahead-of-time compilation for TPU in a CPU process.
 
     Raises:
-        ValueError: an argument's rank, shape, dtype or value breaks a rule above; the message names
-            the argument, what it got and the rule.
-        UnsupportedError: the named implementation cannot take the call; the message says why.
+        ValueError: the rank, shape, dtype or value of an argument is invalid; the message names the
+            argument, its value and the rule.
+        UnsupportedError: the named implementation does not support the call; the message says why.
     """
     arrays = {
         "values": values,
@@ -139,26 +139,26 @@ def value_aggregation_row_gradients(
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
 ) -> RowGradients:
-    """Computes the gradients of `value_aggregation`, those of the tables for selected rows alone.
+    """Computes the gradients of `value_aggregation`, with row-sparse gradients of the tables.
 
-    With `output_grad` the gradient of the output, these are the gradients of the arguments, all in
-    the accumulation dtype. Those of the tables have a row for each different id, in rising order,
-    and share the ids: nothing of the size of a table is formed, so that an optimizer can update the
-    rows of a few tokens at a cost that does not depend on num_values.
+    Given `output_grad`, the gradient of the output, it returns the gradients of the arguments, all
+    in the accumulation dtype. The gradients of the tables have one row for each distinct id, in
+    ascending order, and share the ids. No array of the size of a table is created, so an optimizer
+    can update the rows of a few tokens at a cost that does not depend on num_values.
 
-    Not differentiable. Inside `jax.shard_map` the gradients are those of the local tokens; what
-    other devices hold of a table that is the same on all of them is the caller's to add. Outside,
-    on a mesh with explicit axes, all arrays must be replicated.
+    Not differentiable. Inside `jax.shard_map` the gradients are those of the local tokens; if a
+    table is replicated, the caller must sum them over devices. Outside, on a mesh with explicit
+    axes, all arrays must be replicated.
 
-    An id outside of the table counts as the nearest row, so that each of the first `num_rows` ids
-    that are returned is that of a row; the others are padding (`RowGradients`).
+    Ids out of range are clamped to the nearest row, so each of the first `num_rows` returned ids is
+    valid; the others are padding (see `RowGradients`).
 
     Args:
         values: see `value_aggregation`, as for all arguments not listed here.
         output_grad: the gradient of the output.
-        max_rows: capacity for rows of the tables, by default that for all,
-            min(num_tokens * num_selected, num_values). Where more are selected, those of the
-            smallest ids are returned, and `num_rows` is how many there are.
+        max_rows: capacity for gradient rows; the default, min(num_tokens * num_selected,
+            num_values), always suffices. If more distinct ids are selected, the rows of the
+            smallest ids are returned, and `num_rows` is the number of distinct ids.
 
     Raises:
         ValueError, UnsupportedError: as `value_aggregation`.
@@ -193,16 +193,16 @@ def value_aggregation_row_gradients(
 
 
 def _local_aggregate(call: AggregationCall, implementation: str) -> Array:
-    return _aggregate(vary_alike(call), implementation)
+    return _aggregate(match_vma(call), implementation)
 
 
 def _local_row_gradients(
     call: AggregationCall, output_grad: Array, max_rows: int, implementation: str
 ) -> RowGradients:
-    # What is returned names rows, whatever the ids are.
+    # Clamp, so that every returned id is valid.
     nearest = jnp.clip(call.indices, 0, max(0, call.values.shape[0] - 1))
     call = dataclasses.replace(call, indices=nearest)
-    call, output_grad = vary_alike((call, output_grad))
+    call, output_grad = match_vma((call, output_grad))
     return BACKENDS[implementation].row_gradients(call, output_grad, max_rows)
 
 
@@ -212,7 +212,7 @@ def _choose(
     chunk_size: Any,
     where: tuple[str | None, dispatch.Platform | None],
 ) -> tuple[str, AggregationCall]:
-    """Which implementation gets a call whose arguments are sound, and its chunks of tokens."""
+    """Chooses the implementation of a validated call, and its chunk size."""
     implementation, platform = where
     target = dispatch.lowering_platform(platform)
     asked = arguments.chunk_tokens(chunk_size)
@@ -247,7 +247,7 @@ _aggregate.defvjp(_aggregate_fwd, _aggregate_bwd)
 
 
 def _checked(passed: dict[str, Any], activation: Any, num_slots: Any) -> AggregationCall:
-    """Returns the arguments as arrays of JAX that fit together."""
+    """Converts the arguments to JAX arrays and checks that their shapes are consistent."""
     arrays = arguments.as_arrays(AggregationCall, passed)
     values, indices, scores = arrays["values"], arrays["indices"], arrays["scores"]
     pre_values, pre_inputs, slots = (arrays[n] for n in ("pre_values", "pre_inputs", "slots"))
@@ -274,7 +274,7 @@ def _checked(passed: dict[str, Any], activation: Any, num_slots: Any) -> Aggrega
     check_activation(activation)
     unused = activation is not None and pre_values is None
     check(not unused, "activation", repr(activation), "None without pre_values")
-    num_slots = arguments.whole_number("num_slots", num_slots)
+    num_slots = arguments.as_integer("num_slots", num_slots)
     check(num_slots >= 1, "num_slots", num_slots, "at least 1")
     check(slots is not None or num_slots == 1, "num_slots", num_slots, "1 without slots")
     if slots is not None:

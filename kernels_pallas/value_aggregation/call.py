@@ -1,4 +1,4 @@
-"""What a backend of value aggregation takes, returns and has."""
+"""The arguments, results and interface of a value-aggregation backend."""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -8,7 +8,7 @@ from kernels_pallas import protocol
 from kernels_pallas.array_types import AbstractArray, Array, Float, Int32
 from kernels_pallas.common import accumulation_dtype
 from kernels_pallas.protocol import Backend, Call, array
-from kernels_pallas.table_gradient.call import TableRows, Term
+from kernels_pallas.table_gradient.call import SortedTableGradient, Term
 from kernels_pallas.value_aggregation.reference import Activation
 
 
@@ -18,7 +18,7 @@ class AggregationCall(Call):
 
     Attributes:
         activation: applied to the pre-scores.
-        num_slots: outputs a token; 1 without slots.
+        num_slots: number of slots per token; 1 without `slots`.
         chunk_size: tokens that "xla" processes at once.
     """
 
@@ -44,17 +44,17 @@ class AggregationCall(Call):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of accumulation and of the output: float32, or float64 where an array is."""
+        """The dtype of accumulation and output: float32, or float64 if an array is."""
         return accumulation_dtype(self.values, self.scores, self.pre_values, self.pre_inputs)
 
     @property
     def tables(self) -> dict[str, Array]:
-        """Values and, where there are any, pre-values."""
+        """Values and, if present, pre-values."""
         return {n: x for n, x in self.arrays.items() if n in ("values", "pre_values")}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes by name, for the key under which blocks are measured."""
+        """The sizes by name, for the key of tuned blocks."""
         num_tokens, num_selected, num_cores = self.scores.shape
         return {
             "num_tokens": num_tokens,
@@ -68,12 +68,12 @@ class AggregationCall(Call):
 
 
 class RowGradients(NamedTuple):
-    """Gradients of the arguments of `value_aggregation`, those of the tables row by row.
+    """Gradients of the arguments of `value_aggregation`; those of the tables are row-sparse.
 
-    Rows r < num_rows are the gradients of row ids[r] of the tables; all other rows of the tables
-    have none. The rest of `ids` is num_values, out of bounds, and of `values` and `pre_values` zero
-    so that `table.at[ids].add(values, mode="drop")` needs no mask. num_rows > len(ids) means that
-    max_rows was too small: then the rows of the largest ids are missing.
+    Row r < num_rows is the gradient of row ids[r] of the tables; all other rows of the tables have
+    a gradient of zero. The remaining `ids` are num_values, out of bounds, and the remaining rows of
+    `values` and `pre_values` are zero, so that `table.at[ids].add(values, mode="drop")` needs no
+    mask. If num_rows > len(ids), max_rows was too small: the rows of the largest ids are missing.
     """
 
     ids: Int32[Array, "max_rows"]
@@ -85,28 +85,48 @@ class RowGradients(NamedTuple):
 
 
 class TokenGradients(NamedTuple):
-    """What selected rows are needed for: a token's own gradients, and terms of the tables' ones.
+    """The per-token gradients, which need the selected rows, and the terms of the table gradients.
 
     Attributes:
         scores: gradient of the scores, in the accumulation dtype.
-        pre_inputs: that of the pre-inputs, if there are any.
-        terms: what the gradients of values, and of pre-values, are sums of.
+        pre_inputs: gradient of the pre-inputs, if there are any.
+        terms: the terms of the gradients of values and, if present, of pre-values.
     """
 
     scores: Float[Array, "num_tokens num_selected num_cores"]
     pre_inputs: Float[Array, "num_tokens pre_value_dim"] | None
     terms: list[Term]
 
-    def with_tables(self, call: AggregationCall, gradients: list[Array]) -> dict[str, Array]:
-        """Returns all gradients of a call by name, each in the dtype of its argument."""
-        found = dict(zip(call.tables, gradients, strict=True)) | {"scores": self.scores}
-        if self.pre_inputs is not None:
-            found["pre_inputs"] = self.pre_inputs
-        return {name: gradient.astype(call.arrays[name].dtype) for name, gradient in found.items()}
+    def backward(
+        self, call: AggregationCall, table_gradient: SortedTableGradient
+    ) -> dict[str, Array]:
+        """Sums the table gradients densely; returns all gradients as `AggregationBackend.backward`.
 
-    def with_rows(self, tables: list[TableRows]) -> RowGradients:
-        """Returns all gradients, those of the tables row by row."""
-        values, *others = tables
+        Args:
+            call: the call whose gradients these are.
+            table_gradient: the backend that sums the terms.
+        """
+        tables = list(call.tables.values())
+        sums = table_gradient.dense_gradients(tables, call.indices, self.terms)
+        gradients = dict(zip(call.tables, sums, strict=True)) | {"scores": self.scores}
+        if self.pre_inputs is not None:
+            gradients["pre_inputs"] = self.pre_inputs
+        return {name: grad.astype(call.arrays[name].dtype) for name, grad in gradients.items()}
+
+    def row_gradients(
+        self, call: AggregationCall, max_rows: int, table_gradient: SortedTableGradient
+    ) -> RowGradients:
+        """Sums the table gradients row by row; returns all as `AggregationBackend.row_gradients`.
+
+        Args:
+            call: the call whose gradients these are.
+            max_rows: capacity for gradient rows.
+            table_gradient: the backend that sums the terms.
+        """
+        num_values = call.values.shape[0]
+        values, *others = table_gradient.row_sparse_gradients(
+            call.indices, num_values, max_rows, self.terms
+        )
         pre_values = others[0].rows if others else None
         return RowGradients(
             values.ids, values.num_rows, values.rows, pre_values, self.scores, self.pre_inputs
@@ -130,4 +150,4 @@ class AggregationBackend(Backend[AggregationCall, Array], Protocol):
         output_grad: Float[Array, "num_tokens output_dim"],
         max_rows: int,
     ) -> RowGradients:
-        """Computes the same in the accumulation dtype, those of the tables row by row."""
+        """Computes the same in the accumulation dtype, with row-sparse table gradients."""

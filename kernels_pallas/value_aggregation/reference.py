@@ -1,6 +1,6 @@
-"""What value aggregation means: one unblocked expression, differentiated by JAX itself.
+"""Reference implementation of value aggregation: one unblocked expression, differentiated by JAX.
 
-It holds the [T, K, D_v] rows of all tokens at once, so it is for tests and reading only.
+It materializes the [T, K, D_v] rows of all tokens, so it is only for tests and for reading.
 """
 
 from typing import Literal
@@ -25,7 +25,7 @@ def value_aggregation_reference(
     slots: Int32[Array, "num_tokens num_selected"] | None = None,
     num_slots: int = 1,
 ) -> Float[Array, "num_tokens {num_slots}*value_dim"]:
-    """Defines `value_aggregation`; arguments, result and dtype are the same."""
+    """Defines the semantics of `value_aggregation`; arguments, result and dtype are the same."""
     dtype = accumulation_dtype(values, scores, pre_values, pre_inputs)
     weights = scores.astype(dtype)
     if pre_values is not None and pre_inputs is not None:

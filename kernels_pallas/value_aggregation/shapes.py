@@ -1,4 +1,4 @@
-"""Named workloads of value aggregation, for tests and benchmarks alike."""
+"""Named workloads of value aggregation, shared by tests and benchmarks."""
 
 import dataclasses
 import math
@@ -14,12 +14,12 @@ from kernels_pallas.value_aggregation.reference import Activation
 
 Ids = Literal["uniform", "zipf", "equal", "ends"]
 
-_HOST_ELEMENTS = 2**24  # beyond it, random numbers are drawn where the array is to be
+_HOST_ELEMENTS = 2**24  # larger arrays are drawn on the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a call; "ci" ones are tiny, "model" ones are what models and benchmarks use."""
+    """Sizes of a call; "ci" shapes are tiny, "model" shapes are those of models and benchmarks."""
 
     name: str
     tag: Literal["ci", "model"]
@@ -31,15 +31,15 @@ class Shape:
     num_cores: int = 1
     activation: Activation | None = None
     num_slots: int = 1  # 1: no slots
-    ids: Ids = "uniform"  # for tests; a benchmark names them
+    ids: Ids = "uniform"  # for tests; a benchmark sets them explicitly
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the operator that are no arrays."""
+        """The keyword arguments of the operator that are not arrays."""
         return {"activation": self.activation, "num_slots": self.num_slots}
 
     def arguments(self, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays by argument. `dtype` is that of the tables."""
+        """Shapes and dtypes of the arrays, by argument name. `dtype` is that of the tables."""
         selections = (self.num_tokens, self.num_selected)
         arrays: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
             "values": ((self.num_values, self.value_dim), dtype),
@@ -56,7 +56,10 @@ class Shape:
     def inputs(
         self, seed: int = 0, ids: Ids | None = None, dtype: DTypeLike = jnp.float32
     ) -> dict[str, Array]:
-        """Random arrays by argument: normal but for ids, and for pre-inputs, whose dots are too."""
+        """Random arrays by argument name: ids as drawn by `draw_ids`, everything else normal.
+
+        Pre-inputs are scaled so that their inner products with pre-values have unit variance.
+        """
         rng = np.random.default_rng(seed)
         arrays: dict[str, Array] = {}
         for name, array in self.arguments(dtype).items():
@@ -80,16 +83,16 @@ class Shape:
 def draw_ids(
     kind: Ids, shape: tuple[int, ...], num_values: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Ids of rows: each as likely as any other, as Zipf has it, all the same, or the two ends.
+    """Draws ids of rows: uniform, Zipf-distributed, all equal, or only the first and last row.
 
-    Of "zipf" the k-th most frequent row has a probability of about 1 / (k ln N), and frequent rows
-    lie anywhere in the table. A token may draw a row twice, which retrieval never selects.
+    Under "zipf" the k-th most frequent row has a probability of about 1 / (k ln N), and frequent
+    rows are spread over the table. A token may draw a row twice, which retrieval never does.
     """
     match kind:
         case "uniform":
             return rng.integers(0, num_values, shape)
         case "zipf":
-            # The inverse of the distribution function ln(k + 1) / ln(N + 1).
+            # Inverse transform sampling from the CDF ln(k + 1) / ln(N + 1).
             ranks = np.exp(rng.random(shape) * math.log(num_values + 1)).astype(np.int64) - 1
             return rng.permutation(num_values)[np.clip(ranks, 0, num_values - 1)]
         case "equal":
@@ -99,8 +102,8 @@ def draw_ids(
 
 
 SHAPES = (
-    # No size is a multiple of a block's; the number of rows is even because bfloat16 rows may be
-    # fetched in pairs. Three cores share 24 lanes, and 264 lanes are more than two registers.
+    # No size is a multiple of a block size. The number of rows is even because bfloat16 rows may be
+    # fetched in pairs. Three cores share 24 lanes, and 264 lanes exceed two registers.
     Shape("ragged", "ci", 19, 5, 22, 24, 16, num_cores=3, activation="silu"),
     Shape("both_ends", "ci", 5, 6, 1030, 40, 16, num_cores=2, ids="ends"),
     Shape("one_token", "ci", 1, 1, 8, 8),
@@ -113,7 +116,7 @@ SHAPES = (
     Shape("500M", "model", 8192, 94, 964**2, 216, 72, num_cores=2),
     # The table of values has more than 2^31 elements.
     Shape("120B", "model", 8192, 256, 1696**2, 960, 320, num_cores=2),
-    # What a CPU does in a fraction of a second: one table of rows of 384, and the same in two.
+    # A fraction of a second on CPU: one table with rows of 384, and the same split into two tables.
     Shape("cpu_384", "model", 2048, 32, 360**2, 384),
     Shape("cpu_192_192", "model", 2048, 32, 360**2, 192, 192, num_cores=2),
 )

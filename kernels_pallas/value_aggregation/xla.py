@@ -1,7 +1,7 @@
-"""Value aggregation in plain XLA operations: runs on every platform.
+"""Value aggregation in plain XLA operations, for every platform.
 
-Tokens are processed in chunks, so that the gathered rows, [chunk, K, D] and not [T, K, D], are all
-that is ever held. The backward pass fetches the rows again rather than saving them.
+Tokens are processed in chunks, so that only [chunk, K, D] gathered rows are live at a time, not
+[T, K, D]. The backward pass gathers the rows again instead of saving them.
 """
 
 import functools
@@ -24,7 +24,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
-    """Returns None: this implementation takes every call."""
+    """Returns None: this implementation supports every call."""
     del call, platform
     return None
 
@@ -55,8 +55,8 @@ def backward(
 ) -> dict[str, Array]:
     """Computes the gradients of the tables, scores and pre-inputs, each in its own dtype.
 
-    Table gradients are dense and start from zero once; every chunk adds its rows in place, in the
-    accumulation dtype.
+    Table gradients are dense: they are zero-initialized once, and every chunk scatter-adds its rows
+    in place, in the accumulation dtype.
     """
     values, dtype, num_slots = call.values, call.dtype, call.num_slots
     num_cores = call.scores.shape[-1]
@@ -75,7 +75,7 @@ def backward(
         values_grad = scatter_add_rows(values_grad, indices, rows_grad)
         return (values_grad, pre_values_grad), (scores_grad, pre_inputs_grad)
 
-    # zeros_like keeps the manual axes over which a table varies inside shard_map; zeros would not.
+    # Unlike zeros, zeros_like keeps the manual axes over which a table varies inside shard_map.
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (values, call.pre_values))
     per_token = (call.indices, call.scores, call.pre_inputs, call.slots, output_grad)
     table_grads, token_grads = scan_chunks(accumulate, zeros, per_token, call.chunk_size)
@@ -90,11 +90,11 @@ def row_gradients(
     output_grad: Float[Array, "num_tokens output_dim"],
     max_rows: int,
 ) -> RowGradients:
-    """Computes the gradients of `value_aggregation`, those of the tables row by row.
+    """Computes the gradients of `value_aggregation`, with row-sparse gradients of the tables.
 
-    The gradients that a token has alone come first, from rows that are fetched in chunks of tokens;
-    then the rows of the tables' gradients, from selections sorted by id. The order of a sum is
-    fixed on CPU and TPU, and up to the device's atomics on GPU.
+    First come the per-token gradients, from rows that are gathered in chunks of tokens, then the
+    rows of the tables' gradients, from selections sorted by id. The order of summation is fixed on
+    CPU and TPU; on GPU it depends on atomics.
     """
     values, pre_inputs = call.values, call.pre_inputs
 
@@ -124,10 +124,11 @@ def row_gradients(
 def _token_gradients(
     call: AggregationCall, chunk: Any
 ) -> tuple[Array, Array | None, Array, Array | None]:
-    """Gradients of scores, pre-inputs, and what those of the two tables are made of.
+    """Gradients of scores and pre-inputs, and the terms of the gradients of the two tables.
 
-    The latter are outer products, of weights [t, k, c] with the output's gradient, and of the
-    pre-scores' gradients [t, k, 1] with the pre-inputs.
+    Returns (scores_grad, pre_inputs_grad, weights, pre_scores_grad). The gradient of the values
+    sums outer products of `weights` [t, k, c] with the output gradient; that of the pre-values,
+    outer products of `pre_scores_grad` [t, k, 1] with the pre-inputs.
     """
     indices, scores, pre_inputs, slots, output_grad = chunk
     values, pre_values, dtype = call.values, call.pre_values, call.dtype
@@ -159,14 +160,14 @@ def _split_slots_and_cores(output_grad: Array, num_slots: int, num_cores: int) -
 
 
 def _to_slots(weights: Array, slots: Array | None, num_slots: int) -> Array:
-    """[t, k, c] to [t, k, slot, c]: each weight in its own slot, zero in the others."""
+    """[t, k, c] to [t, k, slot, c]: each weight in its slot, zero in the others."""
     if slots is None:
         return weights[:, :, None, :]
     return weights[:, :, None, :] * jax.nn.one_hot(slots, num_slots, dtype=weights.dtype)[..., None]
 
 
 def _from_slots(slot_weights: Array, slots: Array | None) -> Array:
-    """[t, k, slot, c] to [t, k, c]: the entry of each weight's own slot, transpose of _to_slots."""
+    """[t, k, slot, c] to [t, k, c]: the entry of each selection's slot; transpose of _to_slots."""
     if slots is None:
         return slot_weights[:, :, 0, :]
     return jnp.take_along_axis(

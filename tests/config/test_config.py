@@ -1,4 +1,4 @@
-"""A mistake in a configuration ends in one error that names the field, value and rule."""
+"""A mistake in a configuration is one error that names the field, value and rule."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from umv2.config.schema import Interval, build, differing_fields, nearest_name
 
 
 def base_dict(**changes: Any) -> dict[str, Any]:
-    """The base configuration as plain dicts; changes are named by path with __ for a dot."""
+    """Returns the base configuration as plain dicts; changes are by path, with __ for a dot."""
     config = base.get_config().to_dict()
     for path, value in changes.items():
         *sections, name = path.split("__")
@@ -32,7 +32,7 @@ def with_changes(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaf_hints(cls: type = Config, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the path and the annotation of every field that is no section."""
+    """Yields the path and annotation of every field that is not a section."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             yield from leaf_hints(typing.cast(type, hint), f"{path}{name}.")
@@ -54,7 +54,7 @@ def test_the_base_configuration_is_valid() -> None:
     assert from_config_dict(base_dict()) == config
 
 
-# One value just outside each side of the interval, and the rule as a user reads it.
+# One value just outside each end of the interval, by the rule as users see it.
 OUT_OF_RANGE = {
     "must be >= 1": (
         0,
@@ -119,7 +119,7 @@ OUT_OF_RANGE = {
         for field in fields.split()
     ],
 )
-def test_a_number_out_of_its_range_is_named_with_its_rule(
+def test_an_out_of_range_number_is_named_with_its_range(
     field: str, value: float, rule: str
 ) -> None:
     message = error_of({field: value})
@@ -128,14 +128,14 @@ def test_a_number_out_of_its_range_is_named_with_its_rule(
     assert message.endswith(f": {rule}")
 
 
-def test_every_number_has_a_range_but_those_with_a_special_value() -> None:
+def test_every_number_without_a_special_value_has_a_range() -> None:
     numbers = {path: hint for path, hint in leaf_hints() if hint in (int, float)}
     assert set(numbers) == {"data.end_of_text_id", "mesh.replica"}
     ranged = {path for path, hint in leaf_hints() if typing.get_origin(hint) is Annotated}
     assert ranged == {field for _, fields in OUT_OF_RANGE.values() for field in fields.split()}
 
 
-def test_an_interval_holds_its_ends_where_it_includes_them() -> None:
+def test_closed_intervals_include_their_endpoints() -> None:
     closed, open_ = Interval(0, 1), Interval(0, 1, includes_low=False, includes_high=False)
     assert [closed.holds(x) for x in (-0.1, 0, 0.5, 1, 1.1)] == [False, True, True, True, False]
     assert [open_.holds(x) for x in (0, 0.5, 1)] == [False, True, False]
@@ -165,9 +165,9 @@ CONTRADICTIONS = [
     ),
     (
         {"model.rope_scale": 2.0},
-        r"model\.rope_scale=2\.0: must be 1 where rope_scaling is 'none'",
+        r"model\.rope_scale=2\.0: must be 1 if rope_scaling is 'none'",
     ),
-    ({"generate.stop": ("",)}, "generate.stop=.*no string may be empty"),
+    ({"generate.stop": ("",)}, "generate.stop=.*must not contain an empty string"),
     (
         {"evaluation.long_context.lengths": (32,)},
         "evaluation.long_context.lengths=.*each >= 64",
@@ -183,7 +183,7 @@ CONTRADICTIONS = [
     ),
     (
         {"data.long_context.warm_up_steps": 1},
-        "data.long_context.warm_up_steps=1: warms up for the tasks, and there are none",
+        "data.long_context.warm_up_steps=1: must be 0 without long-context documents",
     ),
     (
         {
@@ -197,7 +197,7 @@ CONTRADICTIONS = [
     ),
     (
         {"data.long_context.num_documents": 1},
-        r"data.long_context.tasks=\(\): must name tasks, as num_documents = 1",
+        r"data.long_context.tasks=\(\): must name tasks, since num_documents = 1",
     ),
     (
         {
@@ -206,17 +206,17 @@ CONTRADICTIONS = [
             "data.source": "hugging_face",
             "data.hugging_face_name": "x",
         },
-        "data.long_context.num_documents=1: mixes documents with text",
+        "data.long_context.num_documents=1: needs a text source to mix documents into",
     ),
-    ({"model.ffn_size": 0}, "model.ffn_size=0: must be >= 1 where model.ffn is 'dense'"),
+    ({"model.ffn_size": 0}, "model.ffn_size=0: must be >= 1 if model.ffn is 'dense'"),
     (
         {MEMORY + "layer": "none", "model.ffn_size": 0},
-        "model.ffn_size=0: must be >= 1 where model.ffn is 'dense'",
+        "model.ffn_size=0: must be >= 1 if model.ffn is 'dense'",
     ),
-    ({"model.ffn": "none"}, "model.ffn_size=512: must be 0 where model.ffn is 'none'"),
+    ({"model.ffn": "none"}, "model.ffn_size=512: must be 0 if model.ffn is 'none'"),
     (
         {"model.ffn": "none", "model.ffn_size": 0, MEMORY + "layer": "none"},
-        "model.ffn='none': a block needs an FFN or a memory, and model.memory.layer is 'none'",
+        "model.ffn='none': a block needs an FFN or a memory layer, but model.memory.layer",
     ),
     (
         {"model.ffn": "moe", "model.moe.top_k": 65},
@@ -249,7 +249,7 @@ CONTRADICTIONS = [
     ({MEMORY + "sharing": "ring"}, r"share_group=1: must be 1 exactly .* \(it is 'ring'\)"),
     (
         {MEMORY + "num_keys": 23171, MEMORY + "key_expansion": 2},
-        r"num_keys=23171: gives 2147580964 addresses a layer; .* fewer than 2\*\*31",
+        r"num_keys=23171: gives 2147580964 addresses per layer; .* fewer than 2\*\*31",
     ),
     (
         {MEMORY + "num_keys": 23171},
@@ -261,11 +261,11 @@ CONTRADICTIONS = [
     ),
     (
         {MEMORY + "sharing": "block", MEMORY + "share_group": 3},
-        "share_group=3: must divide the number of memory layers, 4, when sharing is 'block'",
+        "share_group=3: must divide the number of memory layers, 4, if sharing is 'block'",
     ),
     (
         {MEMORY + "read_layers": (1, 2), MEMORY + "write_layers": (2,)},
-        r"write_layers=\(2,\): must pair one by one with read_layers = \(1, 2\)",
+        r"write_layers=\(2,\): must have as many entries as read_layers = \(1, 2\)",
     ),
     (
         {MEMORY + "read_layers": (2,), MEMORY + "write_layers": (1,)},
@@ -281,7 +281,7 @@ CONTRADICTIONS = [
     ),
     (
         {MEMORY + "read_layers": (1, 1), MEMORY + "write_layers": (2, 3)},
-        r"read_layers=\(1, 1\): must rise strictly",
+        r"read_layers=\(1, 1\): must be strictly increasing",
     ),
     ({"model.num_heads": 3}, "model.num_heads=3: must divide hidden_size = 256"),
     ({"model.hidden_size": 4}, "model.num_heads=4: .* heads of even width"),
@@ -301,11 +301,11 @@ CONTRADICTIONS = [
     ({"optimizer.warmup_steps": 200}, "optimizer.warmup_steps=200: must be < .*num_steps = 200"),
     (
         {"optimizer.schedule": "constant_then_cosine", "optimizer.decay_start_step": 19},
-        r"decay_start_step=19: must lie in \[warmup_steps = 20, train.num_steps = 200\)",
+        r"decay_start_step=19: must be in \[warmup_steps = 20, train.num_steps = 200\)",
     ),
     (
         {"optimizer.schedule": "constant_then_cosine", "optimizer.decay_start_step": 200},
-        "decay_start_step=200: must lie in",
+        "decay_start_step=200: must be in",
     ),
     (
         {"train.gradient_accumulation": 3},
@@ -329,9 +329,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("changes", "expected"), CONTRADICTIONS)
-def test_values_that_contradict_each_other_are_named(
-    changes: dict[str, Any], expected: str
-) -> None:
+def test_inconsistent_values_are_named(changes: dict[str, Any], expected: str) -> None:
     assert re.search(expected, error_of(changes))
 
 
@@ -344,9 +342,9 @@ def test_values_that_contradict_each_other_are_named(
         {MEMORY + "scoring": "sum", MEMORY + "tucker_rank": 1, MEMORY + "num_cores": 1},
         {MEMORY + "sharing": "block", MEMORY + "share_group": 4},
         {MEMORY + "read_layers": (1, 3), MEMORY + "write_layers": (4, 4)},
-        {MEMORY + "layer": "none", MEMORY + "shortlist": 1000},  # nothing reads it
-        {"model.moe.top_k": 65},  # nor this
-        {"model.ffn": "moe"},  # beside a shared expert of ffn_size
+        {MEMORY + "layer": "none", MEMORY + "shortlist": 1000},  # unused
+        {"model.moe.top_k": 65},  # unused, too
+        {"model.ffn": "moe"},  # with a shared expert of ffn_size
         {"model.ffn": "moe", "model.ffn_size": 0},
         {"model.ffn": "moe", "loss.load_balance": 0.1, "loss.balance_loss": 0.1},
         {"model.ffn": "none", "model.ffn_size": 0},
@@ -358,7 +356,7 @@ def test_values_that_contradict_each_other_are_named(
         {"mesh.replica": 1},
     ],
 )
-def test_what_touches_a_limit_is_accepted(changes: dict[str, Any]) -> None:
+def test_values_at_a_limit_are_accepted(changes: dict[str, Any]) -> None:
     assert from_config_dict(with_changes(changes)) != from_config_dict(base_dict())
 
 
@@ -370,7 +368,9 @@ def test_what_touches_a_limit_is_accepted(changes: dict[str, Any]) -> None:
         ({"optimizer.zzz": 3}, "optimizer.zzz: unknown field"),
     ],
 )
-def test_an_unknown_field_is_named_with_the_nearest(changes: dict[str, Any], expected: str) -> None:
+def test_an_unknown_field_is_named_with_the_nearest_one(
+    changes: dict[str, Any], expected: str
+) -> None:
     assert error_of(changes) == expected
 
 
@@ -403,7 +403,7 @@ def test_a_wrong_type_is_named(field: str, value: object, expected: str) -> None
     assert error_of({field: value}) == f"{field}={element!r}: {expected}"
 
 
-def test_a_whole_number_is_a_float_and_a_list_is_a_tuple() -> None:
+def test_integers_become_floats_and_lists_become_tuples() -> None:
     config = from_config_dict(
         with_changes({"optimizer.clip_norm": 2, "data.paths": ["a"], "data.source": "text"})
     )
@@ -415,7 +415,7 @@ CHOICES = {p: typing.get_args(h) for p, h in leaf_hints() if typing.get_origin(h
 
 
 @pytest.mark.parametrize(("field", "choices"), CHOICES.items())
-def test_a_misspelt_choice_is_named_with_all_choices_and_the_nearest(
+def test_a_misspelt_choice_is_named_with_all_choices_and_the_nearest_one(
     field: str, choices: tuple[str, ...]
 ) -> None:
     longest = max(choices, key=len)
@@ -425,7 +425,7 @@ def test_a_misspelt_choice_is_named_with_all_choices_and_the_nearest(
     assert message.startswith(f"{field}={misspelt!r}: must be one of {listed} (nearest: ")
 
 
-def test_the_nearest_choice_is_the_one_meant() -> None:
+def test_the_nearest_choice_is_suggested() -> None:
     assert error_of({"model.memory.scoring": "tuker"}).endswith("(nearest: tucker)")
     assert error_of({"model.remat": "qqqq"}).endswith("'none', 'full', 'dots'")
     assert nearest_name("shortlst", ["top_m", "shortlist"]) == " (nearest: shortlist)"
@@ -447,7 +447,7 @@ def test_sections_fill_nested_dataclasses() -> None:
         build(Outer, {"inner": {"size": "3"}, "name": "a"})
 
 
-def test_a_configuration_comes_back_from_json() -> None:
+def test_a_configuration_round_trips_through_json() -> None:
     config = from_config_dict(
         with_changes({MEMORY + "read_layers": (1, 2), MEMORY + "write_layers": (2, 3)})
     )
@@ -468,7 +468,7 @@ def test_differing_fields_are_listed_by_path() -> None:
     assert differing_fields(left, left) == []
 
 
-def test_sizes_that_follow_from_others() -> None:
+def test_derived_sizes() -> None:
     config = from_config_dict(
         with_changes(
             {
@@ -494,6 +494,6 @@ def test_placements_count_from_zero_and_default_to_every_block() -> None:
     assert from_config_dict(with_changes({MEMORY + "layer": "none"})).model.placements == ()
 
 
-def test_no_number_is_infinite() -> None:
+def test_infinite_numbers_are_rejected() -> None:
     assert error_of({"optimizer.learning_rate": float("inf")}).endswith(": must be finite")
     assert error_of({"generate.temperature": float("nan")}).endswith(": must be >= 0")

@@ -1,4 +1,4 @@
-"""Configuration files and overrides: whatever is wrong with one is one line that says where."""
+"""Configuration files and overrides: every error is one line with its location."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ def refused(path: Path, content: str | bytes) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_a_file_of_configs(name: str) -> None:
+def test_a_name_refers_to_a_file_in_configs(name: str) -> None:
     assert name in config_files.names()
     by_name = config_files.read(name, "--config")
     assert by_name == config_files.read(str(ROOT / "configs" / f"{name}.py"), "--config")
@@ -110,34 +110,34 @@ def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyP
             + "    config.data.seed = config_dict.placeholder(int, required=True)\n"
             + "    return config\n",
             "",
-            "--config.data.seed: must be given, as --config=",
+            "--config.data.seed: must be given, since --config=",
         ),
     ],
 )
-def test_a_fault_in_a_file_is_one_line_that_names_it_and_the_line(
+def test_an_error_in_a_file_is_one_line_with_its_location(
     tmp_path: Path, content: str | bytes, where: str, what: str
 ) -> None:
     path = tmp_path / "mine.py"
-    found = refused(path, content)
-    assert what in found
-    assert len(found) < 600
+    text = refused(path, content)
+    assert what in text
+    assert len(text) < 600
     if where:
-        assert found.startswith(f"--config={path}: ")
-        assert found.endswith(f" ({path}{where}")
+        assert text.startswith(f"--config={path}: ")
+        assert text.endswith(f" ({path}{where}")
 
 
-def test_an_imported_file_with_a_fault_is_named(
+def test_an_error_in_an_imported_file_names_that_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "circular_a.py").write_text("import circular_b\nx = 1\n")
     (tmp_path / "circular_b.py").write_text("from circular_a import x\n")
     (tmp_path / "broken_c.py").write_text("x = 1\nx = = 2\n")
-    found = refused(tmp_path / "mine.py", "from circular_a import x\n")
-    assert "partially initialized module 'circular_a'" in found
-    assert found.endswith(f"({tmp_path / 'mine.py'}:1)")
-    found = refused(tmp_path / "mine.py", "\nimport broken_c\n")
-    assert found.endswith(f"SyntaxError: invalid syntax ({tmp_path / 'broken_c.py'}:2)")
+    text = refused(tmp_path / "mine.py", "from circular_a import x\n")
+    assert "partially initialized module 'circular_a'" in text
+    assert text.endswith(f"({tmp_path / 'mine.py'}:1)")
+    text = refused(tmp_path / "mine.py", "\nimport broken_c\n")
+    assert text.endswith(f"SyntaxError: invalid syntax ({tmp_path / 'broken_c.py'}:2)")
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_an_imported_file_with_a_fault_is_named(
     [
         ("", "--config='': must not be empty"),
         (":moe", "--config='': must not be empty"),
-        ("tniy", "--config=tniy: no such file (nearest: tiny); by name alone there are cpu_small,"),
+        ("tniy", "--config=tniy: no such file (nearest: tiny); named configurations: cpu_small,"),
         ("configs/tniy.py", "(nearest: configs/tiny.py)"),
         ("configs/tiny", "(nearest: configs/tiny.py)"),
         ("elsewhere/configs/tniy.py", "(nearest: tiny)"),
-        ("configs", "--config=configs: is a folder, and must be a Python file"),
+        ("configs", "--config=configs: is a folder, but must be a Python file"),
         ("base", "--config=base: no such file"),
         ("nothing_like_it.py", "--config=nothing_like_it.py: no such file"),
-        ("gs://bucket/tiny.py", "--config=gs://bucket/tiny.py: must be a path of this machine"),
+        ("gs://bucket/tiny.py", "--config=gs://bucket/tiny.py: must be a local path"),
         ("README.md", "--config=README.md: SyntaxError: "),
         ("tiny:moo", "family 'moo': must be one of ultramem_v2, moe, "),
         ("tiny:moo", " (nearest: moe) (/"),
@@ -163,7 +163,7 @@ def test_an_imported_file_with_a_fault_is_named(
         ("long_context_tiny:pkm", "family 'pkm': must be one of ultramem_v2, moe, dense"),
     ],
 )
-def test_a_wrong_name_is_one_line(
+def test_an_unknown_name_is_a_one_line_error(
     given: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -182,7 +182,7 @@ def test_a_file_that_cannot_be_read_is_named(
     def refuse(_: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # tests may run as root, who reads everything
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # tests may run as root, who can read all files
     with pytest.raises(ConfigError, match=rf"--config={path}: cannot be read: Permission denied"):
         config_files.read(str(path), "--config")
 
@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_read_is_named(
         ("evaluation.long_context.tasks", ["needle"], ("needle",)),
     ],
 )
-def test_an_override_is_read_by_the_type_of_its_field(
+def test_an_override_is_parsed_by_the_type_of_its_field(
     path: str, texts: list[str], expected: Any
 ) -> None:
     value = config_files.parse(path, texts)
@@ -250,7 +250,7 @@ def test_an_override_is_read_by_the_type_of_its_field(
         ("evaluation.long_context.lengths", "x", "must be a Python tuple"),
     ],
 )
-def test_an_override_that_cannot_be_is_one_line(path: str, text: str, expected: str) -> None:
+def test_an_invalid_override_is_a_one_line_error(path: str, text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         config_files.parse(path, [text])
     assert expected in message(error)
@@ -269,22 +269,22 @@ def test_an_override_that_cannot_be_is_one_line(path: str, text: str, expected: 
         ("evaluation.long_context.tasks", "neeedle", "(nearest: needle)"),
     ],
 )
-def test_values_are_held_to_the_rules_of_their_fields(path: str, text: str, expected: str) -> None:
+def test_overridden_values_are_validated(path: str, text: str, expected: str) -> None:
     value = config_files.parse(path, [text])
     with pytest.raises(ConfigError) as error:
         config_files.read("tiny", "--config", {path: value})
     assert expected in message(error)
 
 
-def test_every_field_can_be_overridden_by_its_own_value_as_text() -> None:
+def test_every_field_can_be_overridden_with_its_own_value_as_text() -> None:
     config = config_files.read("tiny", "--config")
 
     def leaves(section: dict[str, Any], path: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for name, value in section.items():
             is_section = isinstance(value, dict)
-            found |= leaves(value, f"{path}{name}.") if is_section else {path + name: value}
-        return found
+            fields |= leaves(value, f"{path}{name}.") if is_section else {path + name: value}
+        return fields
 
     texts = {path: str(value) for path, value in leaves(to_dict(config)).items()}
     assert len(texts) > 100
@@ -292,7 +292,7 @@ def test_every_field_can_be_overridden_by_its_own_value_as_text() -> None:
     assert config_files.read("tiny:moe", "--config", values) == config
 
 
-def test_an_override_reaches_what_refers_to_it_and_fills_what_a_file_left_open(
+def test_an_override_updates_references_and_fills_placeholders(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "mine.py"
@@ -307,14 +307,14 @@ def test_an_override_reaches_what_refers_to_it_and_fills_what_a_file_left_open(
     assert (config.seed, config.data.seed, config.generate.seed) == (5, 5, 6)
 
 
-def test_an_override_in_a_section_that_a_file_lacks_is_refused(tmp_path: Path) -> None:
+def test_an_override_in_a_missing_section_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(BASE + "    del config.generate\n    return config\n")
     with pytest.raises(ConfigError, match=r"^generate: missing; configs/base\.py gives it a value"):
         config_files.read(str(path), "--config", {"generate.seed": 1})
 
 
-def test_a_run_of_an_older_version_has_the_defaults_of_younger_fields() -> None:
+def test_a_run_of_an_older_version_gets_the_defaults_of_newer_fields() -> None:
     saved = to_dict(config_files.read("tiny", "--config"))
     saved["model"]["memory"]["top_m"] = 4
     del saved["generate"], saved["model"]["rope_scaling"]
@@ -322,7 +322,9 @@ def test_a_run_of_an_older_version_has_the_defaults_of_younger_fields() -> None:
     assert config.generate == config_files.read("tiny", "--config").generate
     assert config.model.rope_scaling == "none"
     assert (config.model.memory.top_m, config.evaluation.batch_size) == (4, 4)
-    with pytest.raises(ConfigError, match=r"another version of umv2, one with model\.old; only"):
+    with pytest.raises(
+        ConfigError, match=r"another version of umv2, which has the fields model\.old; only"
+    ):
         config_files.of_run(saved | {"model": saved["model"] | {"old": 1}}, {})
 
 
@@ -339,7 +341,7 @@ def in_a_process(program: str, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-def test_configs_are_the_named_ones_whatever_folder_of_that_name_is_near(tmp_path: Path) -> None:
+def test_a_local_folder_named_configs_does_not_shadow_the_named_configs(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "__init__.py").write_text("raise ImportError('not these')\n")
     (tmp_path / "mine.py").write_text(BASE + "    config.seed = 3\n    return config\n")

@@ -5,12 +5,12 @@ from typing import Any
 
 
 def matmul_flops(jaxpr: Any) -> int:
-    """Sums over all matrix products of a jaxpr, loops as often as they run.
+    """Sums over all matrix products of a jaxpr, with those in loops once per trip.
 
-    A ragged product [m, k] x [g, k, n] counts every row once, in whichever group it is.
+    A ragged product [m, k] x [g, k, n] counts each row once, in its group.
 
     Raises:
-      ValueError: a product in a loop whose number of rounds the program does not fix.
+      ValueError: a product is in a loop without a static trip count, or in one of several branches.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -34,10 +34,10 @@ def matmul_flops(jaxpr: Any) -> int:
 
 
 def _inner_jaxprs(parameters: dict[str, Any]) -> list[Any]:
-    found = []
+    jaxprs = []
     for value in parameters.values():
         for candidate in value if isinstance(value, tuple | list) else (value,):
             closed = getattr(candidate, "jaxpr", candidate)
             if hasattr(closed, "eqns"):
-                found.append(closed)
-    return found
+                jaxprs.append(closed)
+    return jaxprs

@@ -1,4 +1,4 @@
-"""The sizes of UltraMemV2's Table 10 as configurations, for tests."""
+"""The models of UltraMemV2's Table 10 as configurations."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from umv2.config import Config, from_config_dict
 
 
 def config(**sections: Any) -> Config:
-    """Returns the base configuration with fields of `model`, of its `memory` and `moe` assigned.
+    """Returns the base configuration with the given fields of `model`, `memory` and `moe`.
 
     `slots` is as in tests/slots.py.
     """

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of training, against the real tree and what is really computed."""
+"""Parameters, FLOPs and training memory, against the parameter tree and the traced program."""
 
 import dataclasses
 import math
@@ -22,14 +22,14 @@ from umv2.training.state import abstract_state
 
 SUM = {"scoring": "sum", "tucker_rank": 1, "num_cores": 1, "score_activation": "softmax"}
 PLAIN_VALUES = {"pre_value_dim": 0, "value_dim": 32, "projection": "none"}
-# Of hidden size 32: each family, and each option on its own.
+# Models of hidden size 32: each family, and each option by itself.
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"slots": "dense"},
     "dense, untied": {"slots": "dense", "tie_embeddings": False},
     "dense, grouped heads": {"slots": "dense", "num_key_value_heads": 2},
     "dense, no query/key norm": {"slots": "dense", "query_key_norm": False},
     "experts": {"slots": "moe", "ffn_size": 0},
-    "experts beside a shared one": {"slots": "moe"},
+    "experts and a shared one": {"slots": "moe"},
     "experts and a memory": {"slots": "both", "ffn_size": 0},
     "a memory and no FFN": {"ffn": "none", "ffn_size": 0},
     "UltraMemV2": {},
@@ -81,8 +81,8 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
     "released query, 3 heads": {"memory": {"query": "released", "num_heads": 3}},
-    "biases of all": {"memory": {"bias": True, "output_gate": "silu"}},
-    "biases of all blocks": {
+    "all biases": {"memory": {"bias": True, "output_gate": "silu"}},
+    "all biases, per block": {
         "memory": {"bias": True, "projection": "per_block", "key_expansion": 2}
         | {"output_gate": "silu"}
     },
@@ -111,13 +111,13 @@ def small(**model: Any) -> Config:
 
 
 def parameters(config: Config) -> dict[str, int]:
-    """The entries of every array that is trained, by its name."""
+    """Returns the number of entries of every trained array by name."""
     named, declared = weights.abstract(config.model).named(), weights.declarations(config.model)
     return {n: math.prod(leaf.shape) for n, leaf in named.items() if declared[n].group is not None}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_part_is_counted_as_the_tree_has_it(name: str) -> None:
+def test_parameter_counts_match_the_parameter_tree(name: str) -> None:
     config = small(**MODELS[name])
     counts, real = accounting.parameter_counts(config.model), parameters(config)
     by_part: Counter[str] = Counter()
@@ -166,15 +166,13 @@ def test_selected_by_hand() -> None:
         (published.ultramem_v2_227m, 225, 1180),
     ],
 )
-def test_the_smallest_published_sizes_are_those_of_the_paper(
-    create: Any, active: int, total: int
-) -> None:
+def test_the_227m_sizes_match_the_paper(create: Any, active: int, total: int) -> None:
     counts = accounting.parameter_counts(create().model)
     assert counts.active_one_embedding / 1e6 == pytest.approx(active, rel=0.01)
     assert counts.total_without_embeddings / 1e6 == pytest.approx(total, rel=0.01)
 
 
-def test_the_1b_sizes_are_those_of_the_paper_as_far_as_its_table_adds_up() -> None:
+def test_the_1b_sizes_match_the_paper_where_its_table_adds_up() -> None:
     experts = accounting.parameter_counts(published.olmoe_1b().model)
     assert experts.active_without_embeddings / 1e6 == pytest.approx(1070, rel=0.01)
     assert experts.total_without_embeddings / 1e6 == pytest.approx(6710, rel=0.01)
@@ -187,14 +185,14 @@ def test_the_1b_sizes_are_those_of_the_paper_as_far_as_its_table_adds_up() -> No
 # --- FLOPs ---
 
 BATCH, LENGTH = 2, 64
-# Large enough that matrix products are nearly all the work.
+# Large enough for matrix products to dominate.
 WIDE: dict[str, dict[str, Any]] = {
     name: MODELS[name]
-    for name in ("dense", "experts", "experts beside a shared one", "experts and a memory")
+    for name in ("dense", "experts", "experts and a shared one", "experts and a memory")
 } | {
     "UltraMemV2": {},
-    # With a projection for each block, as in V1, XLA would pool every row into each of the blocks,
-    # with weight 0 in all but its own.
+    # With a projection per block, as in V1, XLA would aggregate every row in each block, with a
+    # weight of 0 in all blocks but its own.
     "UltraMem V1, one projection": {
         "memory": {"query": "shared", "num_heads": 2, "pre_value_dim": 0, "key_expansion": 2}
     },
@@ -227,16 +225,16 @@ def forward_pass(config: ModelConfig) -> tuple[Any, tuple[Any, ...]]:
 
 
 def analytic(config: ModelConfig) -> float:
-    """FLOPs of a batch whose attention computes all pairs and masks afterwards, as XLA's does."""
+    """Returns the FLOPs of a batch; attention computes all pairs before masking, as XLA does."""
     per_token = accounting.decode_flops_per_token(config, LENGTH)
     return BATCH * LENGTH * sum(per_token.values())
 
 
 def sum_flops(config: ModelConfig) -> int:
-    """FLOPs that are counted and are no matrix product: sums of ranks, key by key, pair by pair.
+    """Returns the counted FLOPs outside matrix products: sums over ranks, per key and per pair.
 
-    S u and S v of all keys, S_row C of those shortlisted, and the pairs of the grid; for additive
-    scores the pairs, and those chosen once more.
+    S u and S v of all keys, S_row C of the shortlisted keys, and the pairs of the grid; for
+    additive scores the pairs, and the selected pairs once more.
     """
     if not config.placements:
         return 0
@@ -248,25 +246,23 @@ def sum_flops(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_matrix_products_are_those_of_the_traced_program(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # CPUs and GPUs loop over (expert, block of rows), as many as there are; the products of TPUs,
-    # grouped by expert, do the same work with its size known.
+def test_matmul_flops_match_the_traced_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # CPUs and GPUs loop over (expert, block of rows) with a dynamic trip count; the ragged products
+    # of TPUs do the same work in a static size.
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, tpu, **_: tpu(*arguments))
     config = wide(name)
     function, arguments = forward_pass(config)
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    # Statistics that the logits do not need are traced, but not computed.
+    # Statistics that the logits do not need are traced but not computed.
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     assert matmul_flops(live) + sum_flops(config) == analytic(config)
 
 
 @pytest.mark.parametrize("name", ["dense", "UltraMemV2", "PKM"])
-def test_the_compiler_counts_little_more(name: str) -> None:
-    """What is left out (norms, softmaxes, activations, rotations) is below 2 % at this width.
+def test_the_compiler_counts_few_other_flops(name: str) -> None:
+    """FLOPs not counted (norms, softmaxes, activations, rotations) are below 2 % at this width.
 
-    Not so for experts: XLA counts a loop's body once, however often it runs.
+    Experts are excluded: XLA counts a loop body once, independent of the trip count.
     """
     config = wide(name)
     function, arguments = forward_pass(config)
@@ -281,12 +277,12 @@ def test_parts_of_flops_by_hand() -> None:
     assert flops["attention"] == 4 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 10 * 32)
     assert flops["ffn"] == 4 * 2 * 3 * 32 * 48
     assert flops["head"] == 2 * 40 * 32
-    # Rank 2: a query for each side and rank; W_p; W_v.
+    # Rank 2: one query per side and rank; W_p; W_v.
     assert flops["sparse_projections"] == 4 * 2 * 32 * (4 * 8 + 16 + 48)
     # 6 rows of 48 + 16.
     assert flops["sparse_values"] == 4 * 2 * 6 * (48 + 16)
-    # 2 sides x 2 ranks x 16 keys; their rank-1 scores; 5 rows through the core; the grid; 6 pairs
-    # through 2 cores.
+    # 2 sides x 2 ranks x 16 keys; their rank-1 scores; the core for 5 rows; the grid; 2 cores for
+    # 6 pairs.
     multiply_adds = 64 * 8 + 64 + 5 * 4 + 25 * 2 + 6 * 2 * (4 + 2)
     assert flops["routing"] == 4 * 2 * multiply_adds
     assert set(flops) < set(accounting.parameter_counts(config).as_dict())
@@ -312,7 +308,7 @@ def test_training_is_three_forward_passes() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "biases" not in name])
-def test_training_holds_what_the_state_is_made_of(name: str) -> None:
+def test_training_memory_matches_the_training_state(name: str) -> None:
     config = small(**MODELS[name])
     state = abstract_state(config)
 

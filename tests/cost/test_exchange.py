@@ -1,4 +1,4 @@
-"""The bytes that the model of exchanges counts are those of the compiled programs."""
+"""The analytic byte counts of exchanges match the compiled programs."""
 
 import collections
 import functools
@@ -31,7 +31,7 @@ def _config(**memory: Any) -> ModelConfig:
 
 
 def _compiled(config: ModelConfig, layout: exchange.Layout, what: str) -> collections.Counter[str]:
-    """Bytes by kind that a device receives in a program of one memory layer's exchanges."""
+    """Returns the bytes that a device receives by kind of collective, for one memory layer."""
     memory = config.memory
     mesh = Mesh(np.asarray(jax.devices()[:_SIZE]), ("memory",), axis_types=(AxisType.Explicit,))
 
@@ -74,7 +74,7 @@ def _compiled(config: ModelConfig, layout: exchange.Layout, what: str) -> collec
 
         layer = jax.checkpoint(layer) if what == "with remat" else layer
         pooled, vjp = jax.vjp(layer, floats)
-        # The gradients of what is divided as tokens are, and, to keep them, of the tables' sizes.
+        # The gradients of arrays sharded like tokens, and of tables, with the tables' shape.
         return jax.tree.map(lambda x: x.reshape(-1), (pooled, vjp(jnp.cos(pooled))))
 
     with jax.set_mesh(mesh):
@@ -101,7 +101,7 @@ def _compiled(config: ModelConfig, layout: exchange.Layout, what: str) -> collec
         ),
     ],
 )
-def test_bytes_are_those_of_the_compiled_program(
+def test_bytes_match_the_compiled_program(
     layout: exchange.Layout, memory: dict[str, Any], step: str
 ) -> None:
     sizes = {"num_keys": 12, "top_m": 16, "shortlist": 8}
@@ -119,10 +119,10 @@ def test_bytes_are_those_of_the_compiled_program(
         if what != "forward":
             expected += collections.Counter(modelled.backward)
             assert sum(expected.values()) == modelled.total
-        found = _compiled(config, layout, what)
-        assert found.keys() == expected.keys()
-        for kind in found:
-            assert found[kind] == pytest.approx(expected[kind], rel=1e-3), (what, kind)
+        received = _compiled(config, layout, what)
+        assert received.keys() == expected.keys()
+        for kind in received:
+            assert received[kind] == pytest.approx(expected[kind], rel=1e-3), (what, kind)
 
 
 def test_one_device_exchanges_nothing() -> None:
@@ -139,7 +139,8 @@ def test_bytes_by_hand() -> None:
     config = from_config_dict(paper_1b_7b.get_config()).model
     options: dict[str, Any] = {"size": 4, "num_tokens": 1000, "itemsize": 2, "remat": False}
     columns = exchange.exchanged_bytes(config.memory, "columns", **options)
-    # From each of the other three: ids, pre-scores, weights of one core, a quarter of the columns.
+    # From each of the other three devices: ids, pre-scores, weights of one core, a quarter of the
+    # columns.
     per_token = {
         "all-gather": 3 * 128 * 4,
         "reduce-scatter": 3 * 128 * 2,
@@ -147,8 +148,9 @@ def test_bytes_by_hand() -> None:
     }
     assert columns.forward == {kind: 1000 * size for kind, size in per_token.items()}
     rows = exchange.exchanged_bytes(config.memory, "rows", **options)
-    # From each of the other three: of every token 32 selections in groups of 8, the last half full
-    # (4.44 on average), and a quarter more; for each an id, two weights, and for a group its token.
+    # From each of the other three devices: per token 32 selections in groups of 8, the last half
+    # full (4.44 groups on average), and a quarter more capacity; an id and two weights per
+    # selection, and a token per group.
     groups = model_exchange.groups(1000, 128, 1, 4)
     assert groups.size == 8
     assert groups.capacity == pytest.approx(1000 * 4.44 * 1.25, rel=0.01)
@@ -176,44 +178,42 @@ def test_narrow_columns_are_padded_to_the_lanes_of_a_tpu() -> None:
 # --- the choice ---
 
 
-def test_the_layout_that_exchanges_less_is_chosen_and_said_why() -> None:
+def test_the_layout_with_fewer_bytes_is_chosen_and_the_reason_is_logged() -> None:
     small = from_config_dict(paper_227m_1b2.get_config()).model
     large = from_config_dict(paper_2b5_60b_top768.get_config()).model
-    layout, why = exchange.choose(small, 4, 4096)
+    layout, why = exchange.choose_layout(small, 4, 4096)
     assert layout == "columns"
     assert why == (
         "mesh.table_sharding: columns over mesh.memory=4 (14.9 MB a layer, tables of 7.96 GB; rows:"
         " 31.9 MB a layer, tables of 3.98 GB). Received by a device with 4,096 tokens, forward and"
         " backward; tables with moments, as padded on a TPU"
     )
-    # Where tokens select more rows, sending every selection to all devices costs more.
-    assert exchange.choose(large, 4, 4096)[0] == "rows"
-    # Where columns do not fit, rows do.
-    layout, why = exchange.choose(small, 4, 4096, capacity=5 * 10**9)
+    # With more selected rows per token, sending every selection to all devices costs more.
+    assert exchange.choose_layout(large, 4, 4096)[0] == "rows"
+    # Rows are chosen if columns do not fit.
+    layout, why = exchange.choose_layout(small, 4, 4096, capacity=5 * 10**9)
     assert layout == "rows"
-    assert "leaves each device tables and moments of 7.96 GB, and it has 5.00 GB" in why
+    assert "requires 7.96 GB per device for tables and moments, but a device has 5.00 GB" in why
     assert "no number of devices would do" in why
 
 
 @pytest.mark.parametrize(("size", "layout"), [(32, "columns"), (9, "rows")])
-def test_the_layout_that_the_sizes_allow_is_chosen(
-    size: int, layout: Literal["columns", "rows"]
-) -> None:
+def test_the_only_possible_layout_is_chosen(size: int, layout: Literal["columns", "rows"]) -> None:
     config = _config(num_keys=36, value_dim=64, pre_value_dim=32)  # 1296 = 2^4 3^4 rows
-    chosen, why = exchange.choose(config, size, 512)
+    chosen, why = exchange.choose_layout(config, size, 512)
     assert chosen == layout
     assert f"mesh.memory={size} must divide" in why
     assert "\n" not in why
 
 
-def test_where_neither_is_possible_the_error_names_sizes_that_are() -> None:
+def test_if_no_layout_is_possible_the_error_suggests_sizes() -> None:
     config = _config(num_keys=36, value_dim=64, pre_value_dim=32, num_cores=1)
     with pytest.raises(ConfigError) as error:
-        exchange.choose(config, 7, 512)
+        exchange.choose_layout(config, 7, 512)
     assert str(error.value) == (
         "mesh.memory=7: cannot shard the value tables. By columns: must divide value_dim=64 and"
         " pre_value_dim=32; 8 would do; by rows: must divide the 1296 rows of a table; 6 would do"
     )
-    with pytest.raises(ConfigError, match=r"by rows: leaves .* 162 devices would do"):
+    with pytest.raises(ConfigError, match=r"by rows: requires .* 162 devices would do"):
         held = exchange.table_bytes(config, "rows", 162)
-        exchange.choose(config, 2, 512, capacity=held)
+        exchange.choose_layout(config, 2, 512, capacity=held)

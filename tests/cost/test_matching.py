@@ -1,4 +1,4 @@
-"""Models of equal cost: what the solver finds, and that configs/ ships it."""
+"""Models of equal cost: the solver's solutions, and that configs/ contains them."""
 
 import dataclasses
 import importlib
@@ -14,7 +14,7 @@ from umv2.config import Config, ConfigError, from_config_dict
 from umv2.cost import matching
 
 SCALES = ("tiny", "cpu_small", "paper_227m_1b2", "paper_1b_7b")
-# What no size of a family can match: to nearest experts, or where values are few and wide.
+# Quantities that no size of a family can match: with whole experts, or with few and wide values.
 UNMATCHED: dict[str, dict[str, set[str]]] = {
     "tiny": {"moe": {"active", "flops"}, "moe_2_of_16": {"total"}},
     "cpu_small": {
@@ -28,7 +28,7 @@ UNMATCHED: dict[str, dict[str, set[str]]] = {
     "paper_227m_1b2": {"moe_2_of_16": {"total"}},
     "paper_1b_7b": {},
 }
-# Table 10 is not of equal cost: relative to UltraMemV2's row, in per cent.
+# Models of Table 10 differ in cost: deviations from UltraMemV2's row, in per cent.
 PUBLISHED = {
     ("paper_227m_1b2", "moe"): (2.2, 0.0),
     ("paper_227m_1b2", "ultramem"): (2.4, 1.0),
@@ -56,37 +56,37 @@ def is_published(scale: str, family: str) -> bool:
 @pytest.mark.parametrize(
     ("scale", "family"), [pair for pair in found_and_published() if not is_published(*pair)]
 )
-def test_shipped_sizes_are_those_that_the_solver_finds(scale: str, family: str) -> None:
+def test_shipped_sizes_match_the_solver(scale: str, family: str) -> None:
     shipped = config_of(scale, family)
-    found = matching.match(config_of(scale), shipped)
-    assert found.config == shipped
-    absent = {name for name, deviation in found.deviations.items() if math.isnan(deviation)}
+    match = matching.match(config_of(scale), shipped)
+    assert match.config == shipped
+    absent = {name for name, deviation in match.deviations.items() if math.isnan(deviation)}
     assert absent == ({"values_read"} if family.startswith(("moe", "dense")) else set())
     expected = {"total"} if family == "dense" else UNMATCHED[scale].get(family, set())
-    assert set(found.unmatched) - absent == expected
+    assert set(match.unmatched) - absent == expected
 
 
 @pytest.mark.parametrize(
     ("scale", "family"), [pair for pair in found_and_published() if is_published(*pair)]
 )
 def test_published_sizes_deviate_as_stated(scale: str, family: str) -> None:
-    wanted = matching.quantities(config_of(scale))
+    reference = matching.quantities(config_of(scale))
     ours = matching.quantities(config_of(scale, family))
-    percent = [100 * (getattr(ours, n) / getattr(wanted, n) - 1) for n in ("active", "total")]
+    percent = [100 * (getattr(ours, n) / getattr(reference, n) - 1) for n in ("active", "total")]
     assert percent == pytest.approx(PUBLISHED[scale, family], abs=0.06)
 
 
 @pytest.mark.parametrize("family", ["ultramem", "pkm", "peer", "moe", "moe_2_of_16"])
 def test_no_other_number_of_keys_or_experts_is_better(family: str) -> None:
     target = matching.quantities(config_of("tiny"))
-    found = matching.match(config_of("tiny"), config_of("tiny", family))
-    names = [n for n, d in found.deviations.items() if not math.isnan(d)]
+    match = matching.match(config_of("tiny"), config_of("tiny", family))
+    names = [n for n, d in match.deviations.items() if not math.isnan(d)]
 
     def worst(model: Any) -> float:
-        quantities = matching.quantities(dataclasses.replace(found.config, model=model))
+        quantities = matching.quantities(dataclasses.replace(match.config, model=model))
         return max(abs(getattr(quantities, n) / getattr(target, n) - 1) for n in names)
 
-    model = found.config.model
+    model = match.config.model
     section, field = ("moe", "num_experts") if "moe" in family else ("memory", "num_keys")
     for step in (-1, 1):
         old = getattr(model, section)
@@ -94,31 +94,31 @@ def test_no_other_number_of_keys_or_experts_is_better(family: str) -> None:
         assert worst(dataclasses.replace(model, **{section: new})) > worst(model)
 
 
-def test_a_dense_model_meets_the_active_parameters_to_one_unit_of_width() -> None:
+def test_a_dense_model_matches_active_parameters_to_one_unit_of_width() -> None:
     target = matching.quantities(config_of("tiny"))
-    found = matching.match(config_of("tiny"), config_of("tiny", "dense"))
-    model = found.config.model
+    match = matching.match(config_of("tiny"), config_of("tiny", "dense"))
+    model = match.config.model
     one_unit = 3 * model.hidden_size * model.num_layers
-    assert abs(found.quantities.active - target.active) <= one_unit
+    assert abs(match.quantities.active - target.active) <= one_unit
 
 
-def test_a_model_is_matched_to_itself() -> None:
+def test_a_model_matches_itself() -> None:
     reference = config_of("tiny")
     values = tiny.get_config()
     values.model.ffn_size = 8
     values.model.memory.update(num_keys=10, top_m=3, shortlist=3)
     assert from_config_dict(values) != reference
-    found = matching.match(reference, from_config_dict(values))
-    assert found.config == reference
-    assert found.unmatched == {}
-    assert set(found.deviations.values()) == {0.0}
+    match = matching.match(reference, from_config_dict(values))
+    assert match.config == reference
+    assert match.unmatched == {}
+    assert set(match.deviations.values()) == {0.0}
 
 
-def test_rules_choose_what_is_matched() -> None:
+def test_rules_select_what_is_matched() -> None:
     reference, dense = config_of("tiny"), config_of("tiny", "dense")
-    found = matching.match(reference, dense, ("active", "flops"))
-    assert set(found.deviations) == {"active", "flops"}
-    assert found.unmatched == {}
+    match = matching.match(reference, dense, ("active", "flops"))
+    assert set(match.deviations) == {"active", "flops"}
+    assert match.unmatched == {}
     assert set(matching.match(reference, dense).unmatched) == {"total", "values_read"}
 
 
@@ -127,17 +127,17 @@ def test_only_free_sizes_change() -> None:
     values.model.ffn_size = 8
     values.model.memory.update(num_keys=32, top_m=16, shortlist=16)
     candidate = from_config_dict(values)
-    found = matching.match(config_of("tiny"), candidate, ("flops",), ("ffn_size",))
-    assert found.unmatched == {}
-    assert found.config.model.ffn_size != candidate.model.ffn_size
-    assert found.config.model.memory == candidate.model.memory
+    match = matching.match(config_of("tiny"), candidate, ("flops",), ("ffn_size",))
+    assert match.unmatched == {}
+    assert match.config.model.ffn_size != candidate.model.ffn_size
+    assert match.config.model.memory == candidate.model.memory
     untouched = matching.match(config_of("tiny"), candidate, matching.RULES, ())
     assert untouched.config == candidate
     assert set(untouched.unmatched) == {"active", "total", "flops", "values_read"}
 
 
 @pytest.mark.parametrize("free", [(), ("moe.num_experts",), ("moe.expert_size",)])
-def test_experts_change_as_far_as_they_are_free(free: tuple[str, ...]) -> None:
+def test_only_free_sizes_of_experts_change(free: tuple[str, ...]) -> None:
     values = tiny.get_config("moe")
     values.model.moe.update(num_experts=9, expert_size=100)
     candidate = from_config_dict(values)
@@ -146,16 +146,16 @@ def test_experts_change_as_far_as_they_are_free(free: tuple[str, ...]) -> None:
     assert (changed.expert_size != 100) == ("moe.expert_size" in free)
 
 
-def test_total_parameters_are_met_where_the_active_ones_may_differ() -> None:
-    """A long shortlist costs FLOPs that the FFN gives back; more rows replace its parameters."""
+def test_total_parameters_match_where_active_ones_may_differ() -> None:
+    """The FFN shrinks to offset the FLOPs of a long shortlist; more rows replace its parameters."""
     values = tiny.get_config()
     values.model.memory.update(shortlist=48, num_keys=60)
     candidate = from_config_dict(values)
     rules, free = ("total", "flops"), ("ffn_size", "memory.num_keys")
-    found = matching.match(config_of("tiny"), candidate, rules, free)
-    assert found.unmatched == {}
+    match = matching.match(config_of("tiny"), candidate, rules, free)
+    assert match.unmatched == {}
     active = matching.quantities(config_of("tiny")).active
-    assert found.quantities.active / active - 1 < -0.005
+    assert match.quantities.active / active - 1 < -0.005
 
 
 def test_an_unknown_size_is_named() -> None:
@@ -168,7 +168,7 @@ def test_an_unknown_rule_is_named() -> None:
         matching.match(config_of("tiny"), config_of("tiny", "dense"), ("speed",))
 
 
-def test_a_reference_that_leaves_nothing_is_an_error() -> None:
+def test_a_reference_that_is_too_small_is_an_error() -> None:
     small = base.get_config()
     slots.fill(small, "dense", hidden_size=64, num_layers=1, ffn_size=1)
     large = config_of("tiny", "pkm")

@@ -12,7 +12,7 @@ from umv2.cost import accounting, report, traffic
 
 
 def named() -> dict[str, Config]:
-    """One of each family."""
+    """Returns one configuration of each family."""
     return {
         "experts": published.olmoe_227m(),
         "ultramem_v2": published.ultramem_v2_227m(),
@@ -21,7 +21,7 @@ def named() -> dict[str, Config]:
 
 
 def table(text: str) -> dict[str, dict[str, list[str]]]:
-    """Reads a table back: cells by section and row."""
+    """Parses a table: cells by section and row."""
     sections: dict[str, dict[str, list[str]]] = {}
     rows: dict[str, list[str]] = {}
     for line in text.splitlines()[2:]:
@@ -34,7 +34,7 @@ def table(text: str) -> dict[str, dict[str, list[str]]]:
     return sections
 
 
-def test_the_table_has_a_column_for_each_configuration_and_the_figures_of_accounting() -> None:
+def test_the_table_has_a_column_per_configuration_and_the_numbers_of_accounting() -> None:
     configs = named()
     text = report.cost_report(configs, context_length=4096).as_text(200)
     assert text.splitlines()[0].split() == list(configs)
@@ -46,7 +46,7 @@ def test_the_table_has_a_column_for_each_configuration_and_the_figures_of_accoun
     step = traffic.decode_bytes(configs["ultramem_v2"].model, 64, 4096)
     section = read["read per decode step, MB, batch 64, context 4,096"]
     assert section["sparse values"][1] == f"{step.sparse_values / 1e6:,.3f}" == "31.457"
-    # 2 tables of 20 layers x 4096 positions x 768 entries of 2 bytes, and 64 of them.
+    # Keys and values: 20 layers x 4096 positions x 768 entries of 2 bytes, for 64 sequences.
     assert read["key-value cache, MB"]["a sequence of 4,096"][0] == "251.658"
     assert section["cache"][0] == "16,106.127"
     assert section["without cache, ratio"][:2] == ["1.000", "0.197"]
@@ -57,14 +57,14 @@ def test_the_table_has_a_column_for_each_configuration_and_the_figures_of_accoun
     assert training == f"{accounting.training_memory(configs['experts'].model).total / 1e6:,.3f}"
 
 
-def test_numbers_line_up_with_the_names() -> None:
+def test_numbers_align_with_the_names() -> None:
     lines = report.cost_report(named()).as_text(200).splitlines()
     ends = {len(line) for line in lines if line.startswith("  ")}
     assert ends == {len(lines[0])}
     assert any("dense" in line for line in lines)
 
 
-def test_one_configuration_has_nothing_to_compare_with() -> None:
+def test_a_single_configuration_has_no_comparison() -> None:
     one = report.cost_report({"dense": published.config(slots="dense")})
     assert "ratio" not in one.as_text()
     assert "ratio" in report.cost_report(named()).as_text()
@@ -72,10 +72,10 @@ def test_one_configuration_has_nothing_to_compare_with() -> None:
         report.cost_report({})
 
 
-def test_json_holds_the_same_figures_as_numbers() -> None:
+def test_json_has_the_same_numbers() -> None:
     configs = named()
-    made = report.cost_report(configs, context_length=100)
-    read = json.loads(json.dumps(made.as_dict()))
+    cost_report = report.cost_report(configs, context_length=100)
+    read = json.loads(json.dumps(cost_report.as_dict()))
     assert read["context_length"] == 100
     assert list(read["configs"]) == list(configs)
     for name, config in configs.items():
@@ -88,15 +88,17 @@ def test_json_holds_the_same_figures_as_numbers() -> None:
         assert decode.pop("total") == sum(decode.values())
         assert decode == accounting.decode_flops_per_token(model, 100)
         assert cost["training_bytes"]["total"] == accounting.training_memory(model).total
-        # Training has its own length.
+        # Training has its own sequence length.
         assert cost["training_flops_per_token"] == accounting.training_flops_per_token(config)
 
 
 def test_the_context_is_the_longest_sequence_unless_given() -> None:
-    made = report.cost_report(named())
-    assert made.context_length == max(config.data.sequence_length for config in named().values())
-    longer = report.cost_report(named(), context_length=2 * made.context_length)
-    for short, long in zip(made.costs.values(), longer.costs.values(), strict=True):
+    cost_report = report.cost_report(named())
+    assert cost_report.context_length == max(
+        config.data.sequence_length for config in named().values()
+    )
+    longer = report.cost_report(named(), context_length=2 * cost_report.context_length)
+    for short, long in zip(cost_report.costs.values(), longer.costs.values(), strict=True):
         assert long.cache_bytes == 2 * short.cache_bytes
         assert long.training_flops == short.training_flops
 

@@ -1,4 +1,4 @@
-"""Bytes of a decode step: limits that can be worked out by hand, and the published table."""
+"""Bytes of a decode step: limits computed by hand, and the published table."""
 
 import dataclasses
 import itertools
@@ -14,8 +14,8 @@ from umv2.cost import accounting, traffic
 from umv2.model.parameter import ABSTRACT
 from umv2.model.transformer import Transformer
 
-# 'Decode traffic, computed' of the paper's notes: GB in bfloat16 at batch 1, 8, 64, 512, with
-# neither cache nor reuse of rows.
+# 'Decode traffic, computed' in the notes on the paper: GB in bfloat16 at batch 1, 8, 64, 512,
+# without the cache and without reuse of rows.
 BATCH_SIZES = (1, 8, 64, 512)
 TABLE = {
     "olmoe_1b": (2.14, 8.99, 13.42, 13.42),
@@ -23,7 +23,7 @@ TABLE = {
     "olmoe_227m": (0.454, 1.612, 2.360, 2.360),
     "ultramem_v2_227m": (0.450, 0.453, 0.481, 0.701),
 }
-# Table 10: active and total parameters in millions, that the table was computed from.
+# Active and total parameters of Table 10, in millions, from which the traffic was computed.
 ACTIVE_AND_TOTAL = {
     "olmoe_1b": (1070, 6710),
     "ultramem_v2_1b": (1079, 6700),
@@ -33,13 +33,13 @@ ACTIVE_AND_TOTAL = {
 
 
 def gigabytes(config: Config, *, without_head: bool = False) -> list[float]:
-    """Bytes without the cache, by batch."""
+    """Returns gigabytes without the cache, by batch size."""
     steps = [traffic.decode_bytes(config.model, size, 4096) for size in BATCH_SIZES]
     return [(step.without_cache - without_head * step.head) / 1e9 for step in steps]
 
 
 def closed_form(name: str) -> list[float]:
-    """The formula behind the table, on the parameter counts that Table 10 prints."""
+    """Returns the formula behind the traffic table, with the parameter counts of Table 10."""
     active, total = ACTIVE_AND_TOTAL[name]
     model = getattr(published, name)().model
     if model.placements:
@@ -52,18 +52,18 @@ def closed_form(name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_table_is_its_formula_on_the_counts_of_table_10(name: str) -> None:
+def test_the_table_follows_from_its_formula_and_table_10(name: str) -> None:
     assert closed_form(name) == pytest.approx(TABLE[name], rel=2e-3)
 
 
 @pytest.mark.parametrize(
     ("name", "deviations"),
     [
-        # Table 10's 1070M are our 1076M without any embedding, but a step reads the head: 0.21 GB.
+        # Table 10's 1070M is our 1076M without embeddings, but a step reads the head: 0.21 GB.
         ("olmoe_1b", (0.102, 0.024, 0.016, 0.016)),
-        # The row of Table 10 does not add up: its 1079M are 1050M, one embedding included.
+        # The row of Table 10 does not add up: its 1079M is 1050M, including one embedding.
         ("ultramem_v2_1b", (-0.028, -0.026, -0.025, -0.012)),
-        # Of Table 10, 227M active count the embedding, 1.18B in all do not.
+        # In Table 10, 227M active includes the embedding, 1.18B in total does not.
         ("olmoe_227m", (0.007, 0.030, 0.033, 0.034)),
         ("ultramem_v2_227m", (-0.002, -0.002, -0.002, 0.002)),
     ],
@@ -75,17 +75,17 @@ def test_exact_bytes_differ_from_the_table_by_its_embeddings(
     assert exact / np.array(TABLE[name]) - 1 == pytest.approx(deviations, abs=1e-3)
 
 
-def test_the_table_is_met_within_2_percent_where_it_leaves_out_the_head() -> None:
+def test_the_table_matches_to_2_percent_where_it_leaves_out_the_head() -> None:
     leaving_out = {"olmoe_1b": (True, True, True, True), "olmoe_227m": (False, True, True, True)}
     for name, without_head in leaving_out.items():
         config = getattr(published, name)()
-        bare, whole = gigabytes(config, without_head=True), gigabytes(config)
-        ours = [b if left else w for b, w, left in zip(bare, whole, without_head, strict=True)]
+        headless, full = gigabytes(config, without_head=True), gigabytes(config)
+        ours = [b if left else w for b, w, left in zip(headless, full, without_head, strict=True)]
         assert ours == pytest.approx(TABLE[name], rel=0.02)
 
 
-def test_memory_reads_least_beside_experts_at_middle_batches() -> None:
-    """Equal at batch 1, furthest apart near 64, closer again at 512, as in the table."""
+def test_memory_reads_least_relative_to_experts_at_medium_batches() -> None:
+    """The ratio is 1 at batch 1, largest near 64 and smaller again at 512, as in the table."""
     for experts, memory, ratios in (
         (published.olmoe_1b(), published.ultramem_v2_1b(), (1.12, 4.32, 5.68, 3.02)),
         (published.olmoe_227m(), published.ultramem_v2_227m(), (1.02, 3.67, 5.08, 3.47)),
@@ -131,12 +131,12 @@ def test_a_step_of_one_sequence_reads_the_active_parameters(create: Callable[[],
     counts = accounting.parameter_counts(config)
     step = traffic.decode_bytes(config, 1, 5)
     entries = (step.without_cache - step.buffers) / traffic.bytes_per_entry(config.compute_dtype)
-    # The head is the tied embedding, of which one row more is the input.
+    # The head is the tied embedding; the input is one more row of it.
     assert config.tie_embeddings
     assert entries == pytest.approx(counts.active + config.hidden_size)
 
 
-def test_experts_from_k_of_them_to_all() -> None:
+def test_expert_reads_range_from_k_experts_to_all() -> None:
     config = small_experts().model
     counts = accounting.parameter_counts(config)
     size = traffic.bytes_per_entry(config.compute_dtype)
@@ -144,11 +144,11 @@ def test_experts_from_k_of_them_to_all() -> None:
     assert read[0] == pytest.approx(size * counts.selected)
     assert read[-1] == pytest.approx(size * counts.sparse_values)
     assert all(more >= less for less, more in itertools.pairwise(read))
-    # Never more than every token's own.
+    # Never more than the experts of all tokens together.
     assert all(r <= 2**power * read[0] * (1 + 1e-9) for power, r in enumerate(read))
 
 
-def test_distinct_rows_from_those_of_one_token_to_all_visible() -> None:
+def test_distinct_rows_range_from_those_of_one_token_to_all_visible() -> None:
     config = small_memory(sharing="ring", share_group=4, num_heads=2).model
     row = traffic.bytes_per_entry(config.compute_dtype) * (6 + 2)
 
@@ -156,7 +156,7 @@ def test_distinct_rows_from_those_of_one_token_to_all_visible() -> None:
         step = traffic.decode_bytes(config, batch_size, 1, distinct_rows=distinct)
         return step.sparse_values / (4 * row)  # of one of 4 layers
 
-    # 2 heads choose 4 of 4 tables of 64 rows; the same row now and then.
+    # 2 heads select 4 rows each from 4 tables of 64 rows, sometimes the same row.
     assert rows(1, distinct=False) == 2 * 4
     assert rows(1, distinct=True) == pytest.approx(256 * (1 - (1 - 4 / 256) ** 2))
     assert rows(16, distinct=True) < rows(16, distinct=False) == 16 * 8
@@ -164,10 +164,10 @@ def test_distinct_rows_from_those_of_one_token_to_all_visible() -> None:
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_distinct_choices_are_those_of_a_simulation(copies: int) -> None:
+def test_distinct_choices_match_a_simulation(copies: int) -> None:
     choices, picked, draws = 20, 6, 4
     generator = np.random.default_rng(0)
-    found = [
+    counts = [
         np.unique(
             np.concatenate(
                 [
@@ -179,13 +179,13 @@ def test_distinct_choices_are_those_of_a_simulation(copies: int) -> None:
         for _ in range(2000)
     ]
     expected = traffic.expected_distinct(choices, picked, draws, copies=copies)
-    error = np.std(found) / np.sqrt(len(found))
-    assert abs(np.mean(found) - expected) < 4 * error
+    error = np.std(counts) / np.sqrt(len(counts))
+    assert abs(np.mean(counts) - expected) < 4 * error
     if copies == 1:
         assert expected == pytest.approx(choices * (1 - (1 - picked / choices) ** draws))
 
 
-def test_all_picked_are_all_distinct() -> None:
+def test_picking_all_gives_all_distinct() -> None:
     assert traffic.expected_distinct(5, 5, 1) == 5
     assert traffic.expected_distinct(5, 18, 1, copies=4) == 5
 
@@ -211,7 +211,7 @@ def test_bytes_follow_the_data_types() -> None:
     assert wide.buffers == mixed.buffers
 
 
-def test_the_cache_is_the_one_that_decoding_makes() -> None:
+def test_cache_bytes_match_the_decoding_cache() -> None:
     config = published.config(hidden_size=32, num_key_value_heads=2, ffn_size=48, slots="dense")
     model = Transformer(config.model, init=ABSTRACT)
     cache = jax.eval_shape(lambda: model.empty_cache(3, 20))

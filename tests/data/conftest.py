@@ -1,4 +1,4 @@
-"""A data section to start from, and a corpus of given token documents."""
+"""A base data section, and a corpus of given token documents."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def config() -> DataConfig:
 
 @pytest.fixture
 def make_corpus() -> Callable[[Sequence[Sequence[int]]], Corpus]:
-    """Puts the same documents on both sides; their end-of-text is 0."""
+    """Returns a function that puts the same documents into both splits; end-of-text is 0."""
 
     def make(token_lists: Sequence[Sequence[int]]) -> Corpus:
         documents = InMemoryDocuments(
@@ -53,7 +53,7 @@ def make_corpus() -> Callable[[Sequence[Sequence[int]]], Corpus]:
 
 @pytest.fixture
 def text_folder(tmp_path: Path) -> Path:
-    """Forty small text files, some of them not ASCII."""
+    """Forty small text files, some of them with non-ASCII characters."""
     folder = tmp_path / "text"
     folder.mkdir()
     for number in range(40):

@@ -1,4 +1,4 @@
-"""What documents and batches hold, to compare."""
+"""Contents of documents and batches, for comparisons."""
 
 import dataclasses
 import itertools
@@ -19,9 +19,9 @@ type MakeCorpus = Callable[[Sequence[Sequence[int]]], Corpus]
 def take(corpus: Corpus, config: DataConfig, count: int, **kwargs: Any) -> list[Batch]:
     with_defaults: dict[str, Any] = {"batch_size": 4} | kwargs
     batches = train_batches(corpus, config, **with_defaults)
-    taken = list(itertools.islice(batches, count))
+    batches_taken = list(itertools.islice(batches, count))
     batches.close()
-    return taken
+    return batches_taken
 
 
 def arrays(batch: Batch) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Documents of both sides of the split, and what identifies them."""
+"""Documents of both splits, and the identity of a corpus."""
 
 import dataclasses
 import json
@@ -79,11 +79,11 @@ def test_the_default_corpus_loads(config: DataConfig) -> None:
     [
         ({"source": "hugging_face", "hugging_face_name": "x"}, "--mode=prepare"),
         ({"held_out_fraction": 1e-9}, "held_out_fraction=1e-09: leaves all of 40 documents"),
-        ({"held_out_fraction": 1 - 1e-9}, "leaves nothing of 40 documents for training"),
-        ({"sequence_length": 100_000}, "sequence_length=100000: .* hold only .* less than one"),
+        ({"held_out_fraction": 1 - 1e-9}, "leaves none of 40 documents for training"),
+        ({"sequence_length": 100_000}, "sequence_length=100000: .* have only .* less than one"),
     ],
 )
-def test_a_corpus_that_cannot_be_trained_on_is_refused(
+def test_an_unusable_corpus_is_rejected(
     config: DataConfig, changes: dict[str, Any], message: str
 ) -> None:
     config = dataclasses.replace(config, **changes)
@@ -91,12 +91,12 @@ def test_a_corpus_that_cannot_be_trained_on_is_refused(
         load_corpus(config, ByteTokenizer(), vocab_size=257)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(config: DataConfig) -> None:
+def test_a_vocabulary_that_does_not_fit_is_rejected(config: DataConfig) -> None:
     with pytest.raises(DataError, match=r"its 257 ids do not fit model\.vocab_size=256"):
         load_corpus(config, ByteTokenizer(), vocab_size=256)
     with pytest.raises(DataError, match="source 'text' needs a tokenizer"):
         load_corpus(dataclasses.replace(config, end_of_text_id=0), None, vocab_size=10)
-    with pytest.raises(DataError, match=r"end_of_text_id=10: must lie in \[0, model.vocab_size=10"):
+    with pytest.raises(DataError, match=r"end_of_text_id=10: must be in \[0, model.vocab_size=10"):
         load_corpus(dataclasses.replace(config, end_of_text_id=10), None, vocab_size=10)
 
 
@@ -109,7 +109,7 @@ def test_the_identity_of_a_corpus_is_its_content(
 
     first = identity()
     assert json.loads(json.dumps(dataclasses.asdict(first))) == dataclasses.asdict(first)
-    # Written down once: the same on every machine.
+    # Recorded once: the same on every machine.
     assert first == Identity(
         tokenizer="bytes",
         documents="e0ca30cc527ed27a8dfd35d07ec20119",
@@ -133,7 +133,9 @@ def test_the_identity_of_a_corpus_is_its_content(
     assert identity().documents != first.documents
 
 
-def test_shards_without_a_tokenizer_know_theirs(config: DataConfig, tmp_path: Path) -> None:
+def test_shards_without_a_configured_tokenizer_use_their_own(
+    config: DataConfig, tmp_path: Path
+) -> None:
     text = load_corpus(config, ByteTokenizer(), vocab_size=257).identity
     prepare(config, tmp_path / "shards", num_processes=1)
     config = dataclasses.replace(

@@ -1,7 +1,7 @@
-"""Numbers written down once: the same text gives the same split, batches and identity for ever.
+"""Golden numbers: the same text must always give the same split, batches and identity.
 
-A checkpoint keeps the identity of its corpus and resumes at a step of its batches, so what changes
-a number here breaks every run that exists.
+A checkpoint stores the identity of its corpus and resumes at a step of its batches, so a change
+that alters a number here breaks every existing run.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def text(config: DataConfig, text_folder: Path) -> DataConfig:
 
 @pytest.fixture
 def python_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forty small modules in the place of those of this Python, each of them twice."""
+    """Replaces the modules of this Python with forty small ones, each of them twice."""
     root = tmp_path / "lib"
     for number in range(40):
         for name in (f"m{number:02d}.py", f"copies/m{number:02d}.py"):
@@ -46,7 +46,7 @@ def python_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library, with a data set of forty rows."""
+    """Replaces the library with a dataset of forty rows."""
     rows = [{"text": f"row {number}: " + "ö" * number} for number in range(40)]
     module = types.ModuleType("datasets")
     monkeypatch.setattr(module, "load_dataset", lambda *_, **__: rows, raising=False)
@@ -65,7 +65,7 @@ def opened(config: DataConfig) -> Corpus:
 
 
 def digest(corpus: Corpus, config: DataConfig) -> str:
-    """One hash of the first training batches and of all held-out ones."""
+    """Returns one hash of the first training batches and all held-out batches."""
     state = hashlib.blake2b(digest_size=8)
     training = train_batches(corpus, config, batch_size=4)
     for batch in (
@@ -80,7 +80,7 @@ def digest(corpus: Corpus, config: DataConfig) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Identity of a corpus, and the hash of its batches."""
+    """The identity of a corpus, and the hash of its batches."""
 
     documents: str
     held_out: str
@@ -121,7 +121,7 @@ EXPECTED = {
 
 
 def of_source(name: str, text: DataConfig, folder: Path) -> DataConfig:
-    """The configuration that trains on one source: on shards of it where it is only prepared."""
+    """Returns a configuration that trains on a source, or on its shards if it is streamed."""
     if name == "memmap":
         return dataclasses.replace(text, source=name, paths=(memmap_file(folder),))
     if name == "text":
@@ -160,8 +160,8 @@ def test_documents_of_tasks_and_their_warm_up_are_the_same(text: DataConfig) -> 
 
 
 @pytest.mark.usefixtures("hugging_face")
-def test_shards_are_those_of_the_same_job(text: DataConfig, tmp_path: Path) -> None:
-    """What an older version prepared is neither refused nor made again."""
+def test_shards_belong_to_the_same_job(text: DataConfig, tmp_path: Path) -> None:
+    """Shards prepared by an older version are neither rejected nor remade."""
     config = dataclasses.replace(
         text, source="hugging_face", paths=("unread",), hugging_face_name="rows"
     )
@@ -184,7 +184,7 @@ def test_shards_are_those_of_the_same_job(text: DataConfig, tmp_path: Path) -> N
     ]
 
 
-def test_kept_tokens_have_the_same_name(text: DataConfig, tmp_path: Path) -> None:
+def test_cached_tokens_have_the_same_name(text: DataConfig, tmp_path: Path) -> None:
     plain = ByteTokenizer()
     others = types.SimpleNamespace(
         vocab_size=257,

@@ -15,7 +15,7 @@ from umv2.data.loader import train_batches
 from umv2.data.paths import DataError
 
 
-def test_closing_ends_the_prefetching_thread(corpus: Corpus, config: DataConfig) -> None:
+def test_closing_stops_the_prefetch_thread(corpus: Corpus, config: DataConfig) -> None:
     before = set(threading.enumerate())
     batches = train_batches(corpus, config, batch_size=4)
     next(batches)
@@ -27,13 +27,13 @@ def test_closing_ends_the_prefetching_thread(corpus: Corpus, config: DataConfig)
         next(batches)
 
 
-def test_worker_processes_give_the_same_stream(corpus: Corpus, config: DataConfig) -> None:
+def test_worker_processes_yield_the_same_stream(corpus: Corpus, config: DataConfig) -> None:
     if not flags.FLAGS.is_parsed():  # grain's workers read flags, which main has parsed
         flags.FLAGS.mark_as_parsed()
     with_workers = dataclasses.replace(config, num_workers=2, prefetch_batches=3)
-    taken = take(corpus, with_workers, 5, start_step=3)
-    assert_equal(taken, take(corpus, config, 5, start_step=3))
-    assert all(isinstance(array, np.ndarray) for array in arrays(taken[0]))
+    batches = take(corpus, with_workers, 5, start_step=3)
+    assert_equal(batches, take(corpus, config, 5, start_step=3))
+    assert all(isinstance(array, np.ndarray) for array in arrays(batches[0]))
 
 
 def test_a_damaged_document_stops_the_stream_with_its_error(

@@ -1,4 +1,4 @@
-"""Which tokens stand in which row of which batch."""
+"""Which tokens are in which row of which batch."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ def test_segments_count_documents_unless_attention_crosses_them(
     assert not crossed.segment_ids.any()
 
 
-def test_an_epoch_predicts_every_token_but_the_tail_once(
+def test_an_epoch_predicts_every_token_once_except_the_tail(
     make_corpus: MakeCorpus, config: DataConfig
 ) -> None:
     corpus = make_corpus(THREE_DOCUMENTS)  # 9 targets: two windows of four, one token dropped
@@ -65,7 +65,7 @@ def test_an_epoch_predicts_every_token_but_the_tail_once(
     assert first_windows == {0, 1}, "and both orders of the windows"
 
 
-def test_a_batch_is_not_one_document(make_corpus: MakeCorpus, config: DataConfig) -> None:
+def test_a_batch_mixes_documents(make_corpus: MakeCorpus, config: DataConfig) -> None:
     corpus = make_corpus([[number] * 400 for number in range(1, 11)])  # 100 windows each
     (batch,) = take(corpus, config, 1, batch_size=8)
     assert len(set(batch.targets[:, 1].tolist())) > 2
@@ -106,7 +106,7 @@ def test_held_out_covers_each_token_once(
     assert inputs.tolist() == [END, *expected[:-1]]
 
 
-def test_resuming_at_a_step_gives_the_uninterrupted_stream(
+def test_resuming_at_a_step_continues_the_uninterrupted_stream(
     corpus: Corpus, config: DataConfig
 ) -> None:
     every = take(corpus, config, 30)  # about five epochs
@@ -146,7 +146,7 @@ def test_another_seed_and_another_epoch_give_another_order(
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**63, 2**64, 2**200])
-def test_seeds_have_any_size(corpus: Corpus, config: DataConfig, seed: int) -> None:
+def test_seeds_may_have_any_size(corpus: Corpus, config: DataConfig, seed: int) -> None:
     config = dataclasses.replace(config, seed=seed)
     first, second = (take(corpus, config, 3) for _ in range(2))
     assert_equal(first, second)

@@ -39,7 +39,7 @@ def text(config: DataConfig, text_folder: Path) -> DataConfig:
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """What is finished: a name of `.unfinished_...` is that of a process that was killed."""
+    """Returns the finished files, without the `.unfinished_...` ones of a killed process."""
     paths = sorted(folder.glob("shard-*.array_record"))
     return {path.name: path.read_bytes() for path in paths}
 
@@ -61,14 +61,14 @@ def test_prepared_shards_are_the_same_corpus_as_the_text(text: DataConfig, tmp_p
     assert tokens.held_out.read(0, 2, 5).tolist() == direct.held_out.read(0, 2, 5).tolist()
 
 
-def test_processes_write_the_same_shards(text: DataConfig, tmp_path: Path) -> None:
+def test_several_processes_write_the_same_shards(text: DataConfig, tmp_path: Path) -> None:
     prepare(text, tmp_path / "one", num_processes=1, shard_bytes=SHARD_BYTES)
     prepare(text, tmp_path / "two", num_processes=2, shard_bytes=SHARD_BYTES)
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
     assert ShardManifest.read(tmp_path / "one") == ShardManifest.read(tmp_path / "two")
 
 
-def test_an_interrupted_run_resumes_with_what_is_missing(
+def test_an_interrupted_run_resumes_with_the_missing_shards(
     text: DataConfig, text_folder: Path, tmp_path: Path
 ) -> None:
     prepare(text, tmp_path / "whole", num_processes=1, shard_bytes=SHARD_BYTES)
@@ -99,13 +99,13 @@ def test_a_finished_folder_is_left_alone(
     assert prepare(text, tmp_path, num_processes=1) == first
 
 
-def test_a_folder_of_another_job_is_refused(text: DataConfig, tmp_path: Path) -> None:
+def test_a_folder_of_another_job_is_rejected(text: DataConfig, tmp_path: Path) -> None:
     prepare(text, tmp_path, num_processes=1)
     with pytest.raises(DataError, match=r"another job: origin\.text_field: 'text' -> 'body'"):
         prepare(dataclasses.replace(text, text_field="body"), tmp_path, num_processes=1)
 
 
-def test_text_that_changed_between_runs_is_noticed(
+def test_text_that_changed_between_runs_is_detected(
     text: DataConfig, text_folder: Path, tmp_path: Path
 ) -> None:
     last = text_folder / "39.txt"
@@ -114,7 +114,7 @@ def test_text_that_changed_between_runs_is_noticed(
         prepare(text, tmp_path / "out", num_processes=1, shard_bytes=SHARD_BYTES)
     last.write_bytes(b"good")
     (text_folder / "00.txt").write_text("x" * SHARD_BYTES)
-    with pytest.raises(DataError, match=r"shard-00000.array_record: the text gives other"):
+    with pytest.raises(DataError, match=r"shard-00000.array_record: the text now yields other"):
         prepare(text, tmp_path / "out", num_processes=1, shard_bytes=SHARD_BYTES)
 
 
@@ -122,12 +122,12 @@ def finished_folder(text: DataConfig, folder: Path) -> ShardManifest:
     return prepare(text, folder, num_processes=1, shard_bytes=SHARD_BYTES)
 
 
-def test_what_was_written_and_how_to_train_on_it_is_said(text: DataConfig, tmp_path: Path) -> None:
+def test_the_output_and_how_to_train_on_it_are_logged(text: DataConfig, tmp_path: Path) -> None:
     folder = tmp_path / "a [b] 'c'"
     with logged() as messages:
         manifest = finished_folder(dataclasses.replace(text, end_of_text_id=256), folder)
-    said = f"{folder}: holds 40 documents, 3,145 tokens in {manifest.num_shards} shards"
-    assert said in messages
+    expected = f"{folder}: holds 40 documents, 3,145 tokens in {manifest.num_shards} shards"
+    assert expected in messages
     (recipe,) = (message for message in messages if message.startswith("to train on it: "))
     flags = dict(flag.split("=", 1) for flag in shlex.split(recipe.partition(": ")[2]))
     paths = ast.literal_eval(flags.pop("--config.data.paths"))
@@ -165,7 +165,7 @@ def edit_in_place(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder_is", ["finished", "without a list of files", "interrupted"])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "advice"),
     [
         (edit, r"1 file was changed \(.*07\.txt\)"),
         (edit_in_place, r"1 file was changed \(.*07\.txt\)"),
@@ -174,19 +174,19 @@ def edit_in_place(folder: Path) -> None:
         (rename_first, r"1 file was added \(.*99.txt\), 1 file was removed \(.*00\.txt\)"),
     ],
 )
-def test_text_that_changed_since_is_noticed(
+def test_text_that_changed_since_preparation_is_detected(
     text: DataConfig,
     text_folder: Path,
     tmp_path: Path,
     change: Callable[[Path], None],
-    said: str,
+    advice: str,
     folder_is: str,
 ) -> None:
     out = tmp_path / "out"
     manifest = finished_folder(text, out)
     if folder_is == "without a list of files":
         dataclasses.replace(manifest, sources={}).write(out)
-        said = "; choose another folder"
+        advice = "; choose another folder"
     elif folder_is == "interrupted":
         dataclasses.replace(manifest, num_shards=0).write(out)
     change(text_folder)
@@ -194,19 +194,19 @@ def test_text_that_changed_since_is_noticed(
     if change is add and folder_is == "interrupted":  # the last shard was full
         assert finished_folder(text, out).num_documents == 41
         return
-    with pytest.raises(DataError, match=f"shard-.*: the text gives other documents now.*{said}"):
+    with pytest.raises(DataError, match=f"shard-.*: the text now yields other documents.*{advice}"):
         finished_folder(text, out)
     assert shards(out) == before
 
 
-def test_files_that_were_only_touched_change_nothing(
+def test_files_that_were_only_touched_are_not_changes(
     text: DataConfig, text_folder: Path, tmp_path: Path
 ) -> None:
     first = finished_folder(text, tmp_path / "out")
     os.utime(text_folder / "07.txt", (0, 0))
     with logged() as messages:
         second = finished_folder(text, tmp_path / "out")
-    assert any("made before 1 file was changed" in message for message in messages)
+    assert any("written before 1 file was changed" in message for message in messages)
     assert dataclasses.replace(second, sources=first.sources) == first
     assert second.sources != first.sources
     with logged() as messages:
@@ -214,7 +214,7 @@ def test_files_that_were_only_touched_change_nothing(
     assert any("already holds all 40 documents" in message for message in messages)
 
 
-def test_a_shard_that_was_lost_is_written_again(text: DataConfig, tmp_path: Path) -> None:
+def test_a_lost_shard_is_rewritten(text: DataConfig, tmp_path: Path) -> None:
     finished_folder(text, tmp_path / "out")
     before = shards(tmp_path / "out")
     (tmp_path / "out" / "shard-00002.array_record").unlink()
@@ -222,15 +222,15 @@ def test_a_shard_that_was_lost_is_written_again(text: DataConfig, tmp_path: Path
     assert shards(tmp_path / "out") == before
 
 
-def test_two_at_a_time_are_refused(text: DataConfig, tmp_path: Path) -> None:
+def test_concurrent_runs_are_rejected(text: DataConfig, tmp_path: Path) -> None:
     with (
         files.locked(tmp_path / "out" / ".lock", "prepare"),
-        pytest.raises(files.InUse, match=r"out: process \d+ on .* \(prepare\) works there"),
+        pytest.raises(files.InUse, match=r"out: is in use by process \d+ on .* \(prepare\)"),
     ):
         finished_folder(text, tmp_path / "out")
 
 
-def test_what_a_killed_run_left_is_removed(text: DataConfig, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(text: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".unfinished_99_shard-00000.array_record").write_text("half")
     finished_folder(text, tmp_path / "out")
@@ -239,10 +239,10 @@ def test_what_a_killed_run_left_is_removed(text: DataConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_full_disk_is_one_line_and_keeps_what_is_finished(
+def test_a_full_disk_is_a_one_line_error_and_keeps_finished_shards(
     text: DataConfig, text_folder: Path, tmp_path: Path, num_processes: int
 ) -> None:
-    # So large that the limit on the size of files, which stands for a full disk, refuses it.
+    # Exceeds the limit on file sizes, which stands in for a full disk.
     (text_folder / "30.txt").write_bytes(np.random.default_rng(0).bytes(400_000).hex().encode())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -251,25 +251,25 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_finished(
             prepare(text, tmp_path / "out", num_processes=num_processes, shard_bytes=SHARD_BYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    kept = shards(tmp_path / "out")
-    assert len(kept) > 3
+    finished = shards(tmp_path / "out")
+    assert len(finished) > 3
     finished_folder(text, tmp_path / "out")
-    assert kept.items() <= shards(tmp_path / "out").items()
+    assert finished.items() <= shards(tmp_path / "out").items()
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below"])
-def test_a_folder_that_cannot_be_made_is_one_line(
+def test_a_folder_that_cannot_be_created_is_a_one_line_error(
     text: DataConfig, tmp_path: Path, folder: str
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(files.FileError, match=r"file.*: cannot be made a folder"):
+    with pytest.raises(files.FileError, match=r"file.*: cannot be created"):
         finished_folder(text, tmp_path / folder)
 
 
-def test_ctrl_c_ends_all_processes_and_keeps_what_is_finished(
+def test_ctrl_c_stops_all_processes_and_keeps_finished_shards(
     text: DataConfig, text_folder: Path, tmp_path: Path
 ) -> None:
-    """The terminal sends it to all processes; without traces, and what is finished stays."""
+    """The terminal signals all processes; no traceback is shown, and finished shards are kept."""
     for number in range(40, 80):
         (text_folder / f"{number}.txt").write_text(f"{number} " * 40_000)
     (tmp_path / "config").write_bytes(pickle.dumps(text))
@@ -299,16 +299,16 @@ if __name__ == "__main__":
         time.sleep(0.02)
     assert process.poll() is None, process.stderr and process.stderr.read()
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    lines = said.splitlines()
-    assert lines[-1] == "interrupted", said
-    assert lines[-2].endswith("out: what is finished stays; the same command goes on from there")
-    assert "Traceback" not in said
-    kept = shards(tmp_path / "out")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    lines = errors.splitlines()
+    assert lines[-1] == "interrupted", errors
+    assert lines[-2].endswith("out: finished shards are kept; run the same command to resume")
+    assert "Traceback" not in errors
+    finished = shards(tmp_path / "out")
     finished_folder(text, tmp_path / "out")
-    assert len(kept) >= 3
-    assert kept.items() <= shards(tmp_path / "out").items()
+    assert len(finished) >= 3
+    assert finished.items() <= shards(tmp_path / "out").items()
 
 
 def test_tokens_cannot_be_prepared(text: DataConfig, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_tokens_cannot_be_prepared(text: DataConfig, tmp_path: Path) -> None:
         prepare(dataclasses.replace(text, tokenizer="none"), tmp_path, num_processes=1)
 
 
-def test_train_tokenizer_sees_the_training_side_alone(
+def test_train_tokenizer_reads_only_the_training_split(
     config: DataConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for letter in string.ascii_lowercase:
@@ -374,7 +374,7 @@ def test_a_truncated_or_damaged_shard_is_named(shard_folder: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r"shard-00001\.array_record: truncated, empty or not"):
             open_shards(shard_folder)
-    # Past the 64 bytes of its first block header and the file signature.
+    # After the 64 bytes of the first block header and the file signature.
     flipped = bytearray(content)
     flipped[200] ^= 0xFF
     path.write_bytes(bytes(flipped))
@@ -395,11 +395,11 @@ def test_a_shard_that_is_missing_or_foreign_is_named(
         open_shards(shard_folder)
     (shard_folder / "renamed.array_record").unlink()
     second.write_bytes(third.read_bytes())
-    with pytest.raises(DataError, match=r"shard-00001\.array_record: holds other documents than"):
+    with pytest.raises(DataError, match=r"shard-00001\.array_record: its documents are not those"):
         open_shards(shard_folder)
 
 
-def test_some_shards_of_a_folder_are_a_smaller_corpus(text: DataConfig, shard_folder: Path) -> None:
+def test_a_subset_of_shards_is_a_smaller_corpus(text: DataConfig, shard_folder: Path) -> None:
     paths = sorted(shard_folder.glob("*.array_record"))
     few = dataclasses.replace(text, source="array_record", paths=tuple(map(str, paths[:4])))
     with logged() as messages:
@@ -441,7 +441,7 @@ def write_records(folder: Path, *records: bytes) -> None:
     for record in records:
         writer.write(record)
     writer.close()
-    # A folder that says nothing of the content of its shards.
+    # The manifest has no content hashes of the shards.
     dataclasses.replace(ShardManifest.read(folder), shards={}).write(folder)
 
 
@@ -458,12 +458,12 @@ def test_a_bad_record_is_named(shard_folder: Path) -> None:
         open_shards(shard_folder)
 
 
-def test_a_record_is_a_hash_and_little_endian_tokens() -> None:
+def test_a_record_has_a_hash_and_little_endian_tokens() -> None:
     assert encode_record(np.array([1, 258]), 5, "uint16") == bytes([5, *7 * [0], 1, 0, 2, 1])
     assert encode_record(np.array([258]), 256, "uint32") == bytes([0, 1, *6 * [0], 2, 1, 0, 0])
 
 
-def test_shards_of_another_tokenizer_are_refused(
+def test_shards_of_another_tokenizer_are_rejected(
     text: DataConfig, shard_folder: Path, tmp_path: Path
 ) -> None:
     train_tokenizer(text, tmp_path / "bpe.json", 300)
@@ -491,11 +491,11 @@ def test_shards_of_another_tokenizer_are_refused(
 
 def test_a_missing_or_damaged_manifest_is_named(shard_folder: Path) -> None:
     path = shard_folder / MANIFEST_NAME
-    whole = json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
     damages = (
         *("", "[]", "[" * 99_999, json.dumps({"dtype": "uint16"})),
         *(
-            json.dumps(whole | {field: value})
+            json.dumps(manifest | {field: value})
             for field, value in (("colour", 1), ("dtype", "int8"), ("num_shards", "9"))
         ),
     )

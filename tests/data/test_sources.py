@@ -30,7 +30,7 @@ from umv2.data.tokenizers import ByteTokenizer
 
 type Library = Callable[[Callable[..., object]], None]
 
-# The recipe of docs/extending for a source of data, as it stands there.
+# The recipe for a data source in docs/extending.md, verbatim.
 RECIPE = '''\
 from collections.abc import Iterator
 
@@ -57,7 +57,7 @@ sources.register(
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
+    """Restores the registry after the test."""
     monkeypatch.setattr(sources, "_REGISTRY", dict(sources._REGISTRY))
 
 
@@ -67,7 +67,7 @@ def counting(config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, source="counting", text_field="40", sequence_length=16)
 
 
-def test_one_entry_adds_a_source(counting: DataConfig, tmp_path: Path) -> None:
+def test_registering_adds_a_source(counting: DataConfig, tmp_path: Path) -> None:
     counting.validate()
     corpus = open_corpus(counting, vocab_size=257)
     assert corpus.identity.description["source"] == "counting"
@@ -90,23 +90,23 @@ def test_one_entry_adds_a_source(counting: DataConfig, tmp_path: Path) -> None:
     train_tokenizer(counting, tmp_path / "bpe.json", 260)
 
 
-def test_documents_of_tasks_stand_beside_a_registered_text(counting: DataConfig) -> None:
+def test_documents_of_tasks_mix_with_a_registered_text(counting: DataConfig) -> None:
     tasks = LongContextDataConfig(("key_value",), 4, 0.25, 1.0, 0, 0)
     mixed = dataclasses.replace(counting, long_context=tasks, sequence_length=128)
     train = open_corpus(mixed, 257).train
     assert ":" in ByteTokenizer().decode(train.read(0, 0, int(train.lengths[0])))
 
 
-def test_a_registered_source_keeps_its_rule_before_it_is_read(counting: DataConfig) -> None:
-    wanted = dataclasses.replace(counting, text_field="")
+def test_the_rule_of_a_registered_source_is_checked_before_it_is_read(counting: DataConfig) -> None:
+    changed = dataclasses.replace(counting, text_field="")
     expected = "data.text_field='': source 'counting' needs the number to count to"
     with pytest.raises(ConfigError, match=f"^{expected}$"):
-        open_corpus(wanted, 257)
+        open_corpus(changed, 257)
     with pytest.raises(ConfigError, match=r"^data.tokenizer='none': only token files \("):
         open_corpus(dataclasses.replace(counting, tokenizer="none", end_of_text_id=256), 257)
 
 
-def test_one_entry_adds_a_source_of_tokens(config: DataConfig) -> None:
+def test_registering_adds_a_source_of_tokens(config: DataConfig) -> None:
     def open_squares(config: DataConfig, vocabulary: Vocabulary) -> OpenedTokens:
         lengths = np.arange(1, 41)
         tokens = np.arange(lengths.sum()) ** 2 % (vocabulary.size - 1)
@@ -119,13 +119,17 @@ def test_one_entry_adds_a_source_of_tokens(config: DataConfig) -> None:
     assert (corpus.identity.tokenizer, corpus.held_out_bytes) == ("", None)
     assert len(corpus.train.lengths) + len(corpus.held_out.lengths) == 40
     tasks = LongContextDataConfig(("key_value",), 4, 0.25, 1.0, 0, 0)
-    with pytest.raises(ConfigError, match="mixes documents with text, and source 'squares' holds"):
+    with pytest.raises(
+        ConfigError, match="needs a text source to mix documents into, which 'squares' is"
+    ):
         open_corpus(dataclasses.replace(squares, long_context=tasks), 100)
     with pytest.raises(DataError, match="'squares' holds tokens, not text"):
         text_documents(squares)
 
 
-def test_shards_know_the_fields_that_their_source_needs(config: DataConfig, tmp_path: Path) -> None:
+def test_shards_record_the_fields_that_their_source_needs(
+    config: DataConfig, tmp_path: Path
+) -> None:
     rule = SourceRule("stream", needs={"memmap_dtype": "a type"})
     sources.register(TextSource("feed", documents=lambda config: iter(["one"]), rule=rule))
     feed = dataclasses.replace(config, source="feed")
@@ -135,7 +139,7 @@ def test_shards_know_the_fields_that_their_source_needs(config: DataConfig, tmp_
         prepare(other, tmp_path, num_processes=1)
 
 
-def test_a_source_that_streams_is_only_prepared(config: DataConfig) -> None:
+def test_a_streaming_source_can_only_be_prepared(config: DataConfig) -> None:
     sources.register(
         TextSource("feed", documents=lambda config: iter(["one"]), rule=SourceRule("stream"))
     )
@@ -145,7 +149,9 @@ def test_a_source_that_streams_is_only_prepared(config: DataConfig) -> None:
         load_corpus(feed, ByteTokenizer(), vocab_size=257)
 
 
-def test_a_misspelt_source_is_named_with_the_nearest(config: DataConfig, tmp_path: Path) -> None:
+def test_a_misspelt_source_is_named_with_the_nearest_one(
+    config: DataConfig, tmp_path: Path
+) -> None:
     misspelt = dataclasses.replace(config, source="aray_record")
     expected = (
         "data.source='aray_record': must be one of 'standard_library', 'site_packages', 'text',"
@@ -162,8 +168,8 @@ def test_a_misspelt_source_is_named_with_the_nearest(config: DataConfig, tmp_pat
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def test_a_name_is_registered_once() -> None:
-    with pytest.raises(ValueError, match="'text' is registered already"):
+def test_a_name_can_be_registered_only_once() -> None:
+    with pytest.raises(ValueError, match="'text' is already registered"):
         sources.register(TextSource("text", documents=lambda config: iter(())))
 
 
@@ -171,24 +177,24 @@ def test_a_name_is_registered_once() -> None:
 def test_the_rule_of_a_source_is_checked_with_the_configuration(
     config: DataConfig, name: str
 ) -> None:
-    """A mistake shows when the configuration is read, although that loads no source."""
+    """Mistakes are reported when the configuration is read, which loads no source."""
     filled = dataclasses.replace(config, source=name, paths=("a",), hugging_face_name="a")
     source = resolve(filled)
     assert (source.name, source.rule) == (name, SOURCE_RULES[name])
     assert isinstance(source, TokenSource) == (source.rule.holds == "tokens")
 
 
-def test_every_source_of_the_package_has_its_rule_there() -> None:
+def test_every_built_in_source_has_a_rule() -> None:
     assert sources._REGISTRY.keys() == SOURCE_RULES.keys()
 
 
-def test_standard_library_is_in_fixed_order_and_leaves_tests_out(config: DataConfig) -> None:
+def test_standard_library_has_a_fixed_order_and_skips_tests(config: DataConfig) -> None:
     standard = dataclasses.replace(config, source="standard_library")
     documents = list(text_documents(standard))
     assert documents == list(text_documents(standard))
     root = Path(sysconfig.get_path("stdlib"))
-    for kept in ("argparse.py", "json/decoder.py"):
-        assert (root / kept).read_text(encoding="utf-8") in documents
+    for name in ("argparse.py", "json/decoder.py"):
+        assert (root / name).read_text(encoding="utf-8") in documents
     assert documents.index((root / "argparse.py").read_text(encoding="utf-8")) < documents.index(
         (root / "json/decoder.py").read_text(encoding="utf-8")
     )
@@ -196,7 +202,7 @@ def test_standard_library_is_in_fixed_order_and_leaves_tests_out(config: DataCon
     assert 5e6 < sum(map(len, documents)) < 20e6
 
 
-def test_standard_library_skips_what_distributions_package_apart(
+def test_standard_library_skips_parts_that_distributions_package_separately(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (
@@ -220,10 +226,10 @@ def test_a_python_without_sources_is_reported(
         list(text_documents(dataclasses.replace(config, source="standard_library")))
 
 
-def test_installed_sources_count_once(
+def test_installed_sources_are_deduplicated(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packages carry copies of each other's files, and one folder may be both kinds of home."""
+    """Packages contain copies of each other's files, and both kinds of site folder may coincide."""
     for name, text in (
         *(("b/x.py", "x"), ("a/tests/y.py", "y"), ("a/copy_of_x.py", "x")),
         *(("a/empty.py", ""), ("a/data.txt", "not Python")),
@@ -246,7 +252,7 @@ def test_installed_sources_count_once(
 
 def test_the_environment_has_installed_sources(config: DataConfig) -> None:
     documents = list(text_documents(dataclasses.replace(config, source="site_packages")))
-    assert sum(map(len, documents)) > 20e6  # JAX and its friends
+    assert sum(map(len, documents)) > 20e6  # JAX and its dependencies
     assert Path(pytest.__file__).read_text(encoding="utf-8") in documents
 
 
@@ -255,7 +261,7 @@ def test_token_sources_have_no_text(config: DataConfig) -> None:
         list(text_documents(dataclasses.replace(config, source="memmap", paths=("a",))))
 
 
-def test_text_is_the_documents_of_all_files(config: DataConfig, tmp_path: Path) -> None:
+def test_text_has_the_documents_of_all_files(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("one")
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "two"}) + "\n")
     paths = (f"{tmp_path}/*.txt", f"{tmp_path}/*")
@@ -263,7 +269,7 @@ def test_text_is_the_documents_of_all_files(config: DataConfig, tmp_path: Path) 
     assert list(text_documents(text)) == ["two", "one"]
 
 
-def test_python_sources_leave_out_marks_and_what_is_no_file(
+def test_python_sources_strip_byte_order_marks_and_skip_non_files(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfx = 1\n")
@@ -274,9 +280,9 @@ def test_python_sources_leave_out_marks_and_what_is_no_file(
         assert list(text_documents(dataclasses.replace(config, source=source))) == ["x = 1\n"]
 
 
-def test_content_hashes_stay_the_same() -> None:
+def test_content_hashes_are_stable() -> None:
     eins, zwei = 10896600607207707157, 1606067403276999281
-    # Written down once: a new hash would move documents across the split of a resumed run.
+    # Recorded once: another hash would move documents across the split of a resumed run.
     assert content_hashes([b"eins", b"zwei", b"eins"]).tolist() == [eins, zwei, eins]
 
 
@@ -287,7 +293,7 @@ def hugging_face(config: DataConfig) -> DataConfig:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    """Puts a function in the place of Hugging Face's `load_dataset`."""
+    """Replaces Hugging Face's `load_dataset`."""
 
     def put(load_dataset: Callable[..., object]) -> None:
         module = types.ModuleType("datasets")
@@ -312,12 +318,12 @@ def test_hugging_face_is_streamed(hugging_face: DataConfig, library: Library) ->
         next(documents)
 
 
-class OfTheLibrary(Exception):
-    """The library raises what has nothing in common with anything."""
+class DatasetLibraryError(Exception):
+    """The library's exceptions share no base class."""
 
 
 ERRORS = [
-    OfTheLibrary("Dataset 'stories' doesn't exist on the Hub\nor cannot be accessed."),
+    DatasetLibraryError("Dataset 'stories' doesn't exist on the Hub\nor cannot be accessed."),
     ConnectionError("Couldn't reach the Hub"),
     ValueError("Unknown split 'train'. Should be one of ['test']."),
     ValueError("BuilderConfig 'eins' not found. Available: ['zwei']"),
@@ -330,7 +336,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 @pytest.mark.parametrize("streams_first", [False, True])
-def test_what_the_library_raises_is_one_line(
+def test_errors_of_the_library_are_one_line(
     hugging_face: DataConfig,
     library: Library,
     error: Exception,
@@ -361,13 +367,13 @@ def test_what_the_library_raises_is_one_line(
     assert "\n" not in message
 
 
-def test_rows_that_are_no_records_are_named(hugging_face: DataConfig, library: Library) -> None:
+def test_rows_that_are_not_records_are_named(hugging_face: DataConfig, library: Library) -> None:
     library(lambda *args, **kwargs: {"train": [], "test": []})
     with pytest.raises(DataError, match=r"row 0: no text in field .*, only str"):
         next(text_documents(hugging_face))
 
 
-def test_hugging_face_without_the_extra_names_it(
+def test_hugging_face_without_its_extra_names_the_extra(
     hugging_face: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -22,14 +22,14 @@ PLAY = "".join(f"Speaker {i % 7}:\nLine {i}, grüße an die 世界.\n\n" for i i
 
 @pytest.fixture
 def play(config: DataConfig, tmp_path: Path) -> DataConfig:
-    """A corpus of one file, as the first that everybody trains on."""
+    """A corpus of a single file, like the Shakespeare of tutorials."""
     (tmp_path / "input.txt").write_text(PLAY)
     return dataclasses.replace(
         config, paths=(f"{tmp_path}/input.txt",), held_out_fraction=0.1, sequence_length=64
     )
 
 
-def test_the_split_is_stable_and_near_its_fraction() -> None:
+def test_the_split_is_stable_and_close_to_its_fraction() -> None:
     many = content_hashes(str(i).encode() for i in range(10_000))
     held_out = is_held_out(many, 0.2)
     assert abs(held_out.mean() - 0.2) < 0.02
@@ -71,7 +71,7 @@ def test_a_single_document_is_split_the_same_every_time(play: DataConfig) -> Non
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("text", [PLAY, PLAY.replace("\n", " "), "世" * 5000, "ü\n" * 3000])
-def test_documents_are_cut_near_the_fraction(text: str, fraction: float) -> None:
+def test_documents_are_cut_close_to_the_fraction(text: str, fraction: float) -> None:
     content = text.encode()
     (head, tail), held_out = split_texts([content], np.array([2**63], np.uint64), fraction)
     assert held_out.tolist() == [False, True]
@@ -80,7 +80,7 @@ def test_documents_are_cut_near_the_fraction(text: str, fraction: float) -> None
     assert fraction / 1.1 < len(tail) / len(content) < 1.3 * fraction
 
 
-def test_copies_are_cut_at_one_place() -> None:
+def test_copies_are_cut_at_the_same_place() -> None:
     contents = [PLAY.encode()] * 2 + [b"short. " * 50]
     texts, held_out = split_texts(contents, np.full(3, 2**63, np.uint64), 0.1)
     assert texts[:2] == texts[2:4]
@@ -93,15 +93,15 @@ def test_a_document_too_short_to_cut_stays_in_training() -> None:
     assert held_out.tolist() == [False, False, True]
 
 
-def test_nothing_is_cut_where_documents_can_be_split() -> None:
+def test_nothing_is_cut_if_documents_can_be_split() -> None:
     texts = [str(i).encode() * 100 for i in range(100)]
     assert split_texts(texts, content_hashes(texts), 0.1)[0] is texts
 
 
 @pytest.mark.parametrize(
-    ("fraction", "message"), [(1e-9, "leaves all of 2 doc"), (1 - 1e-12, "leaves nothing of 2 doc")]
+    ("fraction", "message"), [(1e-9, "leaves all of 2 doc"), (1 - 1e-12, "leaves none of 2 doc")]
 )
-def test_a_side_without_anything_is_refused(fraction: float, message: str) -> None:
+def test_an_empty_side_is_rejected(fraction: float, message: str) -> None:
     texts = [b"one" * 9, b"two" * 9]
     with pytest.raises(DataError, match=message):
         split_texts(texts, content_hashes(texts), fraction)
@@ -132,10 +132,10 @@ def test_the_end_of_tokens_is_held_out(play: DataConfig, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 60])
-def test_training_texts_are_the_training_side(count: int) -> None:
+def test_training_texts_match_the_training_split(count: int) -> None:
     texts = [f"{i} " * 50 for i in range(count)]
-    whole = [text.encode() for text in texts]
-    parts, held_out = split_texts(whole, content_hashes(whole), 0.1)
+    encoded = [text.encode() for text in texts]
+    parts, held_out = split_texts(encoded, content_hashes(encoded), 0.1)
     expected = [part.decode() for part, is_out in zip(parts, held_out, strict=True) if not is_out]
     assert list(training_texts(texts, 0.1)) == expected
     assert list(training_texts([], 0.1)) == []

@@ -1,4 +1,4 @@
-"""Documents of the long-context suite beside text."""
+"""Documents of the long-context suite mixed with text."""
 
 import dataclasses
 import itertools
@@ -29,9 +29,9 @@ def mixed(config: DataConfig, folder: Path, **changes: Any) -> DataConfig:
 
 
 def pieces(documents: Documents) -> list[str]:
-    """The documents of tasks and the pieces of text that documents are put together of."""
-    whole = [documents.read(i, 0, int(length)) for i, length in enumerate(documents.lengths)]
-    tokens = np.concatenate([np.append(document, END) for document in whole])
+    """Returns the documents of tasks and the pieces of text that documents are packed from."""
+    texts = [documents.read(i, 0, int(length)) for i, length in enumerate(documents.lengths)]
+    tokens = np.concatenate([np.append(document, END) for document in texts])
     parts = np.split(tokens, np.flatnonzero(tokens == END))
     return [TOKENIZER.decode(part[part != END]) for part in parts if (part != END).any()]
 
@@ -40,7 +40,7 @@ def is_task(text: str) -> bool:
     return bool(re.match("\\w:|.*magic number", text, re.S))
 
 
-def test_tasks_train_beside_their_share_of_text(config: DataConfig, text_folder: Path) -> None:
+def test_tasks_are_mixed_with_their_fraction_of_text(config: DataConfig, text_folder: Path) -> None:
     def load(**changes: Any) -> Corpus:
         return load_corpus(mixed(config, text_folder, **changes), TOKENIZER, vocab_size=264)
 
@@ -48,35 +48,35 @@ def test_tasks_train_beside_their_share_of_text(config: DataConfig, text_folder:
     without = [plain.read(i, 0, int(length)) for i, length in enumerate(plain.lengths)]
     for fraction in (0.05, 0.1):
         corpus = load(text_fraction=fraction)
-        found = pieces(corpus.train)
-        tasks = [text for text in found if is_task(text)]
-        texts = [text for text in found if not is_task(text)]
+        parts = pieces(corpus.train)
+        tasks = [text for text in parts if is_task(text)]
+        texts = [text for text in parts if not is_task(text)]
         assert len(tasks) == 60
         sizes = np.array([len(text.encode()) for text in tasks])
-        share = sum(len(text.encode()) for text in texts) / sum(len(t.encode()) for t in found)
+        share = sum(len(text.encode()) for text in texts) / sum(len(t.encode()) for t in parts)
         assert 0.5 * fraction < share <= fraction
         assert set(texts) < {TOKENIZER.decode(tokens) for tokens in without}
         assert sizes.min() < 64
         assert 128 < sizes.max() < 256
-        # Put together well: little more of them than their tokens fill.
+        # Packed well: hardly more documents than their tokens fill.
         assert set(corpus.train.lengths) == {255}
-        assert len(corpus.train.lengths) < 1.2 * sum(len(t.encode()) for t in found) / 256 + 1
+        assert len(corpus.train.lengths) < 1.2 * sum(len(t.encode()) for t in parts) / 256 + 1
 
 
 def test_no_document_of_a_task_is_cut(config: DataConfig, text_folder: Path) -> None:
     settings = mixed(config, text_folder)
     corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
-    wanted = {text for text in pieces(corpus.train) if is_task(text)}
+    expected = {text for text in pieces(corpus.train) if is_task(text)}
     batches = train_batches(corpus, settings, batch_size=len(corpus.train.lengths))
     seen = set()
     for inputs in next(batches).inputs:
         assert inputs[0] == END
         seen |= {TOKENIZER.decode(p[1:]) for p in np.split(inputs, np.flatnonzero(inputs == END))}
     batches.close()
-    assert wanted <= seen
+    assert expected <= seen
 
 
-def test_text_is_cut_to_pieces_of_a_sequence(config: DataConfig, tmp_path: Path) -> None:
+def test_text_is_cut_into_sequences(config: DataConfig, tmp_path: Path) -> None:
     long = "a long text. " * 100
     for name in range(20):
         (tmp_path / f"{name}.txt").write_text(f"{name} {long}")
@@ -100,7 +100,7 @@ def test_held_out_text_and_the_seed_of_documents(config: DataConfig, text_folder
     assert not set(hashes) & set(other.train.content_hashes)
 
 
-def test_tasks_are_not_written_to_evaluate(config: DataConfig, text_folder: Path) -> None:
+def test_no_tasks_are_generated_for_evaluation(config: DataConfig, text_folder: Path) -> None:
     def load(purpose: Purpose, **changes: Any) -> Corpus:
         settings = mixed(config, text_folder, **changes)
         return load_corpus(settings, TOKENIZER, vocab_size=264, purpose=purpose)
@@ -113,7 +113,7 @@ def test_tasks_are_not_written_to_evaluate(config: DataConfig, text_folder: Path
     np.testing.assert_array_equal(evaluated.train.content_hashes, plain.train.content_hashes)
 
 
-def test_answers_alone_count_where_the_context_has_no_weight(
+def test_only_answers_count_if_the_context_has_no_weight(
     config: DataConfig, text_folder: Path
 ) -> None:
     settings = mixed(config, text_folder, context_weight=0.0, tasks=("needle",))
@@ -125,7 +125,7 @@ def test_answers_alone_count_where_the_context_has_no_weight(
         for targets, weights in zip(batch.targets, batch.weights, strict=True):
             assert set(np.unique(weights)) <= {0.0, 1.0}
             ends = np.flatnonzero(targets == END)
-            for start, stop in itertools.pairwise(ends):  # of documents that are whole
+            for start, stop in itertools.pairwise(ends):  # complete documents
                 if stop == start + 1:
                     continue
                 document, counts = targets[start + 1 : stop], weights[start + 1 : stop] == 1
@@ -140,7 +140,7 @@ def test_answers_alone_count_where_the_context_has_no_weight(
     assert text > 0
 
 
-def test_the_first_steps_are_of_recall_alone(config: DataConfig, text_folder: Path) -> None:
+def test_the_first_steps_contain_only_recall(config: DataConfig, text_folder: Path) -> None:
     settings = mixed(config, text_folder, warm_up_steps=3)
     corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
     assert corpus.warm_up is not None
@@ -153,12 +153,12 @@ def test_the_first_steps_are_of_recall_alone(config: DataConfig, text_folder: Pa
     def take(settings: DataConfig, start_step: int, count: int) -> list[np.ndarray]:
         corpus = load_corpus(settings, TOKENIZER, vocab_size=264)
         batches = train_batches(corpus, settings, batch_size=2, start_step=start_step)
-        taken = [next(batches).inputs for _ in range(count)]
+        inputs = [next(batches).inputs for _ in range(count)]
         batches.close()
-        return taken
+        return inputs
 
-    whole = take(settings, 0, 6)
-    for inputs in whole[:3]:
+    full = take(settings, 0, 6)
+    for inputs in full[:3]:
         assert re.fullmatch(r"(\w\w\n)*", TOKENIZER.decode(inputs[inputs != END]))
-    assert ":" in TOKENIZER.decode(whole[3][whole[3] != END])
-    np.testing.assert_array_equal(whole[2:], take(settings, 2, 4))
+    assert ":" in TOKENIZER.decode(full[3][full[3] != END])
+    np.testing.assert_array_equal(full[2:], take(settings, 2, 4))

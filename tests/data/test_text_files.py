@@ -37,7 +37,7 @@ def read(path: Path, content: bytes | None = None, field: str = "text") -> list[
 @pytest.mark.parametrize("mark", [b"", BOM])
 @pytest.mark.parametrize("compression", COMPRESSORS)
 @pytest.mark.parametrize("upper", [False, True])
-def test_names_say_format_and_compression_in_any_case(
+def test_suffixes_of_any_case_determine_format_and_compression(
     tmp_path: Path, mark: bytes, compression: str, upper: bool
 ) -> None:
     compress = COMPRESSORS[compression]
@@ -51,9 +51,9 @@ def test_names_say_format_and_compression_in_any_case(
         assert read(path(suffix), compress(mark + b"\n" + LINES.replace(b"\n", b"\r\n\r\n"))) == [
             *("eins", "zwei ü")
         ]
-    whole = "one\r\ntwo ü".encode()
+    content = "one\r\ntwo ü".encode()
     for suffix in (".txt", ".py", ""):
-        assert read(path(suffix), compress(mark + whole)) == ["one\r\ntwo ü"]
+        assert read(path(suffix), compress(mark + content)) == ["one\r\ntwo ü"]
     # Files of several streams, as pigz, pbzip2, xz and pzstd write them.
     assert read(path(".jsonl"), compress(mark + LINES) + compress(mark + LINES)) == 2 * [
         *("eins", "zwei ü")
@@ -71,12 +71,12 @@ def test_json_may_be_one_array_or_one_record(
     assert read(tmp_path / "b.json", mark + record) == ["zwei ü"]
 
 
-def test_half_a_surrogate_pair_in_json_becomes_valid_text(tmp_path: Path) -> None:
+def test_a_lone_surrogate_in_json_becomes_valid_text(tmp_path: Path) -> None:
     content = rb'{"text": "a\ud800b\ud83d\ude00"}'
     assert read(tmp_path / "a.jsonl", content) == ["a\ufffdb\U0001f600"]
 
 
-def test_numbers_of_any_size_stand_beside_text(tmp_path: Path) -> None:
+def test_records_may_have_numbers_of_any_size(tmp_path: Path) -> None:
     numbers = [b"9" * 5000, b"-1" + b"0" * 5000, b"1e999", b"NaN", b"-Infinity"]
     content = b"\n".join(b'{"id": %s, "text": "x"}' % number for number in numbers)
     assert read(tmp_path / "a.jsonl", content) == ["x"] * 5
@@ -94,19 +94,19 @@ def test_numbers_of_any_size_stand_beside_text(tmp_path: Path) -> None:
         ("a.txt", b"abc\xffdef", "a.txt: not UTF-8 at byte offset 3$"),
         ("a.txt", BOM + b"abc\xff", "a.txt: not UTF-8 at byte offset 6$"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "not UTF-8 at byte offset 24$"),
-        ("a.txt", "text".encode("utf-16"), "byte offset 0; it begins as UTF-16 or UTF-32 does"),
-        ("a.txt", "text".encode("utf-32"), "byte offset 0; it begins as UTF-16 or UTF-32 does"),
-        ("a.jsonl", "{}".encode("utf-16"), "byte offset 0; it begins as UTF-16 or UTF-32 does"),
+        ("a.txt", "text".encode("utf-16"), "byte offset 0; it starts like UTF-16 or UTF-32"),
+        ("a.txt", "text".encode("utf-32"), "byte offset 0; it starts like UTF-16 or UTF-32"),
+        ("a.jsonl", "{}".encode("utf-16"), "byte offset 0; it starts like UTF-16 or UTF-32"),
         ("a.txt", "text".encode("utf-16-le"), "not text: a null byte at byte offset 1"),
         ("a.txt", "text".encode("utf-16-be"), "not text: a null byte at byte offset 0"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "line 1 .*: not JSON"),
-        ("a.txt", gzip.compress(b"x", mtime=0), "it begins as gzip does"),
-        ("a.jsonl", lzma.compress(b"x"), "it begins as xz does"),
-        ("a.txt", bz2.compress(b"x" * 99), "it begins as bzip2 does"),
-        ("a.json", COMPRESSORS[".zst"](b"x"), "it begins as zstd does"),
-        ("a.gz", gzip.compress(gzip.compress(b"x", mtime=0), mtime=0), "it begins as gzip does"),
-        ("a.png", b"\x89PNG\r\n\x1a\n", "it begins as PNG does"),
-        ("a.jpg", b"\xff\xd8\xff\xe0", "it begins as JPEG does"),
+        ("a.txt", gzip.compress(b"x", mtime=0), "it starts like gzip"),
+        ("a.jsonl", lzma.compress(b"x"), "it starts like xz"),
+        ("a.txt", bz2.compress(b"x" * 99), "it starts like bzip2"),
+        ("a.json", COMPRESSORS[".zst"](b"x"), "it starts like zstd"),
+        ("a.gz", gzip.compress(gzip.compress(b"x", mtime=0), mtime=0), "it starts like gzip"),
+        ("a.png", b"\x89PNG\r\n\x1a\n", "it starts like PNG"),
+        ("a.jpg", b"\xff\xd8\xff\xe0", "it starts like JPEG"),
         ("a.zip", b"PK\x03\x04\x14\x00\x00\x00", "not text: a null byte at byte offset 5"),
         ("a.csv", b"id,text\n1,x\n", "a.csv: tables are read from Parquet and JSON lines"),
         ("a.TSV.gz", gzip.compress(b"x", mtime=0), "tables are read from Parquet and JSON lines"),
@@ -134,7 +134,7 @@ def test_numbers_of_any_size_stand_beside_text(tmp_path: Path) -> None:
         ("a.PARQUET.gz", gzip.compress(b"PAR1", mtime=0), "Parquet is compressed inside"),
     ],
 )
-def test_bad_text_names_file_and_place(
+def test_invalid_text_names_file_and_position(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -143,9 +143,7 @@ def test_bad_text_names_file_and_place(
 
 @pytest.mark.parametrize("compression", [suffix for suffix in COMPRESSORS if suffix])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_compressed_file_that_ends_early_is_named(
-    tmp_path: Path, compression: str, name: str
-) -> None:
+def test_a_truncated_compressed_file_is_named(tmp_path: Path, compression: str, name: str) -> None:
     noise = np.random.default_rng(0).bytes(9_999).hex()
     content = COMPRESSORS[compression](json.dumps({"text": noise}).encode())
     path = tmp_path / (name + compression)
@@ -156,10 +154,10 @@ def test_a_compressed_file_that_ends_early_is_named(
 
 def test_a_misnamed_npy_and_parquet_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(9))
-    with pytest.raises(DataError, match=r"a\.npy: not UTF-8 .* begins as NumPy's \.npy does"):
+    with pytest.raises(DataError, match=r"a\.npy: not UTF-8 .* starts like NumPy's \.npy"):
         read(tmp_path / "a.npy")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 99]}), tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"a\.txt: not (UTF-8 .* begins as Parquet does|text)"):
+    with pytest.raises(DataError, match=r"a\.txt: not (UTF-8 .* starts like Parquet|text)"):
         read(tmp_path / "a.txt")
 
 
@@ -201,9 +199,7 @@ def test_parquet_rows_are_documents(tmp_path: Path, column: Any) -> None:
         ([None], "null"),
     ],
 )
-def test_a_parquet_column_that_holds_no_strings_is_named(
-    tmp_path: Path, column: list, kind: str
-) -> None:
+def test_a_parquet_column_without_strings_is_named(tmp_path: Path, column: list, kind: str) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=f"column data.text_field='text' holds {kind}"):
         read(tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""Tokens of text are made once and kept."""
+"""Text is tokenized once, and the tokens are cached."""
 
 import dataclasses
 import errno
@@ -56,7 +56,7 @@ def bpe(text_folder: Path, tmp_path: Path) -> Tokenizer:
 
 
 def damages(path: Path) -> dict[str, Callable[[], object]]:
-    """Ways to spoil a file of cached tokens."""
+    """Returns ways to damage a file of cached tokens."""
     with np.load(path) as cached:
         arrays = dict(cached)
     content = path.read_bytes()
@@ -78,9 +78,7 @@ def damages(path: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def test_a_damaged_cache_is_only_a_warning(
-    config: DataConfig, bpe: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_damaged_cache_only_warns(config: DataConfig, bpe: Tokenizer, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     expected = contents(load_corpus(config, bpe, vocab_size=300, cache_dir=cache).train)
     (path,) = cache.iterdir()
@@ -95,7 +93,7 @@ def test_a_damaged_cache_is_only_a_warning(
     assert not any("again" in message for message in messages), "it was written anew"
 
 
-def test_a_cache_that_cannot_be_written_is_only_a_warning(
+def test_a_cache_that_cannot_be_written_only_warns(
     config: DataConfig,
     bpe: Tokenizer,
     tmp_path: Path,
@@ -104,7 +102,7 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(
     (tmp_path / "file").touch()
     with logged() as messages:
         load_corpus(config, bpe, vocab_size=300, cache_dir=tmp_path / "file")
-    assert any("tokens are not kept for the next run: " in message for message in messages)
+    assert any("tokens are not cached for the next run: " in message for message in messages)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -116,7 +114,7 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_user_without_a_home_has_no_cache(
+def test_without_a_home_folder_there_is_no_cache(
     config: DataConfig, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def home() -> Path:

@@ -26,7 +26,7 @@ def write_raw(path: Path, tokens: Sequence[int], dtype: str = "uint16") -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_raw_and_real_npy_files_hold_the_same_documents(tmp_path: Path, dtype: str) -> None:
+def test_raw_and_npy_files_have_the_same_documents(tmp_path: Path, dtype: str) -> None:
     tokens = [1, 2, END, END, 3, END, 4, 5]
     raw = write_raw(tmp_path / "a.npy", tokens, dtype)
     real = tmp_path / "b.npy"
@@ -39,7 +39,7 @@ def test_raw_and_real_npy_files_hold_the_same_documents(tmp_path: Path, dtype: s
     assert documents.read(4, 0, 1).tolist() == [3]
 
 
-def test_documents_cross_the_chunks_of_the_scan(
+def test_documents_may_cross_chunks_of_the_scan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_raw(tmp_path / "a.npy", [1, 2, 3, 4, 5, END, 6, END])
@@ -50,7 +50,7 @@ def test_documents_cross_the_chunks_of_the_scan(
         MemmapDocuments([path], "uint16", 2, vocab_size=5)
 
 
-def test_a_document_hashes_alike_in_both_types(tmp_path: Path) -> None:
+def test_a_document_has_the_same_hash_in_both_dtypes(tmp_path: Path) -> None:
     small = write_raw(tmp_path / "a.npy", [1, 2, END], "uint16")
     large = write_raw(tmp_path / "b.npy", [1, 2, END], "uint32")
     hashes = [
@@ -62,8 +62,8 @@ def test_a_document_hashes_alike_in_both_types(tmp_path: Path) -> None:
 
 def test_pickling_leaves_the_tokens_on_disk(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "a.npy", [*range(8), END] * 10_000)
-    whole = MemmapDocuments([path], "uint16", END, vocab_size=10)
-    documents = DocumentSubset(whole, np.arange(2))
+    full = MemmapDocuments([path], "uint16", END, vocab_size=10)
+    documents = DocumentSubset(full, np.arange(2))
     before = contents(documents)
     assert contents(pickle.loads(pickle.dumps(documents))) == before
     num_bytes = len(pickle.dumps(documents))
@@ -80,7 +80,7 @@ def test_pickling_leaves_the_tokens_on_disk(tmp_path: Path) -> None:
         (b"\x93NUMPY", "a.npy: cannot be read"),
     ],
 )
-def test_a_bad_token_file_names_file_and_offset(
+def test_an_invalid_token_file_names_file_and_offset(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "a.npy").write_bytes(content)
@@ -88,7 +88,7 @@ def test_a_bad_token_file_names_file_and_offset(
         MemmapDocuments([tmp_path / "a.npy"], "uint16", END, vocab_size=10)
 
 
-def test_a_real_npy_counts_its_header_in_offsets(tmp_path: Path) -> None:
+def test_offsets_in_an_npy_file_include_its_header(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     np.save(path, np.array([1, END, 12], np.uint16))
     offset = path.stat().st_size - 2
@@ -100,14 +100,14 @@ def test_a_real_npy_counts_its_header_in_offsets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [np.ones(4, np.int64), np.ones((2, 2), np.uint16)])
-def test_a_real_npy_of_another_type_is_named(tmp_path: Path, tokens: np.ndarray) -> None:
+def test_an_npy_file_of_another_dtype_is_named(tmp_path: Path, tokens: np.ndarray) -> None:
     np.save(tmp_path / "a.npy", tokens)
     with pytest.raises(DataError, match=f"a.npy: holds {tokens.dtype} of shape"):
         MemmapDocuments([tmp_path / "a.npy"], "uint16", END, vocab_size=10)
 
 
 def tokens_like_text(vocab_size: int, end: int, count: int = 6_000) -> np.ndarray:
-    """Few ids often and many seldom, as in text, and documents of some 300 tokens."""
+    """Returns tokens with the skewed frequencies of text, in documents of about 300 tokens."""
     rng = np.random.default_rng(vocab_size)
     tokens = np.minimum(rng.zipf(1.2, count), vocab_size) - 1
     return np.where(rng.random(count) < 1 / 300, end, tokens)
@@ -125,7 +125,7 @@ NAMES = {
 @pytest.mark.parametrize("vocab_size", [257, 2_000, 50_304, 65_536, 128_256])
 @pytest.mark.parametrize("is_last", [False, True])
 @pytest.mark.parametrize("declared", ["uint16", "uint32"])
-def test_tokens_of_another_type_are_not_read_as_noise(
+def test_tokens_of_another_dtype_are_detected(
     tmp_path: Path, vocab_size: int, is_last: bool, declared: Literal["uint16", "uint32"]
 ) -> None:
     end = vocab_size - 1 if is_last else 0
@@ -155,7 +155,7 @@ def test_tokens_of_another_type_are_not_read_as_noise(
     ],
 )
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_tokens_of_the_right_type_are_read_however_odd(
+def test_unusual_tokens_of_the_right_dtype_are_accepted(
     tmp_path: Path, tokens: list[int], dtype: str
 ) -> None:
     end = END if END in tokens else 0
@@ -165,9 +165,9 @@ def test_tokens_of_the_right_type_are_read_however_odd(
 
 
 @pytest.mark.parametrize("kind", [">u2", "<u8", ">i4", "<f4"])
-def test_a_header_of_another_type_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_header_with_another_dtype_is_named(tmp_path: Path, kind: str) -> None:
     np.save(tmp_path / "a.npy", np.array([1, END], kind))
-    with pytest.raises(DataError, match=r"a\.npy: holds .* of shape \(2,\), not a row of data"):
+    with pytest.raises(DataError, match=r"a\.npy: holds .* of shape \(2,\), not a non-empty 1-D"):
         MemmapDocuments([tmp_path / "a.npy"], "uint16", END, vocab_size=10)
 
 
@@ -180,18 +180,18 @@ def test_a_header_of_another_type_is_named(tmp_path: Path, kind: str) -> None:
         ("zip", b"PK\x03\x04" * 9),
     ],
 )
-def test_a_file_of_another_format_is_no_token_file(
+def test_a_file_of_another_format_is_not_a_token_file(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     (tmp_path / "a.bin").write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.bin: begins as {name} does; token files are raw"):
+    with pytest.raises(DataError, match=rf"a\.bin: starts like {name}; token files are raw"):
         MemmapDocuments([tmp_path / "a.bin"], "uint16", END, vocab_size=65_536)
 
 
 @pytest.mark.parametrize(
     "header", [b"{'descr'", b"\x01\x00\xff\xff", b"\x01\x00v\x00{" + b"(" * 117]
 )
-def test_a_damaged_header_is_one_line(tmp_path: Path, header: bytes) -> None:
+def test_a_damaged_header_is_a_one_line_error(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(b"\x93NUMPY" + header)
     with pytest.raises(DataError, match=r"a\.npy: cannot be read: "):
         MemmapDocuments([tmp_path / "a.npy"], "uint16", END, vocab_size=10)
@@ -213,5 +213,5 @@ def test_a_corpus_of_token_files_needs_no_tokenizer(config: DataConfig, tmp_path
     both = contents(corpus.train) + contents(corpus.held_out)
     assert sorted(both) == sorted(document[:-1] for document in tokens)
     assert corpus.held_out_bytes is None
-    with pytest.raises(DataError, match="without a tokenizer have no text"):
+    with pytest.raises(DataError, match="cannot decode tokens without a tokenizer"):
         corpus.held_out_text()

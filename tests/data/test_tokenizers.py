@@ -15,7 +15,7 @@ from umv2.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train
 
 TEXTS = ["the cat sat on the mat. ", "grüße an die 世界! ", "def main() -> None:\n    pass\n"] * 20
 UNSEEN = "Ünseen\ttext 🎉 with  spaces\nand <|endoftext|> </s> spelled out"
-# Text without what UTF-8 cannot hold.
+# Text without surrogates, which UTF-8 cannot encode.
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -45,7 +45,7 @@ def sentencepiece_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def metaspace_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama's way in a `tokenizers` file: spaces as U+2581, bytes as <0xFF>."""
+    """A `tokenizers` file in Llama's style: spaces as U+2581, bytes as <0xFF>."""
     pieces = ["</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "ü", "▁a"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = tokenizers.Tokenizer(
@@ -84,7 +84,7 @@ def test_text_round_trips_and_its_bytes_are_counted(tokenizer: Tokenizer, text: 
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode("utf-8"))
 
 
-def test_end_of_text_stands_for_no_bytes_and_decodes_to_nothing(tokenizer: Tokenizer) -> None:
+def test_end_of_text_counts_no_bytes_and_decodes_to_nothing(tokenizer: Tokenizer) -> None:
     sizes = tokenizer.token_bytes()
     assert sizes.dtype == np.int32 and sizes.shape == (tokenizer.vocab_size,)
     assert sizes[tokenizer.end_of_text_id] == 0
@@ -92,13 +92,13 @@ def test_end_of_text_stands_for_no_bytes_and_decodes_to_nothing(tokenizer: Token
     assert tokenizer.decode(ids) == "ab"
 
 
-def test_ids_that_only_the_model_has_decode_to_nothing(tokenizer: Tokenizer) -> None:
+def test_ids_beyond_the_tokenizer_decode_to_nothing(tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode("ab").tolist(), tokenizer.vocab_size, tokenizer.vocab_size + 100]
     assert tokenizer.decode(ids) == "ab"
 
 
 @given(ANY_TEXT)
-def test_any_text_is_counted_in_bytes_by_a_byte_level_bpe(bpe_path: Path, text: str) -> None:
+def test_a_byte_level_bpe_counts_the_bytes_of_any_text(bpe_path: Path, text: str) -> None:
     tokenizer = load_tokenizer(str(bpe_path))
     assert tokenizer is not None
     ids = tokenizer.encode(text)
@@ -108,7 +108,7 @@ def test_any_text_is_counted_in_bytes_by_a_byte_level_bpe(bpe_path: Path, text: 
 
 @pytest.fixture
 def with_added_tokens(bpe_path: Path, tmp_path: Path) -> Tokenizer:
-    """Some that the vocabulary has: as whole words, and as the piece of a lone byte."""
+    """Added tokens that are in the vocabulary: complete words, and the piece of a single byte."""
     library = tokenizers.Tokenizer.from_file(str(bpe_path))
     library.add_tokens(["世界", "née", " ", "\n\n", "ĠĠx", "ü", "é", "the", "Ġthe"])
     library.add_special_tokens(["<|spé|>"])
@@ -126,13 +126,13 @@ def with_added_tokens(bpe_path: Path, tmp_path: Path) -> Tokenizer:
         *(UNSEEN, *TEXTS[:3]),
     ],
 )
-def test_added_tokens_come_out_as_they_are(with_added_tokens: Tokenizer, text: str) -> None:
+def test_added_tokens_decode_to_themselves(with_added_tokens: Tokenizer, text: str) -> None:
     ids = with_added_tokens.encode(text)
     assert with_added_tokens.decode(ids) == text
     assert with_added_tokens.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_a_byte_that_has_a_name_is_still_a_byte(with_added_tokens: Tokenizer) -> None:
+def test_a_byte_that_is_also_an_added_token_is_still_a_byte(with_added_tokens: Tokenizer) -> None:
     text = "額 and é"  # the first begins with the byte that the vocabulary writes as é
     assert with_added_tokens.decode(with_added_tokens.encode(text)) == text
     lone = with_added_tokens.encode("é")
@@ -149,7 +149,7 @@ def test_special_tokens_decode_to_nothing(with_added_tokens: Tokenizer, tmp_path
 
 
 @given(st.lists(st.integers(0, 299), max_size=12))
-def test_any_ids_decode_as_the_library_decodes_them(bpe_path: Path, ids: list[int]) -> None:
+def test_any_ids_decode_as_in_the_library(bpe_path: Path, ids: list[int]) -> None:
     tokenizer = load_tokenizer(str(bpe_path))
     assert tokenizer is not None
     library = tokenizers.Tokenizer.from_file(str(bpe_path))
@@ -163,7 +163,7 @@ def test_bytes_are_their_own_ids() -> None:
     assert tokenizer.decode([97, 195, 256]) == "a\ufffd"
 
 
-def test_a_trained_bpe_merges_and_knows_every_byte(bpe_path: Path) -> None:
+def test_a_trained_bpe_has_merges_and_every_byte(bpe_path: Path) -> None:
     tokenizer = load_tokenizer(str(bpe_path))
     assert tokenizer is not None
     assert tokenizer.vocab_size == 300 and tokenizer.end_of_text_id == 0
@@ -173,18 +173,18 @@ def test_a_trained_bpe_merges_and_knows_every_byte(bpe_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [-1, 256, 2**31, 2**70])
-def test_a_bpe_needs_room_for_the_bytes(tmp_path: Path, vocab_size: int) -> None:
+def test_a_bpe_vocabulary_must_hold_all_bytes(tmp_path: Path, vocab_size: int) -> None:
     with pytest.raises(DataError, match=f"vocab_size={vocab_size}: a byte-level BPE needs at leas"):
         train_bpe(TEXTS, vocab_size, tmp_path / "tokenizer.json")
 
 
 def test_a_tokenizer_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(files.FileError, match=r"file: cannot be made a folder"):
+    with pytest.raises(files.FileError, match=r"file: cannot be created"):
         train_bpe(TEXTS, 300, tmp_path / "file" / "tokenizer.json")
 
 
-def test_an_error_in_the_text_ends_training(tmp_path: Path) -> None:
+def test_an_error_in_the_text_stops_training(tmp_path: Path) -> None:
     def texts() -> Iterator[str]:
         yield "one"
         raise DataError("a.txt: not UTF-8")
@@ -194,7 +194,7 @@ def test_an_error_in_the_text_ends_training(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_of_any_case_and_of_the_home_folder_is_found(
+def test_a_tokenizer_path_may_have_any_case_and_start_at_the_home_folder(
     bpe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -205,7 +205,7 @@ def test_a_tokenizer_of_any_case_and_of_the_home_folder_is_found(
         load_tokenizer("gs://bucket/tokenizer.json")
 
 
-def test_fingerprints_tell_tokenizers_apart(bpe_path: Path, metaspace_path: Path) -> None:
+def test_fingerprints_distinguish_tokenizers(bpe_path: Path, metaspace_path: Path) -> None:
     names = ["bytes", str(bpe_path), str(metaspace_path)]
     first, second = ([load_tokenizer(name) for name in names] for _ in range(2))
     prints = [tokenizer.fingerprint for tokenizer in first if tokenizer]
@@ -213,7 +213,7 @@ def test_fingerprints_tell_tokenizers_apart(bpe_path: Path, metaspace_path: Path
     assert len(set(prints)) == 3
 
 
-def test_a_fingerprint_is_of_the_content_and_the_end_of_text(
+def test_a_fingerprint_depends_on_content_and_end_of_text(
     bpe_path: Path, sentencepiece_path: Path, tmp_path: Path
 ) -> None:
     def fingerprint(path: Path, end_of_text_id: int) -> str:
@@ -228,7 +228,7 @@ def test_a_fingerprint_is_of_the_content_and_the_end_of_text(
         assert fingerprint(path, 7) != fingerprint(path, -1)
 
 
-def test_end_of_text_can_be_given(bpe_path: Path, sentencepiece_path: Path) -> None:
+def test_end_of_text_can_be_configured(bpe_path: Path, sentencepiece_path: Path) -> None:
     for path in (bpe_path, sentencepiece_path):
         tokenizer = load_tokenizer(str(path), end_of_text_id=7)
         assert tokenizer is not None and tokenizer.end_of_text_id == 7
@@ -238,7 +238,7 @@ def test_end_of_text_can_be_given(bpe_path: Path, sentencepiece_path: Path) -> N
         load_tokenizer("bytes", end_of_text_id=0)
 
 
-def test_none_is_no_tokenizer() -> None:
+def test_none_means_no_tokenizer() -> None:
     assert load_tokenizer("none") is None
 
 
@@ -252,7 +252,7 @@ def test_none_is_no_tokenizer() -> None:
         ("bad.model", "hello", "bad.model: not a SentencePiece model"),
     ],
 )
-def test_a_bad_tokenizer_file_is_named(
+def test_an_invalid_tokenizer_file_is_named(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:
@@ -271,10 +271,10 @@ def test_a_tokenizer_without_end_of_text_asks_for_one(bpe_path: Path, tmp_path: 
         load_tokenizer(str(path))
 
 
-def test_a_decoder_that_hides_its_bytes_is_refused(bpe_path: Path, tmp_path: Path) -> None:
+def test_a_decoder_that_hides_its_bytes_is_rejected(bpe_path: Path, tmp_path: Path) -> None:
     content = json.loads(bpe_path.read_text())
     content["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"'WordPiece'.*only ByteLevel, Metaspace"):
+    with pytest.raises(DataError, match=r"'WordPiece'.*must be ByteLevel, Metaspace"):
         load_tokenizer(str(path))

@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness: its arithmetic here, the harness itself where installed."""
+"""The lm-evaluation-harness adapter: its arithmetic, and the harness itself if installed."""
 
 import dataclasses
 import functools
@@ -32,27 +32,27 @@ FILL = 256
 
 @functools.cache
 def small() -> tuple[ModelConfig, Weights]:
-    """A model whose predictions vary."""
+    """A model whose predictions vary with the token."""
     config = tiny_run.tiny_config("unused").model
     return config, drawn_weights(config, embedding=10)
 
 
 @functools.cache
 def scorer() -> Scorer:
-    """The same, dividing its work over 8 devices."""
+    """A scorer of the same model, sharded over 8 devices."""
     config, weights = small()
     mesh = meshes.create(replica=8)
     return Scorer(config, meshes.replicate(weights, mesh), mesh)
 
 
 def forward(tokens: Any) -> jax.Array:
-    """Logits of the same, on one device."""
+    """Returns the logits of the same model on one device."""
     config, weights = small()
     return weights.model(config)(tokens, store=weights.store).logits
 
 
 def by_hand(context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One sequence, without padding or batch."""
+    """Scores one sequence without padding or batching."""
     tokens = np.array([[*context, *continuation]], np.int32)
     logits = jax.jit(forward)(tokens[:, :-1])
     chances = np.asarray(jax.nn.log_softmax(logits, axis=-1))[0, len(context) - 1 :]
@@ -73,33 +73,33 @@ def greedy(context: list[int], count: int) -> list[int]:
     return ids[len(context) :]
 
 
-def test_log_likelihoods_are_those_of_one_sequence_alone_in_the_order_of_the_requests() -> None:
+def test_log_likelihoods_match_single_sequences_in_the_order_of_requests() -> None:
     rng = np.random.default_rng(0)
     pairs = [
         (rng.integers(0, 256, size=a).tolist(), rng.integers(0, 256, size=b).tolist())
         for a, b in [(3, 1), (40, 9), (1, 30), (7, 7), (12, 3)]
     ]
     pairs.append((pairs[0][0], greedy(pairs[0][0], 3)))
-    wanted = [by_hand(*pair) for pair in pairs]
-    assert [flag for _, flag in wanted] == [False] * 5 + [True]
+    expected = [by_hand(*pair) for pair in pairs]
+    assert [flag for _, flag in expected] == [False] * 5 + [True]
     for settings in ({}, {"batch_size": 16}):
         got = ask(pairs, **settings)
-        assert [flag for _, flag in got] == [flag for _, flag in wanted]
+        assert [flag for _, flag in got] == [flag for _, flag in expected]
         np.testing.assert_allclose(
-            [x for x, _ in got], [x for x, _ in wanted], rtol=1e-5, atol=1e-5
+            [x for x, _ in got], [x for x, _ in expected], rtol=1e-5, atol=1e-5
         )
 
 
-def test_what_does_not_fit_is_cut_from_the_left() -> None:
+def test_long_requests_are_truncated_from_the_left() -> None:
     rng = np.random.default_rng(1)
     context, continuation = rng.integers(0, 256, size=50).tolist(), [3, 4]
     # The model reads 16 tokens: all but the last of 17.
-    wanted = by_hand(context[-15:], continuation)
-    whole = by_hand(context, continuation)
-    assert abs(wanted[0] - whole[0]) > 1e-3
+    expected = by_hand(context[-15:], continuation)
+    full = by_hand(context, continuation)
+    assert abs(expected[0] - full[0]) > 1e-3
     (got,) = ask([(context, continuation)], max_length=16)
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
-    # Of a continuation that is longer still, what has no token before it is not answered.
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    # In a still longer continuation, tokens without a preceding token are not scored.
     (got,) = ask([([1], context)], max_length=16)
     np.testing.assert_allclose(got[0], by_hand(context[-17:-16], context[-16:])[0], rtol=1e-5)
 
@@ -116,7 +116,7 @@ def test_rolling_windows_predict_every_token_once(count: int) -> None:
     assert [token for _, continuation in windows for token in continuation] == tokens
     assert windows[0][0] == [FILL]
     for context, continuation in windows[1:]:
-        # As long as the model reads, and what stands before is what stood before.
+        # As long as the model allows, with the original tokens before them.
         assert len(context) + len(continuation) == 9
         start = tokens.index(continuation[0])
         assert list(context) == tokens[start - len(context) : start]
@@ -153,7 +153,7 @@ def settings_of(**given: Any) -> downstream.GenerationSettings:
         ({"temperature": 1, "top_k": None, "top_p": None}, {"temperature": 1.0}),
         ({"temperature": 1, "top_p": 1}, {"temperature": 1.0}),
         ({"temperature": 1, "top_p": "0.9"}, {"temperature": 1.0, "top_p": 0.9}),
-        # Nothing is left but the likeliest.
+        # Only the most likely token is left.
         ({"temperature": 1, "top_p": 0}, {}),
         ({"temperature": 1, "min_p": 0.0, "typical_p": 1.0}, {"temperature": 1.0}),
         ({"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": "1.0"}, {}),
@@ -161,7 +161,7 @@ def settings_of(**given: Any) -> downstream.GenerationSettings:
         ({"no_repeat_ngram_size": 0, "min_length": None, "guidance_scale": None}, {}),
     ],
 )
-def test_settings_of_a_task_mean_what_they_do_to_transformers(
+def test_generation_settings_have_the_semantics_of_transformers(
     given: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     settings = settings_of(**given)
@@ -183,9 +183,7 @@ def test_settings_of_a_task_mean_what_they_do_to_transformers(
         ({"max_new_tokens": 9, "max_gen_toks": 24}, 24),
     ],
 )
-def test_the_limit_of_new_tokens_has_the_names_of_the_harness(
-    given: dict[str, Any], count: int
-) -> None:
+def test_the_limit_of_new_tokens_has_the_harness_names(given: dict[str, Any], count: int) -> None:
     assert settings_of(**given).max_new_tokens == count
 
 
@@ -193,7 +191,7 @@ def test_the_limit_of_new_tokens_has_the_names_of_the_harness(
     ("until", "stop"),
     [("a", ("a",)), (["a", "", "b"], ("a", "b")), (None, ()), ([], ()), ("", ()), (("a",), ("a",))],
 )
-def test_texts_end_at_every_stop_string_that_is_one(until: Any, stop: tuple[str, ...]) -> None:
+def test_texts_end_at_every_valid_stop_string(until: Any, stop: tuple[str, ...]) -> None:
     assert settings_of(until=until).stop == stop
 
 
@@ -212,24 +210,24 @@ def test_texts_end_at_every_stop_string_that_is_one(until: Any, stop: tuple[str,
         ({"do_sample": "yes"}, "do_sample='yes': must be true or false"),
         ({"do_sample": 1}, "do_sample=1: must be true or false"),
         ({"do_sample": []}, r"do_sample=\[\]: must be true or false"),
-        ({"temperature": 1, "top_k": -1}, "top_k=-1: must be a whole number >= 0"),
-        ({"temperature": 1, "top_k": 2.5}, "top_k=2.5: must be a whole number >= 0"),
-        ({"temperature": 1, "top_k": "all"}, "top_k='all': must be a whole number >= 0"),
-        ({"temperature": 1, "top_k": float("inf")}, "top_k=inf: must be a whole number"),
+        ({"temperature": 1, "top_k": -1}, "top_k=-1: must be an integer >= 0"),
+        ({"temperature": 1, "top_k": 2.5}, "top_k=2.5: must be an integer >= 0"),
+        ({"temperature": 1, "top_k": "all"}, "top_k='all': must be an integer >= 0"),
+        ({"temperature": 1, "top_k": float("inf")}, "top_k=inf: must be an integer"),
         ({"temperature": 1, "top_p": 1.5}, "top_p=1.5: must be a finite number >= 0 and <= 1"),
         ({"temperature": 1, "top_p": -0.1}, "top_p=-0.1: must be"),
         ({"temperature": 1, "top_p": {}}, r"top_p=\{\}: must be"),
-        ({"temperature": 1, "min_p": 0.1}, "min_p=0.1: not supported but for 0"),
-        ({"temperature": 1, "typical_p": 0.9}, "typical_p=0.9: not supported but for 1"),
-        ({"num_beams": 4}, "num_beams=4: not supported but for 1"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: not supported but for 1"),
-        ({"early_stopping": "never"}, "early_stopping='never': not supported but for False"),
+        ({"temperature": 1, "min_p": 0.1}, "min_p=0.1: not supported; only 0,"),
+        ({"temperature": 1, "typical_p": 0.9}, "typical_p=0.9: not supported; only 1,"),
+        ({"num_beams": 4}, "num_beams=4: not supported; only 1,"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: not supported; only 1,"),
+        ({"early_stopping": "never"}, "early_stopping='never': not supported; only False,"),
         ({"no_repeat_ngram_size": [3]}, "no_repeat_ngram_size="),
         ({"temprature": 0.7}, r"temprature=0.7: unknown setting \(nearest: temperature\)"),
         ({"bad_words_ids": [[1]]}, "bad_words_ids=.*: unknown setting"),
-        ({"max_gen_toks": 0}, "max_gen_toks=0: must be a whole number >= 1"),
-        ({"max_new_tokens": -5}, "max_new_tokens=-5: must be a whole number >= 1"),
-        ({"max_gen_toks": True}, "max_gen_toks=True: must be a whole number >= 1"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0: must be an integer >= 1"),
+        ({"max_new_tokens": -5}, "max_new_tokens=-5: must be an integer >= 1"),
+        ({"max_gen_toks": True}, "max_gen_toks=True: must be an integer >= 1"),
         ({"max_gen_toks": 300}, "max_gen_toks=300: must be less than the 300 tokens"),
         ({"max_gen_toks": 10**30}, "max_gen_toks=10+: must be less than the 300 tokens"),
         ({"max_length": 64}, "max_length=64: depends on the prompt's length; set max_gen_toks"),
@@ -238,13 +236,13 @@ def test_texts_end_at_every_stop_string_that_is_one(until: Any, stop: tuple[str,
         ({"until": {"a": 1}}, "until=.*: must be a string or a list of strings"),
     ],
 )
-def test_settings_that_cannot_be_kept_are_one_line(given: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_a_one_line_error(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=rf"^task 'x': generation_kwargs\.{message}") as caught:
         settings_of(**given)
     assert "\n" not in str(caught.value)
 
 
-def test_a_default_limit_that_the_model_cannot_read_is_said_to_be_one() -> None:
+def test_a_default_limit_that_is_too_long_is_reported_as_the_default() -> None:
     with pytest.raises(UserError, match="max_gen_toks=256: the default must be less than the 64"):
         downstream.GenerationSettings.of_task({}, task=None, vocab_size=257, max_length=64)
 
@@ -260,37 +258,37 @@ def request(text: str, task: str = "x", **given: Any) -> downstream.GenerationRe
     return downstream.GenerationRequest(task, tuple(text.encode()), settings)
 
 
-def test_samples_of_a_prompt_differ_and_do_not_depend_on_batches_order_and_company() -> None:
+def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_rest_of_the_batch() -> None:
     sixteen = [request("2 + 2 =")] * 16
-    alone = downstream.continuations(generator(), sixteen, batch_size=16)
-    assert len(set(alone)) == 16
-    assert downstream.continuations(generator(), sixteen, batch_size=4) == alone
-    # Among requests that are longer, of other settings and of other tasks, which are sorted.
+    alone_batch = downstream.continuations(generator(), sixteen, batch_size=16)
+    assert len(set(alone_batch)) == 16
+    assert downstream.continuations(generator(), sixteen, batch_size=4) == alone_batch
+    # Mixed with longer requests, other settings and other tasks, which are sorted.
     others = [request("longer than the other"), request("2 + 2 =", temperature=10)]
     others += [request("2 + 2 =", task="y")]
-    among = downstream.continuations(generator(), [*others, *sixteen[:5]], batch_size=4)
-    assert among[-5:] == alone[:5]
-    assert among[2] == alone[0]  # the same question, in whichever task
+    mixed_batch = downstream.continuations(generator(), [*others, *sixteen[:5]], batch_size=4)
+    assert mixed_batch[-5:] == alone_batch[:5]
+    assert mixed_batch[2] == alone_batch[0]  # the same question, in any task
     assert downstream.continuations(generator(), [], batch_size=4) == []
 
 
 # --- reports ---
 
 
-def test_a_report_lines_its_figures_up() -> None:
+def test_report_figures_are_aligned() -> None:
     results = {
         "results": {"one": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "one"}},
         "n-samples": {"one": {"original": 9, "effective": 4}},
         "versions": {"lm_eval": "0"},
     }
-    found = downstream.DownstreamReport(step=7, results=results)
-    assert found.rows() == [("one", "acc", 0.5, 0.1, 4)]
-    heading, names, row = found.table().splitlines()
+    report = downstream.DownstreamReport(step=7, results=results)
+    assert report.rows() == [("one", "acc", 0.5, 0.1, 4)]
+    heading, names, row = report.table().splitlines()
     assert "step 7" in heading
     assert len(names) == len(row)
 
 
-def test_a_report_is_strict_json_whatever_a_task_returns(tmp_path: Path) -> None:
+def test_a_report_is_strict_json_for_any_task_result(tmp_path: Path) -> None:
     figures = {
         "a,none": float("nan"),
         "a_stderr,none": "N/A",
@@ -312,14 +310,16 @@ def test_a_report_is_strict_json_whatever_a_task_returns(tmp_path: Path) -> None
     assert one["e,none"] == {"1": ["x"], "function": str(len)}
 
 
-def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     report = downstream.DownstreamReport(step=7, results={})
-    with pytest.raises(UserError, match="file: cannot be made a folder"):
+    with pytest.raises(UserError, match="file: cannot be created"):
         report.write(tmp_path / "file")
 
 
-def test_without_the_harness_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_a_one_line_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(downstream.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(downstream.UserError, match=r"pip install -e '.\[eval\]'"):
         downstream.require_harness()
@@ -329,8 +329,8 @@ def test_without_the_harness_one_line_names_the_extra(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow(minutes=2)
-def test_the_harness_runs_local_tasks_by_command_line(finished: tiny_run.Run) -> None:
-    pytest.importorskip("lm_eval", reason="needs the extra eval, which CI leaves out")
+def test_the_harness_runs_local_tasks_from_the_command_line(finished: tiny_run.Run) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval, which CI does not install")
     command = [sys.executable, "main.py", "--mode=evaluate", f"--workdir={finished.workdir}"]
     command += ["--include_path=tests/evaluation/tasks", "--limit=3"]
 
@@ -356,7 +356,7 @@ def test_scores_equal_those_of_the_hugging_face_backend(tmp_path: Path) -> None:
         pytest.importorskip(name, reason="needs the extras eval and reference, gigabytes")
     assert os.environ.get("JAX_PLATFORMS") == "cpu"
     records = harness_equality.run(tmp_path)
-    assert records[-1]["different_texts"] == 2  # some tokens are the likeliest, some are not
+    assert records[-1]["different_texts"] == 2  # some tokens are greedy, some are not
     for record in records:
         assert record["requests"] > 0
         assert record["greatest_difference_nats"] < 1e-3

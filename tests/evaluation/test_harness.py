@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model that is not trained: samples, and faults of tasks."""
+"""Tasks of lm-evaluation-harness on an untrained model: samples, and errors in tasks."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the harness is imported
-pytest.importorskip("lm_eval", reason="needs the extra eval, which CI leaves out")
+pytest.importorskip("lm_eval", reason="needs the extra eval, which CI does not install")
 
 import lm_eval.tasks.manager
 from lm_eval.api.instance import Instance
@@ -52,7 +52,7 @@ def model(batch_size: int = 4) -> harness.HarnessModel:
 
 @pytest.fixture(autouse=True)
 def only_local_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Reads none of the harness's 13,000 task files."""
+    """Skips the harness's 13,000 task files."""
     (tmp_path / "none").mkdir()
     monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "none" / "manager.py"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -76,15 +76,15 @@ def run(folder: Path, text: str, tasks: tuple[str, ...] = ("t",), **settings: An
     return harness.run(model(), tasks, step=1, include_path=folder, **settings)
 
 
-def test_samples_of_one_prompt_are_as_many_as_asked_for_at_every_batch_size() -> None:
+def test_a_prompt_gets_the_requested_number_of_samples_at_every_batch_size() -> None:
     settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6, "until": []}
 
     def answers(batch_size: int) -> list[str]:
         request = Instance("generate_until", {}, ("2 + 2 =", settings), 0, ("t", 0, 16))
         other = Instance("generate_until", {}, ("a longer question", settings), 0, ("t", 1, 2))
-        found = model(batch_size).generate_until([request] * 16 + [other] * 2)
-        assert found[16] != found[17]
-        return found[:16]
+        texts = model(batch_size).generate_until([request] * 16 + [other] * 2)
+        assert texts[16] != texts[17]
+        return texts[:16]
 
     sixteen = answers(4)
     assert len(set(sixteen)) == 16
@@ -103,8 +103,8 @@ def test_a_task_that_repeats_gets_a_sample_each_time(
     original = harness.HarnessModel.generate_until
     monkeypatch.setattr(harness.HarnessModel, "generate_until", remember)
     kwargs = 'generation_kwargs: {until: [], max_gen_toks: 6, do_sample: true, temperature: "1.0"}'
-    found = run(folder, TASK.replace(GENERATION, kwargs) + "repeats: 5\n", ("t", "t"))
-    assert [row[:2] for row in found.rows()] == [("t", "exact_match")]
+    report = run(folder, TASK.replace(GENERATION, kwargs) + "repeats: 5\n", ("t", "t"))
+    assert [row[:2] for row in report.rows()] == [("t", "exact_match")]
     assert len(set(written)) == 15
 
 
@@ -151,7 +151,7 @@ def test_a_task_that_repeats_gets_a_sample_each_time(
         ("task: t", "task: t\nrepeats: many", "TypeError: can't multiply sequence"),
     ],
 )
-def test_a_fault_of_a_task_is_one_line_that_names_it(
+def test_an_error_in_a_task_is_one_line_that_names_it(
     folder: Path, old: str, new: str, message: str
 ) -> None:
     assert old in TASK
@@ -160,7 +160,7 @@ def test_a_fault_of_a_task_is_one_line_that_names_it(
     assert "\n" not in str(caught.value)
 
 
-def test_settings_are_refused_before_any_task_is_run(
+def test_invalid_settings_are_rejected_before_any_task_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(harness.HarnessModel, "generate_until")
@@ -181,20 +181,22 @@ def test_settings_are_refused_before_any_task_is_run(
         ({"limit": -1}, "ValueError"),
     ],
 )
-def test_a_wrong_argument_is_one_line(folder: Path, settings: dict[str, Any], message: str) -> None:
+def test_an_invalid_argument_is_a_one_line_error(
+    folder: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         run(folder, TASK, **settings)
 
 
 @pytest.mark.parametrize("name", ["absent", "tasks/data.jsonl"])
-def test_local_tasks_lie_in_a_folder(folder: Path, name: str) -> None:
+def test_include_path_must_be_a_folder(folder: Path, name: str) -> None:
     path = folder.parent / name
     with pytest.raises(UserError, match=f"--include_path={path}: must be a folder"):
         harness.run(model(), ["t"], step=1, include_path=path)
 
 
 @pytest.mark.parametrize(("owner", "name"), [(harness.decode, "encode"), (Generator, "complete")])
-def test_a_bug_of_ours_keeps_its_trace(
+def test_our_own_bugs_keep_their_traceback(
     folder: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
     def fails(*_: Any, **__: Any) -> Any:
@@ -205,7 +207,7 @@ def test_a_bug_of_ours_keeps_its_trace(
         run(folder, TASK)
 
 
-def test_a_context_of_white_space_is_answered_as_an_empty_one() -> None:
+def test_a_whitespace_context_is_treated_as_empty() -> None:
     requests = [Instance("loglikelihood", {}, (context, "ab"), 0) for context in ("  ", "")]
     space, empty = model().loglikelihood(requests, disable_tqdm=True)
     assert space[0] < empty[0]  # it has two spaces more

@@ -1,4 +1,4 @@
-"""Scores of the long-context suite against decoding, and what a report says of them."""
+"""Scores of the long-context suite against decoding, and their report."""
 
 import dataclasses
 import functools
@@ -56,11 +56,11 @@ def score(**changes: Any) -> Score:
     return Score(**(values | changes))
 
 
-def test_an_answer_is_exact_where_greedy_decoding_writes_it() -> None:
+def test_an_answer_is_exact_if_greedy_decoding_produces_it() -> None:
     model_config, weights = small()
     generator = Generator(model_config, weights, tokenizer=TOKENIZER, config=GREEDY)
     rng = np.random.default_rng(0)
-    examples, wanted = [], []
+    examples, exact = [], []
     for number in range(5):
         context = rng.integers(0, 256, size=10 + 7 * number, dtype=np.int32)
         answer = np.array(list(generator.generate_ids(context)), np.int32)
@@ -70,9 +70,9 @@ def test_an_answer_is_exact_where_greedy_decoding_writes_it() -> None:
         place = len(context)
         tokens = np.concatenate([context, answer])
         examples.append(Example(tokens, (Answer(place, place + 3, 0.5, 0.1),)))
-        wanted.append(number % 2 == 0)
+        exact.append(number % 2 == 0)
     config = suite_config(batch_tokens=64)
-    found = list(
+    scores = list(
         long_context._scores(
             scorer(),
             config.model,
@@ -83,17 +83,17 @@ def test_an_answer_is_exact_where_greedy_decoding_writes_it() -> None:
             TOKENIZER.end_of_text_id,
         )
     )
-    assert [one.exact for one in found] == wanted
+    assert [one.exact for one in scores] == exact
     model, store = weights.model(model_config), weights.store
     forward = jax.jit(lambda tokens: model(tokens, store=store).logits)
-    for one, example in zip(found, examples, strict=True):
+    for one, example in zip(scores, examples, strict=True):
         tokens = np.array([[TOKENIZER.end_of_text_id, *example.tokens]], np.int32)
         chances = np.asarray(jax.nn.log_softmax(forward(tokens[:, :-1]), axis=-1))[0, -3:]
         expected = chances[np.arange(3), example.tokens[-3:]].sum()
         assert one.log_likelihood == pytest.approx(expected, rel=1e-4)
 
 
-def test_lengths_beyond_the_trained_one_are_read_as_configured() -> None:
+def test_lengths_beyond_training_are_extrapolated_as_configured() -> None:
     lengths = (16, 64)  # trained at 16
     read = {
         how: [
@@ -109,7 +109,7 @@ def test_lengths_beyond_the_trained_one_are_read_as_configured() -> None:
     assert read["window"][1].attention_window == 16
 
 
-def test_wilson_intervals_are_those_of_the_textbook() -> None:
+def test_wilson_intervals_match_the_textbook() -> None:
     low, high = wilson_interval(0.0, 10)
     assert low == 0
     assert high == pytest.approx(0.2775, abs=1e-4)
@@ -117,7 +117,7 @@ def test_wilson_intervals_are_those_of_the_textbook() -> None:
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
-def test_a_cell_counts_examples_and_not_answers_as_independent() -> None:
+def test_a_cell_treats_examples_rather_than_answers_as_independent() -> None:
     scores = [score(example=i // 4, exact=i % 2 == 0) for i in range(40)]
     cell = Cell.of(scores)
     assert (cell.num_answers, cell.accuracy, cell.chance) == (40, 0.5, 0.25)
@@ -125,7 +125,7 @@ def test_a_cell_counts_examples_and_not_answers_as_independent() -> None:
     assert cell.nats_per_token == 0.5
 
 
-def test_a_report_lines_up_in_the_order_of_tasks_and_lengths() -> None:
+def test_a_report_is_aligned_and_in_the_order_of_tasks_and_lengths() -> None:
     scores = (score(length=128), score(), score(task="memorize", exact=False))
     report = LongContextReport(step=3, trained_length=64, extrapolation="ntk", scores=scores)
     assert list(report.cells()) == [("memorize", 64), ("needle", 64), ("needle", 128)]
@@ -134,7 +134,7 @@ def test_a_report_lines_up_in_the_order_of_tasks_and_lengths() -> None:
     assert [cell["accuracy"] for cell in report.metrics()["cells"]] == [0, 1, 1]
 
 
-def test_the_mode_writes_every_answer_and_a_picture(finished: tiny_run.Run) -> None:
+def test_the_mode_writes_every_answer_and_a_figure(finished: tiny_run.Run) -> None:
     suite = dataclasses.replace(
         finished.config.evaluation.long_context,
         tasks=("key_value", "needle"),

@@ -1,4 +1,4 @@
-"""The report beside compressors, and its files."""
+"""The report with compressors for comparison, and its files."""
 
 import bz2
 import json
@@ -42,7 +42,7 @@ def held_out(bits_per_byte: float | None) -> HeldOut:
 def test_compressors_by_hand() -> None:
     text = b"".join(TEXTS)
     bits = report.compressed_bits_per_byte(text)
-    # gzip is zlib's stream of raw deflate between a header of 10 bytes and a trailer of 8.
+    # gzip is raw deflate with a header of 10 bytes and a trailer of 8.
     deflate = zlib.compressobj(9, wbits=-15)
     size = len(deflate.compress(text) + deflate.flush()) + 18
     assert bits["gzip -9"] == pytest.approx(8 * size / 2024)
@@ -51,7 +51,7 @@ def test_compressors_by_hand() -> None:
     assert list(bits) == ["gzip -9", "bzip2 -9", "xz -9"]
 
 
-def test_what_cannot_be_compressed_takes_eight_bits_and_a_header() -> None:
+def test_incompressible_text_takes_eight_bits_per_byte_and_a_header() -> None:
     noise = np.random.default_rng(0).bytes(100_000)
     for bits in report.compressed_bits_per_byte(noise).values():
         assert 8 < bits < 8.1
@@ -61,7 +61,7 @@ def test_a_report_writes_its_figures_and_the_curve(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "tokens": 100, "loss": 2.0},
         {"step": 1, "tokens": 100, "held_out_loss": 2.1, "held_out_bits_per_byte": 3.0},
-        {"step": 2, "tokens": 200, "loss": None},  # was not finite
+        {"step": 2, "tokens": 200, "loss": None},  # not finite
         {"step": 3, "tokens": 300, "loss": 1.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -89,16 +89,14 @@ def test_without_bits_per_byte_nothing_is_compared_or_drawn(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("texts", [(b"",), (b"", b"")])
-def test_a_text_without_a_byte_has_no_bits_per_byte(
-    texts: tuple[bytes, ...], tmp_path: Path
-) -> None:
+def test_an_empty_text_has_no_bits_per_byte(texts: tuple[bytes, ...], tmp_path: Path) -> None:
     assert report.write(tmp_path, 3, held_out(2.0), corpus(texts)).compressors == {}
 
 
 @pytest.mark.parametrize(
     ("value", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (1e300, "1.000e+300")]
 )
-def test_figures_of_a_model_that_diverged_are_shown_and_null_in_json(
+def test_figures_of_a_diverged_model_are_shown_and_null_in_json(
     value: float, shown: str, tmp_path: Path
 ) -> None:
     broken = HeldOut(
@@ -116,7 +114,7 @@ def test_figures_of_a_model_that_diverged_are_shown_and_null_in_json(
 GOOD = b'{"step": 1, "tokens": 100, "loss": 2.0, "held_out_bits_per_byte": 3.0}\n'
 DAMAGED = {
     "torn": (GOOD + GOOD[:30], 1),
-    "torn in a character": (GOOD + '{"note": "é'.encode()[:-1], 1),
+    "cut in a character": (GOOD + '{"note": "é'.encode()[:-1], 1),
     "blank": (GOOD + b"\n\n" + GOOD, 2),
     "null bytes": (GOOD + b"\0" * 4096, 1),
     "not UTF-8": (GOOD + b'{"\xff\xfe": 1}\n', 1),
@@ -132,7 +130,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "damaged"), DAMAGED.values(), ids=DAMAGED)
-def test_records_are_read_beside_damaged_lines(
+def test_records_are_read_despite_damaged_lines(
     content: bytes, damaged: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -148,13 +146,13 @@ def test_records_are_read_beside_damaged_lines(
 
 
 @pytest.mark.parametrize("content", [b"", DAMAGED["not finite"][0] + b"}"])
-def test_a_curve_is_drawn_whatever_the_records_are(content: bytes, tmp_path: Path) -> None:
+def test_a_curve_is_drawn_from_any_records(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(content)
     report.write(tmp_path, 3, held_out(2.25), corpus())
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_points_that_are_no_numbers_are_left_out() -> None:
+def test_points_that_are_not_numbers_are_skipped() -> None:
     records: list[dict[str, Any]] = [
         {"tokens": 10**6, "loss": 1},
         {"tokens": None, "loss": 2},
@@ -164,7 +162,7 @@ def test_points_that_are_no_numbers_are_left_out() -> None:
     assert report._curve(records, "loss") == ([1.0, 2.0], [1.0, 3.5])
 
 
-def test_the_name_of_a_folder_is_a_title_and_no_formula(tmp_path: Path) -> None:
+def test_a_folder_name_is_not_a_formula_in_the_title(tmp_path: Path) -> None:
     workdir = tmp_path / ("$\\frac$" + "a" * 150)
     workdir.mkdir()
     (workdir / "metrics.jsonl").write_bytes(GOOD)
@@ -183,7 +181,7 @@ def test_the_same_curve_is_the_same_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["evaluation.json", "loss.png"])
-def test_a_result_that_cannot_be_written_is_in_the_log(
+def test_a_result_that_cannot_be_written_is_logged(
     place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(GOOD)

@@ -1,4 +1,4 @@
-"""Generation against the full forward pass, sampling against numbers computed by hand."""
+"""Generation against the full forward pass."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
 
 
 def small_config(filled: str) -> Config:
-    """Two blocks, scanned or not."""
+    """Two blocks, scanned or unrolled."""
     config = base.get_config()
     config.model.update(hidden_size=32, num_layers=2, num_heads=2, num_key_value_heads=1)
     config.model.update(ffn_size=32, tie_embeddings=False, compute_dtype="float32")
@@ -46,7 +46,7 @@ def small_config(filled: str) -> Config:
 
 @functools.cache
 def small_model(filled: str) -> tuple[ModelConfig, Weights]:
-    """A model whose text varies with the token and with what precedes it."""
+    """A model whose predictions vary with the token and with the preceding tokens."""
     config = small_config(filled).model
     weights = drawn_weights(config, embedding=10)
     params = jax.tree.map(lambda leaf: leaf, weights.params)
@@ -56,14 +56,14 @@ def small_model(filled: str) -> tuple[ModelConfig, Weights]:
 
 
 def small_generator(filled: str, config: GenerateConfig = GREEDY) -> decode.Generator:
-    """That model, to generate with."""
+    """A generator with that model."""
     return decode.Generator(*small_model(filled), tokenizer=TOKENIZER, config=config)
 
 
 def greedy_by_full_forward(
     config: ModelConfig, weights: Weights, prompt: list[int], count: int
 ) -> list[int]:
-    """The likeliest continuation, each id from a pass without cache over all that precedes it."""
+    """Greedy continuation without a cache: one forward pass over all previous ids per new id."""
     length = len(prompt) + count
     model = weights.model(config)
     forward = jax.jit(lambda tokens: model(tokens, store=weights.store))
@@ -77,13 +77,13 @@ def greedy_by_full_forward(
 
 
 @pytest.mark.parametrize("filled", slots.SLOTS)
-def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(filled: str) -> None:
+def test_greedy_decoding_with_the_cache_matches_full_forward_passes(filled: str) -> None:
     generator = small_generator(filled)
     prompt = TOKENIZER.encode("def f(x): return x")
     ids = list(generator.generate_ids(prompt))
     start = [TOKENIZER.end_of_text_id, *prompt.tolist()]
     expected = greedy_by_full_forward(*small_model(filled), start, GREEDY.max_new_tokens)
-    # The same token is followed by different ones: the text shows what the cache holds.
+    # The same token is followed by different ones, so the text depends on the cache.
     followers = set(itertools.pairwise(expected))
     assert len(followers) > len(set(expected[:-1]))
     assert ids == expected[: len(ids)]
@@ -91,13 +91,13 @@ def test_decoding_with_the_cache_equals_the_argmax_of_full_forward_passes(filled
 
 
 @pytest.mark.parametrize("filled", slots.SLOTS)
-def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(filled: str) -> None:
+def test_prefill_and_decode_logits_match_the_full_forward_pass(filled: str) -> None:
     config, weights = small_model(filled)
-    whole = weights.model(config)
+    full_model = weights.model(config)
     served = jax.jit(serving.serve, static_argnums=0)(config, weights)
     tokens = jax.random.randint(jax.random.key(1), (3, 12), 0, 256)
-    expected = jax.jit(lambda tokens: whole(tokens, store=weights.store).logits)(tokens)
-    # Rows of different lengths, padded with what must leave no trace.
+    expected = jax.jit(lambda tokens: full_model(tokens, store=weights.store).logits)(tokens)
+    # Rows of different lengths, with padding that must have no effect.
     lengths = jnp.array([9, 2, 5])
     padded = jnp.where(jnp.arange(9)[None] < lengths[:, None], tokens[:, :9], 200)
     cache = decode.prefill(served, padded, length=16)
@@ -112,20 +112,20 @@ def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(filled: str
     for offset in range(3):
         positions = lengths + offset
         logits, cache = step(cache, positions)
-        wanted = jnp.take_along_axis(expected, positions[:, None, None], axis=1)[:, 0]
-        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
-        assert not np.allclose(logits, jnp.roll(wanted, 1, axis=0), atol=1e-2)
+        expected_logits = jnp.take_along_axis(expected, positions[:, None, None], axis=1)[:, 0]
+        np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-5)
+        assert not np.allclose(logits, jnp.roll(expected_logits, 1, axis=0), atol=1e-2)
 
 
 @pytest.mark.parametrize(("tokens_at_once", "rows"), [(35, 3), (26, 2), (7, 1), (54, 6)])
-def test_many_long_prompts_are_read_in_groups(tokens_at_once: int, rows: int) -> None:
+def test_many_long_prompts_are_prefilled_in_groups(tokens_at_once: int, rows: int) -> None:
     served = jax.jit(serving.serve, static_argnums=0)(*small_model("moe"))
     tokens = jax.random.randint(jax.random.key(1), (6, 9), 0, 256)
     read = functools.partial(decode.prefill, length=12)
-    whole, grouped = read(served, tokens), read(served, tokens, tokens_at_once=tokens_at_once)
+    full, grouped = read(served, tokens), read(served, tokens, tokens_at_once=tokens_at_once)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, whole, grouped)
-    assert not np.allclose(whole[1].keys[0, :, :9], whole[1].keys[1, :, :9])
+    jax.tree.map(close, full, grouped)
+    assert not np.allclose(full[1].keys[0, :, :9], full[1].keys[1, :, :9])
     program = jax.make_jaxpr(functools.partial(read, tokens_at_once=tokens_at_once))(served, tokens)
     assert (f"i32[{6 // rows},{rows},9]" in str(program)) == (rows < 6)
 
@@ -133,28 +133,28 @@ def test_many_long_prompts_are_read_in_groups(tokens_at_once: int, rows: int) ->
 def test_rows_of_a_batch_do_not_see_each_other() -> None:
     generator = small_generator("memory")
     prompts = ["def f(x): return x", "", "import numpy as np\n" * 4]
-    alone = ["".join(generator.generate(prompt)) for prompt in prompts]
-    assert len(set(alone)) == 3
-    assert generator.generate_batch(prompts) == alone
+    single = ["".join(generator.generate(prompt)) for prompt in prompts]
+    assert len(set(single)) == 3
+    assert generator.generate_batch(prompts) == single
     assert generator.generate_batch([]) == []
 
 
 def test_a_batch_ends_each_text_at_its_own_stop_string() -> None:
     generator = small_generator("memory")
     prompts = ["def f(x): return x", "a"]
-    whole = generator.generate_batch(prompts)
-    stop = whole[0][8:10]
-    expected = [text.split(stop)[0] for text in whole]
-    assert expected[0] != whole[0]
+    full = generator.generate_batch(prompts)
+    stop = full[0][8:10]
+    expected = [text.split(stop)[0] for text in full]
+    assert expected[0] != full[0]
     assert generator.generate_batch(prompts, stop=[stop]) == expected
-    # The same in the configuration, and for a text that streams.
+    # The same with the stop string in the configuration, and when streaming.
     config = dataclasses.replace(GREEDY, stop=(stop,))
     generator = small_generator("memory", config)
     assert "".join(generator.generate(prompts[0])) == expected[0]
-    assert generator.generate_batch(prompts[:1], max_new_tokens=5) == [whole[0][:5]]
+    assert generator.generate_batch(prompts[:1], max_new_tokens=5) == [full[0][:5]]
 
 
-def test_a_half_precision_model_is_served_in_half_precision() -> None:
+def test_a_bfloat16_model_is_served_in_bfloat16() -> None:
     config, weights = small_model("both")
     config = dataclasses.replace(config, compute_dtype="bfloat16")
     served, store = jax.jit(serving.serve, static_argnums=0)(config, weights).parts()
@@ -166,7 +166,7 @@ def test_a_half_precision_model_is_served_in_half_precision() -> None:
     wide = (served.final_norm.weight, moe.router, cores, query_norm)
     assert {str(array.dtype) for array in wide} == {"float32"}
     assert served.empty_cache(1, 8)[0].keys.dtype == jnp.bfloat16
-    # The model that was given is as it was.
+    # The original model is unchanged.
     model = weights.model(config)
     assert model.memory.keys.dtype == jnp.float32
     assert model.memory.config.key_norm == "rms"
@@ -191,7 +191,7 @@ def test_prompts_of_one_bucket_share_one_prefill_and_one_decode(
     assert compilations("abcd" * 16, "b") == []
 
 
-def test_a_model_that_lies_on_a_mesh_generates_on_one_device() -> None:
+def test_a_model_on_a_mesh_can_generate_on_one_device() -> None:
     config, weights = small_model("memory")
     replicated = meshes.replicate(weights, meshes.create(replica=8))
     generator = decode.Generator(config, replicated, tokenizer=TOKENIZER, config=GREEDY)
@@ -206,9 +206,7 @@ def test_a_model_that_lies_on_a_mesh_generates_on_one_device() -> None:
     ],
 )
 @pytest.mark.parametrize("filled", ["memory", "moe", "both"])
-def test_a_divided_model_generates_what_a_whole_one_does(
-    filled: str, settings: GenerateConfig
-) -> None:
+def test_a_sharded_model_generates_the_same_text(filled: str, settings: GenerateConfig) -> None:
     settings = dataclasses.replace(settings, max_new_tokens=8)
     prompts = ["def f(x): return x", "", "import", "a", "b"]
     expected = small_generator(filled, settings).generate_batch(prompts)
@@ -221,19 +219,19 @@ def test_a_divided_model_generates_what_a_whole_one_does(
         abstract = state.abstract_weights(config)
     weights = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     assert not weights.params["embedding"].is_fully_replicated
-    divided = decode.Generator(
+    sharded = decode.Generator(
         model_config, weights, tokenizer=TOKENIZER, config=settings, mesh=mesh
     )
-    assert divided.generate_batch(prompts) == expected
+    assert sharded.generate_batch(prompts) == expected
 
 
 @pytest.mark.parametrize("filled", ["memory", pytest.param("moe", marks=pytest.mark.slow)])
-def test_a_sample_is_a_function_of_its_prompt_and_number_whatever_the_batch(filled: str) -> None:
+def test_a_sample_depends_only_on_its_prompt_and_number(filled: str) -> None:
     generator = small_generator(filled, dataclasses.replace(SAMPLED, max_new_tokens=8))
     many = generator.generate_batch(["a"] * 6)
     assert len(set(many)) == 6
     assert "".join(generator.generate("a")) == many[0]
-    # Among others, longer and shorter, in another order.
+    # In a batch with longer and shorter prompts, in another order.
     among = generator.generate_batch(["import numpy as np\n" * 3, "a", "", "a"])
     assert [among[1], among[3]] == many[:2]
 
@@ -242,9 +240,9 @@ def test_a_sample_is_a_function_of_its_prompt_and_number_whatever_the_batch(fill
     assert complete([context] * 3, samples=[4, 1, 4]) == [many[4], many[1], many[4]]
 
 
-def test_prompts_that_the_model_does_not_tell_apart_get_different_samples() -> None:
+def test_prompts_with_equal_logits_get_different_samples() -> None:
     config, weights = small_model("memory")
-    zeros = jax.tree.map(jnp.zeros_like, weights)  # every id is as likely as any other
+    zeros = jax.tree.map(jnp.zeros_like, weights)  # all ids are equally likely
     generator = decode.Generator(config, zeros, tokenizer=TOKENIZER, config=SAMPLED)
     assert len(set(generator.generate_batch(["a", "b", "c", "a"]))) == 4
 
@@ -252,14 +250,14 @@ def test_prompts_that_the_model_does_not_tell_apart_get_different_samples() -> N
 @pytest.mark.parametrize(
     ("items", "expected"), [("", []), ("aab", [0, 1, 0]), ("abaabb", [0, 0, 1, 2, 1, 2])]
 )
-def test_occurrences_count_equal_items_before(items: str, expected: list[int]) -> None:
+def test_occurrences_count_earlier_equal_items(items: str, expected: list[int]) -> None:
     assert decode.occurrences(items) == expected
 
 
 @pytest.mark.parametrize(
     ("prompt", "place"), [("caf\udce9", 3), ("\ud83d", 0), ("x" * 99 + "\udc80", 99)]
 )
-def test_prompts_that_are_not_unicode_are_refused(prompt: str, place: int) -> None:
+def test_prompts_that_are_not_unicode_are_rejected(prompt: str, place: int) -> None:
     generator = small_generator("memory")
     message = f"character {place} is a lone surrogate"
     with pytest.raises(UserError, match=message):
@@ -275,13 +273,11 @@ def test_prompts_that_are_not_unicode_are_refused(prompt: str, place: int) -> No
         ({"max_new_tokens": -3}, "max_new_tokens=-3: must be >= 1"),
         ({"stop": [""]}, r"stop=\[''\]: must be strings, none of them empty"),
         ({"stop": "end"}, "stop='end': must be strings"),
-        ({"max_new_tokens": 2**31}, "1 x 2,147,483,680 tokens.* do not fit the memory"),
-        ({"max_new_tokens": 10**19}, "do not fit the memory"),
+        ({"max_new_tokens": 2**31}, "1 x 2,147,483,680 tokens.* do not fit in memory"),
+        ({"max_new_tokens": 10**19}, "do not fit in memory"),
     ],
 )
-def test_a_batch_that_cannot_be_generated_is_refused(
-    arguments: dict[str, Any], message: str
-) -> None:
+def test_an_invalid_batch_is_rejected(arguments: dict[str, Any], message: str) -> None:
     generator = small_generator("memory")
     with pytest.raises(UserError, match=message):
         generator.generate_batch(["a"], **arguments)
@@ -296,7 +292,7 @@ def test_a_batch_that_cannot_be_generated_is_refused(
     ],
 )
 @pytest.mark.parametrize("function", ["prefill", "decode"])
-def test_lack_of_memory_is_one_line_and_other_errors_are_not(
+def test_out_of_memory_is_a_one_line_error_and_other_errors_are_not(
     monkeypatch: pytest.MonkeyPatch, function: str, message: str
 ) -> None:
     def failing(*_: Any, **__: Any) -> Any:
@@ -312,7 +308,7 @@ def test_lack_of_memory_is_one_line_and_other_errors_are_not(
 
 
 def texts_of_a_process(address: str, index: str) -> list[str]:
-    """What one of two processes gets that share a mesh; `python -c` calls it in each."""
+    """Returns the texts that one of two processes on a shared mesh gets; called by `python -c`."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
     config, weights = small_model("dense")
@@ -324,7 +320,7 @@ def texts_of_a_process(address: str, index: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_processes_that_share_a_mesh_each_get_all_texts() -> None:
+def test_every_process_of_a_shared_mesh_gets_all_texts() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -336,14 +332,16 @@ def test_processes_that_share_a_mesh_each_get_all_texts() -> None:
         subprocess.Popen([*command, index], stdout=subprocess.PIPE, text=True, env=environment)
         for index in "01"
     ]
-    # The last line: those before are of Gloo.
+    # The last line: the previous ones are from Gloo.
     outputs = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
 
-    alone = small_generator("dense", dataclasses.replace(SAMPLED, max_new_tokens=6))
-    assert list(map(json.loads, outputs)) == [alone.generate_batch(["a", "import", "a"])] * 2
+    single_process = small_generator("dense", dataclasses.replace(SAMPLED, max_new_tokens=6))
+    assert (
+        list(map(json.loads, outputs)) == [single_process.generate_batch(["a", "import", "a"])] * 2
+    )
 
 
-def test_a_seed_names_a_text() -> None:
+def test_a_seed_determines_the_text() -> None:
     def text(seed: int) -> str:
         generator = small_generator("memory", dataclasses.replace(SAMPLED, seed=seed))
         return "".join(generator.generate("import "))
@@ -361,11 +359,11 @@ def test_generation_stops_before_end_of_text(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decode, "decode", scripted)
     generator = small_generator("memory")
     assert list(generator.generate("")) == ["H", "i"]
-    # The device was one step ahead of the reader.
+    # The device was one step ahead of the consumer.
     assert list(script) == [34]
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
+def test_a_tokenizer_larger_than_the_model_is_rejected() -> None:
     class Larger(ByteTokenizer):
         vocab_size = 265
 

@@ -1,4 +1,4 @@
-"""A served model computes what the trained one does."""
+"""A served model computes the same as the trained one."""
 
 import dataclasses
 from typing import Any
@@ -51,7 +51,7 @@ def test_a_served_model_gives_the_same_logits(family: str, memory: dict[str, Any
     drawn = drawn_weights(config, embedding=10)
     params = jax.tree.map(lambda leaf: leaf, drawn.params)
     if family in ("ultramem_v2", "ultramem", "both"):
-        # Keys that the norm changes, or serving could leave it out.
+        # Keys that the norm changes: otherwise serving could skip it unnoticed.
         key_norm = params["memory"]["key_norm"]
         params["memory"]["key_norm"] = key_norm * (1 + jnp.arange(key_norm.shape[-1])[None])
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 256)
@@ -68,11 +68,11 @@ def test_a_served_model_gives_the_same_logits(family: str, memory: dict[str, Any
     full, got, some = logits(dataclasses.replace(drawn, params=params))
     assert np.std(full) > 0.05
     np.testing.assert_allclose(got, full, rtol=1e-4, atol=1e-5)
-    wanted = np.stack([full[0, [7, 0]], full[1, [3, 3]]])
-    np.testing.assert_allclose(some, wanted, rtol=1e-4, atol=1e-5)
+    expected = np.stack([full[0, [7, 0]], full[1, [3, 3]]])
+    np.testing.assert_allclose(some, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_array_of_a_served_model_is_stacked_and_all_are_found_again() -> None:
+def test_a_served_model_has_all_arrays_unstacked() -> None:
     config = _model_config("both")
     served = jax.eval_shape(lambda given: serving.serve(config, given), weights.abstract(config))
     model, stores = served.parts()

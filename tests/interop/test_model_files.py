@@ -18,7 +18,7 @@ from umv2.interop.tensor_files import InteropError
 from umv2.model import weights
 from umv2.training.checkpoint import Restored
 
-# What fills the slots, and what else is so.
+# By name: what fills the slots, and further changes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "memory": ("memory", {}),
@@ -67,7 +67,7 @@ def exported(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_any_slots_comes_back(name: str, tmp_path: Path) -> None:
+def test_a_model_with_any_slots_round_trips(name: str, tmp_path: Path) -> None:
     config = small_config(name)
     model = small_model(config)
     model_files.export_model(tmp_path / "out", config, model, max_shard_bytes=1000)
@@ -99,7 +99,7 @@ def test_tensors_have_the_names_of_our_parameters(tmp_path: Path) -> None:
         ({"config": 3}, "config=3: must be a section"),
     ],
 )
-def test_another_description_is_refused(
+def test_an_invalid_description_is_rejected(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = exported(tmp_path / "out") / "config.json"
@@ -108,7 +108,7 @@ def test_another_description_is_refused(
         model_files.load_model(tmp_path / "out")
 
 
-def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_tensors_of_another_model_are_rejected(tmp_path: Path) -> None:
     path = exported(tmp_path / "out") / "model.safetensors"
     tensors = load_file(path)
     tensors["store/values"] = tensors["store/values"].astype(np.float64)
@@ -125,7 +125,7 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["params", "store"])
-def test_a_model_that_is_not_finite_is_not_exported(part: str, tmp_path: Path) -> None:
+def test_a_non_finite_model_is_not_exported(part: str, tmp_path: Path) -> None:
     config = small_config()
     model = small_model(config)
     with_nan = jax.tree.map(lambda leaf: leaf.at[..., -1].set(np.nan), getattr(model.weights, part))
@@ -137,7 +137,7 @@ def test_a_model_that_is_not_finite_is_not_exported(part: str, tmp_path: Path) -
     assert not any(tmp_path.iterdir())
 
 
-def test_a_model_that_is_not_finite_is_not_read(tmp_path: Path) -> None:
+def test_a_non_finite_model_is_not_read(tmp_path: Path) -> None:
     path = exported(tmp_path / "out") / "model.safetensors"
     tensors = load_file(path)
     tensors["store/values"][0, 1, 2] = np.inf
@@ -157,7 +157,7 @@ def test_a_model_that_is_not_finite_is_not_read(tmp_path: Path) -> None:
         ("moe", "moe.expert_size"),
     ],
 )
-def test_a_model_out_of_all_proportion_is_refused_before_it_is_made(
+def test_an_absurdly_large_model_is_rejected_before_it_is_created(
     name: str, field: str, tmp_path: Path
 ) -> None:
     config = small_config(name)

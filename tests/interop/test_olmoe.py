@@ -30,7 +30,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def small_config(**changes: Any) -> Config:
-    """A mixture of experts, smaller than the golden one in everything."""
+    """A mixture of experts, smaller than the golden model in every size."""
     config = base.get_config()
     sizes = {
         "ffn": "moe",
@@ -53,7 +53,7 @@ def small_config(**changes: Any) -> Config:
 
 
 def published(folder: Path, layout: str = "hub") -> Path:
-    """The golden model as a folder of the hub."""
+    """The golden model as a folder in the format of the hub."""
     folder.mkdir()
     shutil.copy(GOLDEN / "olmoe_lm_config.json", folder / "config.json")
     shutil.copy(GOLDEN / f"olmoe_lm_params_{layout}.safetensors", folder / "model.safetensors")
@@ -61,7 +61,7 @@ def published(folder: Path, layout: str = "hub") -> Path:
 
 
 def edit(folder: Path, **changes: Any) -> Path:
-    """Sets keys of the configuration, or removes those given as ..."""
+    """Sets keys of the configuration; removes a key if its value is ..."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
@@ -84,15 +84,15 @@ def draw(config: Config) -> Weights:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_are_those_of_the_published_code(layout: str, tmp_path: Path) -> None:
+def test_logits_match_the_published_code(layout: str, tmp_path: Path) -> None:
     model, loaded = load(published(tmp_path / "model", layout))
     transformer = loaded.model(model)
     with np.load(GOLDEN / "olmoe_lm.npz") as golden:
-        tokens, wanted = golden["input_ids"], golden["logits"]
+        tokens, expected = golden["input_ids"], golden["logits"]
     with jax.default_matmul_precision("highest"):
         run = jax.jit(lambda m, tokens: m(tokens, store=None).logits)
         logits = run(transformer, jnp.asarray(tokens, jnp.int32))
-    assert np.abs(logits - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_both_layouts_are_the_same_model(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_both_layouts_are_the_same_model(tmp_path: Path) -> None:
     assert_same_bits(left[1], right[1])
 
 
-def test_the_configuration_is_that_of_the_file(tmp_path: Path) -> None:
+def test_the_configuration_matches_the_file(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"moe.renormalize": True, "tie_embeddings": True}
     changes |= {"ffn": "dense", "ffn_size": 8, "memory.layer": "product_key"}
     base_model = small_config(**changes).model
@@ -142,7 +142,7 @@ def test_the_configuration_is_that_of_the_file(tmp_path: Path) -> None:
         ({"_name_or_path": "x", "task_specific_params": {"a": [1]}, "id2label": {"0": "a"}}, {}),
     ],
 )
-def test_keys_are_read_under_all_their_names(
+def test_keys_are_read_under_all_names(
     tmp_path: Path, changes: dict[str, Any], fields: dict[str, Any]
 ) -> None:
     folder = edit(published(tmp_path / "model"), **changes)
@@ -189,7 +189,7 @@ def test_keys_are_read_under_all_their_names(
         ({"num_experts_per_tok": 9}, r"as our model\.moe\.top_k=9: must be at most"),
     ],
 )
-def test_a_model_that_we_cannot_compute_is_refused(
+def test_an_unsupported_model_is_rejected(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = edit(published(tmp_path / "model"), **changes)
@@ -252,7 +252,7 @@ def test_frequencies_of_rotary_positions_are_skipped(tmp_path: Path, of: str) ->
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_model_that_is_not_finite_is_refused(tmp_path: Path, layout: str, value: float) -> None:
+def test_a_non_finite_model_is_rejected(tmp_path: Path, layout: str, value: float) -> None:
     def spoil(tensors: Tensors) -> None:
         tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] = value
 
@@ -272,7 +272,7 @@ def test_a_model_that_is_not_finite_is_refused(tmp_path: Path, layout: str, valu
         {"hidden_size": 2**30, "num_attention_heads": 1, "num_key_value_heads": 1},
     ],
 )
-def test_a_model_out_of_all_proportion_is_refused_before_it_is_made(
+def test_an_absurdly_large_model_is_rejected_before_it_is_created(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     folder = edit(published(tmp_path / "model"), **changes)
@@ -280,7 +280,7 @@ def test_a_model_out_of_all_proportion_is_refused_before_it_is_made(
         load(folder)
 
 
-def test_what_is_exported_is_what_is_published(tmp_path: Path) -> None:
+def test_an_exported_model_matches_the_published_files(tmp_path: Path) -> None:
     model, loaded = load(published(tmp_path / "model", "native"))
     config = small_config()
     exported = Config(**vars(config) | {"model": model})
@@ -292,7 +292,7 @@ def test_what_is_exported_is_what_is_published(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours[name], tensor)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     golden = json.loads((GOLDEN / "olmoe_lm_config.json").read_text())
-    # Of the model itself; what is left is how transformers trains it and who wrote the file.
+    # Keys of the model itself; others are about training in transformers and about the file.
     of_others = {"initializer_range", "transformers_version", "use_cache"}
     of_training = {"max_position_embeddings": 256, "router_aux_loss_coef": 0.0}
     assert written.items() >= of_training.items()
@@ -302,7 +302,7 @@ def test_what_is_exported_is_what_is_published(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 49])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_experts_are_padded_to_what_transformers_can_run(
+def test_experts_are_padded_to_sizes_that_transformers_can_run(
     tmp_path: Path, size: int, dtype: olmoe.Dtype
 ) -> None:
     config = small_config(**{"moe.expert_size": size})
@@ -313,13 +313,13 @@ def test_experts_are_padded_to_what_transformers_can_run(
     width = model.moe.expert_size
     assert width % 8 == 0
     assert 0 < width - size < 8
-    assert f"experts are padded with zeros from {size} to {width}" in messages[0]
+    assert f"padded experts with zeros from width {size} to {width}" in messages[0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == width
     assert loaded.params["blocks"]["moe"].keys() == {"router", "gate", "up", "down"}
     for name, array in loaded.params["blocks"]["moe"].items():
-        wanted = given.params["blocks"]["moe"][name].astype(dtype).astype("float32")
-        np.testing.assert_array_equal(array[tuple(map(slice, wanted.shape))], wanted)
-        assert np.count_nonzero(array) == np.count_nonzero(wanted)
+        expected = given.params["blocks"]["moe"][name].astype(dtype).astype("float32")
+        np.testing.assert_array_equal(array[tuple(map(slice, expected.shape))], expected)
+        assert np.count_nonzero(array) == np.count_nonzero(expected)
 
 
 def test_padded_experts_give_the_same_logits(tmp_path: Path) -> None:
@@ -333,33 +333,33 @@ def test_padded_experts_give_the_same_logits(tmp_path: Path) -> None:
     np.testing.assert_allclose(wide, narrow, atol=1e-5 * np.abs(narrow).max())
 
 
-def test_a_hidden_size_that_transformers_may_not_run_is_told(tmp_path: Path) -> None:
+def test_a_hidden_size_that_transformers_may_not_run_is_logged(tmp_path: Path) -> None:
     config = small_config(hidden_size=12, num_heads=2)
     with logged() as messages:
         olmoe.export_olmoe(tmp_path / "out", config, draw(config))
-    assert any("model.hidden_size=12 is no multiple of 8" in message for message in messages)
+    assert any("model.hidden_size=12 is not a multiple of 8" in message for message in messages)
     with logged() as messages:
         olmoe.export_olmoe(tmp_path / "other", small_config(), draw(small_config()))
     assert not messages
 
 
 @pytest.mark.parametrize(
-    ("given", "tokenizer", "wanted"),
+    ("given", "tokenizer", "expected"),
     [(-1, None, None), (7, None, 7), (-1, ByteTokenizer(), 256), (256, ByteTokenizer(), 256)],
 )
-def test_the_end_of_text_is_the_tokenizers(
-    given: int, tokenizer: Tokenizer | None, wanted: int | None
+def test_end_of_text_comes_from_the_tokenizer(
+    given: int, tokenizer: Tokenizer | None, expected: int | None
 ) -> None:
     config = small_config()
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, end_of_text_id=given)
     )
     described = olmoe.describe(config, "float32", tokenizer)
-    assert described["eos_token_id"] == described["bos_token_id"] == wanted
+    assert described["eos_token_id"] == described["bos_token_id"] == expected
     assert described["pad_token_id"] is None
 
 
-def test_what_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+def test_a_non_finite_model_is_not_exported(tmp_path: Path) -> None:
     given = draw(small_config())
     attention = given.params["blocks"]["attention"]
     attention["query"] = attention["query"].at[1].set(np.inf)
@@ -369,7 +369,7 @@ def test_what_is_not_finite_is_not_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_exported_model_comes_back(tmp_path: Path, tied: bool) -> None:
+def test_an_exported_model_round_trips(tmp_path: Path, tied: bool) -> None:
     config = small_config(**{"tie_embeddings": tied, "moe.renormalize": True, "rope_theta": 500.0})
     given = draw(config)
     assert ("head" in given.params) is not tied
@@ -400,7 +400,7 @@ def test_bfloat16_is_kept_on_request(tmp_path: Path) -> None:
         ({"query_key_norm": False}, r"model\.query_key_norm=False: must be True to export"),
     ],
 )
-def test_what_olmoe_has_no_place_for_is_refused(
+def test_a_model_that_olmoe_cannot_express_is_rejected(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InteropError, match=message):
@@ -409,11 +409,11 @@ def test_what_olmoe_has_no_place_for_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_loading_holds_one_tensor_beside_the_result(tmp_path: Path) -> None:
+def test_loading_holds_at_most_one_tensor_besides_the_result(tmp_path: Path) -> None:
     sizes = {"vocab_size": 4096, "hidden_size": 64, "moe.expert_size": 256}
     config = small_config(**sizes)
     olmoe.export_olmoe(tmp_path / "out", config, draw(config), max_shard_bytes=10**6)
-    load(published(tmp_path / "warm"))  # imports and traces are none of it
+    load(published(tmp_path / "warm"))  # excludes imports and tracing from the measurement
     load(tmp_path / "out")
     tracemalloc.start()
     _, loaded = load(tmp_path / "out")

@@ -36,7 +36,7 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
-def test_one_file_holds_what_was_written(tmp_path: Path) -> None:
+def test_a_single_file_round_trips(tmp_path: Path) -> None:
     write_folder(tmp_path / "out", {"kind": "test"}, drawn())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json",
@@ -47,7 +47,7 @@ def test_one_file_holds_what_was_written(tmp_path: Path) -> None:
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), drawn())
 
 
-def test_shards_keep_to_their_size_and_to_the_index(tmp_path: Path) -> None:
+def test_shards_respect_the_size_limit_and_the_index(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "out")
     assert_same(dict(TensorFolder(folder)), drawn())
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -60,14 +60,14 @@ def test_shards_keep_to_their_size_and_to_the_index(tmp_path: Path) -> None:
         arrays = load_file(path)
         assert {name: path.name for name in arrays}.items() <= index["weight_map"].items()
         sizes.append(sum(array.nbytes for array in arrays.values()))
-        assert sizes[-1] <= 100 or len(arrays) == 1  # a larger tensor stands alone
+        assert sizes[-1] <= 100 or len(arrays) == 1  # a larger tensor gets its own shard
         with safe_open(path, framework="np") as file:
             assert file.metadata() == {"format": "pt"}
     assert max(sizes) > 100
     assert sum(sizes) == index["metadata"]["total_size"]
 
 
-def test_no_more_than_a_shard_is_copied_at_a_time(
+def test_at_most_one_shard_is_copied_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[int] = []
@@ -83,23 +83,23 @@ def test_no_more_than_a_shard_is_copied_at_a_time(
     assert_same(dict(TensorFolder(tmp_path / "out")), {k: v.copy() for k, v in matrices.items()})
 
 
-def test_views_are_written_in_the_order_of_their_axes(tmp_path: Path) -> None:
+def test_non_contiguous_views_are_written_in_row_major_order(tmp_path: Path) -> None:
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     write_folder(tmp_path / "out", {}, {"view": array[1].T})
     ((_, read),) = TensorFolder(tmp_path / "out")
     np.testing.assert_array_equal(read, array[1].T)
 
 
-def test_bfloat16_is_written_rounded_and_read_as_it_is(tmp_path: Path) -> None:
+def test_bfloat16_is_rounded_when_written_and_read_unchanged(tmp_path: Path) -> None:
     write_folder(tmp_path / "out", {}, drawn(), dtype="bfloat16")
     folder = TensorFolder(tmp_path / "out")
     assert set(folder.dtypes.values()) == {"bfloat16"}
     assert_same(dict(folder), {n: a.astype(jnp.bfloat16) for n, a in drawn().items()})
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InteropError, match="exists already"):
+    with pytest.raises(InteropError, match="already exists"):
         write_folder(tmp_path, {}, drawn())
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
@@ -133,7 +133,7 @@ def test_files_and_folders_have_the_modes_of_the_umask(tmp_path: Path, umask: in
         KeyboardInterrupt(),
     ],
 )
-def test_an_interrupted_write_leaves_nothing(
+def test_an_interrupted_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -151,7 +151,7 @@ def test_an_interrupted_write_leaves_nothing(
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_no_obstacle(tmp_path: Path) -> None:
     left = tmp_path / ".out.partial"
     left.mkdir()
     (left / "model-00001-of-00003.safetensors").write_text("half")
@@ -161,12 +161,12 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
     assert_same(dict(TensorFolder(tmp_path / "out")), drawn())
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+def test_two_processes_cannot_write_the_same_folder(tmp_path: Path) -> None:
     partial = tmp_path / ".out.partial"
     with files.locked(partial / "lock", "export"):
         (partial / "model.safetensors").write_text("of the first")
         with pytest.raises(
-            files.InUse, match=rf"process {os.getpid()} on .* \(export\) works there"
+            files.InUse, match=rf"is in use by process {os.getpid()} on .* \(export\)"
         ):
             write_folder(tmp_path / "out", {}, drawn())
         assert (partial / "model.safetensors").read_text() == "of the first"
@@ -175,14 +175,14 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("file", "file: exists already; name a new or empty folder"),
+        ("file", "file: already exists; name a new or empty folder"),
         ("file/out", "file/out: cannot be "),
         ("x" * 300, "cannot be used: File name too long"),
         ("x" * 250, "cannot be written: .*File name too long"),
         ("loop/out", "loop/out: cannot be "),
     ],
 )
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str, message: str) -> None:
+def test_an_unwritable_path_is_named(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises((InteropError, files.FileError), match=message):
@@ -201,7 +201,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_what_is_not_finite_is_neither_written_nor_read(
+def test_non_finite_values_are_neither_written_nor_read(
     tmp_path: Path, value: float, dtype: str | None
 ) -> None:
     tensors = drawn() | {"g": np.zeros(200_000, np.float32)}
@@ -217,7 +217,7 @@ def test_what_is_not_finite_is_neither_written_nor_read(
 
 
 @pytest.mark.parametrize("change", ["none", "value", "scalar", "name", "shape", "dtype"])
-def test_an_index_beside_a_single_file_must_agree(tmp_path: Path, change: str) -> None:
+def test_an_index_next_to_a_single_file_must_agree_with_it(tmp_path: Path, change: str) -> None:
     folder, tensors = sharded(tmp_path / "out"), drawn()
     match change:
         case "value":
@@ -240,7 +240,7 @@ def test_an_index_beside_a_single_file_must_agree(tmp_path: Path, change: str) -
         TensorFolder(folder)
 
 
-def test_an_index_whose_shards_are_gone_is_harmless_beside_the_model(tmp_path: Path) -> None:
+def test_an_index_whose_shards_are_gone_is_ignored_next_to_a_single_file(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "out")
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
@@ -249,7 +249,7 @@ def test_an_index_whose_shards_are_gone_is_harmless_beside_the_model(tmp_path: P
     assert_same(dict(TensorFolder(folder)), drawn())
 
 
-def test_the_cache_of_the_hub_consists_of_links(tmp_path: Path) -> None:
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
     for path in folder.iterdir():
@@ -257,7 +257,7 @@ def test_the_cache_of_the_hub_consists_of_links(tmp_path: Path) -> None:
     assert_same(dict(TensorFolder(tmp_path / "snapshot")), drawn())
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_is_rejected(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "out")
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     name = next(iter(load_file(first)))
@@ -267,7 +267,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"])
-def test_dtypes_that_no_model_has_are_named(tmp_path: Path, dtype: str) -> None:
+def test_unsupported_dtypes_are_named(tmp_path: Path, dtype: str) -> None:
     header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(
         len(header).to_bytes(8, "little") + header + bytes(4)
@@ -276,8 +276,8 @@ def test_dtypes_that_no_model_has_are_named(tmp_path: Path, dtype: str) -> None:
         TensorFolder(tmp_path).check({"a": (4,)}, {"a": ("float32",)})
 
 
-def test_what_is_damaged_or_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InteropError, match=r"nowhere: holds neither model\.safetensors nor"):
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InteropError, match=r"nowhere: has neither model\.safetensors nor"):
         TensorFolder(tmp_path / "nowhere")
 
     first = sorted(sharded(tmp_path / "gone").glob("*.safetensors"))[0]
@@ -289,8 +289,8 @@ def test_what_is_damaged_or_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\0" * 64, b"\xff" * 64, "cut", "longer"])
 def test_a_damaged_shard_is_named(tmp_path: Path, content: bytes | str) -> None:
     shard = sorted(sharded(tmp_path / "out").glob("*.safetensors"))[1]
-    whole = shard.read_bytes()
-    damaged = {"cut": whole[:-1], "longer": whole + b"\0"}
+    original = shard.read_bytes()
+    damaged = {"cut": original[:-1], "longer": original + b"\0"}
     shard.write_bytes(content if isinstance(content, bytes) else damaged[content])
     with pytest.raises(InteropError, match=rf"{shard.name}: damaged"):
         TensorFolder(tmp_path / "out")
@@ -316,11 +316,11 @@ def test_a_file_that_cannot_be_read_is_named(
         (b"[" * 100_000, "damaged: nested too deep"),
         (b'{"a":' * 100_000, "damaged: nested too deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "damaged"),
-        (b"[1]", "damaged: holds no mapping"),
-        (b"null", "damaged: holds no mapping"),
+        (b"[1]", "damaged: not a mapping"),
+        (b"null", "damaged: not a mapping"),
     ],
 )
-def test_json_that_is_none_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_json_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InteropError, match=rf"config\.json: {message}"):
         tensor_files.read_json(tmp_path / "config.json")
@@ -338,7 +338,7 @@ def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "damaged"),
-        ("[]", "holds no mapping"),
+        ("[]", "not a mapping"),
         ('{"weight_map": {}}', "weight_map must"),
         ('{"weight_map": [1]}', "weight_map must"),
         ('{"weight_map": {"a": ""}}', "weight_map must"),
@@ -351,7 +351,7 @@ def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ('{"weight_map": {"a": 1}}', "weight_map must"),
     ],
 )
-def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_index_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     index = sharded(tmp_path / "out") / "model.safetensors.index.json"
     index.write_text(text)
     with pytest.raises(InteropError, match=message):
@@ -359,7 +359,7 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, message: st
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "moved"])
-def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path, change: str) -> None:
+def test_an_index_that_disagrees_with_its_shards_is_rejected(tmp_path: Path, change: str) -> None:
     path = sharded(tmp_path / "out") / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     weight_map = index["weight_map"]
@@ -376,7 +376,7 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path, chan
         TensorFolder(tmp_path / "out")
 
 
-def test_all_faults_of_the_tensors_are_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_of_the_tensors_are_reported_at_once(tmp_path: Path) -> None:
     write_folder(tmp_path / "out", {}, drawn())
     folder = TensorFolder(tmp_path / "out")
     shapes = dict(SHAPES)

@@ -26,7 +26,7 @@ TEXTS = [
     "\n",
     "  ",
 ]
-# By name, options of SentencePiece's trainer.
+# Options of SentencePiece's trainer, by name.
 MODELS: dict[str, dict[str, Any]] = {
     "bpe": {"model_type": "bpe"},
     "bpe of bytes": {
@@ -52,7 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "characters": {"model_type": "char"},
 }
-# Which the tokenizers library has no place for.
+# Options that the tokenizers library cannot express.
 INEXACT: dict[str, dict[str, Any]] = {
     "suffix": {"model_type": "unigram", "treat_whitespace_as_suffix": True},
     "word": {"model_type": "word"},
@@ -82,7 +82,7 @@ def bpe(path: Path) -> str:
 
 
 def written(config: DataConfig) -> dict[str, bytes]:
-    return tokenizer_files.files_of(tokenizer_files.exportable(config), config)
+    return tokenizer_files.file_contents(tokenizer_files.load_for_export(config), config)
 
 
 def write(folder: Path, contents: dict[str, bytes]) -> Path:
@@ -113,7 +113,7 @@ def assert_same_tokenizer(contents: dict[str, bytes], config: DataConfig) -> Non
     assert described["clean_up_tokenization_spaces"] is False
 
 
-def test_bytes_go_along_as_a_bpe_without_merges() -> None:
+def test_the_byte_tokenizer_is_exported_as_a_bpe_without_merges() -> None:
     contents = written(DATA)
     assert_same_tokenizer(contents, DATA)
     theirs = tokenizers.Tokenizer.from_buffer(contents["tokenizer.json"])
@@ -123,7 +123,7 @@ def test_bytes_go_along_as_a_bpe_without_merges() -> None:
     assert theirs.decode(list(every)) == every.decode("utf-8", "replace")
 
 
-def test_a_tokenizers_file_goes_along_as_it_is(tmp_path: Path) -> None:
+def test_a_tokenizers_file_is_exported_unchanged(tmp_path: Path) -> None:
     config = named(bpe(tmp_path / "bpe.json"))
     contents = written(config)
     assert contents["tokenizer.json"] == (tmp_path / "bpe.json").read_bytes()
@@ -131,7 +131,9 @@ def test_a_tokenizers_file_goes_along_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["marks", "truncation", "padding"])
-def test_what_changes_the_number_of_ids_does_not_go_along(tmp_path: Path, changed: str) -> None:
+def test_options_that_change_the_number_of_ids_are_not_exported(
+    tmp_path: Path, changed: str
+) -> None:
     path = bpe(tmp_path / "bpe.json")
     tokenizer = tokenizers.Tokenizer.from_file(path)
     match changed:
@@ -147,7 +149,7 @@ def test_what_changes_the_number_of_ids_does_not_go_along(tmp_path: Path, change
     assert_same_tokenizer(written(named(path)), named(path))
 
 
-def test_an_end_of_text_that_the_configuration_names_is_kept(tmp_path: Path) -> None:
+def test_a_configured_end_of_text_is_kept(tmp_path: Path) -> None:
     config = named(bpe(tmp_path / "bpe.json"), end_of_text_id=7)
     assert_same_tokenizer(written(config), config)
 
@@ -161,12 +163,14 @@ def test_a_sentence_piece_model_is_converted(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", INEXACT)
-def test_what_cannot_be_converted_makes_auto_tokenizer_fail(tmp_path: Path, name: str) -> None:
+def test_a_tokenizer_that_cannot_be_converted_makes_auto_tokenizer_fail(
+    tmp_path: Path, name: str
+) -> None:
     config = named(sentence_piece(tmp_path / "tokens.model", **INEXACT[name]))
     with logged() as messages:
         contents = written(config)
     assert messages == [
-        f"AutoTokenizer cannot read {config.tokenizer} exactly, so only the file itself goes along,"
+        f"{config.tokenizer} has no exact AutoTokenizer equivalent: exporting only the file itself,"
         " as sentencepiece.model"
     ]
     assert contents.keys() == {"sentencepiece.model", "tokenizer_config.json"}
@@ -178,12 +182,12 @@ def test_what_cannot_be_converted_makes_auto_tokenizer_fail(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (named("none", end_of_text_id=0), "no tokenizer goes along: data.tokenizer='none'"),
-        (named("/nowhere/bpe.json"), "no tokenizer goes along: data.tokenizer='/nowhere/bpe.json'"),
-        (named("/nowhere/bpe.model"), "no tokenizer goes along: data.tokenizer='/nowhere/bpe.mod"),
+        (named("none", end_of_text_id=0), "exporting no tokenizer: data.tokenizer='none'"),
+        (named("/nowhere/bpe.json"), "exporting no tokenizer: data.tokenizer='/nowhere/bpe.json'"),
+        (named("/nowhere/bpe.model"), "exporting no tokenizer: data.tokenizer='/nowhere/bpe.mod"),
     ],
 )
-def test_a_run_without_tokenizer_says_so(config: DataConfig, message: str) -> None:
+def test_a_run_without_tokenizer_logs_that(config: DataConfig, message: str) -> None:
     with logged() as messages:
         contents = written(config)
     assert len(messages) == 1
@@ -194,28 +198,28 @@ def test_a_run_without_tokenizer_says_so(config: DataConfig, message: str) -> No
     }
 
 
-def test_another_tokenizer_than_that_of_training_does_not_go_along(tmp_path: Path) -> None:
+def test_a_tokenizer_that_changed_since_training_is_not_exported(tmp_path: Path) -> None:
     config = named(bpe(tmp_path / "bpe.json"))
-    tokenizer = tokenizer_files.exportable(config)
+    tokenizer = tokenizer_files.load_for_export(config)
     assert tokenizer is not None
-    assert tokenizer_files.exportable(config, tokenizer.fingerprint) is not None
+    assert tokenizer_files.load_for_export(config, tokenizer.fingerprint) is not None
     train_bpe(["other text"] * 9, 290, tmp_path / "bpe.json")
     with logged() as messages:
-        assert tokenizer_files.exportable(config, tokenizer.fingerprint) is None
+        assert tokenizer_files.load_for_export(config, tokenizer.fingerprint) is None
     assert "has changed since the run was trained" in messages[0]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "tokenizers", "sentence piece"])
-def test_a_tokenizer_comes_back(tmp_path: Path, kind: str) -> None:
+def test_a_tokenizer_round_trips(tmp_path: Path, kind: str) -> None:
     config = {
         "bytes": lambda: DATA,
         "tokenizers": lambda: named(bpe(tmp_path / "bpe.json")),
         "sentence piece": lambda: named(sentence_piece(tmp_path / "a.model", **MODELS["bpe"])),
     }[kind]()
     folder = write(tmp_path / "out", written(config))
-    assert tokenizer_files.adopted(config, folder, -1, 1024) == (config, None)
+    assert tokenizer_files.adopt(config, folder, -1, 1024) == (config, None)
     other = named(bpe(tmp_path / "other.json") if kind == "bytes" else "bytes")
-    adopted, file = tokenizer_files.adopted(other, folder, -1, 1024)
+    adopted, file = tokenizer_files.adopt(other, folder, -1, 1024)
     ours, theirs = (load_tokenizer(c.tokenizer, c.end_of_text_id) for c in (config, adopted))
     assert ours is not None
     assert theirs is not None
@@ -223,36 +227,35 @@ def test_a_tokenizer_comes_back(tmp_path: Path, kind: str) -> None:
     assert file == (None if kind == "bytes" else Path(adopted.tokenizer))
 
 
-def test_the_folders_tokenizer_replaces_one_that_is_gone(tmp_path: Path) -> None:
+def test_the_tokenizer_of_the_folder_replaces_a_missing_one(tmp_path: Path) -> None:
     config = named(bpe(tmp_path / "bpe.json"))
     folder = write(tmp_path / "out", written(config))
     (tmp_path / "bpe.json").unlink()
-    adopted, file = tokenizer_files.adopted(config, folder, -1, 1024)
+    adopted, file = tokenizer_files.adopt(config, folder, -1, 1024)
     assert file == folder / "tokenizer.json"
     assert adopted == dataclasses.replace(config, tokenizer=str(file))
 
 
 @pytest.mark.parametrize(
-    ("end_of_text_id", "wanted"), [(0, 0), (299, 299), (-1, -1), (1024, -1), (None, -1), ([0], -1)]
+    ("end_of_text_id", "expected"),
+    [(0, 0), (299, 299), (-1, -1), (1024, -1), (None, -1), ([0], -1)],
 )
-def test_the_folder_says_what_ends_a_document(
-    tmp_path: Path, end_of_text_id: Any, wanted: int
-) -> None:
+def test_the_folder_defines_end_of_text(tmp_path: Path, end_of_text_id: Any, expected: int) -> None:
     bpe(tmp_path / "tokenizer.json")
-    adopted, _ = tokenizer_files.adopted(DATA, tmp_path, end_of_text_id, 1024)
-    assert adopted.end_of_text_id == wanted
+    adopted, _ = tokenizer_files.adopt(DATA, tmp_path, end_of_text_id, 1024)
+    assert adopted.end_of_text_id == expected
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no tokenizer; data.tokenizer stays 'bytes'"),
-        (b"{", "data.tokenizer stays 'bytes': .*tokenizer.json: not a tokenizers file"),
-        (b"[" * 100_000, "data.tokenizer stays 'bytes': .*tokenizer.json: not a tokenizers file"),
-        ("large", "data.tokenizer stays 'bytes': .*tokenizer.json: its 300 ids do not fit"),
+        (None, "has no tokenizer; keeping data.tokenizer='bytes'"),
+        (b"{", "keeping data.tokenizer='bytes': .*tokenizer.json: not a tokenizers file"),
+        (b"[" * 100_000, "keeping data.tokenizer='bytes': .*tokenizer.json: not a tokenizers file"),
+        ("large", "keeping data.tokenizer='bytes': .*tokenizer.json: its 300 ids do not fit"),
     ],
 )
-def test_a_tokenizer_of_no_use_is_left(
+def test_an_unusable_tokenizer_is_ignored(
     tmp_path: Path, content: bytes | str | None, message: str
 ) -> None:
     match content:
@@ -261,7 +264,7 @@ def test_a_tokenizer_of_no_use_is_left(
         case str():
             bpe(tmp_path / "tokenizer.json")
     with logged() as messages:
-        assert tokenizer_files.adopted(DATA, tmp_path, -1, 299) == (DATA, None)
+        assert tokenizer_files.adopt(DATA, tmp_path, -1, 299) == (DATA, None)
     assert len(messages) == 1
     assert re.search(message, messages[0])
 
@@ -269,7 +272,7 @@ def test_a_tokenizer_of_no_use_is_left(
 def test_token_files_need_no_tokenizer(tmp_path: Path) -> None:
     bpe(tmp_path / "tokenizer.json")
     config = named("none", end_of_text_id=0)
-    assert tokenizer_files.adopted(config, tmp_path, -1, 1024) == (config, None)
+    assert tokenizer_files.adopt(config, tmp_path, -1, 1024) == (config, None)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Compiles for chips that are not attached, each batch of cases in a process of its own."""
+"""Compiles for chips that are not attached, each batch of cases in a separate process."""
 
 import contextlib
 import fcntl
@@ -15,21 +15,21 @@ from typing import Any, Literal
 import pytest
 
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-FUSED_BYTES = 2 * 2**20  # what a fused kernel may need beside arguments and results
+FUSED_BYTES = 2 * 2**20  # temporaries that a fused kernel may need
 
 Compiler = Literal["tpu", "h200"]
 
 _MODULES = {"tpu": "libtpu", "h200": "jax_plugins.xla_cuda13"}
 _SETTINGS = {
-    "tpu": {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"},  # there is no host of TPUs to ask
-    "h200": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},  # there is nothing to tune on
+    "tpu": {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"},  # no TPU host metadata to query
+    "h200": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},  # no device to autotune on
 }
 
 
 def run_cases(script: str, *cases: dict[str, Any], compiler: Compiler = "tpu") -> list[Any]:
-    """What `script`, a file beside this one, says of each case: JSON in argv[1], JSON on stdout.
+    """Runs `script`, a file in this folder, on the cases: JSON in argv[1], JSON on stdout.
 
-    Skips the test that asks where the compiler is not installed.
+    Skips the calling test if the compiler is not installed.
     """
     if not _installed(_MODULES[compiler]):
         pytest.skip(f"needs {_MODULES[compiler]}: pip install -e '.[compile]'")
@@ -46,19 +46,22 @@ def run_cases(script: str, *cases: dict[str, Any], compiler: Compiler = "tpu") -
 
 
 def _installed(module: str) -> bool:
-    # As in umv2.cost.topology, which these tests do without.
+    # Duplicated from umv2, which these tests must not import.
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 @contextlib.contextmanager
 def environment(compiler: Compiler) -> Iterator[dict[str, str]]:
-    """The environment of a process that compiles, for as long as it may: flags are fixed early."""
+    """Yields the environment of a compiling process; on exit, another process may compile.
+
+    XLA reads its flags at startup, so they must be in the environment.
+    """
     root = str(Path(__file__).parents[2])
     variables = os.environ | _SETTINGS[compiler] | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     with Path(tempfile.gettempdir(), f"umv2_{compiler}.lock").open("w") as lock:
-        if compiler == "tpu":  # libtpu serves one process of a machine at a time
+        if compiler == "tpu":  # only one process per machine can use libtpu
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield variables

@@ -1,11 +1,10 @@
-"""Every backend of every operator, at every "ci" shape and dtype, against the float32 reference.
+"""Tests every backend of every operator, at every "ci" shape and dtype, against the reference.
 
-    python -m pytest tests/kernels_pallas/conformance.py [-k PART OF A NAME]
+    python -m pytest tests/kernels_pallas/conformance.py [-k PART_OF_A_NAME]
 
-runs all cases, kernels in the interpreter of their platform; `python -m
-experiments.benchmarks.conformance` shows their errors. The suite runs some of them, in
-test_conformance.py. A new entry of an operator's BACKENDS is another column of cases without
-further ado.
+runs all cases, with kernels in the interpreter of their platform; `python -m
+experiments.benchmarks.conformance` shows their errors. The test suite runs a subset, in
+test_conformance.py. New entries in an operator's BACKENDS are tested automatically.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One backend of an operator at one shape and dtype, of tables or of query and keys."""
+    """One backend of an operator at one shape and dtype (of tables, or of query and keys)."""
 
     operator: str
     backend: str
@@ -55,14 +54,14 @@ class Case:
         return "-".join((self.operator, self.backend, self.shape.name, self.dtype))
 
     def inputs(self) -> dict[str, Any]:
-        """Random arrays; selections by score have whole numbers, so that they are exact."""
+        """Random arrays; top-k gets integers, so that the selection is exact."""
         if self.operator == "product_key_top_k":
-            return self.shape.inputs(dtype=jnp.dtype(self.dtype), numbers="whole")
+            return self.shape.inputs(dtype=jnp.dtype(self.dtype), numbers="integer")
         return self.shape.inputs(dtype=jnp.dtype(self.dtype))
 
     @property
     def reduction(self) -> int:
-        """About how many products the longest sum of a result or a gradient adds."""
+        """The approximate number of products in the longest sum of a result or a gradient."""
         shape = self.shape
         if self.operator == "value_aggregation":
             # A sum over selections, each with a pre-score; or all selections of one row.
@@ -73,9 +72,12 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-    """The largest error of some arrays, relative to the largest number of its array.
+    """The array with the largest error in units of its tolerance.
 
-    `share` is the largest share of what is tolerated; above 1 the case has failed.
+    Attributes:
+        largest: its error, relative to the largest number of the array.
+        share: its error as a multiple of the tolerance; above 1, the case has failed.
+        array: its name.
     """
 
     largest: float
@@ -84,7 +86,7 @@ class Error:
 
 
 def cases() -> list[Case]:
-    """All there is to run."""
+    """All cases."""
     return [
         Case(name, backend, shape, dtype)
         for name, operator in OPERATORS.items()
@@ -97,7 +99,7 @@ def cases() -> list[Case]:
 
 @contextlib.contextmanager
 def interpreter(backend: str) -> Iterator[None]:
-    """Runs the kernels of a backend on the CPU; races and reads of unset memory raise."""
+    """Runs the kernels of a backend on CPU; detects races and reads of uninitialized memory."""
     if backend == "pallas_sparsecore":
         with interpreted_sparsecore():
             yield
@@ -117,7 +119,7 @@ def interpreter(backend: str) -> Iterator[None]:
 
 
 def run(case: Case) -> dict[str, Error] | str:
-    """The errors of a case by pass, or why its backend does not take it."""
+    """The errors of a case by pass, or why its backend does not support it."""
     operator = OPERATORS[case.operator]
     arrays = case.inputs()
     platform = PLATFORMS[case.backend]
@@ -134,7 +136,7 @@ def run(case: Case) -> dict[str, Error] | str:
 
 @functools.cache
 def reference(case: Case) -> dict[str, dict[str, np.ndarray]]:
-    """What a case should compute: from the same numbers, all in float32."""
+    """The expected results of a case: the reference on the same inputs, cast to float32."""
     arrays = {
         name: x.astype(jnp.float32) if x is not None and x.dtype == jnp.bfloat16 else x
         for name, x in case.inputs().items()
@@ -146,7 +148,7 @@ def reference(case: Case) -> dict[str, dict[str, np.ndarray]]:
 def results(
     operator: Operator, function: Any, arrays: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What a call computes, and the gradients of a weighted sum of it, by name."""
+    """The results of a call, and the gradients of a weighted sum of them, by name."""
     chosen = {n: x for n, x in arrays.items() if n in operator.differentiable and x is not None}
     others = {n: x for n, x in arrays.items() if n not in chosen}
 
@@ -163,7 +165,7 @@ def results(
 
 
 def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], reduction: int) -> Error:
-    """The largest error; integers must be equal."""
+    """The largest error in units of its tolerance; integers must be equal."""
     assert got.keys() == want.keys()
     errors = []
     for name, expected in want.items():
@@ -174,7 +176,7 @@ def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], reduction: 
             wrong = float(np.mean(ours != theirs))
             errors.append(Error(wrong, float("inf") if wrong else 0.0, name))
             continue
-        # Each rounds once more where it is returned in bfloat16.
+        # A bfloat16 result is rounded once more.
         returned = 0.0 if got[name].dtype == jnp.float32 else jnp.finfo(got[name].dtype).eps
         tolerance = 2 * jnp.finfo(jnp.float32).eps * reduction**0.5 + returned
         largest = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
@@ -184,7 +186,7 @@ def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], reduction: 
 
 
 def check(case: Case, record_property: Callable[[str, str], None]) -> None:
-    """Holds the errors of a case to what is tolerated, and records them; skips what is refused."""
+    """Checks a case against its tolerances and records the errors; skips unsupported cases."""
     outcome = run(case)
     measured: dict[str, Any] = {
         "case": str(case),
@@ -205,4 +207,4 @@ def check(case: Case, record_property: Callable[[str, str], None]) -> None:
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_every_case(case: Case, record_property: Callable[[str, str], None]) -> None:
     check(case, record_property)
-    jax.clear_caches()  # what interpreted kernels leave there is large
+    jax.clear_caches()  # interpreted kernels fill them quickly

@@ -1,4 +1,4 @@
-"""What the tests of both operators share."""
+"""Fixtures for the tests of all operators."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def no_runtime_shape_checks() -> Iterator[None]:
-    """Lets a wrong argument reach the operator's own checks, as outside of the tests."""
+    """Disables jaxtyping, so that wrong arguments reach the operator's own checks."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

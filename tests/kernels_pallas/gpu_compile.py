@@ -1,19 +1,19 @@
 """Compiles an operator for an H200 that is not attached: python gpu_compile.py CASES
 
-CASES is JSON, a list of cases; prints, as JSON, of each the bytes of temporaries and arguments and
-its Mosaic GPU kernels by name: the registers of a thread, and the bytes that it spills, as ptxas
-reports them (the most, of kernels of the same name). Compilation is complete, down to machine code
-for sm_90a. A case has
+CASES is a JSON list of cases. For each, it prints as JSON the bytes of temporaries and arguments,
+and for its Mosaic GPU kernels by name the registers and spilled bytes per thread, as reported by
+ptxas (the maximum over kernels of the same name). Compilation is complete, down to machine code for
+sm_90a. A case has
 
     operator        "value_aggregation", "product_key_top_k" or "row_products"
     arguments       for each argument its [shape, dtype], or null
     implementation  one of the operator's
-    options         keyword arguments that are no arrays; may be left out
+    options         keyword arguments that are not arrays; optional
     what            "forward"; "grads", of the sum of squares of its first floating-point result;
                     "mapped", the forward under vmap, with two of every array; or "sharded", the
-                    gradients with the arguments in `sharded` split over 4 devices by axis 0
-    wrt             the arguments to differentiate by; by default all of floating point
-    remat           whether the backward pass repeats the forward; may be left out
+                    gradients with the arguments in `sharded` sharded over 4 devices on axis 0
+    wrt             arguments to differentiate with respect to; by default all floating-point ones
+    remat           whether the backward pass recomputes the forward pass; optional
     sharded         names of arguments, only for "sharded"
 """
 
@@ -31,7 +31,7 @@ NUM_DEVICES = 4
 
 
 def compiled(case: dict[str, Any]) -> Any:
-    """The program of a case, as XLA compiled it."""
+    """Compiles the program of a case."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -71,7 +71,7 @@ def compiled(case: dict[str, Any]) -> Any:
         if argument is not None and jnp.issubdtype(argument.dtype, jnp.floating)
     ]
 
-    # The mesh in context tells the operator what it is compiled for.
+    # The operator takes its target from the mesh in context.
     def forward(arguments: dict[str, Any]) -> Any:
         return operator(
             **arguments, **case.get("options", {}), implementation=case["implementation"]
@@ -95,7 +95,7 @@ def compiled(case: dict[str, Any]) -> Any:
 
 
 def kernel_reports(reports: Path) -> dict[str, dict[str, int]]:
-    """What ptxas says of each kernel compiled, by the name that it was given."""
+    """The ptxas report of each compiled kernel, by kernel name."""
     found: dict[str, dict[str, int]] = {}
     for path in reports.glob("*.ptxas"):
         report = path.read_text()
@@ -116,10 +116,10 @@ def main() -> None:
     known: dict[str, dict[str, int]] = {}
     for case in json.loads(sys.argv[1]):
         with tempfile.TemporaryDirectory() as reports:
-            # Mosaic reads these as it compiles.
+            # Mosaic reads these variables when it compiles.
             os.environ |= {"MOSAIC_GPU_DUMP_TO": reports, "MOSAIC_GPU_DUMP_PTXAS": "1"}
             program = compiled(case)
-            # A kernel that an earlier case has too is not compiled again.
+            # A kernel of an earlier case is cached and not compiled again, so keep its report.
             known |= kernel_reports(Path(reports))
         text, memory = program.as_text(), program.memory_analysis()
         results.append(

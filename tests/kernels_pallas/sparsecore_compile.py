@@ -1,7 +1,7 @@
 """Compiles value aggregation for SparseCores that are not attached: python this_file.py CASES
 
-CASES is JSON, a list of cases; prints, as JSON, what the compiler says of each. `aot.py` runs it in
-a process of its own, because libtpu serves one process at a time.
+CASES is a JSON list of cases; prints the compiler's report on each as JSON. `aot.py` runs this in a
+separate process, because only one process at a time can use libtpu.
 """
 
 import functools
@@ -41,7 +41,7 @@ def arguments(case: dict[str, Any], num_devices: int = 1) -> dict[str, jax.Shape
 
 
 def contiguous(array: Any, sharding: Any) -> Format:
-    """The layout that the kernels read: rows of whole 32 bytes, one after the other."""
+    """The layout that the kernels read: contiguous rows, padded to 32 bytes."""
     order = tuple(range(len(array.shape)))
     return Format(Layout(order, tiling=((32 // array.dtype.itemsize,),)), sharding)
 
@@ -51,7 +51,7 @@ def compiled(case: dict[str, Any]) -> Any:
     device = topology.devices[0]
 
     def forward(inputs: dict[str, Any]) -> Any:
-        # Scores come as [T, c, K], as the kernels read them: XLA makes a copy to transpose them.
+        # Scores are passed as [T, c, K], the kernel layout: XLA would copy them to transpose.
         scores = jnp.swapaxes(inputs["scores"], 1, 2)
         return value_aggregation(
             **inputs | {"scores": scores},
@@ -64,7 +64,7 @@ def compiled(case: dict[str, Any]) -> Any:
         return jax.grad(lambda chosen: jnp.sum(forward(inputs | chosen) ** 2))(chosen)
 
     def token_grads(inputs: dict[str, Any]) -> Any:
-        """The gradients that need the rows: the backward kernel alone."""
+        """The gradients that need the rows: only the backward kernel."""
         arrays = {n: x for n, x in inputs.items() if n not in ("scores", "output_grad")}
         call = AggregationCall(
             **arrays,
@@ -99,7 +99,7 @@ def compiled(case: dict[str, Any]) -> Any:
     sharding = SingleDeviceSharding(device)
     inputs = arguments(case)
     if what == "packed":
-        # A float32 table in rows of 128 has the same bytes in the default layout.
+        # In rows of 128, a float32 table has the same bytes in the default layout.
         shapes = {n: (x.size // 128, 128) if n in TABLES else x.shape for n, x in inputs.items()}
         formats = jax.tree.map(lambda x: contiguous(x, sharding), inputs)
         formats |= {n: Format(None, sharding) for n in TABLES if n in inputs}
@@ -143,7 +143,7 @@ def compiled(case: dict[str, Any]) -> Any:
 
 
 def chip_mesh(device: Any) -> AbstractMesh:
-    """A mesh in whose context JAX knows the chip."""
+    """A mesh that tells JAX the chip when it is in context."""
     abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
     return AbstractMesh((1,), ("x",), abstract_device=abstract, axis_types=(AxisType.Auto,))
 

@@ -1,8 +1,8 @@
 """Runs the SparseCore kernels of value aggregation on CPU.
 
-JAX's interpreter takes the kernels as they are, but for five things that it lacks: indirect streams
-(here the copies of single rows that the kernels have for padded rows), streams without a semaphore
-at their destination, loops whose order is the compiler's, meshes of SparseCores, and the chip.
+JAX's interpreter lacks five things that the kernels use, which are replaced here: indirect streams
+(by the copies of single rows that the kernels use for padded rows), streams without a semaphore at
+their destination, parallel loops, SparseCore meshes, and the chip.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ NUM_SUBCORES = 2
 
 
 class Push:
-    """A stream whose only semaphore is that of its destination."""
+    """A stream with a semaphore only at its destination."""
 
     def __init__(self, result: Any, row: Any, sent: Any) -> None:
         copy = pltpu.make_async_copy(result, row, sent)
@@ -39,14 +39,14 @@ def interpreted_sparsecore(
     block_registers: int = 16,
     copies: Literal["on_wait", "eager"] = "on_wait",
 ) -> Iterator[None]:
-    """Pretends a chip of two subcores; races, reads of unset memory and out of bounds raise.
+    """Emulates a chip with two subcores; detects races, uninitialized and out-of-bounds reads.
 
-    Copies are made when they are awaited, the last moment, or as soon as they start, the first.
+    Copies execute as late as possible, when awaited, or as early as possible, when started.
     """
     chip = sparsecore_pipeline.Chip(1, NUM_SUBCORES, lanes, local_bytes)
     mesh = pltpu.TensorCoreMesh(axis_name="subcore", num_cores=NUM_SUBCORES)
     doubles: dict[str, Any] = {
-        "chip_at_hand": lambda: chip,
+        "target_chip": lambda: chip,
         "subcores": lambda chip: mesh,
         "this_subcore": lambda: lax.axis_index("subcore"),
         "IndirectStream": sparsecore_pipeline.RowCopies,
@@ -59,7 +59,7 @@ def interpreted_sparsecore(
     with (
         mock.patch.multiple(sparsecore_pipeline, **doubles),
         mock.patch.multiple(sparsecore_arithmetic, **arithmetic),
-        mock.patch.object(tuned, "device_kind", lambda platform: "a pretended chip"),
+        mock.patch.object(tuned, "device_kind", lambda platform: "an emulated chip"),
         pltpu.force_tpu_interpret_mode(params),
     ):
         yield

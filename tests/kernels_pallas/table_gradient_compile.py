@@ -1,8 +1,8 @@
 """Compiles gradients of tables for absent TPUs: python table_gradient_compile.py CASES
 
-CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and the kernels of each.
-The gradients are those of `value_aggregation_row_gradients` ("rows"), its dense form ("dense"), or
-the sums of one table alone, from what is sorted ("sums").
+CASES is a JSON list of cases; prints the bytes of temporaries and the kernels of each as JSON. A
+case compiles `value_aggregation_row_gradients` ("rows"), its dense form ("dense"), or only the sums
+of one table from sorted selections ("sums").
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the operators take: NumPy's arrays, arrays on a mesh, ids that are no rows."""
+"""Arguments of the operators: NumPy arrays, arrays on a mesh, ids out of range."""
 
 import contextlib
 import dataclasses
@@ -34,14 +34,14 @@ def normal(*shape: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A public operator with sound arguments, NumPy's.
+    """A public operator with valid NumPy arguments.
 
     Attributes:
         function: the operator.
-        arrays: arguments that are arrays.
-        options: the others.
+        arrays: array arguments.
+        options: other arguments.
         token_axes: the axis of tokens of each array that has one.
-        differentiable: names of arrays.
+        differentiable: names of the differentiable arrays.
     """
 
     function: Callable[..., Any]
@@ -51,11 +51,11 @@ class Operator:
     differentiable: tuple[str, ...]
 
     def __call__(self, arrays: dict[str, Any]) -> Any:
-        """Results for some arrays."""
+        """The results for the given arrays."""
         return self.function(**arrays, **self.options)
 
     def with_gradients(self, arrays: dict[str, Any]) -> Any:
-        """Results, and the gradients of a sum over the first."""
+        """The results, and the gradients of a sum over the first one."""
         chosen = {name: x for name, x in arrays.items() if name in self.differentiable}
 
         def loss(chosen: dict[str, Any]) -> tuple[Any, Any]:
@@ -123,11 +123,11 @@ def assert_close(got: Any, want: Any) -> None:
 
 
 @every_operator
-def test_arrays_may_be_those_of_numpy(name: str) -> None:
+def test_numpy_arrays_are_accepted(name: str) -> None:
     operator = OPERATORS[name]
     want = operator(as_jax(operator.arrays))
     assert_close(operator(operator.arrays), want)
-    # A closure's arrays are constants of the program.
+    # Arrays in a closure are constants of the program.
     assert_close(jax.jit(lambda: operator(operator.arrays))(), want)
     with_gradients = jax.jit(operator.with_gradients)
     want = with_gradients(as_jax(operator.arrays))
@@ -143,7 +143,7 @@ def test_gradients_may_be_computed_eagerly(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64, ">i4"])
 @pytest.mark.parametrize("x64", [False, True])
-def test_ids_of_numpy_may_have_any_integer_dtype(dtype: Any, x64: bool) -> None:
+def test_numpy_ids_may_have_any_integer_dtype(dtype: Any, x64: bool) -> None:
     want = value_aggregation(**_SUMMED)
     with jax.enable_x64(x64):
         got = value_aggregation(**_SUMMED | {"indices": _INDICES.astype(dtype)})
@@ -168,13 +168,13 @@ def test_every_floating_point_dtype_accumulates_in_float32_or_float64(
     assert floats == {np.dtype(np.float64 if wide else np.float32)}
 
 
-def unsound(array: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """What no argument may be, by a word for it."""
+def invalid(array: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Invalid versions of an array argument, each with a description."""
     for dtype in (np.complex64, np.bool_, np.object_, ml_dtypes.float8_e4m3fn, np.longdouble, "S3"):
         yield str(np.dtype(dtype)), array.astype(dtype)
     if array.dtype == np.int32:
         yield "float ids", array.astype(np.float32)
-        yield "uint32 of JAX", jnp.asarray(array, jnp.uint32)
+        yield "JAX uint32", jnp.asarray(array, jnp.uint32)
         yield "beyond int32", np.where(array == array.flat[0], 2**31, array.astype(np.int64))
         yield "below int32", np.where(array == array.flat[0], -(2**40), array.astype(np.int64))
     else:
@@ -183,21 +183,21 @@ def unsound(array: np.ndarray) -> Iterator[tuple[str, Any]]:
     yield "a number", 1.0
     yield "a string", "values"
     yield "another rank", array[None]
-    yield "keys of random numbers", jax.random.split(jax.random.key(0), 2)
+    yield "random keys", jax.random.split(jax.random.key(0), 2)
 
 
 @every_operator
-def test_an_unsound_array_is_named_with_a_rule_in_one_line(name: str) -> None:
+def test_an_invalid_array_is_reported_in_one_line_with_name_and_rule(name: str) -> None:
     operator = OPERATORS[name]
     for argument, array in operator.arrays.items():
-        for what, wrong in unsound(array):
+        for what, wrong in invalid(array):
             with pytest.raises(ValueError, match=rf"{argument}.*: got .*, must be ") as raised:
                 operator(operator.arrays | {argument: wrong})
             assert "\n" not in str(raised.value), what
 
 
 @pytest.mark.usefixtures("x64")
-def test_ids_of_jax_must_be_int32() -> None:
+def test_jax_ids_must_be_int32() -> None:
     with pytest.raises(ValueError, match=r"indices.dtype: got int64, must be int32"):
         value_aggregation(**_SUMMED | {"indices": jnp.asarray(_INDICES, jnp.int64)})
 
@@ -209,7 +209,9 @@ def test_ids_of_jax_must_be_int32() -> None:
     + [("value_aggregation", "num_slots"), ("value_aggregation_row_gradients", "max_rows")],
 )
 @pytest.mark.parametrize("value", [-1, 2.0, "2", [2], float("nan")], ids=str)
-def test_an_unsound_number_is_named_with_a_rule(name: str, option: str, value: Any) -> None:
+def test_an_invalid_number_is_reported_with_name_and_rule(
+    name: str, option: str, value: Any
+) -> None:
     operator = OPERATORS[name]
     with pytest.raises(ValueError, match=rf"{option}: got .*, must be "):
         operator.function(**operator.arrays, **operator.options | {option: value})
@@ -218,7 +220,7 @@ def test_an_unsound_number_is_named_with_a_rule(name: str, option: str, value: A
 @every_operator
 @pytest.mark.parametrize("option", ["implementation", "platform"])
 @pytest.mark.parametrize("value", ["cuda", 1, ["xla"]], ids=str)
-def test_an_unknown_name_is_refused_with_those_that_there_are(
+def test_an_unknown_name_is_rejected_with_the_known_names(
     name: str, option: str, value: Any
 ) -> None:
     operator = OPERATORS[name]
@@ -227,7 +229,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(
     assert not isinstance(raised.value, UnsupportedError)
 
 
-def test_an_unknown_activation_is_refused() -> None:
+def test_an_unknown_activation_is_rejected() -> None:
     name: Any = "tanh"
     with pytest.raises(ValueError, match=r"activation: got 'tanh', must be one of .*'gelu'"):
         activate(jnp.ones(3), name)
@@ -250,7 +252,7 @@ def test_without_tokens_or_selections_results_and_gradients_are_empty_or_zero(
     assert all(not np.any(gradient) for gradient in gradients.values())
 
 
-def test_without_tokens_nothing_is_retrieved() -> None:
+def test_top_k_without_tokens_is_empty() -> None:
     operator = OPERATORS["product_key_top_k"]
     arrays = operator.arrays | {"query": operator.arrays["query"][:, :, :, :0]}
     gradients, (scores, addresses) = jax.jit(operator.with_gradients)(as_jax(arrays))
@@ -259,7 +261,7 @@ def test_without_tokens_nothing_is_retrieved() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 2, 3, 4])
-def test_keys_of_no_size_are_refused(axis: int) -> None:
+def test_empty_key_axes_are_rejected(axis: int) -> None:
     operator = OPERATORS["product_key_top_k"]
     sized = {"query": axis, "keys": axis} if axis != 3 else {"keys": axis}
     arrays = {n: np.take(x, [], sized[n]) if n in sized else x for n, x in operator.arrays.items()}
@@ -267,7 +269,7 @@ def test_keys_of_no_size_are_refused(axis: int) -> None:
         operator(arrays)
 
 
-def test_rows_can_be_selected_from_a_table_that_has_some_alone() -> None:
+def test_selecting_from_an_empty_table_is_rejected() -> None:
     tables = {name: _SUMMED[name][:0] for name in ("values", "pre_values")}
     with pytest.raises(ValueError, match="values rows: got 0, must be at least 1"):
         value_aggregation(**_SUMMED | tables)
@@ -277,7 +279,7 @@ def test_rows_can_be_selected_from_a_table_that_has_some_alone() -> None:
 
 @every_operator
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-def test_on_a_mesh_a_call_needs_no_shard_map(name: str, kind: AxisType) -> None:
+def test_a_call_on_a_mesh_needs_no_shard_map(name: str, kind: AxisType) -> None:
     operator = OPERATORS[name]
     unplaced = as_jax(operator.arrays)
     want = jax.device_get(jax.jit(operator.with_gradients)(unplaced))
@@ -303,7 +305,7 @@ def test_on_a_mesh_a_call_needs_no_shard_map(name: str, kind: AxisType) -> None:
 
 
 @every_operator
-def test_what_else_is_sharded_is_refused_with_what_to_do(name: str) -> None:
+def test_other_shardings_are_rejected_with_a_remedy(name: str) -> None:
     operator = OPERATORS[name]
     with jax.set_mesh(jax.make_mesh((2,), ("data",))):
         for argument, array in operator.arrays.items():
@@ -316,7 +318,7 @@ def test_what_else_is_sharded_is_refused_with_what_to_do(name: str) -> None:
                     operator(arrays)
 
 
-def test_tokens_sharded_in_two_ways_are_refused() -> None:
+def test_tokens_sharded_in_two_ways_are_rejected() -> None:
     with jax.set_mesh(jax.make_mesh((2, 2), ("a", "b"))):
         arrays = {
             "indices": jax.device_put(_INDICES, PartitionSpec("a")),
@@ -364,7 +366,7 @@ def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
 def checked_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("KERNELS_PALLAS_CHECK_IDS", "1")
     yield
-    # A program that failed is still waited for when Python exits.
+    # Consume the error of the failed program, or Python would raise it again at exit.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax.effects_barrier()
 
@@ -372,7 +374,7 @@ def checked_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("checked_ids")
 @pytest.mark.parametrize("wrong", [-1, 2**31 - 1])
 @pytest.mark.parametrize("transform", [None, traced, scanned, differentiated, mapped])
-def test_checked_ids_are_an_error_that_names_them(
+def test_ids_out_of_range_raise_when_checked(
     transform: Callable[..., Any] | None, wrong: int
 ) -> None:
     def call(ids: Any) -> Any:
@@ -392,7 +394,7 @@ def test_checked_ids_are_an_error_that_names_them(
 
 
 @pytest.mark.parametrize("name", ["value_aggregation", "value_aggregation_row_gradients"])
-def test_checked_are_the_ids_of_rows_and_slots(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_of_rows_and_slots_are_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     operator = OPERATORS[name]
     slots: dict[str, Any] = {"slots": np.full((8, 3), 2), "num_slots": 2}
     if "output_grad" in operator.arrays:
@@ -406,14 +408,16 @@ def test_checked_are_the_ids_of_rows_and_slots(name: str, monkeypatch: pytest.Mo
         operator.function(**operator.arrays | wrong)
 
 
-def test_checking_ids_is_asked_for_by_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_that_enables_id_checks_must_be_0_or_1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("KERNELS_PALLAS_CHECK_IDS", "yes")
     with pytest.raises(ValueError, match="KERNELS_PALLAS_CHECK_IDS: got 'yes', must be 0 or 1"):
         value_aggregation(**_SUMMED)
 
 
 @pytest.mark.parametrize("wrong", [-1, -(2**31), _NUM_VALUES, 2**31 - 1])
-def test_row_gradients_name_rows_alone_whatever_the_ids(wrong: int) -> None:
+def test_row_gradients_return_valid_ids_for_any_input_ids(wrong: int) -> None:
     operator = OPERATORS["value_aggregation_row_gradients"]
     indices = out_of_range(_INDICES, wrong)
     got = value_aggregation_row_gradients(**operator.arrays | {"indices": indices})

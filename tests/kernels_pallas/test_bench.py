@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it reports, and how it looks for block sizes."""
+"""The benchmark: costs, reports, and the search for block sizes."""
 
 import errno
 import functools
@@ -37,7 +37,7 @@ AGGREGATION, TOP_K = OPERATORS.values()
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_the_plain_form_computes_the_same(operator: Any, name: str) -> None:
+def test_the_plain_implementation_matches_the_reference(operator: Any, name: str) -> None:
     (shape,) = named_shapes(operator, name)
     arrays = shape.inputs()
     got = results(operator, operator.plain, arrays, shape.options)
@@ -46,20 +46,20 @@ def test_the_plain_form_computes_the_same(operator: Any, name: str) -> None:
         assert compare(got[pass_name], arrays, reduction=1000).share <= 1, pass_name
 
 
-def test_bytes_and_flop_of_a_tiny_workload_by_hand() -> None:
-    # 2 tokens of 3 selections: 6 rows of 8 + 4 numbers of 2 bytes; ids, 2 scores each, 2 pre-inputs
-    # of 4 and 2 outputs of 8, of 4 bytes.
+def test_bytes_and_flops_of_a_tiny_workload_by_hand() -> None:
+    # 2 tokens with 3 selections: 6 rows of 8 + 4 bfloat16 numbers. At 4 bytes each: 6 ids, 12
+    # scores, 2 pre-inputs of 4 and 2 outputs of 8.
     shape = Shape("tiny", "ci", 2, 3, 10, 8, 4, num_cores=2)
     workload = Workload(AGGREGATION, shape, "bfloat16", "uniform")
     forward = 6 * 12 * 2 + 4 * (6 + 12 + 8 + 16)
     assert workload.cost("forward") == (forward, 2 * 6 * 12)
-    # Scores and pre-inputs are read, their gradients written; so are those of 10 rows.
+    # Scores and pre-inputs are read, and their gradients and those of all 10 rows are written.
     backward = 6 * 12 * 2 + 4 * (6 + 24 + 16 + 16) + 10 * 12 * 2
     assert workload.cost("backward") == (backward, 2 * 6 * (2 * 8 + 3 * 4))
     assert workload.cost("both") == (forward + backward, 2 * 6 * (12 + 28))
 
 
-def test_ids_are_drawn_as_named() -> None:
+def test_ids_have_the_named_distribution() -> None:
     rng = np.random.default_rng(0)
     drawn = {
         kind: draw_ids(kind, (4000, 5), 100, rng) for kind in ("uniform", "zipf", "equal", "ends")
@@ -68,28 +68,28 @@ def test_ids_are_drawn_as_named() -> None:
     assert np.unique(drawn["equal"]).size == 1
     assert set(np.unique(drawn["ends"])) == {0, 99}
     most, second = (np.sort(np.bincount(drawn["zipf"].ravel()))[-i] for i in (1, 2))
-    # ln 2 and ln 3/2 of ln 101.
+    # ln 2 / ln 101 and ln 3/2 / ln 101.
     assert most / 20000 == pytest.approx(0.150, abs=0.01)
     assert second / 20000 == pytest.approx(0.088, abs=0.01)
     assert np.bincount(drawn["uniform"].ravel()).max() < 300
 
 
-def test_programs_take_turns_and_begin_in_turn() -> None:
+def test_measurements_are_interleaved_and_rotate() -> None:
     order: list[str] = []
     programs = {
         name: Program(functools.partial(order.append, name), 0.0, 0, 0) for name in ("a", "b")
     }
-    times = measure.in_turns(programs, 3)
+    times = measure.interleaved_times(programs, 3)
     assert order == ["a", "a", "b", "b", "a", "b", "b", "a", "a", "b"]
     assert len(times["a"].seconds) == 3
 
 
-def test_speedups_are_of_times_within_a_round() -> None:
+def test_speedups_compare_times_within_a_round() -> None:
     noisy, twice = Times((1.0, 10.0, 1.0)), Times((2.0, 20.0, 2.0))
     assert noisy.speedup_over(twice) == (2.0, (2.0, 2.0))
 
 
-def test_records_a_table_and_a_plot_come_of_a_run(
+def test_a_run_writes_records_a_table_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = "--op=value_aggregation --shapes=one_token --repeats=2 --ids=uniform"
@@ -127,7 +127,7 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_a_table_fits_the_terminal_and_says_everything(
+def test_a_table_fits_the_terminal_and_is_complete(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = record(implementation="pallas_tpu", reason="it compiles for TPU, " * 20)
@@ -143,7 +143,7 @@ def test_a_table_fits_the_terminal_and_says_everything(
         assert report.table(records) == text
 
 
-def test_points_of_a_roofline_have_labels_that_cover_no_other(tmp_path: Path) -> None:
+def test_labels_of_a_roofline_do_not_overlap(tmp_path: Path) -> None:
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     axes.set(xlim=(0, 10), ylim=(0, 10))
@@ -152,13 +152,13 @@ def test_points_of_a_roofline_have_labels_that_cover_no_other(tmp_path: Path) ->
     figure.savefig(tmp_path / "labels.png")
     boxes = [
         Text.get_window_extent(label) for label in axes.texts
-    ]  # without the lines to the points
+    ]  # without the lines that connect them to their points
     assert len(boxes) == len(points)
     for i, one in enumerate(boxes):
         assert not any(one.overlaps(other) for other in boxes[:i])
 
 
-def test_a_roofline_of_the_same_records_is_the_same_file(tmp_path: Path) -> None:
+def test_the_same_records_give_the_same_roofline_file(tmp_path: Path) -> None:
     shapes = [{"name": name, "ids": "uniform"} for name in ("small", "large")]
     records = [
         record(shape=shape, implementation=name, flops_per_second=1e9 * factor)
@@ -174,17 +174,17 @@ def test_a_roofline_of_the_same_records_is_the_same_file(tmp_path: Path) -> None
     assert not (tmp_path / "none.png").exists()
 
 
-def test_a_program_that_needs_more_memory_than_there_is_is_not_run(
+def test_a_program_that_exceeds_memory_is_not_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(measure, "available_bytes", lambda: 100)
     (shape,) = named_shapes(TOP_K, "one_token")
     workload = Workload(TOP_K, shape, "float32")
     found = measure.program_of(workload, "plain", "forward", workload.inputs())
-    assert found == "needs 0.0 GiB, there are 0.0 GiB"
+    assert found == "needs 0.0 GiB, only 0.0 GiB are available"
 
 
-def test_arguments_may_have_the_layouts_that_the_compiler_chooses(
+def test_arguments_can_have_layouts_chosen_by_the_compiler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (shape,) = named_shapes(AGGREGATION, "one_token")
@@ -208,7 +208,7 @@ def test_arguments_may_have_the_layouts_that_the_compiler_chooses(
         ("--repeats=0", "--repeats: got 0, must be at least 1"),
     ],
 )
-def test_a_wrong_argument_is_refused(
+def test_a_wrong_argument_is_rejected(
     argument: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -216,7 +216,7 @@ def test_a_wrong_argument_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_tuning_goes_to_the_fastest_blocks_and_keeps_them(
+def test_tuning_finds_and_stores_the_fastest_blocks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("KERNELS_PALLAS_TUNED", str(tmp_path))
@@ -226,11 +226,11 @@ def test_tuning_goes_to_the_fastest_blocks_and_keeps_them(
         return "too small" if blocks.chunk_size < 8 else Program(lambda: result, 0.0, 0, 0)
 
     def times(programs: dict[Any, Program], rounds: int) -> dict[Any, Times]:
-        # 16 is best of those that are right; the heuristic says 8192.
+        # 16 is the fastest correct size; the heuristic says 8192.
         return {b: Times((float(abs(np.log2(b.chunk_size) - 4) + 1),) * rounds) for b in programs}
 
     monkeypatch.setattr(tune, "_program", program)
-    monkeypatch.setattr(tune, "in_turns", times)
+    monkeypatch.setattr(tune, "interleaved_times", times)
     command = "--op=value_aggregation --implementation=xla --shapes=ragged --ids=uniform --tune"
     bench.main(command.split())
     (path,) = tmp_path.iterdir()
@@ -238,15 +238,15 @@ def test_tuning_goes_to_the_fastest_blocks_and_keeps_them(
     assert entry["blocks"] == {"chunk_size": 16}
     assert entry["measured"]["heuristic"] == {"chunk_size": 8192}
     assert entry["measured"]["speedup_over_heuristic"] == pytest.approx(10)
-    told = capsys.readouterr().out
-    assert "no: too small" in told
-    assert "Chunks(chunk_size=32): no: its result differs by nan" in told
+    output = capsys.readouterr().out
+    assert "no: too small" in output
+    assert "Chunks(chunk_size=32): no: its result differs by nan" in output
     kind = tuned.device_kind("cpu")
     assert kind is not None
     assert [b for b in tuned.load(path, kind).values()] == [{"chunk_size": 16}]
 
 
-def test_blocks_under_trial_are_those_that_are_compiled() -> None:
+def test_candidate_blocks_are_the_ones_compiled() -> None:
     (shape,) = named_shapes(AGGREGATION, "ragged")
     workload = Workload(AGGREGATION, shape, "float32", "uniform")
     (request,) = tune.requests(workload, "xla")
@@ -271,14 +271,20 @@ ONE_CASE = ["--op=value_aggregation", "--shapes=one_token", "--ids=uniform", "--
         (["--fast"], "unrecognized arguments: --fast"),
         (["--repeats=many"], "argument --repeats: invalid int value: 'many'"),
         (["--ids="], "--ids: got '', must be one of uniform"),
-        (["--output="], "--output: got '', must be a folder of this machine"),
-        (["--output=gs://bucket/x"], "--output: got 'gs://bucket/x', must be a folder of this"),
-        (["--tune", "--output=x"], "--output: --tune writes to the folder of KERNELS_PALLAS_TUNED"),
-        (["--tune", "--implementation=plain"], "--tune: the plain form has no block sizes"),
+        (["--output="], "--output: got '', must be a local folder"),
+        (["--output=gs://bucket/x"], "--output: got 'gs://bucket/x', must be a local folder"),
+        (
+            ["--tune", "--output=x"],
+            "--output: --tune only writes to the folder of KERNELS_PALLAS_TUNED",
+        ),
+        (
+            ["--tune", "--implementation=plain"],
+            "--tune: the plain implementation has no block sizes",
+        ),
     ],
     ids=str,
 )
-def test_a_mistake_on_the_command_line_is_one_line(
+def test_a_command_line_error_is_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -288,10 +294,13 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert line.startswith(f"error: {message}")
 
 
-def test_checks_are_not_measured(
+def test_benchmarks_reject_id_checks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for value, message in (("1", "checks would be measured"), ("yes", "got 'yes', must be 0 or 1")):
+    for value, message in (
+        ("1", "checks would distort timings"),
+        ("yes", "got 'yes', must be 0 or 1"),
+    ):
         monkeypatch.setenv("KERNELS_PALLAS_CHECK_IDS", value)
         with pytest.raises(SystemExit):
             bench.arguments(ONE_CASE)
@@ -301,19 +310,19 @@ def test_checks_are_not_measured(
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[Any, list[str]]:
-    """The status with which a command ends before it measures, and the lines that it writes."""
+    """The exit status of a command that ends before it measures, and the lines it writes."""
     monkeypatch.setattr(sys, "argv", ["bench", *ONE_CASE, *arguments])
     monkeypatch.setattr(bench, "measured", lambda *_: pytest.fail("it measures"))
     with pytest.raises(SystemExit) as stopped:
         bench.run()
     printed = capsys.readouterr().err.splitlines()
-    if isinstance(stopped.value.code, str):  # what Python prints, with status 1
+    if isinstance(stopped.value.code, str):  # Python prints it and exits with status 1
         return 1, [*printed, *stopped.value.code.splitlines()]
     return stopped.value.code, printed
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/new", "long"])
-def test_a_folder_that_takes_no_files_is_refused_before_anything_is_measured(
+def test_an_unwritable_folder_is_rejected_before_measuring(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -333,7 +342,7 @@ def test_a_folder_that_takes_no_files_is_refused_before_anything_is_measured(
     "content",
     [b"not json", b"\xff\xfe", b"[]", b'{"device_kind": 1, "entries": []}', b'{"entries": 1}'],
 )
-def test_a_damaged_file_of_block_sizes_is_named_in_one_line(
+def test_a_corrupt_file_of_block_sizes_is_reported_in_one_line(
     content: bytes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -359,7 +368,7 @@ def test_a_damaged_file_of_block_sizes_is_named_in_one_line(
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_stops_a_measurement_is_one_line(
+def test_an_interrupted_measurement_is_reported_in_one_line(
     raised: BaseException,
     status: int,
     line: str,
@@ -373,7 +382,7 @@ def test_what_stops_a_measurement_is_one_line(
     assert run(monkeypatch, capsys) == (status, [line])
 
 
-def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ValueError("a bug"), OSError(errno.EINVAL, "a bug")):
         monkeypatch.setattr(bench, "main", lambda error=error: raise_(error))
         with pytest.raises(type(error), match="a bug"):
@@ -398,7 +407,7 @@ def test_tuning_says_why_a_backend_cannot_run(capsys: pytest.CaptureFixture[str]
         ("PYTHONIOENCODING=ascii", "| true", 141, 0),
     ],
 )
-def test_the_command_minds_its_platform_and_its_output(
+def test_the_command_handles_platform_and_output_errors(
     variable: str, redirection: str, status: int, lines: int
 ) -> None:
     arguments = [*ONE_CASE, "--repeats=1", "--passes=forward"]

@@ -1,6 +1,6 @@
-"""Every backend against the reference; `conformance.py` holds the cases.
+"""Every backend against the reference, on a subset of the cases of `conformance.py`.
 
-Here each shape is run in one of the dtypes, there in all.
+Here each shape runs in one of the dtypes, there in all.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from tests.kernels_pallas.conformance import (
 
 
 def some() -> Iterator[Any]:
-    """Of interpreted kernels one case is run every time, of plain XLA two."""
+    """Always runs one case of each interpreted kernel and two of plain XLA; others are slow."""
     for case in cases():
         number = OPERATORS[case.operator].shapes.index(case.shape)
         if case.dtype == DTYPES[number % len(DTYPES)]:
@@ -31,7 +31,7 @@ def some() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("case", list(some()))
-def test_results_and_gradients_are_those_of_the_float32_reference(
+def test_results_and_gradients_match_the_float32_reference(
     case: Case, record_property: Callable[[str, str], None]
 ) -> None:
     check(case, record_property)
@@ -41,7 +41,7 @@ def test_results_and_gradients_are_those_of_the_float32_reference(
     ("operator", "backend"),
     [(operator, backend) for operator in OPERATORS for backend in OPERATORS[operator].backends],
 )
-def test_every_backend_asks_for_measured_blocks(operator: str, backend: str) -> None:
+def test_every_backend_looks_up_tuned_blocks(operator: str, backend: str) -> None:
     (case,) = (
         case
         for case in cases()

@@ -1,4 +1,4 @@
-"""Which implementation a call gets, and what is said about it."""
+"""The choice of an implementation, and what is logged about it."""
 
 import logging
 import subprocess
@@ -20,7 +20,7 @@ EAGER = REASONS | {"fast": lambda: None}
 
 
 @pytest.fixture(autouse=True)
-def nothing_logged_yet() -> Iterator[None]:
+def clear_log_cache() -> Iterator[None]:
     dispatch._log_choice.cache_clear()
     yield
     dispatch._log_choice.cache_clear()
@@ -38,20 +38,20 @@ def test_a_name_overrides_the_table() -> None:
     assert choose("op", "fast", "cpu", AUTOMATIC, EAGER) == "fast"
 
 
-def test_a_name_that_cannot_take_the_call_is_an_error_with_the_reason() -> None:
+def test_an_unsupported_named_implementation_raises_its_reason() -> None:
     with pytest.raises(UnsupportedError, match="op, implementation 'fast': rows are too long"):
         choose("op", "fast", "tpu", AUTOMATIC, REASONS)
     with pytest.raises(ValueError, match="got 'faster', must be None or one of plain, fast"):
         choose("op", "faster", "tpu", AUTOMATIC, REASONS)
 
 
-def test_every_reason_is_given_where_nothing_can_take_the_call() -> None:
+def test_all_reasons_are_given_if_no_implementation_is_supported() -> None:
     reasons = REASONS | {"plain": lambda: "rows are too many"}
     with pytest.raises(UnsupportedError, match="not fast: rows are too long; not plain: rows are"):
         choose("op", None, "tpu", AUTOMATIC, reasons)
 
 
-def test_each_choice_is_logged_once_with_what_stood_before_it(
+def test_each_choice_is_logged_once_with_reasons_against_earlier_ones(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, logger="kernels_pallas.dispatch"):
@@ -64,7 +64,7 @@ def test_each_choice_is_logged_once_with_what_stood_before_it(
     ]
 
 
-def test_the_platform_is_the_one_named_or_of_the_mesh_or_the_default() -> None:
+def test_the_platform_is_the_named_one_else_the_mesh_else_the_default() -> None:
     assert lowering_platform() == jax.default_backend()
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
@@ -75,7 +75,7 @@ def test_the_platform_is_the_one_named_or_of_the_mesh_or_the_default() -> None:
         assert lowering_platform() == jax.default_backend()
 
 
-def test_value_aggregation_takes_xla_unless_another_is_named() -> None:
+def test_value_aggregation_uses_xla_unless_another_is_named() -> None:
     arrays = (jnp.ones((4, 8)), jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3, 1)))
     default = str(jax.make_jaxpr(lambda: value_aggregation(*arrays, platform="cpu"))())
     named = str(jax.make_jaxpr(lambda: value_aggregation(*arrays, implementation="xla"))())
@@ -90,7 +90,7 @@ def test_value_aggregation_takes_xla_unless_another_is_named() -> None:
         value_aggregation(*arrays, implementation="pallas_tpu", platform="cpu")
 
 
-def test_a_backend_is_imported_when_it_is_asked_for() -> None:
+def test_a_backend_is_imported_on_first_use() -> None:
     script = """
 import sys
 from kernels_pallas.value_aggregation.api import BACKENDS
@@ -102,7 +102,7 @@ print("jax.experimental.pallas" in sys.modules)
     assert run.stdout.split() == ["False", "True"]
 
 
-def test_backends_have_the_names_of_their_operator_alone() -> None:
+def test_backends_only_have_the_names_of_their_operator() -> None:
     backends = dispatch.Backends[Any]("kernels_pallas.value_aggregation", {"xla": "xla"})
     assert list(backends) == ["xla"]
     assert backends["xla"].__name__ == "kernels_pallas.value_aggregation.xla"

@@ -1,4 +1,4 @@
-"""Calls are pytrees that declare their arrays once; backends have what their protocol asks for."""
+"""Calls are pytrees that declare their arrays once; backends implement their protocol."""
 
 import inspect
 from typing import Any
@@ -30,7 +30,7 @@ CASES = [(operator, name) for operator, (backends, _) in OPERATORS.items() for n
 
 @protocol.call
 class ScaleCall(Call):
-    """Arguments of an operator that there is in this test alone."""
+    """Arguments of an operator that only exists in this test."""
 
     x: Float[AbstractArray, "num_tokens dim"] = array("[num_tokens, dim]", token_axis=0)
     bias: Float[AbstractArray, " dim"] | None = array("[dim]", default=None)
@@ -55,7 +55,7 @@ def test_a_backend_has_the_functions_of_its_protocol(operator: str, name: str) -
         assert [p.default for p in got] == [p.default for p in wanted], function
 
 
-def test_arrays_are_leaves_with_names_and_everything_else_is_structure() -> None:
+def test_arrays_are_named_leaves_and_other_fields_are_structure() -> None:
     call = example()
     leaves = jax.tree.leaves(call)
     structure: Any = jax.tree.structure(call)
@@ -71,7 +71,7 @@ def test_arrays_are_leaves_with_names_and_everything_else_is_structure() -> None
     assert (doubled.bias, doubled.factor) == (None, 2.0)
 
 
-def test_the_declaration_says_what_each_array_must_be() -> None:
+def test_specs_come_from_the_declaration() -> None:
     specs = ScaleCall.specs()
     assert list(specs) == ["x", "bias"]
     assert specs["x"] == ("[num_tokens, dim]", "floats", False, 0)
@@ -93,8 +93,8 @@ def test_cotangents_have_the_structure_of_the_call() -> None:
     scaled.defvjp(lambda call: (scaled(call), call), backward)
     gradient = jax.grad(lambda call: scaled(call).sum())(call)
     np.testing.assert_array_equal(gradient.x, np.full((2, 3), 2))
-    np.testing.assert_array_equal(gradient.bias, np.zeros(3))  # it was left out
-    with pytest.raises(ValueError, match=r"gradients of no argument: \['y'\]"):
+    np.testing.assert_array_equal(gradient.bias, np.zeros(3))  # no gradient was given
+    with pytest.raises(ValueError, match=r"gradients of unknown arguments: \['y'\]"):
         cotangents(call, {"y": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"gradients of no argument: \['bias'\]"):
+    with pytest.raises(ValueError, match=r"gradients of unknown arguments: \['bias'\]"):
         cotangents(example(), {"bias": jnp.ones(3)})

@@ -1,4 +1,4 @@
-"""A copy of the folder `kernels_pallas` needs jax, with what jax requires, and nothing else."""
+"""A copy of the folder `kernels_pallas` only needs jax and its requirements."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# What else is installed cannot be imported, as where only jax is.
+# Blocks imports of everything else, as if only jax were installed.
 _BLOCK = """
 import importlib, importlib.abc, pkgutil, sys
 
@@ -52,7 +52,7 @@ def normalized(distribution: str) -> str:
 
 
 def required_by(distribution: str) -> set[str]:
-    """Names of a distribution and all that it requires without extras."""
+    """The names of a distribution and of its requirements without extras, transitively."""
     found, waiting = set(), [distribution]
     while waiting:
         name = normalized(re.split(r"[^\w.-]", waiting.pop())[0])
@@ -65,14 +65,14 @@ def required_by(distribution: str) -> set[str]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The folder on its own, in a new one."""
+    """A copy of the folder in an otherwise empty folder."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kernels_pallas", tmp_path / "kernels_pallas", ignore=ignored)
     return tmp_path
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script where only jax and the copy can be imported."""
+    """Runs a script that can only import jax and the copy."""
     needed = required_by("jax")
     blocked = {
         module
@@ -90,7 +90,7 @@ def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProce
     )
 
 
-def test_a_copy_needs_jax_alone(copied: Path) -> None:
+def test_a_copy_only_needs_jax(copied: Path) -> None:
     assert not {"jaxtyping", "umv2", "flax", "matplotlib", "pytest"} & required_by("jax")
     refused = run(copied, "import jaxtyping")
     assert "No module named 'jaxtyping'" in refused.stderr
@@ -98,7 +98,7 @@ def test_a_copy_needs_jax_alone(copied: Path) -> None:
     assert finished.stdout == "all of it\n", finished.stderr
 
 
-def test_a_copy_measures_without_a_plot(copied: Path) -> None:
+def test_a_copy_benchmarks_without_a_plot(copied: Path) -> None:
     command = ["--op=value_aggregation", "--shapes=one_token", "--repeats=1", "--ids=uniform"]
     script = "from kernels_pallas import bench\nbench.run()"
     finished = run(copied, script, *command, "--implementation=xla", "--passes=forward")

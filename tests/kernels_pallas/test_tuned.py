@@ -1,4 +1,4 @@
-"""Measured block sizes: which calls get them, and what a file that does not fit says."""
+"""Tuned block sizes: which calls get them, and errors for files that do not match."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def aggregate(num_tokens: int | None = None, **options: Any) -> str:
-    """The jaxpr of value aggregation of all or the first tokens of a shape."""
+    """The jaxpr of value aggregation on all or the first tokens of a shape."""
     arrays: dict[str, Any] = RAGGED.inputs()
     for name in ("indices", "scores", "pre_inputs"):
         arrays[name] = arrays[name][:num_tokens]
@@ -48,7 +48,7 @@ def entry(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return content, content["entries"][0]
 
 
-def test_a_call_whose_key_was_measured_gets_those_blocks_and_any_other_the_heuristics() -> None:
+def test_only_calls_with_a_tuned_key_get_tuned_blocks() -> None:
     with tuned.recording() as requests:
         before = aggregate(), top_k()
     assert "scan" not in "".join(before)
@@ -63,13 +63,13 @@ def test_a_call_whose_key_was_measured_gets_those_blocks_and_any_other_the_heuri
     assert "scan" in aggregate()
 
 
-def test_the_chunks_of_xla_are_not_those_of_another_backend() -> None:
+def test_tuned_chunks_of_xla_do_not_apply_to_other_backends() -> None:
     with tuned.recording() as requests:
         aggregate(platform="tpu", implementation="pallas_tpu")
     assert not [request for request in requests if request.key.implementation == "xla"]
 
 
-def test_a_key_is_every_size_the_dtype_and_the_pass() -> None:
+def test_a_key_contains_every_size_the_dtype_and_the_pass() -> None:
     with tuned.recording() as requests:
         aggregate()
     (request,) = requests
@@ -81,7 +81,7 @@ def test_a_key_is_every_size_the_dtype_and_the_pass() -> None:
     assert isinstance(request.default, Chunks)
 
 
-def test_forced_blocks_come_before_all_others_and_only_meanwhile() -> None:
+def test_forced_blocks_take_precedence_inside_the_context() -> None:
     with tuned.recording() as requests:
         aggregate()
     keep(Chunks(4), requests[0])
@@ -90,7 +90,7 @@ def test_forced_blocks_come_before_all_others_and_only_meanwhile() -> None:
     assert "scan" in aggregate()
 
 
-def test_measuring_again_replaces_an_entry() -> None:
+def test_tuning_again_replaces_an_entry() -> None:
     with tuned.recording() as requests:
         aggregate()
     keep(Chunks(4), requests[0])
@@ -117,7 +117,7 @@ def test_measuring_again_replaces_an_entry() -> None:
         (lambda c, e: c["entries"].append(e), "entry 1 repeats the key"),
     ],
 )
-def test_a_file_that_does_not_fit_the_code_says_so(change: Any, message: str) -> None:
+def test_a_file_that_does_not_match_the_code_is_rejected(change: Any, message: str) -> None:
     with tuned.recording() as requests:
         aggregate()
     path = keep(Chunks(4), requests[0])
@@ -129,7 +129,7 @@ def test_a_file_that_does_not_fit_the_code_says_so(change: Any, message: str) ->
     assert str(path) in str(error.value)
 
 
-def test_the_kind_is_that_of_the_mesh_and_unknown_for_an_absent_platform() -> None:
+def test_the_device_kind_comes_from_the_mesh_or_is_unknown() -> None:
     assert tuned.device_kind("tpu") is None
     assert tuned.lookup(Chunks(4), KEY, platform="tpu") is None
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")

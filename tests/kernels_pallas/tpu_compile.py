@@ -1,7 +1,7 @@
 """Compiles value aggregation for TPUs that are not attached: python tpu_compile.py CASES
 
-CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and arguments of each.
-`aot.py` runs it in a process of its own, because libtpu serves one process at a time.
+CASES is a JSON list of cases; prints the bytes of temporaries and arguments of each as JSON.
+`aot.py` runs this in a separate process, because only one process at a time can use libtpu.
 """
 
 import functools
@@ -40,7 +40,7 @@ def arguments(case: dict[str, Any], num_devices: int = 1) -> dict[str, jax.Shape
 
 
 def row_major(rank: int, dtype: Any, sharding: Any, reverse: bool = False) -> Format:
-    """The layout that the kernel reads, so that XLA has no copy to make."""
+    """The layout that the kernel reads, so that XLA needs no copy."""
     order = tuple(range(rank))
     tiling = ((8, 128), (2, 1)) if dtype == jnp.bfloat16 else ((8, 128),)
     return Format(Layout(major_to_minor=order[::-1] if reverse else order, tiling=tiling), sharding)
@@ -61,7 +61,7 @@ def compiled(case: dict[str, Any]) -> Any:
     if what == "sharded":
         devices = jax.sharding.Mesh(topology.devices, ("data",))
         specs = {n: PartitionSpec(None if n in TABLES else "data") for n in arguments(case)}
-        del options["platform"]  # the mesh in context tells it
+        del options["platform"]  # taken from the mesh in context
 
         def sharded(inputs: dict[str, Any]) -> Any:
             return jax.shard_map(forward, in_specs=(specs,), out_specs=PartitionSpec("data"))(

@@ -1,7 +1,7 @@
 """Compiles product-key top-k for TPUs that are not attached: python tpu_compile_top_k.py CASES
 
-CASES is JSON, a list of cases; prints, as JSON, the bytes of temporaries and the kernels of each.
-`aot.py` runs it in a process of its own, because libtpu serves one process at a time.
+CASES is a JSON list of cases; prints the bytes of temporaries and the kernels of each as JSON.
+`aot.py` runs this in a separate process, because only one process at a time can use libtpu.
 """
 
 import json
@@ -39,7 +39,7 @@ def compiled(case: dict[str, Any]) -> Any:
         return jax.grad(loss)({n: arrays[n] for n in ("query", "keys", "cores")})
 
     if case["what"] == "sharded":
-        mesh = Mesh(topology.devices, ("data",))  # in context, it tells the platform
+        mesh = Mesh(topology.devices, ("data",))  # in context, it sets the platform
 
         def specs(name: str) -> PartitionSpec:
             return PartitionSpec(*[None] * 3, "data") if name == "query" else PartitionSpec()
@@ -53,18 +53,18 @@ def compiled(case: dict[str, Any]) -> Any:
             return jnp.sum(run(arrays) ** 2)
 
         with jax.set_mesh(mesh):
-            whole = dict(case["shape"], num_tokens=shape.num_tokens * len(topology.devices))
+            sizes = dict(case["shape"], num_tokens=shape.num_tokens * len(topology.devices))
             placed = {
                 name: jax.ShapeDtypeStruct(
                     x.shape, x.dtype, sharding=NamedSharding(mesh, specs(name))
                 )
-                for name, x in Shape("case", "ci", **whole).arguments(case["dtype"]).items()
+                for name, x in Shape("case", "ci", **sizes).arguments(case["dtype"]).items()
             }
             return jax.jit(jax.grad(sharded)).lower(placed).compile()
 
     named["platform"] = "tpu"
     sharding = SingleDeviceSharding(topology.devices[0])
-    # The compiler chooses layouts, so that it has no copies to make.
+    # Let the compiler choose layouts, so that it needs no copies.
     free = Format(Layout.AUTO, sharding)
     if case["what"] == "mapped":
         arrays = {n: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for n, x in arrays.items()}

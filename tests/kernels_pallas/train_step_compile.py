@@ -1,8 +1,8 @@
 """Compiles umv2's training step with its kernels for chips that are not attached.
 
-python train_step_compile.py CASES: JSON, a list of {topology, fields}, the topology by a
-name of umv2/planning/topology.py; prints, as JSON, the names of the kernels in each compiled
-program.
+Usage: python train_step_compile.py CASES. CASES is a JSON list of {topology, fields}, with topology
+names of umv2/planning/topology.py; prints the names of the kernels in each compiled program as
+JSON.
 """
 
 import json

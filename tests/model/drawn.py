@@ -1,4 +1,4 @@
-"""Modules with NumPy's random values: jax.random compiles a program for every shape."""
+"""Modules with random values from NumPy: jax.random would compile a program per shape."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from umv2.model.weights import Weights
 
 
 def drawn[T](abstract: T, seed: int = 0) -> T:
-    """Returns an abstract module, or tree, with values larger than those at initialisation.
+    """Fills an abstract module or tree with values that are larger than initial values.
 
-    Norm weights lie around 1, everything else around 0; integers are permutations. The values of
-    a variable are a function of its name and shape.
+    Norm weights are centred at 1, other floats at 0; integers are permutations. The values of a
+    variable are a function of its name and shape.
     """
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -34,12 +34,12 @@ def drawn[T](abstract: T, seed: int = 0) -> T:
 
 @functools.lru_cache(maxsize=8)
 def drawn_weights(config: ModelConfig, embedding: float = 1.0) -> Weights:
-    """Returns the weights of a model as they are drawn at initialisation, the embedding scaled.
+    """Returns the initial weights of a model, with the embedding scaled.
 
-    Predictions vary with the token where the embedding is large.
+    With a large embedding, predictions vary with the token.
     """
-    # The default generator takes five times as long to compile.
+    # The default PRNG takes five times as long to compile.
     key = jax.random.key(0, impl="unsafe_rbg")
-    found = jax.jit(lambda: weights.create(config, key))()
-    params = found.params | {"embedding": embedding * found.params["embedding"]}
-    return dataclasses.replace(found, params=params)
+    initial = jax.jit(lambda: weights.create(config, key))()
+    params = initial.params | {"embedding": embedding * initial.params["embedding"]}
+    return dataclasses.replace(initial, params=params)

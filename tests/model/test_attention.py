@@ -1,4 +1,4 @@
-"""Attention: rotary scaling, windows, long sequences, and the cache read by blocks."""
+"""Attention: rotary scaling, windows, long sequences, and the cache read in blocks."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ def _config(**changes: Any) -> ModelConfig:
 
 def _layer(**changes: Any) -> attention.Attention:
     layer = attention.Attention(_config(**changes), init=Initializer(jax.random.key(0)))
-    layer.query_norm.weight[...] *= 4  # attention that is sharp enough to tell positions apart
+    layer.query_norm.weight[...] *= 4  # makes attention sharp enough to distinguish positions
     return layer
 
 
@@ -33,7 +33,7 @@ def _inputs(length: int = _LENGTH) -> jax.Array:
     return jax.random.normal(jax.random.key(1), (3, length, 16))
 
 
-def test_linear_scaling_divides_positions_and_ntk_keeps_the_fastest_turn() -> None:
+def test_linear_scaling_divides_positions_and_ntk_keeps_the_highest_frequency() -> None:
     plain = layers.Rope(1e4).frequencies(8)
     np.testing.assert_allclose(layers.Rope(1e4, "linear", 4.0).frequencies(8), plain / 4)
     ntk = layers.Rope(1e4, "ntk", 4.0).frequencies(8)
@@ -42,7 +42,7 @@ def test_linear_scaling_divides_positions_and_ntk_keeps_the_fastest_turn() -> No
     assert np.all(np.diff(np.log(plain / ntk)) > 0)
 
 
-def test_scaled_positions_read_a_stretched_sequence_as_the_short_one() -> None:
+def test_linear_scaling_reads_a_stretched_sequence_like_the_original() -> None:
     x = _inputs(4)
     rope, stretched = layers.Rope(1e4), layers.Rope(1e4, "linear", 2.0)
     heads = x.reshape(3, 4, 4, 4)
@@ -53,7 +53,7 @@ def test_scaled_positions_read_a_stretched_sequence_as_the_short_one() -> None:
     assert not np.allclose(stretched.rotate(heads, positions), rope.rotate(heads, positions))
 
 
-def test_a_window_hides_what_lies_further_back() -> None:
+def test_a_window_masks_earlier_positions() -> None:
     layer, windowed = _layer(), _layer(attention_window=5)
     x = _inputs()
     moved = x.at[:, 3].add(1.0)
@@ -76,31 +76,31 @@ def test_queries_in_chunks_equal_queries_at_once(
     def output(x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(layer(x)[0])) + jnp.sum(jnp.sin(layer(x, mask=mask)[0]))
 
-    whole = jax.value_and_grad(output)(x)
+    expected = jax.value_and_grad(output)(x)
     monkeypatch.setattr(attention, "_LONG", 8)
     monkeypatch.setattr(attention, "_QUERY_CHUNK", 8)
     assert "scan" in str(jax.make_jaxpr(output)(x))
-    for got, want in zip(jax.value_and_grad(output)(x), whole, strict=True):
+    for got, want in zip(jax.value_and_grad(output)(x), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 6])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_blocks_of_the_cache_give_what_all_of_it_gives(
+def test_attention_to_the_cache_in_blocks_equals_attention_to_all_of_it(
     window: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Four rows of which two queries each are at different places; the last block is cut short.
+    # Four rows with two queries each at different positions; the last block is partial.
     monkeypatch.setattr(attention, "_CACHE_BLOCK", 8)
     draws = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(draws[0], (4, 2, 6, 8))
     keys, values = (jax.random.normal(k, (4, 2, 21, 8)).astype(dtype) for k in draws[1:])
     places = jnp.array([[0, 1], [7, 8], [15, 16], [19, 20]]).repeat(3, axis=1)
     wide = (keys.astype("float32"), values.astype("float32"))
-    at_once = attention._attend_at_once(query, *wide, places, window=window)
-    by_blocks = functools.partial(attention._attend_by_blocks, window=window)
+    at_once = attention._attend_dense(query, *wide, places, window=window)
+    by_blocks = functools.partial(attention._attend_blockwise, window=window)
     got = by_blocks(query, keys, values, places)
     np.testing.assert_allclose(got, at_once, rtol=1e-4, atol=1e-5)
-    # Blocks that lie beyond all queries of a row are not read.
+    # Blocks after all queries of a row are not read.
     keys, values = keys.at[:, :, 16:].set(jnp.nan), values.at[:, :, 16:].set(jnp.nan)
     got = by_blocks(query, keys, values, places)
     np.testing.assert_allclose(got[:2], at_once[:2], rtol=1e-4, atol=1e-5)
@@ -108,13 +108,13 @@ def test_blocks_of_the_cache_give_what_all_of_it_gives(
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_a_sequence_read_in_parts_equals_one_read_whole(window: int) -> None:
+def test_a_sequence_read_in_parts_equals_one_read_at_once(window: int) -> None:
     layer, x = _layer(attention_window=window), _inputs(10)
-    whole, _ = layer(x)
+    expected, _ = layer(x)
     empty = jnp.zeros((3, 2, 12, 4))
     first, cache = layer(x[:, :4], cache=attention.KeyValueCache(keys=empty, values=empty))
-    # Several positions at once behind a cache, then one alone.
+    # Several positions at once after a cache, then a single one.
     second, cache = layer(x[:, 4:9], cache=cache, position=jnp.full(1, 4))
     third, _ = layer(x[:, 9:], cache=cache, position=jnp.full(3, 9))
     got = jnp.concatenate([first, second, third], axis=1)
-    np.testing.assert_allclose(got, whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The package in other people's programs: it changes no setting, and its modules are Flax's."""
+"""The package within other programs: it changes no settings, and its modules are Flax modules."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from umv2.model.parameter import ABSTRACT, Buffer, Initializer
 from umv2.model.slots import Observe, memory_layer
 from umv2.model.transformer import Transformer
 
-# Whatever a process shares: options of jax, flax and numpy, signals, hooks, the environment.
+# State shared by a process: options of jax, flax and numpy, signals, hooks, the environment.
 _SETTINGS = """
 import logging, os, pkgutil, signal, sys
 import flax, jax, numpy, optax, orbax.checkpoint, grain, tensorboardX, matplotlib
@@ -50,8 +50,8 @@ for name, values in before.items():
 print(len([name for name in sys.modules if name.startswith("umv2.")]), "modules")
 """
 
-# What the graph mode of NNX decides: random state in a gradient, ties, optimizers.
-_OTHER_PEOPLE = """
+# A program that depends on NNX's graph mode: random state in a gradient, ties, optimizers.
+_OTHER_PROGRAM = """
 import jax, jax.numpy as jnp, optax, sys
 from flax import nnx
 if len(sys.argv) > 1:
@@ -95,16 +95,16 @@ def output_of(script: str, *arguments: str) -> str:
     return finished.stdout
 
 
-def test_importing_the_package_changes_no_setting_of_the_process() -> None:
+def test_importing_the_package_changes_no_process_settings() -> None:
     assert int(output_of(_SETTINGS).partition(" ")[0]) > 50
 
 
 def test_other_modules_of_flax_work_as_without_the_package() -> None:
-    assert output_of(_OTHER_PEOPLE, "with") == output_of(_OTHER_PEOPLE)
+    assert output_of(_OTHER_PROGRAM, "with") == output_of(_OTHER_PROGRAM)
 
 
 class Holder(nnx.Module):
-    """Somebody's module with one of our layers in it, and the table that a memory reads."""
+    """A user's module with one of our layers, and the table that a memory reads."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None) -> None:
         self.scale = nnx.Param(jnp.ones(config.hidden_size))
@@ -144,7 +144,7 @@ def loss(model: Holder, x: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", [f for f in families.FAMILIES if f != "dense"])
-def test_a_model_that_holds_a_layer_has_gradients_of_its_parameters(family: str) -> None:
+def test_a_model_containing_a_layer_has_gradients_for_its_parameters(family: str) -> None:
     config = model_config(family)
 
     def parts() -> Any:
@@ -166,7 +166,7 @@ def in_graph_mode(model: Holder, x: Any) -> Any:
 
 
 def in_tree_mode(model: Holder, x: Any) -> Any:
-    # There every leaf has a gradient, and one of whole numbers none.
+    # In tree mode every leaf is differentiated, which integers do not allow.
     gradients = nnx.grad(loss, graph=False, allow_int=True)(model, x)
     return nnx.state(gradients, nnx.Param)
 
@@ -193,7 +193,7 @@ def test_gradients_are_the_same_in_every_mode(take: Callable[..., Any]) -> None:
     jax.tree.map(compare, *both())
 
 
-def test_a_model_that_holds_a_layer_is_trained_by_its_parameters() -> None:
+def test_a_model_containing_a_layer_can_be_trained() -> None:
     config = model_config(families.REFERENCE)
     optimizer = optax.adam(1e-2)
     x = jnp.ones((1, 3, config.hidden_size))

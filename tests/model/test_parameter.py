@@ -1,4 +1,4 @@
-"""Declarations of parameters: what they refuse, and that drawn and abstract modules agree."""
+"""Declarations of parameters: invalid ones, and that initialized and abstract modules agree."""
 
 import dataclasses
 import subprocess
@@ -42,7 +42,7 @@ def small(kind: str, **model: Any) -> ModelConfig:
 
 # --- what is refused ---
 
-# Without the type checker that tests install, as in a run: it would refuse them first.
+# Without the runtime type checker of tests, which would reject these first.
 _REFUSED = """
 import jax
 from umv2.model.parameter import Declaration, Initializer
@@ -63,7 +63,7 @@ for attempt in (
 """
 
 
-def test_an_axis_a_group_or_a_dtype_that_there_is_not_is_named() -> None:
+def test_an_unknown_axis_group_or_dtype_is_named() -> None:
     command = [sys.executable, "-c", _REFUSED]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     wrong = ["axis 'depth'", "group 'biases'", "served 'bfloat16'"]
@@ -80,7 +80,7 @@ def test_an_axis_a_group_or_a_dtype_that_there_is_not_is_named() -> None:
 
 @pytest.mark.parametrize("axes", [(), ("hidden",), ("hidden", None, None)])
 @pytest.mark.parametrize("init", [ABSTRACT, Initializer(jax.random.key(0))])
-def test_axes_are_as_many_as_dimensions(axes: Any, init: Initializer) -> None:
+def test_there_is_one_axis_per_dimension(axes: Any, init: Initializer) -> None:
     with pytest.raises(ValueError, match=r"axes .*: must be one for each dimension of \(2, 3\)"):
         init.normal("x", (2, 3), std=1.0, axes=axes, group="matrices")
 
@@ -90,7 +90,7 @@ class Undeclared(nnx.Module):
         self.scale = nnx.Param(jnp.ones(3))
 
 
-class Around(nnx.Module):
+class Wrapper(nnx.Module):
     def __init__(self, inner: nnx.Module) -> None:
         self.weight = ABSTRACT.constant(3, 1.0)
         self.inner = inner
@@ -98,7 +98,7 @@ class Around(nnx.Module):
 
 def test_a_parameter_without_a_declaration_is_named() -> None:
     with pytest.raises(ValueError, match=r"^inner/scale: a Param without a declaration"):
-        parameter.declarations(Around(Undeclared()), "params")
+        parameter.declarations(Wrapper(Undeclared()), "params")
 
 
 class UndeclaredMemory(MemoryLayer):
@@ -107,7 +107,7 @@ class UndeclaredMemory(MemoryLayer):
         self.scale = nnx.Param(init.value("scale", (3,), lambda key: jnp.ones(3)))
 
 
-def test_a_layer_of_ones_own_without_declarations_stops_the_model() -> None:
+def test_a_custom_layer_without_declarations_is_an_error() -> None:
     config = small("memory")
     layer = f"{__name__}:{UndeclaredMemory.__name__}"
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, layer=layer))
@@ -118,7 +118,7 @@ def test_a_layer_of_ones_own_without_declarations_stops_the_model() -> None:
 # --- what is declared ---
 
 
-def test_every_array_of_the_weights_is_declared_by_its_name_and_in_its_order() -> None:
+def test_every_array_of_the_weights_is_declared_in_order() -> None:
     config = small("both", ffn_size=10, tie_embeddings=False)
     declared, named = weights.declarations(config), weights.abstract(config).named()
     assert list(declared) == list(named)
@@ -127,7 +127,7 @@ def test_every_array_of_the_weights_is_declared_by_its_name_and_in_its_order() -
         assert (declared[name].group is None) == name.startswith("buffers/"), name
 
 
-def test_stacked_axes_stand_in_front_and_are_never_sharded() -> None:
+def test_stacked_axes_come_first_and_are_never_sharded() -> None:
     declared = weights.declarations(small("both", ffn_size=10))
     assert declared["params/embedding"].axes == ("vocabulary", "hidden")
     assert declared["params/blocks/ffn/up"].axes == (None, "hidden", "ffn")
@@ -143,19 +143,19 @@ def test_stacked_axes_stand_in_front_and_are_never_sharded() -> None:
     assert one.stacked(4) == Declaration((None, None, "hidden", "ffn"), "matrices", "compute")
 
 
-def test_what_must_stay_wide_is_served_in_float32() -> None:
+def test_parameters_that_need_float32_are_served_in_float32() -> None:
     declared = weights.declarations(small("both"))
     wide = {name.rpartition("/")[2] for name, d in declared.items() if d.served == "float32"}
     assert wide == {"weight", "query_norm", "key_norm", "cores", "router"}
 
 
 def described(tree: Any) -> tuple[Any, list[Any]]:
-    """The structure of a tree, and shape and dtype of each leaf."""
+    """Returns the structure of a tree, and the shape and dtype of each leaf."""
     return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_abstract_and_drawn_models_are_alike(family: str) -> None:
+def test_abstract_and_initialized_models_agree(family: str) -> None:
     config = config_of(family)
     abstract = Transformer(config, init=ABSTRACT)
     drawn = jax.eval_shape(lambda: Transformer(config, init=Initializer(jax.random.key(0))))
@@ -167,7 +167,7 @@ def test_abstract_and_drawn_models_are_alike(family: str) -> None:
     assert described(created) == described(weights.abstract(config))
 
 
-def test_abstract_modules_look_nothing_up_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abstract_modules_do_no_expensive_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a value was drawn")
 
@@ -185,7 +185,7 @@ def test_abstract_modules_look_nothing_up_that_takes_long(monkeypatch: pytest.Mo
 
 
 class Pair(nnx.Module):
-    """Two matrices and, if asked for, a third between them."""
+    """Two matrices and, optionally, a third between them."""
 
     def __init__(self, *, init: Initializer, third: bool = False) -> None:
         matrix: dict[str, Any] = {"std": 0.5, "axes": ("hidden", None), "group": "matrices"}
@@ -196,7 +196,7 @@ class Pair(nnx.Module):
         self.count = Buffer(init.value("count", (), lambda key: jnp.int32(7), jnp.int32))
 
 
-def test_a_new_parameter_changes_no_other() -> None:
+def test_adding_a_parameter_changes_no_other_parameter() -> None:
     init = Initializer(jax.random.key(3))
     two, three = Pair(init=init), Pair(init=init, third=True)
     for name in ("first", "second"):
@@ -207,11 +207,13 @@ def test_a_new_parameter_changes_no_other() -> None:
     assert not np.array_equal(other.first[...], inner.first[...])
 
 
-def test_what_stands_in_one_slot_changes_no_draw_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_slot_does_not_affect_the_initial_values_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def part_of_key(
         init: Initializer, name: str, shape: tuple[int, ...], draw: Any, dtype: Any = jnp.float32
     ) -> jax.Array:
-        """In place of the values that are drawn: the deviation of tables follows the FFN."""
+        """Replaces the drawn values, as the deviation of tables depends on the FFN."""
         assert init.key is not None
         data = jax.random.key_data(parameter.named_key(init.key, name))
         return jnp.full(shape, data[0] % 2**20, dtype)
@@ -230,7 +232,7 @@ def test_what_stands_in_one_slot_changes_no_draw_beside_it(monkeypatch: pytest.M
         np.testing.assert_array_equal(both[name], memory[name], err_msg=name)
 
 
-def test_a_stack_is_its_members_drawn_one_by_one() -> None:
+def test_a_stack_equals_its_members_initialized_one_by_one() -> None:
     key = jax.random.key(1)
     stacked = Initializer(key).stack("blocks", 3, lambda init: Pair(init=init))
     keys = jax.random.split(parameter.named_key(key, "blocks"), 3)
@@ -246,7 +248,7 @@ def test_a_stack_is_its_members_drawn_one_by_one() -> None:
     assert parameter.declarations(abstract, "p") == parameter.declarations(stacked, "p")
 
 
-def test_values_are_drawn_from_the_distributions_that_they_are_named_for() -> None:
+def test_initializers_draw_from_their_distributions() -> None:
     init = Initializer(jax.random.key(0))
     axes: Any = (None, None)
     normal = init.normal("a", (200, 200), std=0.5, axes=axes, group="keys")[...]
@@ -262,7 +264,7 @@ def test_values_are_drawn_from_the_distributions_that_they_are_named_for() -> No
     assert {normal.dtype, uniform.dtype, init.constant(3, 1.0)[...].dtype} == {jnp.dtype("float32")}
 
 
-def test_a_parameter_made_of_others_keeps_what_they_declared() -> None:
+def test_a_parameter_derived_from_others_keeps_their_declaration() -> None:
     layer = MixtureOfExperts(small("moe"), init=Initializer(jax.random.key(0)))
     of_gate = layer.gate.get_metadata()["declaration"]
     layer.serve()

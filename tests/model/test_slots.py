@@ -1,4 +1,4 @@
-"""The two slots of a block: both at once, each alone, and what they report of themselves."""
+"""The two slots of a block: both together, each alone, and what they report."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ ALL = Observe(health=True, key_balance=True)
 
 
 def config_of(kind: str, *, layer: str = "", **model: Any) -> ModelConfig:
-    """A small model with slots as in tests/slots.py; no two of its sizes are alike."""
+    """A small model with slots as in tests/slots.py; all of its sizes differ."""
     values = base.get_config()
     slots.fill(values, kind)
     if values.model.ffn == "dense":
@@ -61,7 +61,7 @@ def tokens_of(config: ModelConfig, length: int = LENGTH) -> jax.Array:
 
 @functools.cache
 def observed(config: ModelConfig, observe: Observe) -> Any:
-    """The logits of a model and its statistics."""
+    """Returns the logits of a model and its statistics."""
     tokens = tokens_of(config)
 
     @jax.jit
@@ -79,7 +79,7 @@ def member(tree: Any, index: int) -> Any:
 
 
 def by_hand(config: ModelConfig) -> jax.Array:
-    """Logits: to each residual is added what every slot makes of the same normalised input."""
+    """Computes logits; every slot reads the same normalised input and adds to the residual."""
     given, tokens = weights_of(config), tokens_of(config)
     model = given.model(config)
 
@@ -115,16 +115,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_block_adds_up_what_its_slots_make_of_one_input(kind: str) -> None:
+def test_a_block_sums_the_outputs_of_its_slots(kind: str) -> None:
     slots_of, fields = KINDS[kind]
     config = config_of(slots_of, **fields)
     logits, _ = observed(config, Observe())
     np.testing.assert_allclose(logits, by_hand(config), rtol=2e-4, atol=2e-4)
-    # None of what it adds up is too small to be missed.
+    # No summand is too small to be noticed.
     assert np.abs(logits).max() > 1
 
 
-def test_every_slot_is_in_the_output() -> None:
+def test_every_slot_contributes_to_the_output() -> None:
     config = config_of("both", ffn_size=24)
     logits, _ = observed(config, Observe())
     for part in ("params/blocks/ffn/down", "params/blocks/moe/down", "store/values"):
@@ -158,10 +158,12 @@ def test_both_slots_report_statistics_of_every_layer() -> None:
         assert slot.hits.sum(axis=1).tolist() == [2 * LENGTH * selected] * 2
         assert (slot.top_score > slot.last_score).all()
     assert (stats.feed_forward.ffn_variance > 0).all()
-    # The same as of each alone, in the first block: there its input is.
-    alone = observed(config_of("moe", ffn_size=24), ALL)[1].feed_forward
-    np.testing.assert_array_equal(alone.router.hits[0], router.hits[0])
-    np.testing.assert_allclose(alone.ffn_variance[0], stats.feed_forward.ffn_variance[0], rtol=1e-5)
+    # Equal to those of each slot alone in the first block, where the inputs are equal.
+    single = observed(config_of("moe", ffn_size=24), ALL)[1].feed_forward
+    np.testing.assert_array_equal(single.router.hits[0], router.hits[0])
+    np.testing.assert_allclose(
+        single.ffn_variance[0], stats.feed_forward.ffn_variance[0], rtol=1e-5
+    )
 
 
 def test_both_slots_add_their_losses() -> None:
@@ -185,7 +187,7 @@ def test_both_slots_add_their_losses() -> None:
     for name, value in expected.items():
         assert value > 0
         np.testing.assert_allclose(terms[name], value, rtol=1e-5, err_msg=name)
-    # What is not asked for is not there.
+    # Losses with coefficient 0 are absent.
     assert model.losses(stats, losses_of(), num_tokens=num_tokens) == {}
     some = losses_of(tucker_penalty=3.0, load_balance=5.0)
     assert model.losses(stats, some, num_tokens=num_tokens).keys() == {
@@ -194,28 +196,28 @@ def test_both_slots_add_their_losses() -> None:
     }
     for kind, names in (("dense", set()), ("moe", {"load_balance", "router_z_loss"})):
         other = config_of(kind)
-        found = weights_of(other).model(other)
-        assert found.losses(observed(other, ALL)[1], loss, num_tokens=12).keys() == names
+        model = weights_of(other).model(other)
+        assert model.losses(observed(other, ALL)[1], loss, num_tokens=12).keys() == names
     memory = config_of("memory")
     of_memory = weights_of(memory).model(memory)
     terms = of_memory.losses(observed(memory, ALL)[1], loss, num_tokens=12)
     assert terms.keys() == {"balance_loss", "tucker_penalty"}
 
 
-def test_the_balance_of_all_layers_together_is_that_of_their_means() -> None:
+def test_the_model_level_balance_loss_uses_means_over_layers() -> None:
     config = config_of("moe")
     router = observed(config, ALL)[1].feed_forward.router
     loss = losses_of(load_balance=5.0)
     together = dataclasses.replace(loss, load_balance_scope="model")
-    found = MixtureOfExperts.losses(router, together, num_tokens=2 * LENGTH)["load_balance"]
+    joint = MixtureOfExperts.losses(router, together, num_tokens=2 * LENGTH)["load_balance"]
     chosen = router.hits.mean(axis=0) / (2 * LENGTH)
     expected = 5 * 6 * np.sum(chosen * router.probability.mean(axis=0))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    apart = MixtureOfExperts.losses(router, loss, num_tokens=2 * LENGTH)["load_balance"]
-    assert not np.allclose(apart, found, rtol=1e-3)
+    np.testing.assert_allclose(joint, expected, rtol=1e-5)
+    separate = MixtureOfExperts.losses(router, loss, num_tokens=2 * LENGTH)["load_balance"]
+    assert not np.allclose(separate, joint, rtol=1e-3)
 
 
-def test_both_slots_are_watched_under_names_of_their_own() -> None:
+def test_both_slots_report_health_under_their_own_names() -> None:
     of_memory = {"coverage", "uniform_kl", "output_std", "output_to_ffn_std"}
     of_memory |= {"top_score", "last_score"}
     of_cores = {"lambda_1", "lambda_2"}
@@ -236,14 +238,14 @@ def test_both_slots_are_watched_under_names_of_their_own() -> None:
         usage = health.hits(stats)
         shapes = {name: hits.shape for name, hits in usage.items()}
         assert shapes == state.usage_shapes(config), kind
-        found = health.arrays(config, stats, usage, weights_of(config))
-        assert found.keys() == names, kind
-        for name, values in found.items():
+        measures = health.arrays(config, stats, usage, weights_of(config))
+        assert measures.keys() == names, kind
+        for name, values in measures.items():
             assert values.shape == (2,), name
             assert np.isfinite(values).all(), name
 
 
-def test_both_slots_cost_what_each_costs_alone() -> None:
+def test_the_cost_of_both_slots_is_the_sum_of_each_alone() -> None:
     both, experts, memory, dense = (
         accounting.parameter_counts(config_of(kind)).as_dict()
         for kind in ("both", "moe", "memory", "dense")
@@ -252,8 +254,8 @@ def test_both_slots_cost_what_each_costs_alone() -> None:
         assert both[part] == experts[part] + memory[part]
         assert dense[part] == 0
     config = config_of("both")
-    found = accounting.slots(config)
-    assert [count for count, _ in (found.memory, found.experts)] == [2, 2]
+    costs = accounting.slots(config)
+    assert [count for count, _ in (costs.memory, costs.experts)] == [2, 2]
     assert accounting.slots(config_of("dense")).sum("routing") == 0
     arrays = weights.abstract(config).named().items()
     assert both["total"] == sum(a.size for name, a in arrays if not name.startswith("buffers/"))
@@ -277,7 +279,7 @@ def test_counters_of_both_slots_are_part_of_the_state() -> None:
 # --- what is not asked for ---
 
 
-def test_what_is_not_observed_is_none() -> None:
+def test_unobserved_statistics_are_none() -> None:
     config = config_of("both", ffn_size=24)
     _, stats = observed(config, Observe())
     assert jax.tree.leaves(stats) == []
@@ -293,14 +295,14 @@ def test_what_is_not_observed_is_none() -> None:
     assert stats.feed_forward.router.balance_loss is not None
 
 
-def test_training_observes_the_balance_of_keys_where_it_is_in_the_loss() -> None:
+def test_training_observes_the_balance_of_keys_if_it_is_in_the_loss() -> None:
     assert Observe.training(losses_of()) == Observe(health=True)
     assert Observe.training(losses_of(balance_loss=0.1)) == ALL
     assert Observe() == Observe(health=False, key_balance=False)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All operations, those within others too."""
+    """Yields all equations, including nested ones."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(
@@ -312,7 +314,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def traced(config: ModelConfig, observe: Observe) -> dict[str, int]:
-    """How often the program scores keys, and what its scatters write into."""
+    """Counts products and softmaxes over keys, counters and variances in the program."""
     abstract, tokens = weights.abstract(config), tokens_of(config)
     leaves, structure = jax.tree.flatten(abstract)
 
@@ -321,7 +323,7 @@ def traced(config: ModelConfig, observe: Observe) -> dict[str, int]:
         output = given.model(config)(tokens, store=given.store, observe=observe)
         return jax.tree.leaves((output.logits, output.stats))
 
-    found = {"products with keys": 0, "softmaxes over keys": 0, "counts": 0, "variances": 0}
+    counts = {"products with keys": 0, "softmaxes over keys": 0, "counts": 0, "variances": 0}
     memory = config.memory
     for equation in equations(jax.make_jaxpr(run)(*leaves).jaxpr):
         shapes = [v.aval.shape for v in equation.invars]
@@ -329,21 +331,21 @@ def traced(config: ModelConfig, observe: Observe) -> dict[str, int]:
             case "dot_general":
                 (left, _), _ = equation.params["dimension_numbers"]
                 contracted = math.prod(shapes[0][axis] for axis in left)
-                found["products with keys"] += contracted == memory.key_dim
+                counts["products with keys"] += contracted == memory.key_dim
             case "exp":
-                found["softmaxes over keys"] += shapes[0][-1:] == (memory.keys_per_side,)
+                counts["softmaxes over keys"] += shapes[0][-1:] == (memory.keys_per_side,)
             case "scatter-add" | "scatter":
-                found["counts"] += shapes[0] == (memory.num_visible,)
+                counts["counts"] += shapes[0] == (memory.num_visible,)
             case "square" | "integer_pow":
-                found["variances"] += shapes[0] == (2, LENGTH, config.hidden_size)
-    return found
+                counts["variances"] += shapes[0] == (2, LENGTH, config.hidden_size)
+    return counts
 
 
-def test_what_is_not_observed_is_not_computed() -> None:
+def test_unobserved_statistics_are_not_computed() -> None:
     config = config_of("both", ffn_size=24)
     nothing = traced(config, Observe())
     watched, balanced = traced(config, Observe(health=True)), traced(config, Observe(False, True))
-    # The keys of both sides are scored once, for selecting.
+    # The keys of both sides are scored once, for the selection.
     assert nothing["products with keys"] > 0
     assert watched["products with keys"] == nothing["products with keys"]
     assert balanced["products with keys"] > nothing["products with keys"]
@@ -351,15 +353,15 @@ def test_what_is_not_observed_is_not_computed() -> None:
     assert balanced["softmaxes over keys"] > 0
     assert nothing["counts"] == balanced["counts"] == 0
     assert watched["counts"] == 1
-    # Of the outputs of FFN, experts and memory; norms take squares too.
+    # Variances of the outputs of FFN, experts and memory; norms compute squares, too.
     assert watched["variances"] == nothing["variances"] + 3
     assert balanced["variances"] == nothing["variances"]
 
 
-# --- a cache is empty where that is said ---
+# --- prefill is explicit ---
 
 
-def test_an_empty_cache_is_said_and_not_guessed_from_the_position() -> None:
+def test_prefill_is_explicit_and_not_inferred_from_the_position() -> None:
     config = config_of("dense")
     model, tokens = weights_of(config).model(config), tokens_of(config)
     plain = jax.jit(lambda model: model(tokens, store=None).logits)(model)
@@ -373,21 +375,21 @@ def test_an_empty_cache_is_said_and_not_guessed_from_the_position() -> None:
         empty = model.empty_cache(2, LENGTH + 3)
         return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), empty)
 
-    # What lies behind the tokens is masked, and so its numbers do not matter; but it is read.
+    # Positions after the tokens are masked, so their values do not matter; but they are read.
     attending, _ = run(model, filled(7.0), prefill=False)
     np.testing.assert_allclose(attending, plain, rtol=2e-4, atol=2e-4)
     attending, _ = run(model, filled(np.nan), prefill=False)
     assert np.isnan(attending).all()
-    alone, cache = run(model, filled(np.nan), prefill=True)
-    np.testing.assert_allclose(alone, plain, rtol=2e-4, atol=2e-4)
+    logits, cache = run(model, filled(np.nan), prefill=True)
+    np.testing.assert_allclose(logits, plain, rtol=2e-4, atol=2e-4)
     for leaf in jax.tree.leaves(cache):
         assert np.isfinite(leaf[:, :, :LENGTH]).all()
-    # Further on, what the cache holds is in the output.
+    # At later positions, the output depends on the cache.
     left, right = (run(model, filled(v), prefill=False, position=3)[0] for v in (0.1, 0.9))
     assert np.abs(left - right).max() > 0.01
 
 
-# --- which layer ---
+# --- selecting a layer ---
 
 
 @pytest.mark.parametrize(
@@ -408,7 +410,7 @@ def test_an_empty_cache_is_said_and_not_guessed_from_the_position() -> None:
         ("umv2.model.layers:linear_std", "must be a subclass of umv2.model.slots.MemorySlot"),
     ],
 )
-def test_a_layer_that_there_is_not_is_one_error_that_names_the_field(
+def test_an_unknown_layer_is_an_error_that_names_the_field(
     layer: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "raising_layer.py").write_text("raise RuntimeError('out of order')\n")
@@ -422,7 +424,7 @@ def test_a_layer_that_there_is_not_is_one_error_that_names_the_field(
 
 
 class Halving(MemorySlot):
-    """Half of its input, and nothing else."""
+    """Returns half of its input."""
 
     @classmethod
     def cost(cls, config: ModelConfig) -> LayerCost:
@@ -433,7 +435,7 @@ class Halving(MemorySlot):
         return x / 2, MemoryStats(*[None] * len(dataclasses.fields(MemoryStats)))
 
 
-def test_a_layer_need_have_neither_tables_nor_losses_nor_anything_to_watch() -> None:
+def test_a_layer_needs_no_tables_losses_or_health() -> None:
     config = config_of("moe", layer=f"{__name__}:{Halving.__name__}")
     given = weights_of(config)
     assert given.store is None
@@ -443,9 +445,10 @@ def test_a_layer_need_have_neither_tables_nor_losses_nor_anything_to_watch() -> 
     model = given.model(config)
     loss = losses_of(balance_loss=1.0, tucker_penalty=1.0, load_balance=1.0)
     assert model.losses(stats, loss, num_tokens=12).keys() == {"load_balance"}
-    found = health.arrays(config, stats, health.hits(stats), given)
+    measures = health.arrays(config, stats, health.hits(stats), given)
     assert all(
-        name.startswith("expert_") for name in found.keys() - {"balance_loss"} - {"router_z_loss"}
+        name.startswith("expert_")
+        for name in measures.keys() - {"balance_loss"} - {"router_z_loss"}
     )
     tokens = tokens_of(config)
     with_layer = jax.jit(lambda model: model(tokens, store=None).logits)(model)
@@ -458,7 +461,7 @@ def test_a_layer_need_have_neither_tables_nor_losses_nor_anything_to_watch() -> 
     assert np.abs(with_layer - without).max() > 0.01
 
 
-def test_what_a_layer_must_say_is_named_where_it_does_not() -> None:
+def test_a_layer_without_a_required_method_is_an_error() -> None:
     class Silent(MemorySlot):
         pass
 

@@ -1,4 +1,4 @@
-"""The decoder: causality, equivalent ways to run it, and where memory layers stand."""
+"""The decoder: causality, equivalent ways to run it, and the placement of memory layers."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ _LENGTH = 6
 
 
 def _config(num_layers: int = 4, **fields: Any) -> ModelConfig:
-    """A small model: `slots` is as in tests/slots.py, memory_... are fields of `model.memory`."""
+    """A small model; `slots` is as in tests/slots.py, memory_... are fields of `model.memory`."""
     config = base.get_config()
     slots.fill(config, fields.pop("slots", "memory"))
     config.model.update(
@@ -81,9 +81,9 @@ def _tokens(length: int = _LENGTH) -> jax.Array:
 
 
 def _trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, list[jax.Array]]:
-    """Traces a function of the leaves of its arguments, and returns the leaves too.
+    """Traces a function of the leaves of its arguments, and also returns the leaves.
 
-    Tracing puts descriptions in the place of arrays, which typed dataclasses refuse.
+    Tracing replaces arrays with ShapeDtypeStructs, which typed dataclasses reject.
     """
     leaves = jax.tree.leaves(arguments)
     structure: Any = jax.tree.structure(arguments)
@@ -115,7 +115,7 @@ def _assert_close(left: Any, right: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5 * float(jnp.abs(b).max()) + 1e-12)
 
 
-# --- what a position sees ---
+# --- dependencies between positions ---
 
 
 def _influence(segment_ids: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def _influence(segment_ids: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _jacobian() -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the derivative of a score of each position's logits by the embedding."""
+    """Returns the Jacobian of a score of each position's logits with respect to the embedding."""
     config = _config(num_layers=2)
     store = _store(config)
     graph, *states = nnx.split(_model(config), nnx.PathContains("embedding"), nnx.Variable)
@@ -145,12 +145,12 @@ def _jacobian() -> Callable[[jax.Array, jax.Array], jax.Array]:
     return jacobian
 
 
-def test_positions_depend_on_all_before_them_and_none_after() -> None:
+def test_positions_depend_on_all_earlier_and_no_later_positions() -> None:
     one_document = np.zeros(_LENGTH, int)
     np.testing.assert_array_equal(_influence(one_document), np.tri(_LENGTH, dtype=bool))
 
 
-def test_positions_depend_on_their_own_document_alone() -> None:
+def test_positions_depend_only_on_their_own_document() -> None:
     ids = np.asarray([0, 0, 1, 1, 1, 2])
     expected = np.tri(_LENGTH, dtype=bool) & (ids[:, None] == ids[None, :])
     np.testing.assert_array_equal(_influence(ids), expected)
@@ -161,8 +161,8 @@ def test_without_documents_a_sequence_is_one_document() -> None:
     model, store, tokens = _model(config), _store(config), _tokens()
     forward = jax.jit(lambda ids: model(tokens, store=store, segment_ids=ids).logits)
     _assert_close(forward(None), forward(jnp.full_like(tokens, 3)))
-    apart = jnp.asarray([[0, 0, 0, 1, 1, 1]] * 2, jnp.int32)
-    assert not np.allclose(forward(None), forward(apart), atol=1e-3)
+    separate = jnp.asarray([[0, 0, 0, 1, 1, 1]] * 2, jnp.int32)
+    assert not np.allclose(forward(None), forward(separate), atol=1e-3)
 
 
 # --- ways to run it ---
@@ -186,7 +186,7 @@ def test_rematerialisation_changes_no_result(remat: str) -> None:
     _assert_close(left, right)
 
 
-def test_program_size_is_flat_in_depth() -> None:
+def test_program_size_does_not_grow_with_depth() -> None:
     def lines(num_layers: int) -> int:
         config = _config(num_layers)
         function = jax.grad(_loss, argnums=1)
@@ -217,11 +217,11 @@ def test_prefill_and_decode_equal_the_full_forward_pass(prefill: bool) -> None:
     _assert_close(jnp.concatenate(logits, axis=1), full.logits)
 
 
-@pytest.mark.parametrize("wanted", ["statistics", "logits"])
-def test_a_compiled_decode_step_counts_no_rows_unless_asked(wanted: str) -> None:
+@pytest.mark.parametrize("output", ["statistics", "logits"])
+def test_a_compiled_decode_step_counts_rows_only_on_request(output: str) -> None:
     config = _config()
     model, store = _model(config), _store(config)
-    observe = Observe(health=wanted == "statistics")
+    observe = Observe(health=output == "statistics")
 
     def step(model: transformer.Transformer, cache: Any, token: jax.Array) -> Any:
         output = model(token, store=store, cache=cache, position=jnp.full(1, 3), observe=observe)
@@ -229,9 +229,9 @@ def test_a_compiled_decode_step_counts_no_rows_unless_asked(wanted: str) -> None
 
     traced, _ = _trace(step, model, model.empty_cache(2, 8), _tokens(1))
     program = traced.lower().compile().as_text() or ""
-    # Into a vector, of a count for each row; the cache is written by scattering too.
+    # A scatter into a vector, with a count per row; writing the cache is a scatter, too.
     counted = re.search(r"\[\d+\]\{0\} scatter\(", program)
-    assert (counted is not None) == (wanted == "statistics")
+    assert (counted is not None) == (output == "statistics")
 
 
 # --- parts ---
@@ -251,7 +251,7 @@ def test_grouped_queries_equal_repeated_key_value_heads() -> None:
     _assert_close(repeated(x)[0], grouped(x)[0])
 
 
-def test_attention_depends_on_relative_positions_alone() -> None:
+def test_attention_depends_only_on_relative_positions() -> None:
     layer = drawn(attention.Attention(_config(), init=ABSTRACT))
     x = jax.random.normal(jax.random.key(3), (2, _LENGTH, 16))
     _assert_close(layer(x, position=jnp.full(1, 7))[0], layer(x)[0])
@@ -359,7 +359,7 @@ def test_every_kind_of_layer_trains_every_parameter(fields: dict[str, Any]) -> N
     assert (np.asarray(stats.feed_forward.ffn_variance) > 0).all() == (config.ffn_size > 0)
     assert (stats.memory is None) == (not config.placements)
     assert (stats.feed_forward.router is None) == (config.ffn != "moe")
-    # Of each slot: its statistics, how many layers, what they choose from and how often a token.
+    # Per slot: its statistics, number of layers, number of choices, and selections per token.
     memory, moe = config.memory, config.moe
     for slot, count, choices, selected in (
         (stats.memory, len(config.placements), memory.num_visible, memory.num_selected),
@@ -383,11 +383,11 @@ def test_core_vectors_of_all_layers_are_refreshed() -> None:
     np.testing.assert_allclose(np.delete(after, 2, 0), np.delete(before, 2, 0), atol=1e-5)
 
 
-# --- where memory layers stand ---
+# --- placement of memory layers ---
 
 
 def _plan(num_layers: int, *placements: tuple[int, int]) -> list[tuple]:
-    """(start, period, repeats, memory_start, placements) of each segment; blocks from 1 given."""
+    """Returns (start, period, repeats, memory_start, placements) per segment; blocks start at 1."""
     from_zero = tuple((read - 1, write - 1) for read, write in placements)
     return [dataclasses.astuple(s) for s in stack.plan_segments(num_layers, from_zero)]
 
@@ -421,22 +421,22 @@ def test_plan_keeps_overlapping_placements_in_one_group() -> None:
 
 
 @hypothesis.given(st.integers(1, 12), st.data())
-def test_plans_hold_every_block_and_every_placement_once(
+def test_plans_contain_every_block_and_every_placement_once(
     num_layers: int, data: st.DataObject
 ) -> None:
     reads = sorted(data.draw(st.sets(st.integers(0, num_layers - 1))))
     placements = tuple((r, data.draw(st.integers(r, num_layers - 1))) for r in reads)
     end = 0
-    found: list[tuple[int, int]] = []
+    seen: list[tuple[int, int]] = []
     for segment in stack.plan_segments(num_layers, placements):
         assert segment.start == end
-        assert segment.memory_start == len(found)
+        assert segment.memory_start == len(seen)
         for copy in range(segment.repeats):
             offset = segment.start + copy * segment.period
-            found += [(read + offset, write + offset) for read, write in segment.placements]
+            seen += [(read + offset, write + offset) for read, write in segment.placements]
         end += segment.period * segment.repeats
     assert end == num_layers
-    assert tuple(found) == placements
+    assert tuple(seen) == placements
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the comparisons with golden files share: types, tolerances and a look inside a layer."""
+"""Shared by the comparisons with golden files: types, tolerances and observation of a layer."""
 
 import pathlib
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Meta = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 Traced = dict[str, jax.Array]
 
-# Functions whose results inside a memory layer are compared too.
+# Functions inside a memory layer whose results are compared, too.
 OBSERVED: list[tuple[ModuleType, str]] = [
     (retrieval, "arrange_query"),
     (retrieval, "product_key_scores"),
@@ -41,12 +41,12 @@ OBSERVED: list[tuple[ModuleType, str]] = [
 def observe(
     layer: MemoryLayer, x: jax.Array, window: store.StoreWindow
 ) -> tuple[jax.Array, MemoryStats, dict[str, Any]]:
-    """Runs a memory layer and returns its results, and what the functions inside returned."""
+    """Runs a memory layer; returns its results and those of the observed functions inside."""
     seen: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         for module, name in OBSERVED:
             patch.setattr(module, name, _observed(getattr(module, name), seen))
-        # Of a layer that overrides it, its own.
+        # The override, if a layer has one.
         patch.setattr(type(layer), "locate", _observed(type(layer).locate, seen))
         y, stats = layer(x, window=window, observe=Observe(health=True, key_balance=True))
     seen["top_k"] = jax.lax.top_k(seen["shortlist_scores"], layer.config.shortlist)
@@ -55,7 +55,7 @@ def observe(
 
 
 def replace_all(layer: nnx.Module, kind: type[nnx.Variable], arrays: Traced) -> None:
-    """Replaces all variables of a kind, so that nothing is left as it was drawn."""
+    """Replaces all variables of a kind, so that no initial value is left."""
     old = nnx.to_pure_dict(nnx.state(layer, kind))
     assert jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, arrays)
     nnx.update(layer, arrays)
@@ -64,10 +64,10 @@ def replace_all(layer: nnx.Module, kind: type[nnx.Variable], arrays: Traced) -> 
 def run_with_gradients(
     forward: Callable[..., tuple[Traced, Any]], given: Arrays, x: np.ndarray
 ) -> tuple[Any, dict[str, Arrays]]:
-    """Returns what `forward` saw, and the gradient of each of its objectives.
+    """Returns the auxiliary output of `forward`, and the gradient of each of its objectives.
 
-    `forward(given, x)` returns scalar objectives and anything else; gradients are those of the
-    entries of `given` and, under "x", of x.
+    `forward(given, x)` returns scalar objectives and an auxiliary output; gradients are taken with
+    respect to the entries of `given` and, under "x", to x.
     """
 
     @jax.jit
@@ -86,7 +86,7 @@ def run_with_gradients(
 
 
 def parameters(golden: Arrays) -> Arrays:
-    """Returns the parameters of a file without their prefix."""
+    """Returns the parameters of a golden file without their prefix."""
     return {name.removeprefix("param."): golden[name] for name in golden if "param." in name}
 
 

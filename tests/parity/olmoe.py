@@ -1,4 +1,4 @@
-"""The mixture of experts and the whole language model beside OLMoE of Hugging Face transformers."""
+"""The mixture of experts and the full model compared with OLMoE of Hugging Face transformers."""
 
 import dataclasses
 import pathlib
@@ -31,7 +31,7 @@ from umv2.model.parameter import ABSTRACT
 from umv2.model.slots import Observe
 from umv2.training import losses
 
-# Golden name of each array of a block's attention and norms: ours, and whether it is a matrix.
+# For each array of a block's attention and norms, by golden name: our name, and if it is a matrix.
 BLOCK = {
     "self_attn.q_proj": (("attention", "query"), True),
     "self_attn.k_proj": (("attention", "key"), True),
@@ -93,9 +93,9 @@ def run_block(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
 
 
 def run_model(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
-    """Runs the whole model, loaded from the golden checkpoint, and its loss and gradients.
+    """Runs the full model, loaded from the golden checkpoint, with its loss and gradients.
 
-    Files of gradients hold one part of them each; the inputs are in the model's own file.
+    Each file of gradients has a part of them; the inputs are in the file of the model.
     """
     del golden
     stem = meta["case"]
@@ -114,7 +114,7 @@ def run_model(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
         load_balance=1.0,
         load_balance_scope="model",
     )
-    # Unrolled, so that what routing sees can be looked at.
+    # Unrolled, so that the inputs of routing can be observed.
     config = dataclasses.replace(config, scan_layers=False)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights)
 
@@ -162,7 +162,7 @@ def run_model(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
 def _wide_attention(
     query: jax.Array, keys: jax.Array, values: jax.Array, **options: Any
 ) -> jax.Array:
-    """Causal attention in float64: jax.nn's rounds its scores to float32, whatever comes in."""
+    """Causal attention in float64: jax.nn always rounds scores to float32."""
     assert options["is_causal"]
     assert options["mask"] is None
     scores = jnp.einsum("bthq,bshq->bhts", query, keys) / query.shape[-1] ** 0.5
@@ -172,7 +172,7 @@ def _wide_attention(
 
 
 def _observe_routing(patch: pytest.MonkeyPatch) -> list[dict[str, jax.Array]]:
-    """Returns a list to which every call of the router adds what came in and out."""
+    """Returns a list to which every call of the router appends its inputs and outputs."""
     seen: list[dict[str, jax.Array]] = []
     route = moe.route
 
@@ -187,7 +187,7 @@ def _observe_routing(patch: pytest.MonkeyPatch) -> list[dict[str, jax.Array]]:
 
 
 def _named(params: dict[str, Any]) -> Arrays:
-    """Our parameters, or their gradients, under the names and in the layout of transformers."""
+    """Returns our parameters or gradients with the names and layout of transformers."""
     blocks, experts = params["blocks"], params["blocks"]["moe"]
     named = {
         "model.embed_tokens.weight": params["embedding"],

@@ -1,4 +1,4 @@
-"""PKM, PEER and Memory+ beside the published PyTorch layers."""
+"""PKM, PEER and Memory+ compared with the published PyTorch layers."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ from umv2.model.memory.layer import MemoryLayer
 from umv2.model.parameter import ABSTRACT
 from umv2.model.slots import memory_layer
 
-# From the golden layout to ours, given the layer's configuration.
+# Conversions from the golden layout to ours, given the layer's configuration.
 Convert = Callable[[jax.Array, MemoryConfig], jax.Array]
 
 
@@ -63,10 +63,10 @@ def _flat_keys(keys: jax.Array, sizes: MemoryConfig) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How a published layer reads in ours: its parameters, and its configuration.
+    """How a published layer maps to ours: its parameters and its configuration.
 
-    `parameters` gives for each golden name our name and the conversion; `tables` the golden name
-    of each table. Names in `unused` take no part upstream either.
+    `parameters` gives for each golden name our name and the conversion; `tables` has the golden
+    name of each table. Names in `unused` are unused upstream, too.
     """
 
     parameters: dict[str, tuple[str, Convert]]
@@ -90,7 +90,7 @@ def _pkm(given: dict[str, Any]) -> dict[str, Any]:
 
 _OWN_EXPERTS = "umv2.model.memory.own_experts:OwnExperts"
 _GATED = "umv2.model.memory.gated:GatedMemory"
-# Single-neuron experts, which meet the input itself, in place of values.
+# Single-neuron experts, which read the input itself, instead of values.
 _EXPERTS = {
     "pre_projection": False,
     "activation": "gelu",
@@ -105,7 +105,7 @@ def _peer(given: dict[str, Any]) -> dict[str, Any]:
         "num_keys": math.isqrt(given["num_experts"]),
         "key_dim": given["dim_key"],
         "num_heads": given["heads"],
-        # Without competition the published layer keeps one expert a head, whatever it is asked.
+        # Without competition the published layer always keeps one expert per head.
         "top_m": given["num_experts_per_head"] if competing else 1,
         "shortlist": given["num_experts_per_head"],
         "score_activation": "softmax" if competing else "relu",
@@ -116,7 +116,7 @@ def _peer(given: dict[str, Any]) -> dict[str, Any]:
 
 def _memory_plus_meta(given: dict[str, Any]) -> dict[str, Any]:
     width = given["output_dim"] if given.get("mem_v_dim", -1) <= 0 else given["mem_v_dim"]
-    # The PEER variant has no projections, whatever the rest says.
+    # The PEER variant never has projections.
     peer = any("peer" in name and value for name, value in given.items())
     variant = _EXPERTS | {"pre_value_dim": given["input_dim"]} if peer else {}
     gated = any("gated" in name and value for name, value in given.items())
@@ -206,11 +206,11 @@ FAMILIES = {
         unused=("keys_norm.weight",),
     ),
 }
-PRE_NORM = "norm.gamma"  # of PEER: stands before the layer, as our block's norm does
+PRE_NORM = "norm.gamma"  # PEER's norm before the layer, like the norm of our block
 
 
 def run(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
-    """Runs our layer, or the layers of a shared table, and returns results by golden name."""
+    """Runs our layer, or the layers that share a table, and returns results by golden name."""
     name = max((n for n in FAMILIES if meta["case"].startswith(n)), key=len)
     family, given_config = FAMILIES[name], meta["config"]
     sizes = {

@@ -1,7 +1,7 @@
 """Parity with the published PyTorch layers, for every file in tests/golden (see its README.md).
 
-A file says in `meta_json` which case it is; the case begins with its family, and the rest of the
-metadata gives the sizes. A new file of a known family is a new test, with nothing to add here.
+The `meta_json` of a file has its case, which begins with the family, and the sizes. A new file of a
+known family is tested without changes here.
 
 `python -m experiments.benchmarks.parity` shows the worst relative errors of each file.
 """
@@ -18,12 +18,12 @@ import pytest
 from tests.parity import olmoe, product_keys, ultramem, write_goldens
 from tests.parity.common import GOLDEN, Arrays, Dtype, Meta
 
-# Of the largest entry: (values, gradients).
+# Relative to the largest entry: (values, gradients).
 TOLERANCES: dict[Dtype, tuple[float, float]] = {"float32": (1e-5, 1e-4), "float64": (1e-10, 1e-10)}
 
 # And param.*
 INPUTS = {"meta_json", "x", "g", "g0", "g1", "input_ids", "labels", "buffer.shuffle_index"}
-# Out of reach from outside some layers, but what is computed from them is compared.
+# Not accessible from outside some layers, but results computed from them are compared.
 INTERNAL = {
     "inter.query_normed",
     "inter.keys_normed",
@@ -55,7 +55,7 @@ FAMILIES: dict[str, Callable[[Arrays, Meta, Dtype], Arrays]] = {
 def relative_errors(path: pathlib.Path, dtype: Dtype) -> dict[str, float]:
     """Returns the error of each result in a file, relative to its largest entry.
 
-    Infinite for indices that differ, and for what is in the file but not in our results.
+    Infinite if indices differ, and for arrays that our results lack.
     """
     with np.load(path) as file:
         arrays = dict(file)
@@ -72,14 +72,14 @@ def relative_errors(path: pathlib.Path, dtype: Dtype) -> dict[str, float]:
 
 
 def worst_errors(errors: dict[str, float]) -> dict[str, float]:
-    """Returns the worst error of the values and of the gradients, where there are any."""
+    """Returns the worst error of the values and of the gradients, if there are any."""
     gradients = {name for name in errors if name.startswith("grad")}
     by_kind = {"values": errors.keys() - gradients, "gradients": gradients}
     return {kind: max(errors[n] for n in names) for kind, names in by_kind.items() if names}
 
 
 def excesses(errors: dict[str, float], dtype: Dtype) -> dict[str, float]:
-    """Returns the errors that are above their tolerance."""
+    """Returns the errors above their tolerance."""
     values, gradients = TOLERANCES[dtype]
     return {
         name: error
@@ -90,11 +90,11 @@ def excesses(errors: dict[str, float], dtype: Dtype) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
-def test_results_equal_those_of_the_published_layer(
+def test_results_match_the_published_layer(
     path: pathlib.Path, dtype: Dtype, record_property: Callable[[str, str], None]
 ) -> None:
     errors = relative_errors(path, dtype)
-    assert errors, f"{path.name} holds nothing to compare"
+    assert errors, f"{path.name} has nothing to compare"
     measured = {"file": path.stem, "dtype": dtype} | worst_errors(errors)
     record_property("measured", json.dumps(measured))
     assert excesses(errors, dtype) == {}
@@ -116,7 +116,7 @@ def test_files_written_from_the_formulas_are_reproduced(case: str) -> None:
         ) if array.dtype.kind == "f" else (np.testing.assert_array_equal(array, stored[name]))
 
 
-def test_what_differs_or_is_new_is_noticed(tmp_path: pathlib.Path) -> None:
+def test_differing_or_additional_arrays_are_detected(tmp_path: pathlib.Path) -> None:
     def alter(array: np.ndarray) -> np.ndarray:
         return np.where(array == array.max(), array + array.dtype.type(1), array)
 
@@ -136,7 +136,7 @@ def test_an_unknown_family_is_an_error(tmp_path: pathlib.Path) -> None:
 def _family(meta: Meta) -> str:
     matching = [name for name in FAMILIES if meta["case"].startswith(name)]
     if not matching:
-        raise ValueError(f"case {meta['case']!r} is of no family in FAMILIES")
+        raise ValueError(f"case {meta['case']!r} belongs to no family in FAMILIES")
     return max(matching, key=len)
 
 
@@ -164,6 +164,6 @@ def _relative_error(ours: np.ndarray | None, golden: np.ndarray) -> float:
         return math.inf
     if not np.issubdtype(golden.dtype, np.floating):
         return 0.0 if np.array_equal(ours, golden) else math.inf
-    if np.array_equal(ours, golden, equal_nan=True):  # also where all is zero
+    if np.array_equal(ours, golden, equal_nan=True):  # also if all entries are zero
         return 0.0
     return float(np.max(np.abs(ours - golden)) / np.max(np.abs(golden)))

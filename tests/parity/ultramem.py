@@ -1,4 +1,4 @@
-"""UltraMem, V1 and V2, beside the published PyTorch layers."""
+"""UltraMem, V1 and V2, compared with the published PyTorch layers."""
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ PARAMETERS: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
 
 
 def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
-    """Runs our layer of UltraMem, V1 or V2, and returns its results under the golden names."""
+    """Runs our UltraMem layer, V1 or V2, and returns its results by golden name."""
     config, coefficient = _model_config(meta, dtype), _balance_coefficient(meta)
     g = golden["g"]
     buffers = {
@@ -50,7 +50,7 @@ def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
         "shuffle": jnp.asarray(golden["buffer.shuffle_index"]),
     }
 
-    # Takes parameters in the golden layout, so that gradients come out in it too.
+    # Takes parameters in the golden layout, so that gradients have that layout, too.
     def forward(given: Traced, x: jax.Array) -> tuple[Traced, dict[str, Any]]:
         layer = MemoryLayer(config, init=ABSTRACT)
         tables: dict[str, Any] = {"pre_values": None}
@@ -112,7 +112,7 @@ def run_layer(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
 
 
 def run_core_vectors(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
-    """Follows a sequence of cores from its second pair on: the sign of the first is free."""
+    """Follows a sequence of cores from its second pair on: the sign of the first is arbitrary."""
     del meta, dtype
     cores = golden["param.tucker_core"]
     pair = tuple(golden[f"buffer.tucker_core_{side}"][0, 0, :, 0] for side in "uv")
@@ -132,13 +132,13 @@ def run_core_vectors(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
 
 
 def _model_config(meta: Meta, dtype: Dtype) -> ModelConfig:
-    """Returns a model whose memory layers have the sizes of the file."""
+    """Returns a model configuration with the sizes of the file."""
     given, derived = meta["config"], meta["derived"]
     result = small_model(
         dtype,
         hidden_size=given["hidden_size"],
         epsilon=given["rms_eps"],
-        # A layer sees some rows of a store and does not ask whose tables they are.
+        # A layer sees rows of a store, from any tables.
         num_keys=math.isqrt(derived["value_num"]),
         key_dim=given["kdim"],
         tucker_rank=given["tucker_rank"],

@@ -1,10 +1,10 @@
-"""Writes golden files of layers whose published code is not at hand, from their formulas alone.
+"""Writes golden files of layers whose published code is not available, from their formulas.
 
     python -m tests.parity.write_goldens
 
-An independent forward pass in NumPy, in float64; it shares no code with the package. Gradients are
-complex-step derivatives, exact to rounding: of every entry in turn, which small sizes allow.
-Selections are held fixed, as top-k has no derivative. The formulas stand in tests/golden/README.md.
+An independent forward pass in float64 NumPy that shares no code with the package. Gradients are
+complex-step derivatives, exact to rounding, one entry at a time, which the small sizes allow.
+Selections are held fixed, as top-k has no derivative. The formulas are in tests/golden/README.md.
 """
 
 import itertools
@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 Forward = Callable[[Arrays, np.ndarray, Arrays | None], tuple[np.ndarray, Arrays]]
 TOKENS, DIM, HEADS, KEYS, KEY_DIM, TOP_K = (2, 3), 16, 2, 8, 6, 3
 _STEP = 1e-30
-_GAP = 1e-3  # between neighbouring scores, so that float32 selects the same in the same order
+_GAP = 1e-3  # between neighbouring scores, so that float32 makes the same selection in order
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
@@ -38,7 +38,7 @@ def _softmax(z: np.ndarray) -> np.ndarray:
 
 
 def _retrieve(query: np.ndarray, keys: np.ndarray, fixed: Arrays | None) -> Arrays:
-    """Chooses the best pairs of keys: query [t, side, h, d], keys [h, side, n, d]."""
+    """Selects the best pairs of keys: query [t, side, h, d], keys [h, side, n, d]."""
     scores = [np.einsum("thd,hnd->thn", query[:, side], keys[:, side]) for side in range(2)]
     if fixed is None:
         best = [np.argsort(-s, axis=-1, kind="stable")[..., :TOP_K] for s in scores]
@@ -63,7 +63,7 @@ def _retrieve(query: np.ndarray, keys: np.ndarray, fixed: Arrays | None) -> Arra
 
 
 def _memory_plus_meta(given: Arrays, x: np.ndarray, fixed: Arrays | None) -> Any:
-    """Meta's layer: gated (`gating`), or with experts in place of values (`values_u`)."""
+    """Meta's layer: gated (`gating`), or with experts instead of values (`values_u`)."""
     query = x @ given["query_proj.weight"].T + given["query_proj.bias"]
     query = query.reshape(len(x), HEADS, 2, KEY_DIM).swapaxes(1, 2)
     seen = _retrieve(query, given["keys"].reshape(HEADS, 2, KEYS, KEY_DIM), fixed)
@@ -210,12 +210,12 @@ def golden(case: str, *, with_gradients: bool = True) -> Arrays:
             break
 
     def gradient(of: np.ndarray, run: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        found, moved = np.zeros(of.size), of.astype(np.complex128).reshape(-1)
+        derivative, moved = np.zeros(of.size), of.astype(np.complex128).reshape(-1)
         for index in range(of.size):
             moved[index] += 1j * _STEP
-            found[index] = np.sum(run(moved.reshape(of.shape)) * flat_g).imag / _STEP
+            derivative[index] = np.sum(run(moved.reshape(of.shape)) * flat_g).imag / _STEP
             moved[index] -= 1j * _STEP
-        return found.reshape(of.shape)
+        return derivative.reshape(of.shape)
 
     gradients = {}
     if with_gradients:

@@ -1,4 +1,4 @@
-"""Small programs with collectives along every axis, and what one device receives in them."""
+"""Small programs with collectives along every axis, and the bytes that one device receives."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,42 +12,42 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("replica", "fsdp", "memory", "tensor")
 DATA_AXES = AXES[:3]
 
-ROWS, WIDTH = 16, 8  # of one device in `every_kind`
-LAYERS, HIDDEN, INNER, TOKENS = 6, 512, 2048, 4096  # of `layers`
+ROWS, WIDTH = 16, 8  # per device, in `every_kind`
+LAYERS, HIDDEN, INNER, TOKENS = 6, 512, 2048, 4096  # in `layers`
 
 Totals = dict[tuple[str, tuple[str, ...]], int]
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The production mesh's axes over these devices, or the first that there are."""
+    """Returns a mesh with the production axes over these devices, or over the first ones."""
     devices = (devices or jax.devices())[: math.prod(shape)]
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def compiled(mesh: Mesh, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    """Compiles under the mesh."""
+    """Compiles a function under the mesh."""
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*arguments).compile()
 
 
 def argument(mesh: Mesh, shape: Sequence[int], dtype: Any, *spec: Any) -> jax.ShapeDtypeStruct:
-    """What stands for an array of this sharding."""
+    """Returns an abstract array with this sharding."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
 
 def every_kind(mesh: Mesh, axes: tuple[str, ...]) -> tuple[jax.stages.Compiled, Totals]:
-    """Each kind of collective along these axes: once, in a scan of 3, in a scan of 5 in one of 2.
+    """Compiles each kind of collective along these axes once, in a scan of 3, and in nested scans.
 
     Returns:
-      the program, and bytes that one device receives in 1 + 3 + 2 * 5 executions of each.
+      The program, and the bytes that one device receives in 1 + 3 + 2 * 5 executions of each.
     """
     size = math.prod(mesh.shape[axis] for axis in axes)
     ring = [(i, (i + 1) % size) for i in range(size)]
 
     def block(x: jax.Array) -> jax.Array:
-        whole = jax.lax.all_gather(x, axes, tiled=True)
-        x = jax.lax.psum_scatter(jnp.sin(whole), axes, tiled=True)
+        gathered = jax.lax.all_gather(x, axes, tiled=True)
+        x = jax.lax.psum_scatter(jnp.sin(gathered), axes, tiled=True)
         x = jax.lax.all_to_all(jnp.sin(x), axes, 0, 0, tiled=True)
         x = jax.lax.ppermute(jnp.sin(x), axes, ring)
         return jnp.sin(x) + jax.lax.psum(jnp.cos(x), axes)
@@ -64,7 +64,7 @@ def every_kind(mesh: Mesh, axes: tuple[str, ...]) -> tuple[jax.stages.Compiled, 
     operand = ROWS * WIDTH * 4
     received = {
         "all-gather": (size - 1) * operand,
-        "reduce-scatter": (size - 1) * operand,  # of an operand that is `size` times as large
+        "reduce-scatter": (size - 1) * operand,  # the full operand is `size` times as large
         "all-to-all": (size - 1) * operand // size,
         "collective-permute": operand,
         "all-reduce": 2 * (size - 1) * operand // size,
@@ -74,12 +74,12 @@ def every_kind(mesh: Mesh, axes: tuple[str, ...]) -> tuple[jax.stages.Compiled, 
 
 
 def layers(mesh: Mesh, dtype: Any) -> jax.stages.Compiled:
-    """A training step of layers whose weights are gathered where they are used, and again later."""
+    """Compiles a training step with weights gathered in the forward and in the backward pass."""
 
     def loss(weights: Any, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
-            whole = PartitionSpec(None, None)
-            up, down = (jax.sharding.reshard(w.astype(x.dtype), whole) for w in weights)
+            replicated = PartitionSpec(None, None)
+            up, down = (jax.sharding.reshard(w.astype(x.dtype), replicated) for w in weights)
             return x + jax.nn.gelu(x @ up) @ down, None
 
         x, _ = jax.lax.scan(jax.checkpoint(layer), x, weights)

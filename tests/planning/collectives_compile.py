@@ -1,7 +1,7 @@
-"""Compiles `layers` for a TPU topology that is not attached: argv[1], as v5e:2x4, and a mesh shape.
+"""Compiles `layers` for a TPU topology that is not attached: argv[1], such as v5e:2x4, and a mesh.
 
-Prints, as JSON, the compiled text, the memory and the estimate. `test_collectives.py` runs it in a
-process of its own, because libtpu serves one process at a time.
+Prints the compiled text, the memory and the estimate as JSON. `test_collectives.py` runs this in a
+separate process, because libtpu serves one process at a time.
 """
 
 import json

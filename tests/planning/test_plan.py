@@ -1,4 +1,4 @@
-"""Plans for machines that are not there: what is read, what is concluded, what is refused."""
+"""Plans for machines that are not attached: parsing, conclusions and errors."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from umv2.cost import accounting
 from umv2.planning import ahead_of_time, plan, search, search_space, topology
 from umv2.planning.hlo import workload
 
-# A loop of five rounds around a matrix product in bfloat16, in the words of three compilers.
+# A loop of five trips with a bfloat16 matrix product, as printed by three compilers.
 PRODUCT = {
     "tpu": "convolution(%x, %w), window={size=1}, dim_labels=0bf_io0->0bf",
     "h200": "dot(%x, %w), lhs_contracting_dims={2}, rhs_contracting_dims={0}",
@@ -49,7 +49,7 @@ ENTRY %main (p: bf16[1,8,16]) -> bf16[1,8,16] {{
   ROOT %result = bf16[1,8,16]{{2,1,0}} get-tuple-element(%loop), index=1
 }}
 """
-# Two heads as a dilated spatial dimension: each meets its own half of the kernel alone.
+# Two heads as a dilated spatial dimension: each is multiplied only with its half of the kernel.
 BATCHED = """HloModule jit_g, num_partitions=1
 
 ENTRY %main (q: f32[2,8,16], k: f32[2,16,8]) -> f32[2,8,8] {
@@ -78,34 +78,34 @@ ENTRY %main (stack.1: f32[9,4,8], i.1: s32[]) -> f32[4,8] {
 
 
 def config(**changes: Any) -> Config:
-    """Returns tiny with changes, named by path with __ for a dot."""
+    """Returns tiny with changes by path, with __ for a dot."""
     values = tiny.get_config()
     values.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return from_config_dict(values)
 
 
 @pytest.mark.parametrize("compiler", PRODUCT)
-def test_what_a_loop_does_counts_as_often_as_it_runs(compiler: str) -> None:
-    found = workload.read(LOOP.format(product=PRODUCT[compiler]))
-    assert found.flops == 5 * 2 * 8 * 16 * 16
-    # Of the product what it reads and writes in main memory, not the weights; the counter.
-    assert found.bytes == 5 * (2 * 2 * 8 * 16 + 3 * 4)
-    assert found.cycles == 5 * 70
+def test_the_work_of_a_loop_counts_once_per_trip(compiler: str) -> None:
+    work = workload.read(LOOP.format(product=PRODUCT[compiler]))
+    assert work.flops == 5 * 2 * 8 * 16 * 16
+    # Main memory traffic of the product, without the weights; and the counter.
+    assert work.bytes == 5 * (2 * 2 * 8 * 16 + 3 * 4)
+    assert work.cycles == 5 * 70
 
 
-def test_products_in_batches_are_counted_without_the_gaps_between_them() -> None:
+def test_batched_products_are_counted_without_dilation_gaps() -> None:
     assert workload.read(BATCHED).flops == 2 * (2 * 8 * 8 * 16)
 
 
-def test_a_fusion_that_takes_a_slice_reads_the_slice_alone() -> None:
-    found = workload.read(SLICED)
-    assert found.bytes == 4 * (4 * 8 + 4 * 8) + 4
-    assert found.heaviest == (("fusion", found.bytes),)
-    assert found.flops == 0
-    assert found.cycles is None
+def test_a_fusion_that_slices_reads_only_the_slice() -> None:
+    work = workload.read(SLICED)
+    assert work.bytes == 4 * (4 * 8 + 4 * 8) + 4
+    assert work.heaviest == (("fusion", work.bytes),)
+    assert work.flops == 0
+    assert work.cycles is None
 
 
-def test_what_is_no_program_is_refused() -> None:
+def test_text_that_is_not_a_program_is_rejected() -> None:
     with pytest.raises(ValueError, match="compiled program"):
         workload.read("module @jit_f {}")
 
@@ -120,7 +120,7 @@ def test_what_is_no_program_is_refused() -> None:
         ("h200:8", 8, 989.4e12),
     ],
 )
-def test_a_topology_is_known_by_its_name(
+def test_topologies_are_parsed_by_name(
     name: str, devices: int, peak: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topology, "_installed", lambda module: True)
@@ -131,13 +131,13 @@ def test_a_topology_is_known_by_its_name(
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e:2x2x2", "v5p:4x4", "v5e:0x2", "h200", "h200:12"])
-def test_an_unknown_topology_is_answered_with_examples(name: str) -> None:
+def test_the_error_for_an_unknown_topology_has_examples(name: str) -> None:
     with pytest.raises(UserError, match=f"--topology={name}: .*examples: v5e:16x16"):
         topology.parse(name)
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "h200:8"])
-def test_a_compiler_that_is_missing_is_named_with_its_extra(
+def test_a_missing_compiler_is_named_with_its_extra(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
@@ -145,42 +145,42 @@ def test_a_compiler_that_is_missing_is_named_with_its_extra(
         topology.parse(name)
 
 
-def test_meshes_divide_all_devices_and_the_batch() -> None:
-    found = list(search_space.meshes(config(), 8))
-    assert len(found) == len(set(found)) > 20
-    for candidate in found:
+def test_meshes_use_all_devices_and_divide_the_batch() -> None:
+    meshes = list(search_space.meshes(config(), 8))
+    assert len(meshes) == len(set(meshes)) > 20
+    for candidate in meshes:
         sizes = search_space.mesh_sizes(candidate, 8)
         assert math.prod(sizes.values()) == 8
         assert 8 % (8 // sizes["tensor"]) == 0
         assert candidate.model == config().model
-    assert {c.mesh.table_sharding for c in found} == {"auto", "columns", "rows"}
-    assert {c.mesh.tensor for c in found} == {1, 2, 4}  # four heads
+    assert {c.mesh.table_sharding for c in meshes} == {"auto", "columns", "rows"}
+    assert {c.mesh.tensor for c in meshes} == {1, 2, 4}  # four heads
 
 
 def test_arguments_are_counted_without_a_compiler() -> None:
-    whole = {"replica": 8, "fsdp": 1, "memory": 1, "tensor": 1}
+    replicated = {"replica": 8, "fsdp": 1, "memory": 1, "tensor": 1}
     counts = accounting.parameter_counts(config().model)
-    parts = ahead_of_time.argument_bytes(config(), whole, "train")
+    parts = ahead_of_time.argument_bytes(config(), replicated, "train")
     tables = 4 * counts.sparse_values
     assert parts["sparse"] == 3 * tables
     assert parts["dense"] == 3 * 4 * (counts.total - counts.sparse_values)
-    divided = config(mesh__memory=4, mesh__fsdp=2)
-    sizes = search_space.mesh_sizes(divided, 8)
-    quarter = ahead_of_time.argument_bytes(divided, sizes, "train")["sparse"]
+    sharded = config(mesh__memory=4, mesh__fsdp=2)
+    sizes = search_space.mesh_sizes(sharded, 8)
+    quarter = ahead_of_time.argument_bytes(sharded, sizes, "train")["sparse"]
     assert quarter == 3 * tables / 4
-    served = ahead_of_time.argument_bytes(config(), whole, "decode")
+    served = ahead_of_time.argument_bytes(config(), replicated, "decode")
     assert served["sparse"] == tables
 
 
-def test_what_keeps_less_needs_less_and_takes_longer() -> None:
+def test_more_rematerialisation_needs_less_memory_and_more_time() -> None:
     sizes = search_space.mesh_sizes(config(), 4)
     parts = ahead_of_time.argument_bytes(config(), sizes, "train")
     place = topology.parse("v5e:2x2")
-    found = [
+    candidates = [
         config(model__remat=remat, train__batch_size=1024) for remat in ("none", "dots", "full")
     ]
-    least = [search_space.least_temporaries(c, sizes, parts, place) for c in found]
-    seconds = [search_space.predicted_seconds(c, sizes, place) for c in found]
+    least = [search_space.least_temporaries(c, sizes, parts, place) for c in candidates]
+    seconds = [search_space.predicted_seconds(c, sizes, place) for c in candidates]
     assert least == sorted(least, reverse=True)
     assert seconds == sorted(seconds)
     assert least[0] > least[-1]
@@ -189,11 +189,11 @@ def test_what_keeps_less_needs_less_and_takes_longer() -> None:
 
 def test_the_nearest_mesh_with_small_enough_arguments_is_found() -> None:
     one = config(mesh__replica=4)
-    whole = ahead_of_time.argument_bytes(one, search_space.mesh_sizes(one, 4), "train")
-    limit = sum(whole.values()) - whole["sparse"] // 2
-    found = search_space.smaller_arguments(one, 4, "train", limit=limit)
-    assert found is not None
-    changed, size = found
+    replicated = ahead_of_time.argument_bytes(one, search_space.mesh_sizes(one, 4), "train")
+    limit = sum(replicated.values()) - replicated["sparse"] // 2
+    nearest = search_space.smaller_arguments(one, 4, "train", limit=limit)
+    assert nearest is not None
+    changed, size = nearest
     assert size <= limit
     assert (changed.mesh.replica, changed.mesh.memory, changed.mesh.tensor) == (2, 2, 1)
     assert search_space.smaller_arguments(one, 4, "train", limit=1000) is None
@@ -201,23 +201,23 @@ def test_the_nearest_mesh_with_small_enough_arguments_is_found() -> None:
 
 @pytest.fixture(scope="module")
 def planned() -> plan.Plan:
-    """Tiny for four chips that divide its tables."""
+    """A plan of tiny on four chips, with sharded tables."""
     return plan.plan("tiny", config(mesh__memory=2), "v5e:2x2")
 
 
 @needs_libtpu
-def test_a_plan_says_what_a_step_needs_and_that_it_fits(planned: plan.Plan) -> None:
+def test_a_plan_reports_the_needs_of_a_step_and_that_it_fits(planned: plan.Plan) -> None:
     measured = planned.measured
     assert planned.fits
-    assert measured.device_kind == planned.place.chip.device_kind
+    assert measured.device_kind == planned.target.chip.device_kind
     assert measured.mesh == {"replica": 2, "fsdp": 1, "memory": 2, "tensor": 1}
     assert measured.table_sharding in ("columns", "rows")
     assert sum(measured.parts.values()) <= measured.arguments < 2 * sum(measured.parts.values())
     assert measured.needed is not None
     assert measured.arguments < measured.needed < planned.capacity
     assert measured.program is not None
-    # Nothing is computed twice, but what causality makes superfluous is computed, and a
-    # statistic or two.
+    # Nothing is rematerialised, but masked positions of attention are computed, and some
+    # statistics.
     assert 1 < measured.program.flops / planned.model_flops < 1.3
     over_memory = [part for part in measured.collectives if part.axes == ("memory",)]
     assert over_memory
@@ -227,7 +227,7 @@ def test_a_plan_says_what_a_step_needs_and_that_it_fits(planned: plan.Plan) -> N
 
 
 @needs_libtpu
-def test_a_plan_is_printed_and_repeated_as_json(planned: plan.Plan) -> None:
+def test_a_plan_is_printed_as_text_and_as_json(planned: plan.Plan) -> None:
     text, values = planned.as_text(), json.loads(planned.as_json())
     assert re.search(r"^verdict +fits: ", text, re.MULTILINE)
     assert "v5e:2x2: 4 x TPU v5 lite" in text
@@ -236,42 +236,42 @@ def test_a_plan_is_printed_and_repeated_as_json(planned: plan.Plan) -> None:
 
 
 @needs_libtpu
-def test_what_does_not_fit_gets_a_verdict_and_a_mesh_that_would_do() -> None:
-    found = plan.plan("tiny", config(model__memory__num_keys=2048, mesh__replica=4), "v5e:2x2")
-    assert not found.fits
-    assert re.match(r"does not fit: \d+\.\d+ of 15\.75 GiB; value tables", found.verdict)
-    assert "mesh.memory=" in found.advice()[0]
-    assert "does not fit" in found.as_text()
+def test_a_plan_that_does_not_fit_suggests_a_mesh_that_would() -> None:
+    planned = plan.plan("tiny", config(model__memory__num_keys=2048, mesh__replica=4), "v5e:2x2")
+    assert not planned.fits
+    assert re.match(r"does not fit: \d+\.\d+ of 15\.75 GiB; value tables", planned.verdict)
+    assert "mesh.memory=" in planned.advice()[0]
+    assert "does not fit" in planned.as_text()
 
 
 @needs_libtpu
-def test_a_mesh_of_more_devices_than_there_are_is_refused() -> None:
-    with pytest.raises(UserError, match=r"mesh\.memory=8.*needs 8 devices, more than the 4"):
+def test_a_mesh_with_too_many_devices_is_rejected() -> None:
+    with pytest.raises(UserError, match=r"mesh\.memory=8.*needs 8 devices, but only 4"):
         plan.plan("tiny", config(mesh__memory=8), "v5e:2x2")
 
 
-def test_a_mesh_that_does_not_divide_the_model_is_refused_at_once() -> None:
+def test_a_mesh_that_does_not_divide_the_model_is_rejected_before_compiling() -> None:
     with pytest.raises(ConfigError, match=r"mesh\.tensor"):
         config(mesh__tensor=3)
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_step_of_decoding_is_planned_too() -> None:
-    found = plan.plan("tiny", config(mesh__memory=2), "v5e:2x2", "decode")
-    assert found.fits
-    assert found.measured.parts["data"] > found.measured.parts["dense"]  # the cache
-    assert found.model_flops < 1e9
+def test_a_decode_step_can_be_planned() -> None:
+    planned = plan.plan("tiny", config(mesh__memory=2), "v5e:2x2", "decode")
+    assert planned.fits
+    assert planned.measured.parts["data"] > planned.measured.parts["dense"]  # the cache
+    assert planned.model_flops < 1e9
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_search_ranks_what_fits() -> None:
-    found = search.search("tiny", config(), "v5e:2x2", limit=2)
-    assert len(found.plans) == 2 < found.num_candidates
-    bounds = [each.bound_seconds for each in found.plans if each.bound_seconds is not None]
+def test_a_search_ranks_plans_that_fit() -> None:
+    result = search.search("tiny", config(), "v5e:2x2", limit=2)
+    assert len(result.plans) == 2 < result.num_candidates
+    bounds = [each.bound_seconds for each in result.plans if each.bound_seconds is not None]
     assert bounds == sorted(bounds)
-    assert "\n--config.mesh.replica=" in found.as_text()
+    assert "\n--config.mesh.replica=" in result.as_text()
 
 
 @needs_libtpu
@@ -282,5 +282,5 @@ def test_120_billion_parameters_fit_128_chips() -> None:
     values.mesh.parameters = "fsdp_and_memory"
     values.mesh.table_sharding = "rows"
     values.train.gradient_accumulation = 8
-    found = plan.plan("120b", from_config_dict(values), "v5p:4x4x8", timeout_seconds=1800.0)
-    assert found.fits, found.verdict
+    planned = plan.plan("120b", from_config_dict(values), "v5p:4x4x8", timeout_seconds=1800.0)
+    assert planned.fits, planned.verdict

@@ -1,4 +1,4 @@
-"""FLOPs and cycles of compiled programs, by hand, of instructions as the compilers print them."""
+"""FLOPs and cycles of compiled programs, by hand, for instructions as compilers print them."""
 
 import jax.numpy as jnp
 import pytest
@@ -9,23 +9,24 @@ from umv2.planning.hlo import workload
 from umv2.planning.program import estimate
 
 
-def test_products_in_loops_count_in_every_round() -> None:
+def test_products_in_loops_count_once_per_trip() -> None:
     mesh = collective_programs.make_mesh((2, 2, 2, 1))
     program = collective_programs.layers(mesh, jnp.float32)
-    # Two products forward, the first one again in the backward pass, and four of gradients.
+    # Two forward products, the first one rematerialised in the backward pass, and four for
+    # gradients.
     expected = LAYERS * (2 + 1 + 4) * 2 * (TOKENS // mesh.size) * HIDDEN * INNER
     text = program.as_text()
     assert text is not None
-    found = workload.read(text)
-    assert (found.flops, found.cycles) == (expected, None)  # CPU compilers estimate no cycles
-    # The compiler's figure is that of one layer, and of what is no product.
+    work = workload.read(text)
+    assert (work.flops, work.cycles) == (expected, None)  # CPU compilers estimate no cycles
+    # The compiler counts one layer, and also operations that are not products.
     flops = estimate(program).flops
     assert flops is not None
     assert flops == pytest.approx(expected / LAYERS, rel=0.05)
 
 
 def text_of(left: str, right: str, instruction: str) -> str:
-    """A loop of three rounds round a fusion of one product."""
+    """Returns a loop of three trips over a fusion with one product."""
     result = instruction.partition(" ")[0] if instruction[0] != "(" else "f32[]"
     return f"""HloModule m
 
@@ -82,15 +83,15 @@ _CUBLAS = (
         ("bf16[64,32]{1,0:T(8,128)(2,1)}", "bf16[32,16]{1,0:T(8,128)(2,1)}",
          "bf16[64,16]{1,0:T(8,128)(2,1)} convolution(%p, %q), dim_labels=bf_io->bf",
          64 * 32 * 16),
-        # einsum("bqhd,bkhd->bhqk") of 8 x 512 x 16 x 128
+        # einsum("bqhd,bkhd->bhqk") with 8 x 512 x 16 x 128
         ("bf16[8,512,16,128]{3,1,2,0}", "bf16[8,512,16,128]{3,1,2,0}",
          f"bf16[8,16,512,512]{{3,2,1,0}} convolution(%p, %q), {_BATCH}, dim_labels=0b1f_0o1i->01bf",
          8 * 16 * 512 * 512 * 128),
-        # einsum("bqghd,bkgd->bghqk") of 8 x 512 x 4 x 4 x 128
+        # einsum("bqghd,bkgd->bghqk") with 8 x 512 x 4 x 4 x 128
         ("bf16[8,512,4,128,1]{3,1,4,2,0}", "bf16[8,512,4,4,128]{4,1,3,2,0}",
          f"bf16[8,4,512,512,4] convolution(%p, %q), {_GROUPED}, dim_labels=0b1f2_0o12i->01bf2",
          8 * 4 * 4 * 512 * 512 * 128),
-        # A convolution of 5, "SAME": at each end, 3 products are with padding.
+        # A "SAME" convolution of width 5: at each end, 3 products are with padding.
         ("bf16[8,512,256]{2,0,1}", "bf16[5,256,64]{2,1,0}",
          "bf16[8,512,64]{2,0,1} convolution(%p, %q), window={size=5 pad=2_2},"
          " dim_labels=b0f_0io->b0f",
@@ -98,10 +99,10 @@ _CUBLAS = (
     ],
 )  # fmt: skip
 def test_each_form_of_a_product(left: str, right: str, instruction: str, products: int) -> None:
-    found = workload.read(text_of(left, right, instruction))
-    assert (found.flops, found.cycles) == (3 * 2 * products, 300)
+    work = workload.read(text_of(left, right, instruction))
+    assert (work.flops, work.cycles) == (3 * 2 * products, 300)
 
 
-def test_a_text_that_is_no_program() -> None:
+def test_text_that_is_not_a_program_is_rejected() -> None:
     with pytest.raises(ValueError, match="not that of a compiled program"):
         workload.read("module @jit_f {\n}\n")

@@ -1,4 +1,4 @@
-"""The mesh: its sizes, what divides which array, and what crosses devices."""
+"""The mesh: its sizes, the sharding of each array, and collectives."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def rules(**fields: Any) -> dict[str, tuple[str, ...]]:
     return sharding.rules(ResolvedMesh(**dataclasses.asdict(meshes.config(**values))))
 
 
-def test_replicas_take_the_devices_that_the_other_axes_leave() -> None:
+def test_replica_takes_the_remaining_devices() -> None:
     assert dict(meshes.create(replica=-1, memory=2).shape) == {
         "replica": 4,
         "fsdp": 1,
@@ -40,15 +40,15 @@ def test_replicas_take_the_devices_that_the_other_axes_leave() -> None:
 @pytest.mark.parametrize(
     ("axes", "batch_size", "message"),
     [
-        ({"memory": 16}, 16, "mesh.memory=16: needs 16 devices, more than the 8"),
+        ({"memory": 16}, 16, "mesh.memory=16: needs 16 devices, but only 8 are available"),
         (
             {"fsdp": 2, "memory": 2},
             6,
-            "multiple of its 4 shards .* one has 6 sequences .*; 8 would do",
+            "multiple of the 4 batch shards .* one is 6 .*; 8 would do",
         ),
     ],
 )
-def test_an_impossible_mesh_is_named(axes: Any, batch_size: int, message: str) -> None:
+def test_an_impossible_mesh_is_rejected(axes: Any, batch_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sharding.create_mesh(meshes.config(**axes), batch_size)
 
@@ -61,7 +61,7 @@ def test_an_impossible_mesh_is_named(axes: Any, batch_size: int, message: str) -
         ("moe", {"mesh.memory": 2}, "must divide model.moe.expert_size=49; 1 does, and 2 divides"),
     ],
 )
-def test_a_size_that_an_axis_does_not_divide_is_named_with_one_that_it_does(
+def test_an_axis_that_does_not_divide_a_size_is_rejected_with_a_suggestion(
     family: str, fields: dict[str, int], message: str
 ) -> None:
     values = tiny.get_config(family)
@@ -91,7 +91,7 @@ SIZES = {"replica": 1, "fsdp": 2, "memory": 4, "tensor": 2}
         ((), {}, ()),
     ],
 )
-def test_rules_shard_the_axes_that_are_declared(
+def test_rules_shard_the_declared_axes(
     axes: tuple[str | None, ...], fields: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     assert sharding.partition(axes, rules(**fields), SIZES, name="x") == PartitionSpec(*expected)
@@ -99,13 +99,13 @@ def test_rules_shard_the_axes_that_are_declared(
 
 def test_an_axis_of_one_device_shards_nothing() -> None:
     sizes = SIZES | {"tensor": 1}
-    found = sharding.partition(("ffn", "hidden"), rules(), sizes, name="x")
-    assert found == PartitionSpec(None, "fsdp")
+    spec = sharding.partition(("ffn", "hidden"), rules(), sizes, name="x")
+    assert spec == PartitionSpec(None, "fsdp")
 
 
-def test_every_axis_that_a_parameter_may_have_is_sharded_by_a_rule() -> None:
+def test_every_parameter_axis_has_a_rule() -> None:
     assert set(rules()) == set(typing.get_args(Axis))
-    with pytest.raises(ValueError, match="params/x: no rule shards axis 'depth'"):
+    with pytest.raises(ValueError, match="params/x: there is no sharding rule for axis 'depth'"):
         sharding.partition(("hidden", "depth"), rules(), SIZES, name="params/x")
 
 
@@ -152,13 +152,13 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 def test_a_mesh_axis_that_would_shard_two_dimensions_is_a_collision() -> None:
     axes = (None, None, "expert_hidden", "expert")
     colliding = rules() | {"expert_hidden": ("memory",)}
-    with pytest.raises(ValueError, match="params/blocks/moe/up: one mesh axis shards two dimen"):
+    with pytest.raises(ValueError, match="params/blocks/moe/up: two dimensions are sharded over"):
         sharding.partition(axes, colliding, SIZES, name="params/blocks/moe/up")
     sharding.partition(axes, rules(), SIZES, name="params/blocks/moe/up")
 
 
 @pytest.mark.parametrize("family", ["ultramem_v2", "dense"])
-def test_a_mesh_that_is_not_resolved_shards_nothing(family: str) -> None:
+def test_an_unresolved_mesh_is_an_error(family: str) -> None:
     values = tiny.get_config(family)
     values.mesh.update(memory=2, replica=4)
     config = from_config_dict(values)
@@ -170,7 +170,7 @@ def test_a_mesh_that_is_not_resolved_shards_nothing(family: str) -> None:
         state.abstract_state(meshes.resolved(config))
 
 
-def test_products_and_lookups_of_divided_parameters_are_those_of_whole_ones() -> None:
+def test_products_and_lookups_of_sharded_parameters_match_replicated_ones() -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(8, 4, 16)).astype(np.float32)
     table = random.normal(size=(32, 16)).astype(np.float32)
@@ -182,7 +182,7 @@ def test_products_and_lookups_of_divided_parameters_are_those_of_whole_ones() ->
         return jnp.sum(jnp.square(sharding.linear(hidden, outer)))
 
     differentiate = jax.jit(jax.value_and_grad(function, argnums=(0, 2, 3, 4)))
-    whole = differentiate(x, ids, table, inner, outer)
+    replicated = differentiate(x, ids, table, inner, outer)
     mesh = meshes.create(**ALL)
     specs = (("tensor", "fsdp"), ("fsdp", "tensor"), ("tensor", "fsdp"))
     with jax.set_mesh(mesh):
@@ -191,19 +191,19 @@ def test_products_and_lookups_of_divided_parameters_are_those_of_whole_ones() ->
             for array, spec in zip((table, inner, outer), specs, strict=True)
         ]
         assert parts[1].addressable_shards[0].data.shape == (8, 16)
-        divided = differentiate(*sharding.local_to_global(mesh, (x, ids)), *parts)
-    for part, gradient in zip(parts, divided[1][1:], strict=True):
+        sharded = differentiate(*sharding.local_to_global(mesh, (x, ids)), *parts)
+    for part, gradient in zip(parts, sharded[1][1:], strict=True):
         assert gradient.sharding.is_equivalent_to(part.sharding, 2)
-    for ours, theirs in zip(jax.tree.leaves(divided), jax.tree.leaves(whole), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(replicated), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_the_gradient_of_what_a_scan_shares_is_summed_once(once: bool) -> None:
+def test_the_gradient_of_a_value_shared_by_a_scan_is_all_reduced_once(once: bool) -> None:
     mesh, layers = meshes.create(replica=8), 5
 
     def of_one(x: Any, shared: Any) -> Any:
-        x, shared = kernels.vary_alike((x, shared))
+        x, shared = kernels.match_vma((x, shared))
         return jnp.tanh(x @ shared)
 
     def function(shared: Any, x: Any) -> Any:
@@ -218,13 +218,13 @@ def test_the_gradient_of_what_a_scan_shares_is_summed_once(once: bool) -> None:
         shared = meshes.replicate(jnp.eye(16), mesh)
         x = sharding.local_to_global(mesh, np.ones((8, 16), np.float32))
         compiled = jax.jit(jax.grad(function)).lower(shared, x).compile()
-        found = collectives.totals(collectives.read(compiled.as_text() or "", mesh))
+        totals = collectives.totals(collectives.read(compiled.as_text() or "", mesh))
     one_sum = 2 * 7 * 16 * 16 * 4 // 8
-    assert found["all-reduce", ("replica",)] == one_sum * (1 if once else layers)
+    assert totals["all-reduce", ("replica",)] == one_sum * (1 if once else layers)
 
 
 @pytest.mark.parametrize("axes", [{"replica": 8}, {"fsdp": 2, "memory": 4}, {"replica": 1}])
-def test_microbatches_take_rows_of_every_device_and_leave_them_there(axes: Any) -> None:
+def test_microbatches_take_rows_from_every_device_without_moving_them(axes: Any) -> None:
     rows = np.arange(32, dtype=np.int32).reshape(16, 2)
     mesh = meshes.create(**axes)
     shares = math.prod(mesh.shape[axis] for axis in sharding.DATA_AXES)

@@ -1,4 +1,4 @@
-"""Fixtures of several tests of training."""
+"""Fixtures shared by the tests of training."""
 
 import io
 import logging as std_logging
@@ -10,7 +10,7 @@ from absl import logging
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    """What is logged."""
+    """The log output."""
     stream = io.StringIO()
     handler = std_logging.StreamHandler(stream)
     logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()

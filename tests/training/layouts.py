@@ -1,6 +1,6 @@
 """Every layout of the mesh against one device, through the production entry point.
 
-test_layouts.py runs them, and `python -m experiments.benchmarks.meshes` shows what it measures.
+test_layouts.py runs them, and `python -m experiments.benchmarks.meshes` shows the measurements.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from umv2.types import Batch
 STEPS = 20
 
 _BOTH = "fsdp_and_memory"
-# Of ultramem_v2, the layouts one by one; of the others, all that divides them at once.
+# For ultramem_v2, each kind of layout; for the others, all sharded axes at once.
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "ultramem_v2": [
         {"replica": 8},
@@ -60,7 +60,7 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
         {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
         {"replica": 2, "memory": 2, "tensor": 2, "table_sharding": "rows"},
     ],
-    # Odd numbers of rows: "auto" is by columns.
+    # Odd numbers of rows, so that "auto" shards by columns.
     **{
         family: [
             {"fsdp": 2, "memory": 2, "tensor": 2, "table_sharding": "columns"},
@@ -73,21 +73,21 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How a run on a mesh differs from the same on one device; relative."""
+    """Relative differences between a run on a mesh and the same run on one device."""
 
     family: str
     mesh: str
-    loss: float  # the largest over all steps
-    gradient_norm: float  # of the first step
+    loss: float  # largest over all steps
+    gradient_norm: float  # at the first step
     steps: int
 
 
 def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
-    """The tiny model, of two layers where the family can, with sizes that meshes divide."""
+    """The tiny model, with two layers if the family allows, and sizes that meshes divide."""
     values = tiny.get_config("moe" if family == "both" else family)
-    if family == "both":  # a memory beside experts
+    if family == "both":  # a memory with experts
         slots.fill(values, family)
-    values.model.memory.initialization = "released"  # spares the calibration
+    values.model.memory.initialization = "released"  # avoids the calibration
     values.update_from_flattened_dict(
         {
             "data.source": "text",
@@ -101,8 +101,8 @@ def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
             "train.evaluation_interval_steps": STEPS,
             "train.checkpoint_interval_steps": STEPS,
             "train.tensorboard": False,
-            # At twice the rate, rounding decides a selection within 20 steps, and float32 curves
-            # part by 1e-4 however the work is divided.
+            # At twice the rate, rounding flips a selection within 20 steps, and float32 curves
+            # differ by 1e-4 for any sharding.
             "optimizer.learning_rate": 1e-3,
             "optimizer.warmup_steps": 2,
             "evaluation.batch_size": 8,
@@ -111,7 +111,7 @@ def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
         | {f"mesh.{name}": value for name, value in mesh.items()}
     )
     memory = values.model.memory
-    if not memory.read_layers and memory.share_group == 1:  # the others need all four layers
+    if not memory.read_layers and memory.share_group == 1:  # other families need all four layers
         values.model.num_layers = 2
     values.model.ffn_size += -values.model.ffn_size % 8
     values.model.moe.expert_size += -values.model.moe.expert_size % 8
@@ -120,13 +120,13 @@ def config_of(family: str, mesh: dict[str, Any], paths: str) -> Config:
 
 @functools.cache
 def paths() -> str:
-    """The pattern of the text files that all runs train on."""
+    """Returns the glob of the text files that all runs train on."""
     folder = Path(tempfile.mkdtemp())
     return tiny_run.write_text(folder)
 
 
 def curves(config: Config, workdir: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The loss and the gradient norm of every step of a run, in a new folder or a given one."""
+    """Returns loss and gradient norm of every step of a run, in a new or given folder."""
     workdir = workdir or Path(tempfile.mkdtemp())
     training.train(config, workdir)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -137,7 +137,7 @@ def curves(config: Config, workdir: Path | None = None) -> tuple[np.ndarray, np.
 
 
 def first_step(config: Config) -> tuple[TrainState, TrainState]:
-    """The state after one step on drawn tokens, and what it should be like."""
+    """Returns the state after one step on random tokens, and the expected abstract state."""
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     config = exchange.resolve_mesh(config, mesh.shape, num_tokens=256)
     shape = (config.train.batch_size, config.data.sequence_length + 1)
@@ -158,7 +158,7 @@ def first_step(config: Config) -> tuple[TrainState, TrainState]:
 
 
 def gradients(state: TrainState) -> list[np.ndarray]:
-    """Returns the clipped gradients of the first step, up to a factor: the first moments."""
+    """Returns the first moments: the clipped gradients of the first step, up to a factor."""
     return [
         np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)
@@ -172,9 +172,9 @@ def _one_device(family: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(family: str, mesh: dict[str, Any]) -> Difference:
-    """Trains on a mesh, and on one device."""
-    alone, divided = _one_device(family), curves(config_of(family, mesh, paths()))
-    loss, norm = (np.abs(a - b) / b for a, b in zip(divided, alone, strict=True))
+    """Compares training on a mesh with training on one device."""
+    single, sharded = _one_device(family), curves(config_of(family, mesh, paths()))
+    loss, norm = (np.abs(a - b) / b for a, b in zip(sharded, single, strict=True))
     return Difference(
         family=family,
         mesh=" ".join(f"{name}={value}" for name, value in mesh.items()),
@@ -185,7 +185,7 @@ def compare(family: str, mesh: dict[str, Any]) -> Difference:
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every family and mesh."""
+    """Yields every family and mesh."""
     for family, meshes in LAYOUTS.items():
         for mesh in meshes:
             yield family, mesh

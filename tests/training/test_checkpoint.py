@@ -27,9 +27,9 @@ CONFIG = {"seed": 0, "train": {"num_steps": 10, "log_interval_steps": 5}}
 
 
 def make_state(step: int, *, dense: bool = False) -> state.TrainState:
-    """A small state of any shapes, with every kind of leaf that a real one has.
+    """Returns a small state with arbitrary shapes and every kind of leaf that a real one has.
 
-    Arrays are large enough that they, and not their bookkeeping, fill the files.
+    Arrays are large enough to dominate the files over the metadata.
     """
     random = np.random.default_rng(step)
 
@@ -46,7 +46,7 @@ def make_state(step: int, *, dense: bool = False) -> state.TrainState:
     opt_state = optimizer.init(params, store)
     gradients = jax.tree.map(jnp.sin, (params, store))
     opt_state = optimizer.update(gradients[0], Dense(gradients[1]), opt_state, params, store)[2]
-    made = state.TrainState(
+    train_state = state.TrainState(
         step=jnp.asarray(step, jnp.int32),
         params=params,
         store=store,
@@ -56,7 +56,7 @@ def make_state(step: int, *, dense: bool = False) -> state.TrainState:
         if dense
         else {"memory": jnp.asarray(random.integers(0, 2**31 - 1, (1, 1024)), jnp.int32)},
     )
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(made)  # no memory of numpy's
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(train_state)  # no memory of numpy's
 
 
 def open_checkpoints(
@@ -77,7 +77,7 @@ def files_of(directory: Path) -> list[Path]:
 
 
 def data_file(directory: Path) -> Path:
-    """The file that holds the arrays."""
+    """Returns the file with the arrays."""
     return max(files_of(directory / "state"), key=lambda path: path.stat().st_size)
 
 
@@ -131,25 +131,25 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path, dense: bool) -> None:
 def test_the_state_may_be_donated_after_save(tmp_path: Path) -> None:
     spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     donated, live, expected = make_state(1), make_state(1), make_state(1)
-    spoil(donated)  # compiled here, so that the next call meets the save on its way
+    spoil(donated)  # compiled here, so that the next call runs during the save
     assert donated.params["embedding"].is_deleted()
     with open_checkpoints(tmp_path) as checkpointer:
         checkpointer.save(1, live)
-        # What the save still reads, XLA copies instead of writing over it.
+        # XLA copies buffers that the save still reads, instead of overwriting them.
         spoiled = jax.block_until_ready(spoil(live))
         checkpointer.wait()
         assert not np.array_equal(spoiled.params["embedding"], expected.params["embedding"])
         assert_same_bits(checkpointer.restore(expected), expected)
 
 
-def test_arrays_come_back_divided_over_the_mesh(tmp_path: Path) -> None:
+def test_arrays_are_restored_sharded_over_the_mesh(tmp_path: Path) -> None:
     saved = make_state(3)
     mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
     with open_checkpoints(tmp_path) as checkpointer:
         checkpointer.save(3, saved)
         with jax.set_mesh(mesh):
-            divided = jax.device_put(saved.store, PartitionSpec("replica"))
-            restored = checkpointer.restore(dataclasses.replace(saved, store=divided))
+            sharded = jax.device_put(saved.store, PartitionSpec("replica"))
+            restored = checkpointer.restore(dataclasses.replace(saved, store=sharded))
     assert restored.store is not None
     assert restored.store.values.addressable_shards[0].data.shape == (128, 4)
     assert restored.params["embedding"].sharding.is_fully_replicated
@@ -157,14 +157,14 @@ def test_arrays_come_back_divided_over_the_mesh(tmp_path: Path) -> None:
     assert_same_bits(restored, saved)
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     with open_checkpoints(tmp_path, keep=2) as checkpointer:
         for step in (5, 10, 15, 20):
             checkpointer.save(step, make_state(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["15", "20"]
 
 
-def test_metadata_tells_config_and_versions(two: Path) -> None:
+def test_metadata_contains_config_and_versions(two: Path) -> None:
     (path,) = (two / "2" / "metadata").glob("metadata")
     metadata = json.loads(path.read_text())
     assert metadata["config"] == CONFIG
@@ -200,7 +200,7 @@ def test_a_newest_checkpoint_with_damaged_metadata_is_skipped(
 
 
 @pytest.mark.slow
-def test_no_damage_to_any_file_gives_wrong_numbers(two_saved: Path, tmp_path: Path) -> None:
+def test_damage_to_any_file_never_yields_wrong_numbers(two_saved: Path, tmp_path: Path) -> None:
     states = {step: make_state(step) for step in (1, 2)}
     restored_steps = []
     for number, file in enumerate(files_of(two_saved / "2")):
@@ -227,7 +227,7 @@ def test_the_run_can_save_the_damaged_step_again(two: Path) -> None:
         assert_same_bits(checkpointer.restore(make_state(0)), make_state(2))
 
 
-def test_nothing_readable_is_an_error_that_names_the_folder(two: Path) -> None:
+def test_no_readable_checkpoint_is_an_error_that_names_the_folder(two: Path) -> None:
     for step in ("1", "2"):
         overwrite(data_file(two / step))
     with (
@@ -249,8 +249,8 @@ def test_an_empty_or_missing_folder_is_an_error_that_names_it(tmp_path: Path) ->
         checkpoint.saved_config(tmp_path / "none")
 
 
-def test_what_a_killed_save_left_is_invisible_and_removed(two: Path) -> None:
-    # Orbax writes into a folder of this name and renames it when it is complete.
+def test_leftovers_of_a_killed_save_are_ignored_and_removed(two: Path) -> None:
+    # Orbax writes to a folder with this name, and renames it when complete.
     unfinished = two / "3.orbax-checkpoint-tmp"
     shutil.copytree(two / "2", unfinished)
     delete(data_file(unfinished))
@@ -267,16 +267,16 @@ def save_as(directory: Path, step: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["5", "0"])
-def test_a_renamed_folder_is_skipped_whoever_reads_it(
+def test_a_renamed_folder_is_skipped_by_every_reader(
     two: Path, log: io.StringIO, name: str
 ) -> None:
     save_as(two, 2, name)
     assert checkpoint.saved_config(two) == CONFIG
     with open_checkpoints(two) as checkpointer:
         assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
-        checkpointer.save(2, make_state(2))  # whose name is free
+        checkpointer.save(2, make_state(2))  # the name is free
     later = int(name) > 1
-    assert (f"the folder of step {name} holds step 2" in log.getvalue()) == later
+    assert (f"the folder of step {name} contains step 2" in log.getvalue()) == later
     assert (two / f"damaged_{name}").exists() == later
 
 
@@ -301,7 +301,7 @@ def test_a_renamed_folder_from_before_its_metadata_named_the_step(two: Path) -> 
         (ValueError("INTERNAL: read failed [os_error_code='24']"), "Too many open files"),
     ],
 )
-def test_a_failure_that_may_pass_condemns_no_checkpoint(
+def test_a_transient_failure_does_not_mark_a_checkpoint_as_damaged(
     two: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     with open_checkpoints(two) as checkpointer:
@@ -313,14 +313,14 @@ def test_a_failure_that_may_pass_condemns_no_checkpoint(
             patched.setattr(checkpoint, "_restore_arrays", fail)
             with pytest.raises(checkpoint.CheckpointError) as caught:
                 checkpointer.restore(make_state(0))
-        assert str(caught.value).startswith(f"{two / '2'}: cannot be read now, and may be good: ")
+        assert str(caught.value).startswith(f"{two / '2'}: cannot be read now, but may be valid: ")
         assert reason in str(caught.value)
         assert_same_bits(checkpointer.restore(make_state(0)), make_state(2))
 
 
 @contextlib.contextmanager
 def no_file_larger_than(num_bytes: int) -> Iterator[None]:
-    """Makes the system refuse longer writes, as a full disk does."""
+    """Makes the system reject longer writes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -329,7 +329,7 @@ def no_file_larger_than(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_save_that_the_disk_refuses_leaves_the_next_one_alone(
+def test_a_failed_save_does_not_affect_the_next_one(
     two: Path, log: io.StringIO, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with open_checkpoints(two) as checkpointer:
@@ -342,11 +342,11 @@ def test_a_save_that_the_disk_refuses_leaves_the_next_one_alone(
     with open_checkpoints(two) as checkpointer:
         assert_same_bits(checkpointer.restore(make_state(0)), make_state(4))
     (line,) = log.getvalue().splitlines()
-    assert line.endswith("step 3 could not be saved: File too large; the next save tries again")
+    assert line.endswith("step 3 could not be saved: File too large; the next save will try again")
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_run_whose_last_save_failed_does_not_end_well(two: Path) -> None:
+def test_a_run_whose_last_save_failed_fails(two: Path) -> None:
     with (
         pytest.raises(checkpoint.CheckpointError, match="step 3 could not be saved: File too"),
         open_checkpoints(two) as checkpointer,
@@ -356,7 +356,7 @@ def test_a_run_whose_last_save_failed_does_not_end_well(two: Path) -> None:
         checkpointer._settle()
 
 
-def test_what_was_saved_is_opened_again(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_checkpoint_is_verified(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_checkpoints(two) as checkpointer:
         finish = checkpointer._manager.wait_until_finished
 
@@ -372,22 +372,22 @@ def test_what_was_saved_is_opened_again(two: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["a[b]", "a*b", "a?", "[!x]", "a\\b"])
-def test_a_name_that_would_be_read_as_a_pattern_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_name_with_glob_characters_is_rejected(tmp_path: Path, name: str) -> None:
     for attempt in (open_checkpoints, checkpoint.saved_config):
-        with pytest.raises(files.FileError, match="the path of a run may not hold"):
+        with pytest.raises(files.FileError, match="the path of a run must not contain"):
             attempt(tmp_path / name / "checkpoints")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["a b", "a#b", "a:b", "ü", "a{b}", "-a", "a%20b", "5", "a'b"])
-def test_other_names_are_saved_to_and_read(tmp_path: Path, name: str) -> None:
+def test_other_names_round_trip(tmp_path: Path, name: str) -> None:
     with open_checkpoints(tmp_path / name / "checkpoints") as checkpointer:
         checkpointer.save(1, make_state(1))
     with open_checkpoints(tmp_path / name / "checkpoints") as checkpointer:
         assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(files.FileError, match=f"{tmp_path / 'file'}.*: "):
         open_checkpoints(tmp_path / "file" / "checkpoints")
@@ -404,11 +404,11 @@ DATA = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer": "other"}, "data.tokenizer: its content is not that of the tokenizer"),
+        ({"tokenizer": "other"}, "data.tokenizer: its content differs from the tokenizer"),
         ({"documents": "d2", "description": {"documents": 41}}, "documents 40, .*documents 41"),
     ],
 )
-def test_a_run_goes_on_with_what_it_was_trained_on(
+def test_a_run_resumes_only_with_its_own_data(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     def open_with(data: dict[str, Any] | None) -> checkpoint.Checkpointer:
@@ -428,7 +428,7 @@ def test_a_run_goes_on_with_what_it_was_trained_on(
     assert (tmp_path / "1").exists()
 
 
-def test_a_step_is_not_saved_behind_a_later_one(two: Path) -> None:
+def test_a_step_is_not_saved_after_a_later_one(two: Path) -> None:
     with (
         open_checkpoints(two) as checkpointer,
         pytest.raises(checkpoint.CheckpointError, match="step 2 cannot follow step 2"),
@@ -436,7 +436,7 @@ def test_a_step_is_not_saved_behind_a_later_one(two: Path) -> None:
         checkpointer.save(2, make_state(2))
 
 
-def test_another_shape_or_tree_is_said_plainly(two: Path) -> None:
+def test_another_shape_or_tree_is_reported(two: Path) -> None:
     other = make_state(0)
     other.params["embedding"] = jnp.zeros((512, 9))
     del other.params["final_norm"]
@@ -447,7 +447,7 @@ def test_another_shape_or_tree_is_said_plainly(two: Path) -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_another_configuration_is_refused_before_it_is_called_damage(two: Path) -> None:
+def test_another_configuration_is_rejected_and_not_called_damage(two: Path) -> None:
     config = {"seed": 1, "train": {"num_steps": 10, "log_interval_steps": 7}}
     with (
         open_checkpoints(two, config=config) as checkpointer,
@@ -455,7 +455,7 @@ def test_another_configuration_is_refused_before_it_is_called_damage(two: Path) 
     ):
         checkpointer.restore(make_state(0))
     assert str(error.value).splitlines() == [
-        "the checkpoint has another configuration (saved -> given):",
+        "the checkpoint has a different configuration (saved -> given):",
         "  seed: 0 -> 1",
     ]
 
@@ -479,7 +479,7 @@ def test_runtime_fields_may_differ() -> None:
     checkpoint.check_config(saved, current)
 
 
-def test_a_field_that_is_younger_than_the_run_had_its_default() -> None:
+def test_a_field_newer_than_the_run_has_its_default() -> None:
     saved = to_dict(from_config_dict(base.get_config()))
     current = to_dict(from_config_dict(base.get_config()))
     del saved["model"]["rope_scale"], saved["loss"]
@@ -512,7 +512,7 @@ def test_runtime_fields_are_fields() -> None:
             section = section[name]
 
 
-def test_orbax_does_not_chatter(tmp_path: Path, log: io.StringIO) -> None:
+def test_orbax_is_quiet(tmp_path: Path, log: io.StringIO) -> None:
     with open_checkpoints(tmp_path) as checkpointer:
         checkpointer.save(1, make_state(1))
         checkpointer.wait()
@@ -522,7 +522,7 @@ def test_orbax_does_not_chatter(tmp_path: Path, log: io.StringIO) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Any]:
-    """A checkpoint of a real model: its folder, configuration and state."""
+    """A checkpoint of an actual model: its folder, configuration and state."""
     config_dict = base.get_config()
     config_dict.model.update(hidden_size=16, num_layers=1, num_heads=2, num_key_value_heads=2)
     config_dict.model.update(ffn_size=16, vocab_size=16)
@@ -533,7 +533,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Any
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.asarray(random.integers(0, 100, leaf.shape), leaf.dtype)
 
-    # Compiling the initialisation takes longer than all that is tested here.
+    # Compiling the initialisation would take longer than the tests.
     saved = jax.tree.map(fill, state.abstract_state(config))
     directory = tmp_path_factory.mktemp("trained")
     with open_checkpoints(directory, config=to_dict(config)) as checkpointer:
@@ -557,7 +557,7 @@ def test_reading_a_run_changes_nothing_in_its_folder(
     directory, config, _ = trained
     copy = Path(shutil.copytree(directory, tmp_path / "copy"))
     shutil.copytree(copy / "4", copy / "5")
-    for file in files_of(copy / "5" / "state"):  # the largest may hold the optimizer alone
+    for file in files_of(copy / "5" / "state"):  # the largest may contain only the optimizer
         overwrite(file)
     (copy / "6.orbax-checkpoint-tmp").mkdir()
     before = sorted(copy.rglob("*"))
@@ -565,7 +565,7 @@ def test_reading_a_run_changes_nothing_in_its_folder(
     assert sorted(copy.rglob("*")) == before
 
 
-def test_a_model_of_another_size_is_refused(trained: tuple[Path, Config, Any]) -> None:
+def test_a_model_of_another_size_is_rejected(trained: tuple[Path, Config, Any]) -> None:
     directory, config, _ = trained
     model = dataclasses.replace(config.model, ffn_size=24)
     with pytest.raises(checkpoint.CheckpointError, match=r"blocks/ffn/up: 'float32\[1, 16, 16\]'"):

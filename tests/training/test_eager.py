@@ -1,4 +1,4 @@
-"""Without jit every mode works, computes the same, and a print in a layer shows numbers."""
+"""Without jit every mode works and computes the same, and a print in a layer shows numbers."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from umv2.types import Batch
 
 
 def small_config(family: str, **changes: Any) -> Config:
-    """The family's tiny configuration, smaller: without jit a step takes seconds."""
+    """A smaller version of the family's tiny configuration: without jit a step takes seconds."""
     config = tiny.get_config(family)
     model, memory = config.model, config.model.memory
     model.hidden_size, model.num_heads, model.num_key_value_heads = 16, 2, 2
@@ -35,7 +35,7 @@ def small_config(family: str, **changes: Any) -> Config:
     model.moe.expert_size = 4
     memory.num_keys, memory.key_dim, memory.initialization = 8, 8, "released"
     memory.top_m = memory.shortlist = 2
-    # PEER's rows and PKM's have the width of the model.
+    # Rows of PEER and PKM have the width of the model.
     memory.value_dim = 16 if memory.scoring == "sum" else 8
     memory.pre_value_dim = min(memory.pre_value_dim, 16)
     config.data.sequence_length = 8
@@ -61,7 +61,7 @@ def batch_of(config: Config) -> Batch:
 
 
 def step_and_evaluation(config: Config, state: TrainState) -> dict[str, Any]:
-    """What one training step makes of a state and of a batch, and the batch's evaluation before."""
+    """Evaluates a batch, then takes a training step on it; returns all results."""
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     with jax.set_mesh(mesh):
         placed = sharded(meshes.resolved(config), mesh, state)
@@ -71,8 +71,8 @@ def step_and_evaluation(config: Config, state: TrainState) -> dict[str, Any]:
         nats, weight = evaluate(state.weights, batch)
         step = jax.jit(training.make_train_step(config))
         state, metrics = step(state, batch)
-    found = {"nats": nats, "weight": weight, "metrics": metrics, "state": state}
-    return jax.device_get(found)
+    results = {"nats": nats, "weight": weight, "metrics": metrics, "state": state}
+    return jax.device_get(results)
 
 
 CASES = [
@@ -91,7 +91,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
-def test_a_step_without_jit_is_that_of_the_compiled_program(
+def test_a_step_without_jit_matches_the_compiled_program(
     family: str, changes: dict[str, Any]
 ) -> None:
     config = small_config(family, **changes)
@@ -108,7 +108,7 @@ def test_a_step_without_jit_is_that_of_the_compiled_program(
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What a print in every norm shows."""
+    """Collects the output of a print in every norm."""
     printed: list[str] = []
     call = layers.RMSNorm.__call__
 
@@ -130,25 +130,25 @@ def test_a_print_in_a_layer_shows_numbers(seen: list[str]) -> None:
     assert all("0." in text or "e-" in text for text in seen), seen
 
 
-def test_a_state_is_placed_as_it_is_to_be_stored() -> None:
+def test_a_state_is_created_with_its_sharding() -> None:
     config = small_config("dense", mesh__replica=2, mesh__tensor=2)
     mesh = sharding.create_mesh(config.mesh, config.train.batch_size)
     rows = sharding.batch_sharding(mesh)
     with jax.disable_jit(), jax.set_mesh(mesh):
-        made = sharding.create(lambda: jnp.arange(8.0), rows)
-        assert made.sharding == rows
-        assert sharding.gather_to_hosts(mesh, made).tolist() == list(range(8))
+        array = sharding.create(lambda: jnp.arange(8.0), rows)
+        assert array.sharding == rows
+        assert sharding.gather_to_hosts(mesh, array).tolist() == list(range(8))
 
 
 @needs_libtpu
-def test_a_plan_is_that_of_the_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_compiles_even_without_jit(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise InterruptedError(f"without jit: {jax.config.jax_disable_jit}")
 
     place = topology.parse("v5e:2x2")
     monkeypatch.setattr(type(place), "devices", stop)
     with jax.disable_jit(), pytest.raises(InterruptedError, match="without jit: False"):
-        ahead_of_time._measured(small_config("dense"), place, "train")
+        ahead_of_time._compile(small_config("dense"), place, "train")
 
 
 # Every mode that runs the model, from the command line.

@@ -34,7 +34,7 @@ _PEER = _PRODUCT_KEYS | {
     "activation": "gelu",
     "projection": "none",
 }
-# As in configs/families.py, at the size of tiny_run.
+# Fields of configs/families.py, at the size of tiny_run.
 SMALL: dict[str, dict[str, Any]] = {
     "moe": {
         "model.ffn": "moe",
@@ -52,8 +52,8 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIANTS])
 @pytest.mark.parametrize("replicas", [1, 8])
-def test_the_step_of_every_family_is_well_typed_on_a_mesh(family: str, replicas: int) -> None:
-    """Explicit shardings and manual axes are checked while tracing."""
+def test_the_step_of_every_family_traces_on_a_mesh(family: str, replicas: int) -> None:
+    """Explicit shardings and manual axes are checked during tracing."""
     values = tiny.get_config(family)
     values.mesh.replica = replicas
     config = meshes.resolved(from_config_dict(values))
@@ -76,7 +76,7 @@ def test_the_step_of_every_family_is_well_typed_on_a_mesh(family: str, replicas:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SMALL)
-def test_eight_devices_train_as_one(family: str, tmp_path: Path) -> None:
+def test_eight_devices_train_like_one(family: str, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     paths = tiny_run.write_text(tmp_path / "text")
     changes = {name.replace(".", "__"): value for name, value in SMALL[family].items()}
@@ -92,7 +92,7 @@ def test_eight_devices_train_as_one(family: str, tmp_path: Path) -> None:
 
 
 def _batch(ids: Any, weights: Any) -> Batch:
-    """A batch of descriptions: typed dataclasses refuse them in their constructor."""
+    """An abstract batch: the constructors of typed dataclasses reject ShapeDtypeStructs."""
     ones = jnp.ones((1, 1), jnp.int32)
     example = Batch(ones, ones, ones, jnp.ones((1, 1)))
     return jax.tree.unflatten(jax.tree.structure(example), [ids, ids, ids, weights])

@@ -20,7 +20,7 @@ from umv2.training import health
 
 
 def model_config(filled: str = "memory", **memory: Any) -> ModelConfig:
-    """Three blocks; memory layers write beside the second and the third."""
+    """Three blocks; memory layers write next to the second and the third."""
     config = base.get_config()
     config.model.update(hidden_size=8, num_heads=2, num_key_value_heads=2, num_layers=3)
     config.model.update(ffn_size=8, vocab_size=16)
@@ -33,12 +33,12 @@ def model_config(filled: str = "memory", **memory: Any) -> ModelConfig:
 
 
 def weights_of(config: ModelConfig, cores: jax.Array | None = None) -> weights.Weights:
-    """Zeros, but for the given cores of the memory layers."""
-    made = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), weights.abstract(config))
+    """Zeros, except for the given cores of the memory layers."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), weights.abstract(config))
     if cores is not None:
-        assert made.params["memory"]["cores"].shape == cores.shape
-        made.params["memory"]["cores"] = cores
-    return made
+        assert zeros.params["memory"]["cores"].shape == cores.shape
+        zeros.params["memory"]["cores"] = cores
+    return zeros
 
 
 def memory_stats(**values: list[float]) -> MemoryStats:
@@ -67,7 +67,7 @@ def test_health_by_hand() -> None:
     cores = cores.at[1, :, 0].set(jnp.asarray([[0.0, 2.0], [1.0, 0.0]]))
     config = model_config()
     compute = jax.jit(functools.partial(health.arrays, config))
-    found = health.fetched(compute(stats, usage, weights_of(config, cores)))
+    measures = health.fetch(compute(stats, usage, weights_of(config, cores)))
     kl = 0.75 * math.log(0.75 * 4) + 0.25 * math.log(0.25 * 4)
     expected = {
         "coverage": [1.0, 0.5],
@@ -79,10 +79,10 @@ def test_health_by_hand() -> None:
         "lambda_1": [3.0, 4.0],
         "lambda_2": [0.5, 2.0],
     }
-    assert found == pytest.approx(named(expected), abs=1e-6)
+    assert measures == pytest.approx(named(expected), abs=1e-6)
 
 
-def test_a_router_has_health_of_its_own_beside_a_memory() -> None:
+def test_a_router_has_its_own_health_next_to_a_memory() -> None:
     pair = jnp.asarray([1.0, 4.0, 9.0])
     router = RouterStats(
         balance_loss=pair,
@@ -99,7 +99,7 @@ def test_a_router_has_health_of_its_own_beside_a_memory() -> None:
         "memory": jnp.ones((2, 4), jnp.int32),
         "router": jnp.asarray([[1, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]], jnp.int32),
     }
-    found = health.fetched(health.arrays(config, stats, usage, weights_of(config)))
+    measures = health.fetch(health.arrays(config, stats, usage, weights_of(config)))
     of_router = {
         "expert_coverage": [1.0, 0.25, 0.5],
         "expert_uniform_kl": [0.0, math.log(4), math.log(2)],
@@ -110,35 +110,35 @@ def test_a_router_has_health_of_its_own_beside_a_memory() -> None:
         "router_z_loss": [2.0, 8.0, 18.0],
     }
     expected = named(of_router)
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    # Without an FFN beside them, there is nothing to compare outputs with.
-    assert not any("output_to_ffn_std" in name for name in found)
-    assert found["coverage/layer_2"] == 1.0
-    assert "coverage/layer_3" not in found
+    assert {name: measures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    # Without an FFN there is nothing to compare outputs with.
+    assert not any("output_to_ffn_std" in name for name in measures)
+    assert measures["coverage/layer_2"] == 1.0
+    assert "coverage/layer_3" not in measures
 
 
 def test_health_without_hits_or_cores_is_finite() -> None:
     config = model_config(scoring="sum", tucker_rank=1, num_cores=1)
     stats = model_stats([1.0, 1.0, 1.0], memory_stats())
     usage = {"memory": jnp.zeros((2, 4), jnp.int32)}
-    found = health.arrays(config, stats, usage, weights_of(config))
-    assert "lambda_1" not in found
-    assert all(np.isfinite(values).all() for values in found.values())
+    measures = health.arrays(config, stats, usage, weights_of(config))
+    assert "lambda_1" not in measures
+    assert all(np.isfinite(values).all() for values in measures.values())
 
 
 def test_rank_one_cores_have_one_singular_value() -> None:
     config = model_config(tucker_rank=1, num_cores=1)
     stats = model_stats([1.0, 1.0, 1.0], memory_stats())
     usage = {"memory": jnp.zeros((2, 4), jnp.int32)}
-    found = health.arrays(config, stats, usage, weights_of(config, jnp.ones((2, 1, 1, 1, 1))))
-    assert "lambda_1" in found
-    assert "lambda_2" not in found
+    measures = health.arrays(config, stats, usage, weights_of(config, jnp.ones((2, 1, 1, 1, 1))))
+    assert "lambda_1" in measures
+    assert "lambda_2" not in measures
 
 
 def test_a_dense_model_has_no_health() -> None:
     config = model_config("dense")
     stats = model_stats([1.0, 1.0, 1.0], None)
-    assert health.fetched(health.arrays(config, stats, {}, weights_of(config))) == {}
+    assert health.fetch(health.arrays(config, stats, {}, weights_of(config))) == {}
 
 
 def test_health_runs_under_an_explicit_mesh() -> None:
@@ -148,11 +148,11 @@ def test_health_runs_under_an_explicit_mesh() -> None:
     mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         inputs = jax.device_put((stats, usage, weights_of(config)), jax.P())
-        found = health.fetched(jax.jit(functools.partial(health.arrays, config))(*inputs))
-    assert found["coverage/layer_2"] == 1.0
+        measures = health.fetch(jax.jit(functools.partial(health.arrays, config))(*inputs))
+    assert measures["coverage/layer_2"] == 1.0
 
 
-def test_hits_are_taken_out_of_what_is_reported() -> None:
+def test_hits_are_split_from_the_reported_statistics() -> None:
     hits = jnp.asarray([[1, 2], [3, 4]], jnp.int32)
     memory = dataclasses.replace(memory_stats(), hits=hits)
     stats = model_stats([1.0], memory)
@@ -165,7 +165,7 @@ def test_hits_are_taken_out_of_what_is_reported() -> None:
     assert left.top_score is memory.top_score
 
 
-def test_statistics_are_described_layer_by_layer() -> None:
+def test_statistics_are_described_per_layer() -> None:
     memory = memory_stats(output_variance=[0.5, math.nan], top_score=[math.inf, 2.0])
     text = health.describe(model_stats([0.25, 1.0], memory))
     assert text.startswith("feed_forward.ffn_variance: 0.25, 1; memory.balance_loss: 0, 0; ")

@@ -1,4 +1,4 @@
-"""Held-out measures against numbers computed by hand, and on one device against eight."""
+"""Held-out metrics against numbers computed by hand, and on one device against eight."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def model_parts() -> tuple[ModelConfig, Weights]:
 
 
 def batch_of(rows: int, seed: int = 0, padding_rows: int = 0) -> Batch:
-    """Random tokens in two documents a row; the last rows are padding."""
+    """Random tokens in two documents per row; the last rows are padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCABULARY, (rows, LENGTH + 1)).astype(np.int32)
     counted = np.ones((rows, LENGTH), np.float32)
@@ -80,7 +80,7 @@ def test_bits_per_byte_by_hand() -> None:
     # e^2 = 7.389..., 8 / ln 2 / 4 = 2.885...
     expected = (2.0, 7.38905609893065, 2.8853900817779268, 4, 4)
     assert dataclasses.astuple(held_out) == pytest.approx(expected, rel=1e-12)
-    assert str(held_out) == "loss 2.0000 nats a token, perplexity 7.389, 2.8854 bits a byte"
+    assert str(held_out) == "loss 2.0000 nats per token, perplexity 7.389, 2.8854 bits per byte"
     assert held_out.metrics().keys() == {
         "held_out_loss",
         "held_out_perplexity",
@@ -108,20 +108,20 @@ def test_batches_add_up_in_float64() -> None:
 
 
 def test_padding_rows_do_not_count() -> None:
-    whole, padded = batch_of(2), batch_of(4, padding_rows=2)
-    np.testing.assert_array_equal(whole.inputs, padded.inputs[:2])
-    expected, found = evaluate([whole]), evaluate([padded])
-    assert found.num_tokens == expected.num_tokens == 2 * LENGTH
-    assert found.loss_nats_per_token == pytest.approx(expected.loss_nats_per_token, rel=1e-6)
+    batch, padded = batch_of(2), batch_of(4, padding_rows=2)
+    np.testing.assert_array_equal(batch.inputs, padded.inputs[:2])
+    expected, actual = evaluate([batch]), evaluate([padded])
+    assert actual.num_tokens == expected.num_tokens == 2 * LENGTH
+    assert actual.loss_nats_per_token == pytest.approx(expected.loss_nats_per_token, rel=1e-6)
     unpadded = evaluate([batch_of(4)])
     assert unpadded.loss_nats_per_token != pytest.approx(expected.loss_nats_per_token, rel=1e-4)
 
 
-def test_documents_are_masked_where_the_configuration_says_so() -> None:
+def test_documents_are_masked_if_configured() -> None:
     masked, unmasked = evaluate([batch_of(4)]), evaluate([batch_of(4)], mask=False)
     assert masked.loss_nats_per_token != pytest.approx(unmasked.loss_nats_per_token, rel=1e-5)
-    whole = dataclasses.replace(batch_of(4), segment_ids=np.zeros((4, LENGTH), np.int32))
-    assert evaluate([whole]) == evaluate([whole], mask=False)
+    single = dataclasses.replace(batch_of(4), segment_ids=np.zeros((4, LENGTH), np.int32))
+    assert evaluate([single]) == evaluate([single], mask=False)
 
 
 def test_one_device_and_eight_give_the_same_number() -> None:
@@ -153,6 +153,6 @@ def test_every_held_out_byte_counts_once() -> None:
         from_config_dict(config),
         mesh=meshes.create(replica=2),
     )
-    # Five bytes and an end-of-text for each of the two documents.
+    # Five bytes and an end-of-text per document, for two documents.
     assert (held_out.num_tokens, held_out.num_bytes) == (7, 5)
     assert held_out.bits_per_byte == pytest.approx(7 / 5)

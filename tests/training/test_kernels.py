@@ -21,11 +21,11 @@ AGGREGATION = {"value_aggregation_forward", "value_aggregation_backward"}
         ("tpu", "v5e:2x2", "xla", "xla", set()),
         ("tpu", "v5e:2x2", "pallas_tpu", "pallas_tpu", BOTH),
         ("tpu", "v5p:2x2x1", "xla", "pallas_sparsecore", AGGREGATION),
-        # The backward pass of product-key top-k is plain XLA there.
+        # On these platforms the backward pass of product-key top-k is plain XLA.
         ("h200", "h200:4", "pallas_gpu", "pallas_gpu", BOTH - {"product_key_top_k_backward"}),
     ],
 )
-def test_the_step_compiles_with_the_kernels_that_are_named_on_four_devices(
+def test_the_step_compiles_with_the_configured_kernels_on_four_devices(
     compiler: Literal["tpu", "h200"],
     topology: str,
     top_k: str,
@@ -37,13 +37,13 @@ def test_the_step_compiles_with_the_kernels_that_are_named_on_four_devices(
         "model.memory.value_aggregation": aggregation,
     }
     case = {"topology": topology, "fields": fields}
-    (found,) = run_cases("train_step_compile.py", case, compiler=compiler)
-    assert set(found) == kernels
+    (used,) = run_cases("train_step_compile.py", case, compiler=compiler)
+    assert set(used) == kernels
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["columns", "rows"])
-def test_the_step_compiles_with_kernels_on_divided_tables(layout: str) -> None:
+def test_the_step_compiles_with_kernels_on_sharded_tables(layout: str) -> None:
     fields = {
         "mesh.memory": 4,
         "mesh.table_sharding": layout,
@@ -51,5 +51,5 @@ def test_the_step_compiles_with_kernels_on_divided_tables(layout: str) -> None:
         "model.memory.value_aggregation": "pallas_gpu",
     }
     case = {"topology": "h200:4", "fields": fields}
-    (found,) = run_cases("train_step_compile.py", case, compiler="h200")
-    assert {"product_key_top_k_forward", *AGGREGATION} <= set(found)
+    (used,) = run_cases("train_step_compile.py", case, compiler="h200")
+    assert {"product_key_top_k_forward", *AGGREGATION} <= set(used)

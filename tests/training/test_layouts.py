@@ -1,4 +1,4 @@
-"""Runs on every layout of the mesh equal the run on one device; see tests/training/layouts.py."""
+"""Runs on every mesh layout equal the run on one device; see tests/training/layouts.py."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import pytest
 from tests.training import layouts
 from umv2 import sharding
 
-# One of each exchange, all axes in use.
+# One layout per kind of exchange, with all axes in use.
 _ALL = {"fsdp": 2, "memory": 2, "tensor": 2}
 _ROWS = _ALL | {"table_sharding": "rows"}
 ONE_STEP = (
@@ -32,31 +32,31 @@ ONE_STEP = (
         for case in layouts.cases()
     ],
 )
-def test_a_layout_trains_as_one_device(
+def test_a_layout_trains_like_one_device(
     family: str, mesh: dict[str, Any], record_property: Callable[[str, str], None]
 ) -> None:
-    found = layouts.compare(family, mesh)
-    record_property("measured", json.dumps(dataclasses.asdict(found)))
-    assert found.steps == layouts.STEPS
-    assert found.loss <= 1e-5
-    assert found.gradient_norm <= 1e-5
+    difference = layouts.compare(family, mesh)
+    record_property("measured", json.dumps(dataclasses.asdict(difference)))
+    assert difference.steps == layouts.STEPS
+    assert difference.loss <= 1e-5
+    assert difference.gradient_norm <= 1e-5
 
 
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [pytest.param(*case, marks=pytest.mark.slow if case[1] != _ROWS else ()) for case in ONE_STEP],
 )
-def test_a_step_shards_moments_as_their_parameters_and_has_the_gradients_of_one_device(
+def test_a_step_shards_moments_like_parameters_and_has_the_gradients_of_one_device(
     family: str, mesh: dict[str, Any]
 ) -> None:
     state, abstract = layouts.first_step(layouts.config_of(family, mesh, ""))
-    alone, _ = layouts.first_step(layouts.config_of(family, {}, ""))
-    pairs = zip(layouts.gradients(state), layouts.gradients(alone), strict=True)
-    for divided, whole in pairs:
-        assert np.abs(divided - whole).max() <= 1e-5 * np.abs(whole).max()
+    single, _ = layouts.first_step(layouts.config_of(family, {}, ""))
+    pairs = zip(layouts.gradients(state), layouts.gradients(single), strict=True)
+    for sharded, expected in pairs:
+        assert np.abs(sharded - expected).max() <= 1e-5 * np.abs(expected).max()
     axes_in_use = set()
-    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
-        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    for leaf, expected_leaf in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding.is_equivalent_to(expected_leaf.sharding, leaf.ndim)
     parts = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -74,8 +74,8 @@ def test_a_step_shards_moments_as_their_parameters_and_has_the_gradients_of_one_
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_meshes_with_the_curve_of_one_device(tmp_path: Path) -> None:
-    alone, _ = layouts.curves(layouts.config_of("ultramem_v2", {}, layouts.paths()))
+def test_a_run_that_changes_its_mesh_follows_the_curve_of_one_device(tmp_path: Path) -> None:
+    single, _ = layouts.curves(layouts.config_of("ultramem_v2", {}, layouts.paths()))
     meshes: list[dict[str, Any]] = [
         {"memory": 8, "table_sharding": "rows"},
         {"memory": 4, "tensor": 2, "table_sharding": "columns"},
@@ -83,7 +83,6 @@ def test_a_run_goes_on_on_other_meshes_with_the_curve_of_one_device(tmp_path: Pa
         {"fsdp": 2, "memory": 4, "table_sharding": "rows", "parameters": "fsdp_and_memory"},
     ]
     for start, mesh in zip((0, 5, 10, 15), meshes, strict=True):
-        # What the run before did after `start`.
         for later in range(start + 5, layouts.STEPS + 1, 5):
             shutil.rmtree(tmp_path / "checkpoints" / str(later), ignore_errors=True)
         config = layouts.config_of("ultramem_v2", mesh, layouts.paths())
@@ -91,4 +90,4 @@ def test_a_run_goes_on_on_other_meshes_with_the_curve_of_one_device(tmp_path: Pa
             config.train, checkpoint_interval_steps=5, num_checkpoints_kept=4
         )
         loss, _ = layouts.curves(dataclasses.replace(config, train=often), tmp_path)
-    assert loss.tolist() == pytest.approx(alone.tolist(), rel=1e-5)
+    assert loss.tolist() == pytest.approx(single.tolist(), rel=1e-5)

@@ -59,7 +59,7 @@ def test_gradient_is_softmax_minus_target() -> None:
     np.testing.assert_allclose(gradient, expected * weights[..., None], atol=1e-6)
 
 
-def test_eight_devices_agree_with_one() -> None:
+def test_eight_devices_match_one() -> None:
     logits, targets, weights = example()
 
     def total(logits: Any, targets: Any, weights: Any) -> jax.Array:
@@ -70,12 +70,12 @@ def test_eight_devices_agree_with_one() -> None:
     loss, gradient = jax.jit(step)(logits, targets, weights)
     mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        divided = jax.device_put((logits, targets, weights), PartitionSpec("replica"))
-        divided_loss, divided_gradient = jax.jit(step)(*divided)
+        sharded = jax.device_put((logits, targets, weights), PartitionSpec("replica"))
+        sharded_loss, sharded_gradient = jax.jit(step)(*sharded)
     assert gradient.sharding.num_devices == 1
-    assert divided_gradient.sharding.spec[0] == "replica"
-    np.testing.assert_allclose(divided_loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(divided_gradient, gradient, atol=1e-7)
+    assert sharded_gradient.sharding.spec[0] == "replica"
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(sharded_gradient, gradient, atol=1e-7)
 
 
 def memory_stats(balance: list[float]) -> MemoryStats:
@@ -122,7 +122,7 @@ def test_balance_loss_sums_over_layers() -> None:
 
 
 def test_tucker_penalty_sums_over_layers() -> None:
-    # Two cores that add up to diag(2, 0.25) and diag(1, 0.35); only the second value counts.
+    # Two cores that sum to diag(2, 0.25) and diag(1, 0.35); only the second value counts.
     first = jnp.asarray([[[[1.5, 0.0], [0.0, 0.0]]], [[[0.5, 0.0], [0.0, 0.25]]]])
     second = jnp.asarray([[[[1.0, 0.0], [0.0, 0.3]]], [[[0.0, 0.0], [0.0, 0.05]]]])
     config = dataclasses.replace(OFF, tucker_penalty=0.5)
@@ -172,7 +172,7 @@ def experts_stats(probability: list[list[float]], hits: list[list[int]]) -> Rout
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        # Each layer favours its own expert; together they are balanced.
+        # Each layer prefers a different expert; together they are balanced.
         ({"load_balance": 0.5}, 0.5 * 2 * 0.75),
         ({"load_balance": 0.5, "load_balance_scope": "model"}, 0.5 * 2 * (0.5 * 0.5 + 0.5 * 0.5)),
         ({"router_z_loss": 0.1}, 0.1 * 2.0),

@@ -18,7 +18,7 @@ from umv2.training import optim
 from umv2.training.table_gradient import Dense
 
 NUM_STEPS = 100
-# Of `tiny_tree`.
+# Declarations of the parameters of `tiny_tree`.
 DECLARED = {
     "params/embedding": Declaration(("vocabulary", "hidden"), "embeddings", "compute"),
     "params/final_norm/weight": Declaration((None,), "norms", "float32"),
@@ -66,13 +66,13 @@ def test_learning_rate_at_chosen_steps(schedule: str, expected: dict[int, float]
     )
 
 
-def test_cosine_falls_as_a_cosine() -> None:
+def test_cosine_schedule_is_a_cosine() -> None:
     rate = optim.learning_rate(optimizer_config(warmup_steps=0), NUM_STEPS)
     expected = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2
     np.testing.assert_allclose([rate(0), rate(25)], [1.0, expected], rtol=1e-6)
 
 
-def test_values_multiplier_falls_linearly_and_stays() -> None:
+def test_values_multiplier_decays_linearly_and_then_stays_constant() -> None:
     config = optimizer_config(
         schedule="constant",
         values_multiplier=4.0,
@@ -103,7 +103,7 @@ def test_constant_values_learning_rate_has_the_same_warm_up() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_of_a_model_has_its_group(tied: bool) -> None:
     declared = weights.declarations(small_model(tied=tied).model)
-    groups = {name: found.group for name, found in declared.items()}
+    groups = {name: declaration.group for name, declaration in declared.items()}
     trained = {name: group for name, group in groups.items() if not name.startswith("buffers/")}
     assert set(trained.values()) == set(get_args(Group))
     assert groups["params/embedding"] == "embeddings"
@@ -118,7 +118,7 @@ def test_every_parameter_of_a_model_has_its_group(tied: bool) -> None:
     assert groups.get("params/head") == (None if tied else "matrices")
 
 
-# By name, for all families: what the group of each parameter is to be.
+# The expected group of each parameter of all families, by name.
 GROUPS: dict[str, str] = {
     "embeddings": r"params/embedding",
     "norms": r"params/(final_norm|blocks/(\w+/)?\w+_norm)/weight"
@@ -134,7 +134,9 @@ GROUPS: dict[str, str] = {
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIANTS])
 def test_every_parameter_of_every_family_has_its_group(family: str) -> None:
     declared = weights.declarations(from_config_dict(tiny.get_config(family)).model)
-    trained = {k: found.group for k, found in declared.items() if not k.startswith("buffers/")}
+    trained = {
+        k: declaration.group for k, declaration in declared.items() if not k.startswith("buffers/")
+    }
     assert trained
     for name, group in trained.items():
         assert [g for g, pattern in GROUPS.items() if re.fullmatch(pattern, name)] == [group], name
@@ -144,7 +146,7 @@ def test_every_group_has_a_weight_decay() -> None:
     assert {field.name for field in dataclasses.fields(WeightDecayConfig)} == set(get_args(Group))
 
 
-def test_update_equals_adamw_in_numpy() -> None:
+def test_update_matches_adamw_in_numpy() -> None:
     decay = WeightDecayConfig(embeddings=0.1, norms=0.0, matrices=0.3, keys=0.4, values=0.5)
     config = optimizer_config(
         schedule="constant",
@@ -159,7 +161,7 @@ def test_update_equals_adamw_in_numpy() -> None:
     trained = tiny_tree()
     opt_state = optimizer.init(*trained)
     update = jax.jit(optimizer.update)
-    # The order of leaves: embedding, final_norm, values, pre_values.
+    # Order of the leaves: embedding, final_norm, values, pre_values.
     expected = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(trained)]
     rates, decays = [0.01, 0.01, 0.04, 0.04], [0.1, 0.0, 0.5, 0.5]
     first, second = [np.zeros_like(x) for x in expected], [np.zeros_like(x) for x in expected]
@@ -184,7 +186,7 @@ def test_update_equals_adamw_in_numpy() -> None:
             np.testing.assert_allclose(leaf, value, rtol=1e-5, atol=1e-7)
 
 
-def test_clip_counts_the_store_and_leaves_small_gradients_alone() -> None:
+def test_clipping_includes_the_store_and_keeps_small_gradients() -> None:
     params, store = tiny_tree()
     config = optimizer_config(warmup_steps=0, clip_norm=5.0)
     optimizer = optim.Optimizer(config, NUM_STEPS, DECLARED)
@@ -217,7 +219,7 @@ def test_a_zero_gradient_stays_finite() -> None:
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updated))
 
 
-def test_values_learning_rate_moves_the_store_only() -> None:
+def test_values_learning_rate_affects_only_the_store() -> None:
     params, store = tiny_tree()
     gradients = jax.tree.map(jnp.ones_like, (params, store))
 
@@ -249,7 +251,7 @@ def test_a_dense_model_has_no_store_to_update() -> None:
     assert not np.array_equal(new_params["embedding"], params["embedding"])
 
 
-def test_moments_are_sharded_as_their_parameters_are() -> None:
+def test_moments_are_sharded_like_their_parameters() -> None:
     mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
     optimizer = optim.Optimizer(optimizer_config(warmup_steps=0), NUM_STEPS, DECLARED)
     params, _ = tiny_tree()
@@ -267,7 +269,7 @@ def test_moments_are_sharded_as_their_parameters_are() -> None:
         assert array.addressable_shards[0].data.shape == (2, 2)
 
 
-def test_reported_learning_rates_are_those_of_the_next_update() -> None:
+def test_reported_learning_rates_apply_to_the_next_update() -> None:
     config = optimizer_config(values_multiplier=2.0, values_final_multiplier=2.0)
     rates = optim.Optimizer(config, NUM_STEPS, DECLARED).learning_rates(5)
     assert rates == pytest.approx({"learning_rate": 0.5, "values_learning_rate": 1.0})

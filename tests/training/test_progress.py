@@ -9,7 +9,7 @@ from umv2.training import progress as progress_module
 
 
 class Clock:
-    """A clock that the test moves on."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -37,7 +37,7 @@ def make_progress(**changes: Any) -> progress_module.Progress:
     return progress_module.Progress(**(defaults | changes))
 
 
-def test_rates_leave_out_the_first_step_and_pauses(clock: Clock) -> None:
+def test_rates_exclude_the_first_step_and_pauses(clock: Clock) -> None:
     progress = make_progress()
     clock.now += 50  # compilation
     progress.update(1, 3.0)
@@ -48,11 +48,11 @@ def test_rates_leave_out_the_first_step_and_pauses(clock: Clock) -> None:
         clock.now += 1000
     clock.now += 4
     progress.update(3, 3.0)
-    # 200 tokens in 6 s, of 20 FLOPs each, on 4000 FLOP/s.
+    # 200 tokens in 6 s, with 20 FLOPs each, at a peak of 4000 FLOP/s.
     assert progress.rates() == pytest.approx({"tokens_per_second": 200 / 6, "mfu": 1 / 6})
 
 
-def test_rates_are_of_the_last_log_interval(clock: Clock) -> None:
+def test_rates_cover_the_last_log_interval(clock: Clock) -> None:
     progress = make_progress()
     for step, seconds in enumerate((9, 9, 1, 1, 1), start=1):
         clock.now += seconds

@@ -24,7 +24,7 @@ def written(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_records_hold_step_time_and_values(tmp_path: Path) -> None:
+def test_records_contain_step_time_and_values(tmp_path: Path) -> None:
     with records.MetricWriter(tmp_path / "new", run_config(), first_step=0) as writer:
         writer.write(10, {"loss": 2.5, "tokens": 640})
     (record,) = written(tmp_path / "new")
@@ -51,13 +51,13 @@ def test_resuming_drops_later_and_torn_records(tmp_path: Path) -> None:
     assert written(tmp_path)[-1]["loss"] == -1.0
 
 
-def test_every_record_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_every_record_is_written_immediately(tmp_path: Path) -> None:
     with records.MetricWriter(tmp_path, run_config(), first_step=0) as writer:
         writer.write(1, {"loss": 1.0})
         assert len(written(tmp_path)) == 1
 
 
-def test_tensorboard_is_written_on_request_only(
+def test_tensorboard_is_written_only_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, float, int]] = []

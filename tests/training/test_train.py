@@ -1,4 +1,4 @@
-"""The loop: its steps, and that what interrupts it leaves no trace in its curve."""
+"""The training loop, and that interruptions do not change its curve."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def loss_curve(workdir: Path) -> dict[int, float]:
 
 
 def reproducible(workdir: Path) -> list[dict[str, Any]]:
-    """All that was recorded but the time that it took."""
+    """Returns the records without timings."""
     timed = ("wall_time", "tokens_per_second", "mfu")
     return [{k: v for k, v in record.items() if k not in timed} for record in records(workdir)]
 
@@ -58,7 +58,7 @@ def abstract(config: Config) -> TrainState:
 
 
 def saved_state(config: Config, workdir: Path) -> TrainState:
-    """The newest checkpoint, which the run has read as well."""
+    """Returns the state of the newest checkpoint."""
     keep = config.train.num_checkpoints_kept
     with checkpoint.Checkpointer(
         workdir / "checkpoints", keep=keep, config=to_dict(config)
@@ -73,7 +73,7 @@ def assert_same_bits(left: TrainState, right: TrainState) -> None:
 
 @pytest.fixture
 def interrupted(finished: Run, tmp_path: Path) -> Path:
-    """The finished run as if it had ended after its checkpoint of step 9."""
+    """A copy of the finished run, cut off after its checkpoint of step 9."""
     workdir = Path(shutil.copytree(finished.workdir, tmp_path / "run"))
     shutil.rmtree(workdir / "checkpoints" / "12")
     return workdir
@@ -109,12 +109,12 @@ def test_each_step_compiles_once_in_a_run_that_logs_evaluates_and_saves(finished
     counts = Counter(finished.compiled)
     names = ("train_step", "evaluation_step", "arrays")
     assert {name: counts[name] for name in names} == dict.fromkeys(names, 1)
-    assert counts["_checksums"] <= 1  # runs of one process share it
+    assert counts["_checksums"] <= 1  # shared by the runs of a process
 
 
 def test_usage_and_coverage(finished: Run, interrupted: Path) -> None:
     hits_per_step = 8 * 16 * 4  # sequences, tokens, values
-    # Step 9 is the first since the log at step 8; step 12 itself was logged.
+    # Step 9 is the first after the log at step 8; step 12 itself was logged.
     since_8 = saved_state(finished.config, interrupted).usage["memory"]
     np.testing.assert_array_equal(np.asarray(since_8).sum(axis=1), [hits_per_step] * 2)
     since_12 = saved_state(finished.config, finished.workdir).usage["memory"]
@@ -126,7 +126,7 @@ def test_usage_and_coverage(finished: Run, interrupted: Path) -> None:
             assert record["lambda_1/layer_1"] > record["lambda_2/layer_1"] > 0
 
 
-# What interrupts it.
+# Interruptions.
 
 
 def test_a_damaged_checkpoint_is_skipped_and_the_curve_stays_the_same(
@@ -171,12 +171,12 @@ runpy.run_path("main.py", run_name="__main__")
         pytest.param("SIGINT", 0, ([3, 6, 9],), marks=pytest.mark.slow),
     ],
 )
-def test_the_curve_after_a_signal_is_that_without(
+def test_the_curve_after_a_signal_matches_the_uninterrupted_one(
     finished: Run, tmp_path: Path, name: str, code: int, saved: tuple[list[int], ...]
 ) -> None:
     workdir = tmp_path / "run"
     arguments = [*tiny_run.flags(finished.paths), f"--workdir={workdir}"]
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_PROGRAM, *arguments, name],
         cwd=ROOT,
         env=tiny_run.environment(finished.cache),
@@ -184,29 +184,29 @@ def test_the_curve_after_a_signal_is_that_without(
         text=True,
         check=False,
     )
-    assert ended.returncode == code, ended.stderr
-    assert saved_steps(workdir) in saved  # it may die before step 6 is on disk
+    assert completed.returncode == code, completed.stderr
+    assert saved_steps(workdir) in saved  # the process may die before step 6 is on disk
     assert max(loss_curve(workdir)) == 8  # SIGTERM writes no record of its own
-    assert ("; the state is saved" in ended.stderr) == (name != "SIGKILL")
-    assert "Traceback" not in ended.stderr
+    assert ("; the state is saved" in completed.stderr) == (name != "SIGKILL")
+    assert "Traceback" not in completed.stderr
     training.train(finished.config, workdir)
     expected = loss_curve(finished.workdir)
     assert loss_curve(workdir) == expected
-    resumed, whole = (
+    resumed, uninterrupted = (
         saved_state(finished.config, folder) for folder in (workdir, finished.workdir)
     )
-    assert_same_bits(resumed, whole)
+    assert_same_bits(resumed, uninterrupted)
 
 
 def without_the_last_evaluation(workdir: Path) -> None:
-    """Leaves a finished run as one that was killed while it evaluated its last step."""
+    """Turns a finished run into one that was killed during its last evaluation."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     assert "held_out_loss" in lines[-1]
     path.write_text("".join(lines[:-1]))
 
 
-def test_an_evaluation_that_was_cut_short_is_made_when_the_run_goes_on(
+def test_an_interrupted_evaluation_is_repeated_when_the_run_resumes(
     finished: Run, tmp_path: Path
 ) -> None:
     workdir = Path(shutil.copytree(finished.workdir, tmp_path / "run"))
@@ -236,23 +236,23 @@ def test_ctrl_c_during_the_last_evaluation_loses_no_step(
     assert reproducible(interrupted) == reproducible(finished.workdir)
 
 
-def test_two_jobs_do_not_train_in_one_folder(finished: Run, interrupted: Path) -> None:
+def test_two_jobs_cannot_train_in_one_folder(finished: Run, interrupted: Path) -> None:
     before = records(interrupted)
     with (
         files.locked(interrupted / "lock", "another run"),
-        pytest.raises(files.InUse, match=r"process \d+ on .* \(another run\) works there"),
+        pytest.raises(files.InUse, match=r"is in use by process \d+ on .* \(another run\)"),
     ):
         training.train(finished.config, interrupted)
     assert records(interrupted) == before
     assert saved_steps(interrupted) == [3, 6, 9]
 
 
-def test_a_changed_corpus_is_refused(finished: Run, interrupted: Path, tmp_path: Path) -> None:
+def test_a_changed_corpus_is_rejected(finished: Run, interrupted: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     paths = tiny_run.write_text(tmp_path / "text")
     same = tiny_run.tiny_config(paths, data__paths=(paths,))
     assert same.data.paths != finished.config.data.paths
-    # The same text elsewhere is another configuration, but the same corpus.
+    # The same text in another place is another configuration, but the same corpus.
     identities = [corpus.open_corpus(c.data, 264).identity for c in (same, finished.config)]
     assert identities[0] == identities[1]
     Path(finished.paths).with_name("new.txt").write_text("A document that was not there. " * 3)
@@ -264,14 +264,14 @@ def test_a_changed_corpus_is_refused(finished: Run, interrupted: Path, tmp_path:
     assert saved_steps(interrupted) == [3, 6, 9]
 
 
-def test_another_learning_rate_is_refused(finished: Run, interrupted: Path) -> None:
+def test_another_learning_rate_is_rejected(finished: Run, interrupted: Path) -> None:
     other = tiny_run.tiny_config(finished.paths, optimizer__learning_rate=0.02)
     with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.02"):
         training.train(other, interrupted)
     assert reproducible(interrupted) == reproducible(finished.workdir)
 
 
-def test_a_finished_run_says_so(finished: Run) -> None:
+def test_a_finished_run_logs_that(finished: Run) -> None:
     before = records(finished.workdir)
     with tiny_run.logged() as messages:
         training.train(finished.config, finished.workdir)
@@ -279,10 +279,10 @@ def test_a_finished_run_says_so(finished: Run) -> None:
     assert records(finished.workdir) == before
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
+def test_a_non_finite_loss_stops_training_before_saving(
     finished: Run, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 9 is not logged, so that only the check before its checkpoint can see it."""
+    """Step 9 is not logged, so that only the check before its checkpoint can detect it."""
     shutil.rmtree(interrupted / "checkpoints" / "9")
     start = loader.train_batches
 
@@ -321,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one(finished: Run, tmp_path: Path) -> None:
+def test_eight_devices_train_like_one(finished: Run, tmp_path: Path) -> None:
     assert jax.device_count() == 8
     config = tiny_run.tiny_config(finished.paths, mesh__replica=8)
     assert config.mesh != finished.config.mesh
@@ -345,7 +345,7 @@ def test_a_dense_model_trains_without_memory(finished: Run, tmp_path: Path) -> N
     assert state.store is None and state.usage == {}
 
 
-def test_a_memory_beside_experts_trains_and_goes_on(finished: Run, tmp_path: Path) -> None:
+def test_a_memory_with_experts_trains_and_resumes(finished: Run, tmp_path: Path) -> None:
     config = tiny_run.tiny_config(
         finished.paths,
         model__ffn="moe",
@@ -357,33 +357,33 @@ def test_a_memory_beside_experts_trains_and_goes_on(finished: Run, tmp_path: Pat
         loss__load_balance=0.01,
         loss__router_z_loss=0.001,
     )
-    whole = tmp_path / "whole"
-    training.train(config, whole)
-    curve = loss_curve(whole)
+    uninterrupted = tmp_path / "whole"
+    training.train(config, uninterrupted)
+    curve = loss_curve(uninterrupted)
     assert curve[12] < curve[2] - 0.3
-    for record in records(whole):
+    for record in records(uninterrupted):
         if "loss" in record:
             names = ("coverage", "expert_coverage")
             coverage = [record[f"{name}/layer_{layer}"] for name in names for layer in (1, 2)]
             assert all(0 < each <= 1 for each in coverage)
 
-    interrupted = Path(shutil.copytree(whole, tmp_path / "interrupted"))
+    interrupted = Path(shutil.copytree(uninterrupted, tmp_path / "interrupted"))
     shutil.rmtree(interrupted / "checkpoints" / "12")
-    # Step 9 is the first since the log at step 8: 8 sequences of 16 tokens, 4 rows and 2 experts.
+    # Step 9 is the first after the log at step 8: 8 sequences of 16 tokens, 4 rows and 2 experts.
     usage = saved_state(config, interrupted).usage
     sums = {name: np.asarray(counts).sum(axis=1).tolist() for name, counts in usage.items()}
     assert sums == {"memory": [8 * 16 * 4] * 2, "router": [8 * 16 * 2] * 2}
     training.train(config, interrupted)
-    assert reproducible(interrupted) == reproducible(whole)
-    assert_same_bits(saved_state(config, interrupted), saved_state(config, whole))
+    assert reproducible(interrupted) == reproducible(uninterrupted)
+    assert_same_bits(saved_state(config, interrupted), saved_state(config, uninterrupted))
 
 
-# One step by itself, compiled as in a run.
+# Single steps, compiled as in a run.
 
 
 @pytest.fixture(scope="module")
 def state(finished: Run) -> TrainState:
-    """After 12 steps; tables, keys and cores have moved."""
+    """The state after 12 steps; tables, keys and cores have changed."""
     with jax.set_mesh(sharding.create_mesh(finished.config.mesh, 8)):
         return saved_state(finished.config, finished.workdir)
 
@@ -392,7 +392,7 @@ def batch_of(seed: int) -> Batch:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 200, (8, 17)).astype(np.int32)
     segments = np.zeros((8, 16), np.int32)
-    # Rows count unequally, so that a mean of means over microbatches would be another number.
+    # Rows have different weights, so that a mean of microbatch means would differ.
     weights = (np.arange(16) < np.arange(9, 17)[:, None]).astype(np.float32)
     return Batch(tokens[:, :-1], tokens[:, 1:], segments, weights)
 
@@ -422,7 +422,7 @@ def test_a_batch_is_memorised(finished: Run, state: TrainState) -> None:
     assert int(after.step) == 52
 
 
-def test_core_vectors_are_those_of_the_new_cores(finished: Run, state: TrainState) -> None:
+def test_core_vectors_match_the_updated_cores(finished: Run, state: TrainState) -> None:
     after, _ = take_steps(finished.config, state, batch_of(0))
     cores = np.asarray(after.params["memory"]["cores"])
     assert not np.array_equal(cores, state.params["memory"]["cores"])
@@ -433,26 +433,26 @@ def test_core_vectors_are_those_of_the_new_cores(finished: Run, state: TrainStat
     sign = np.sign(np.sum(u * expected_u, axis=-1, keepdims=True))
     np.testing.assert_allclose(u, sign * expected_u, atol=1e-5)
     np.testing.assert_allclose(v, sign * expected_v, atol=1e-5)
-    # The sign is that of the pair before.
+    # The sign is that of the previous pair.
     assert np.all(np.sum(u * np.asarray(state.buffers["memory"]["core_u"]), axis=-1) > 0)
 
 
-def test_accumulated_gradients_are_those_of_one_batch(finished: Run, state: TrainState) -> None:
+def test_accumulated_gradients_match_one_batch(finished: Run, state: TrainState) -> None:
     accumulated = tiny_run.tiny_config(finished.paths, train__gradient_accumulation=4)
     assert (
         accumulated.train.gradient_accumulation != finished.config.train.gradient_accumulation == 1
     )
-    whole, (whole_metrics,) = take_steps(finished.config, state, batch_of(1))
+    full, (full_metrics,) = take_steps(finished.config, state, batch_of(1))
     parts, (parts_metrics,) = take_steps(accumulated, state, batch_of(1))
-    assert float(parts_metrics.loss) == pytest.approx(float(whole_metrics.loss), rel=1e-6)
+    assert float(parts_metrics.loss) == pytest.approx(float(full_metrics.loss), rel=1e-6)
     assert float(parts_metrics.gradient_norm) == pytest.approx(
-        float(whole_metrics.gradient_norm), rel=1e-5
+        float(full_metrics.gradient_norm), rel=1e-5
     )
-    np.testing.assert_array_equal(parts.usage["memory"], whole.usage["memory"])
-    assert np.asarray(whole.usage["memory"]).sum() > 0
+    np.testing.assert_array_equal(parts.usage["memory"], full.usage["memory"])
+    assert np.asarray(full.usage["memory"]).sum() > 0
     for a, b in zip(
         jax.tree.leaves((parts.params, parts.store, parts.optimizer)),
-        jax.tree.leaves((whole.params, whole.store, whole.optimizer)),
+        jax.tree.leaves((full.params, full.store, full.optimizer)),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -474,7 +474,7 @@ def test_an_auxiliary_loss_changes_the_gradient(
     assert getattr(finished.config.loss, name) == 0
     without, (plain,) = take_steps(finished.config, state, batch_of(1))
     with_it, (penalised,) = take_steps(config, state, batch_of(1))
-    # The loss that is reported is the cross entropy alone.
+    # The reported loss is only the cross entropy.
     assert float(penalised.loss) == pytest.approx(float(plain.loss), rel=1e-6)
     assert float(penalised.gradient_norm) != pytest.approx(float(plain.gradient_norm), rel=1e-4)
     before, after = (result.weights.named() for result in (without, with_it))

@@ -1,4 +1,4 @@
-"""The configuration of an experiment: its fields with their types, and every rule between them."""
+"""Experiment configuration: fields, their types, and all validation rules."""
 
 from umv2.config.data import DataConfig, LongContextDataConfig, LongContextTask
 from umv2.config.evaluation import EvaluationConfig, GenerateConfig, LongContextConfig

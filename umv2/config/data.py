@@ -20,7 +20,7 @@ LongContextTask = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class LongContextDataConfig:
-    """Documents of the long-context suite among those of the source (`data.long_context`)."""
+    """Long-context documents that are mixed into a text source (`data.long_context`)."""
 
     tasks: tuple[LongContextTask, ...]
     num_documents: Natural
@@ -32,7 +32,7 @@ class LongContextDataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes sequences (`data`)."""
+    """The data source, and how text becomes sequences (`data`)."""
 
     source: str  # a name in the registry of umv2/data/sources
     paths: tuple[str, ...]
@@ -53,7 +53,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises ConfigError for impossible values."""
-        # A source that is registered elsewhere brings its rule, checked when the source is opened.
+        # The rule of a source that is registered elsewhere is checked when the source is opened.
         if self.source in SOURCE_RULES:
             SOURCE_RULES[self.source].check(self)
         tasks = self.long_context
@@ -62,45 +62,45 @@ class DataConfig:
                 bool(tasks.tasks),
                 "data.long_context.tasks",
                 tasks.tasks,
-                f"must name tasks, as num_documents = {tasks.num_documents}",
+                f"must name tasks, since num_documents = {tasks.num_documents}",
             )
             require(
                 self.sequence_length >= 64,
                 "data.sequence_length",
                 self.sequence_length,
-                "must be >= 64 for documents of data.long_context, which are not cut",
+                "must be >= 64 for documents of data.long_context, which are never split",
             )
         else:
             require(
                 tasks.warm_up_steps == 0,
                 "data.long_context.warm_up_steps",
                 tasks.warm_up_steps,
-                "warms up for the tasks, and there are none: num_documents = 0",
+                "must be 0 without long-context documents (num_documents = 0)",
             )
         if self.tokenizer == "none":
             require(
                 self.end_of_text_id >= 0,
                 "data.end_of_text_id",
                 self.end_of_text_id,
-                "must be given (>= 0) where there is no tokenizer",
+                "must be given (>= 0) if there is no tokenizer",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceRule:
-    """What a source of data asks of the other fields.
+    """The requirements of a data source on other fields.
 
     Attributes:
-      holds: "text" that a run reads into memory, "stream" for text that is read once, to prepare
-        shards of it, or "tokens".
-      needs: fields that must not be empty, by name, and what each must give, for messages.
+      holds: "text", which a run reads into memory, "stream", text that is read once by
+        --mode=prepare, or "tokens".
+      needs: fields that must not be empty, each with a description for error messages.
     """
 
     holds: Literal["text", "stream", "tokens"] = "text"
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check(self, config: DataConfig) -> None:
-        """Raises ConfigError for the first field that breaks the rule."""
+        """Raises ConfigError for the first field that violates the rule."""
         for field, what in self.needs.items():
             value = getattr(config, field)
             require(bool(value), f"data.{field}", value, f"source {config.source!r} needs {what}")
@@ -109,18 +109,18 @@ class SourceRule:
             self.holds == "text" or not num_documents,
             "data.long_context.num_documents",
             num_documents,
-            f"mixes documents with text, and source {config.source!r} holds none",
+            f"needs a text source to mix documents into, which {config.source!r} is not",
         )
         require(
             self.holds == "tokens" or config.tokenizer != "none",
             "data.tokenizer",
             config.tokenizer,
-            f"only token files ({', '.join(_TOKEN_SOURCES)}) can do without a tokenizer",
+            f"only token files ({', '.join(_TOKEN_SOURCES)}) need no tokenizer",
         )
 
 
 _PATHS = {"paths": "globs"}
-# Of the sources of umv2/data/sources: configurations are checked without loading those.
+# Rules of the sources in umv2/data/sources, kept here so that validation does not import those.
 SOURCE_RULES: Mapping[str, SourceRule] = {
     "standard_library": SourceRule("text"),
     "site_packages": SourceRule("text"),

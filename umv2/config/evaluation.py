@@ -57,4 +57,4 @@ class GenerateConfig:
 
     def validate(self) -> None:
         """Raises ConfigError for impossible values."""
-        require(all(self.stop), "generate.stop", self.stop, "no string may be empty")
+        require(all(self.stop), "generate.stop", self.stop, "must not contain an empty string")

@@ -1,8 +1,8 @@
 """The experiment configuration: frozen dataclasses built from an `ml_collections.ConfigDict`.
 
-`configs/base.py` gives every field its unit and source. This package gives it a type and checks it
-against the others, before any work is done: each mistake ends in one `ConfigError` that names the
-field, its value and the rule.
+`configs/base.py` documents the unit and source of every field. This package defines their types and
+validates them before any work starts: the first error raises a `ConfigError` that names the field,
+its value and the rule.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from umv2.config.training import LossConfig, OptimizerConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that an experiment is."""
+    """The complete configuration of an experiment."""
 
     seed: Seed
     model: ModelConfig
@@ -41,17 +41,17 @@ class Config:
 
     @property
     def resolved_mesh(self) -> ResolvedMesh:
-        """The mesh section, from which shardings are made.
+        """The mesh section with a resolved table sharding, as needed to create shardings.
 
         Raises:
-          TypeError: it is not resolved yet.
+          TypeError: the mesh is not resolved.
         """
         if not isinstance(self.mesh, ResolvedMesh):
-            raise TypeError("the mesh is not resolved: call umv2.cost.exchange.resolve_mesh before")
+            raise TypeError("the mesh is not resolved: call umv2.cost.exchange.resolve_mesh first")
         return self.mesh
 
     def validate(self) -> None:
-        """Raises ConfigError for the first field that contradicts its rule or another field."""
+        """Raises ConfigError for the first field that is invalid or contradicts another field."""
         self.model.validate()
         self.data.validate()
         self.train.validate()
@@ -66,7 +66,7 @@ class Config:
         self.evaluation.long_context.validate()
         self.generate.validate()
         self.mesh.validate()
-        self._validate_divisions()
+        self._validate_sharding()
         memory = self.model.memory
         without_memory = (
             memory.layer == "none" and "memory layers, but model.memory.layer is 'none'"
@@ -90,10 +90,10 @@ class Config:
                 "needs Tucker scoring of rank > 1: it acts on all but the first singular value",
             )
 
-    def _validate_divisions(self) -> None:
-        """Raises ConfigError for a size that the axes of the mesh cannot shard evenly.
+    def _validate_sharding(self) -> None:
+        """Raises ConfigError for a size that the mesh axes cannot shard evenly.
 
-        Value tables are not among them: `cost.exchange` chooses how they are sharded.
+        Does not check value tables, whose sharding is chosen by `cost.exchange`.
         """
         mesh, model = self.mesh, self.model
         dense = ("fsdp", "memory") if mesh.parameters == "fsdp_and_memory" else ("fsdp",)
@@ -124,8 +124,8 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Builds and validates a `Config` from a ConfigDict or a nested mapping.
 
     Raises:
-      ConfigError: for an unknown or missing field, a wrong type, a name outside its choices, or
-        values that contradict each other.
+      ConfigError: a field is unknown, missing, of the wrong type or not one of its choices, or
+        values contradict each other.
     """
     result = typing.cast(Config, build(Config, config))
     result.validate()
@@ -133,7 +133,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the configuration as nested dicts of plain values (tuples as lists), for JSON."""
+    """Returns the configuration as nested dicts of JSON values (tuples become lists)."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,9 +1,8 @@
-"""Configuration files, and values that replace theirs.
+"""Configuration files and overrides.
 
-A configuration is named FILE or FILE:ARGUMENT: FILE is a Python file, or the name of one in
-configs/, whose `get_config` is called, with ARGUMENT where there is one, and returns a ConfigDict.
-Whatever is wrong with the file or its name ends in one `ConfigError`. Imports neither jax nor
-numpy.
+A configuration is given as FILE or FILE:ARGUMENT, where FILE is a Python file or the name of one in
+configs/. Its `get_config`, called with ARGUMENT if there is one, returns a ConfigDict. Any problem
+with the file or its name raises a `ConfigError`. Imports neither jax nor numpy.
 """
 
 import ast
@@ -27,14 +26,14 @@ from umv2 import files
 from umv2.config.experiment import Config, from_config_dict, to_dict
 from umv2.config.schema import ConfigError, nearest_name
 
-_NOT_NAMED = ("__init__", "base", "families")  # files of configs/ that are not for training
+_NOT_NAMED = ("__init__", "base", "families")  # files in configs/ that are not configurations
 
 
 @functools.cache
 def named_folder() -> Path:
     """Returns the folder of the named configurations.
 
-    It stands beside the package in a clone, and inside it (as umv2/configs) where it is installed.
+    This is configs/ next to the package in a clone, and umv2/configs in an installation.
     """
     package = Path(umv2.__file__).parent
     inside = package / "configs"
@@ -42,7 +41,7 @@ def named_folder() -> Path:
 
 
 def names() -> list[str]:
-    """Returns the names of the configurations that need no path."""
+    """Returns the names of the configurations in configs/."""
     return sorted(p.stem for p in named_folder().glob("*.py") if p.stem not in _NOT_NAMED)
 
 
@@ -53,16 +52,16 @@ def label(given: str) -> str:
 
 
 def read(given: str, flag: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Returns the configuration that a file gives, checked.
+    """Reads and validates a configuration.
 
     Args:
       given: FILE or FILE:ARGUMENT.
-      flag: that names it, for messages.
-      overrides: values by the path of their field, in place of the file's.
+      flag: the flag that gave it, for error messages.
+      overrides: values by field path, which replace those of the file.
 
     Raises:
-      ConfigError: there is no such file, it fails (the message says in which line), or what it
-        gives breaks a rule.
+      ConfigError: there is no such file, it raises an error (the message names the line), or the
+        configuration is invalid.
     """
     values = load(given, flag)
     override(values, overrides or {})
@@ -71,7 +70,7 @@ def read(given: str, flag: str, overrides: Mapping[str, Any] | None = None) -> C
 
 
 def load(given: str, flag: str) -> ConfigDict:
-    """Returns what the `get_config` of a file returns; see `read`."""
+    """Returns the ConfigDict of a file's `get_config`, unvalidated; see `read`."""
     file, argument = _split(given)
     path = _find(file, flag)
 
@@ -85,7 +84,7 @@ def load(given: str, flag: str) -> ConfigDict:
     _provide_configs()
     module = types.ModuleType("umv2_configuration")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where dataclasses look for it
+    sys.modules[module.__name__] = module  # dataclasses look up their module here
     arguments = [] if argument is None else [argument]
     try:
         exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
@@ -94,7 +93,7 @@ def load(given: str, flag: str) -> ConfigDict:
         config = module.get_config(*arguments)
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:  # it is the user's program, not ours
+    except (Exception, SystemExit) as error:  # user code may raise anything
         called = error.__traceback__
         if isinstance(error, TypeError) and called is not None and called.tb_next is None:
             rule = "takes no argument: leave out the colon" if arguments else "needs FILE:ARGUMENT"
@@ -106,18 +105,18 @@ def load(given: str, flag: str) -> ConfigDict:
 
 
 def of_run(saved: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
-    """Returns the configuration that a run stored, with overrides.
+    """Returns the stored configuration of a run, with overrides.
 
-    Fields that it lacks, because they are younger than the run, have the base's values.
+    Fields that were added after the run get the values of configs/base.py.
 
     Raises:
-      ConfigError: a field that there is not any more, or a value that breaks a rule.
+      ConfigError: a stored field no longer exists, or a value is invalid.
     """
     values = _base()
-    if gone := _unknown_fields(saved, values):
+    if removed := _unknown_fields(saved, values):
         raise ConfigError(
-            f"the run was trained by another version of umv2, one with {', '.join(gone)}; only that"
-            " version can read it"
+            "the run was trained with another version of umv2, which has the fields"
+            f" {', '.join(removed)}; only that version can read it"
         )
     with values.ignore_type():
         values.update(saved)
@@ -136,7 +135,7 @@ def _unknown_fields(saved: Mapping[str, Any], known: ConfigDict, path: str = "")
 
 
 def completed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stored configuration with what `current` has and it lacks, at the base's values."""
+    """Adds the fields that only `current` has to a stored configuration, with base values."""
     return _completed(saved, current, to_dict(from_config_dict(_base())))
 
 
@@ -158,10 +157,10 @@ def _base() -> ConfigDict:
 
 
 def field_type(path: str) -> Any:
-    """Returns the annotation of a field, such as 'model.memory.top_m'.
+    """Returns the type annotation of a field, given a path such as 'model.memory.top_m'.
 
     Raises:
-      ConfigError: there is no such field, or it is a section.
+      ConfigError: the field does not exist or is a section.
     """
     annotation: Any = Config
     names_below = path.split(".")
@@ -181,14 +180,14 @@ def field_type(path: str) -> Any:
 
 
 def parse(path: str, texts: Sequence[str]) -> Any:
-    """Returns the value of a field that is written as text.
+    """Parses the value of a field from the command line.
 
     Args:
-      path: of the field.
-      texts: as given, one or more: of a tuple all count, of any other field the last.
+      path: path of the field.
+      texts: one or more texts. Those of a tuple are concatenated; otherwise the last one counts.
 
     Raises:
-      ConfigError: a field that there is not, or text that is no value of its type.
+      ConfigError: the field does not exist, or the text is not a value of its type.
     """
     annotation, text = field_type(path), texts[-1]
     if typing.get_origin(annotation) is tuple:
@@ -210,10 +209,10 @@ def parse(path: str, texts: Sequence[str]) -> Any:
 
 
 def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
-    """Sets fields, by path, in place.
+    """Sets fields by path, in place.
 
     Raises:
-      ConfigError: the configuration lacks a section.
+      ConfigError: the configuration lacks a section of a path.
     """
     with config.unlocked(), config.ignore_type():
         for path, value in values.items():
@@ -227,7 +226,7 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
 
 def _split(given: str) -> tuple[str, str | None]:
-    """Returns FILE and ARGUMENT of FILE:ARGUMENT; a colon before .py is of the path."""
+    """Splits FILE:ARGUMENT; a colon before .py is part of the path."""
     file, colon, argument = given.partition(":")
     if of_path := re.fullmatch(r"(.*?\.py)(?:(:)(.*))?", given, re.DOTALL):
         file, colon, argument = of_path.groups(default="")
@@ -235,30 +234,30 @@ def _split(given: str) -> tuple[str, str | None]:
 
 
 def _find(file: str, flag: str) -> Path:
-    """Returns the path of a configuration that is named as the user likes."""
+    """Returns the path of a configuration file, given its path or name."""
     if file in names():
         return named_folder() / f"{file}.py"
     path = files.user_path(file, flag)
     if path.is_file():
         return path
     if path.is_dir():
-        raise ConfigError(f"{flag}={file}: is a folder, and must be a Python file")
+        raise ConfigError(f"{flag}={file}: is a folder, but must be a Python file")
     siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
     is_name = path.name == file and path.suffix != ".py"
     nearest = nearest_name(file, [*names(), *siblings] if is_name else siblings)
-    # configs/tiny.py is how a clone names what is tiny wherever the package is installed.
+    # An installation has no configs/tiny.py: suggest the name `tiny`.
     if not nearest and path.parent.name == "configs":
         nearest = nearest_name(path.stem, names())
     raise ConfigError(
-        f"{flag}={file}: no such file{nearest}; by name alone there are {', '.join(names())}"
+        f"{flag}={file}: no such file{nearest}; named configurations: {', '.join(names())}"
     )
 
 
 def _provide_configs() -> None:
-    """Makes `from configs import base` mean the named configurations, here and when installed.
+    """Makes the named configurations importable as `configs`, in a clone or an installation.
 
-    At the top level of an installation the name would be anybody's, so they lie in the package,
-    and are given the name only in a process that reads configuration files.
+    An installed top-level package of this name could clash with others. The files are therefore
+    installed in umv2/configs, and aliased only in processes that read configuration files.
     """
     if "configs" in sys.modules:
         return
@@ -271,41 +270,41 @@ def _provide_configs() -> None:
 
 
 def _failure(error: BaseException, path: Path) -> str:
-    """Says what went wrong in a file, and in which of its lines, or in what it imports."""
+    """Formats an error that a file raised, with the line of the file or of a module it imports."""
     if isinstance(error, SyntaxError):
         where = f"{error.filename}:{error.lineno}" if error.lineno else f"{error.filename}"
         return f"{type(error).__name__}: {error.msg} ({where})"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     where = f" ({path}:{lines[-1]})" if lines else ""
-    # str() of a KeyError quotes its message, and a ConfigDict wraps one in an AttributeError.
+    # str() of a KeyError quotes the message, and ConfigDict wraps a KeyError in an AttributeError.
     message: Any = error
     while isinstance(message, BaseException) and len(message.args) == 1:
         message = message.args[0]
-    # What a file says of its argument is a ValueError, and needs no name of its class.
+    # A ValueError is how a file rejects its argument; omit the name of the class.
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return kind + _shortened(" ".join(str(message).split())) + where
 
 
 def _shortened(text: str) -> str:
-    """Leaves out the middle of a long text: a locked ConfigDict prints all that it holds."""
+    """Cuts the middle of a long text: errors of a locked ConfigDict print all of its content."""
     return text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def _require_values(values: ConfigDict, source: str, path: str = "") -> None:
-    """Names the first field that its file left open, to be given on the command line."""
+    """Raises ConfigError for the first required placeholder without a value."""
     for name in values:
         try:
             value = values[name]
         except config_dict.RequiredValueError as error:
-            raise ConfigError(f"--config.{path}{name}: must be given, as {source} does not") from (
-                error
-            )
+            raise ConfigError(
+                f"--config.{path}{name}: must be given, since {source} does not set it"
+            ) from error
         if isinstance(value, ConfigDict):
             _require_values(value, source, f"{path}{name}.")
 
 
 def _parse_tuple(path: str, text: str, is_text: bool) -> tuple[Any, ...]:
-    """Reads a tuple as Python writes it, or one element of it."""
+    """Parses a Python tuple or a single element."""
     if is_text and text and not text.startswith(("(", "[", "'", '"')):
         if "," not in text:
             return (text,)

@@ -8,7 +8,7 @@ from umv2.config.schema import Positive, require
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The axes of the device mesh, and what they shard (`mesh`)."""
+    """The sizes of the mesh axes, and how parameters and tables are sharded (`mesh`)."""
 
     replica: int
     fsdp: Positive
@@ -29,8 +29,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedMesh(MeshConfig):
-    """A mesh section for which it is decided how value tables are sharded.
+    """A mesh section whose `table_sharding` is resolved.
 
-    Shardings are made from it alone, and `umv2.cost.exchange.resolve_mesh` alone makes it, so that
-    no caller can forget the decision.
+    Only `umv2.cost.exchange.resolve_mesh` creates it, and creating shardings requires it, so that
+    no caller can skip the resolution.
     """

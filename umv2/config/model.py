@@ -1,4 +1,4 @@
-"""The configuration of a model: the decoder, its memory layers, its experts."""
+"""The configuration of the model: decoder, memory layers and mixture of experts (`model`)."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from umv2.config.schema import Interval, Natural, Positive, PositiveFloat, requi
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """The memory layers and the value store behind them (`model.memory`)."""
+    """The memory layers and their value tables (`model.memory`)."""
 
     layer: str
     read_layers: tuple[int, ...]
@@ -44,7 +44,7 @@ class MemoryConfig:
 
     @property
     def num_values(self) -> int:
-        """Rows N = n^2 of one value table."""
+        """Number of rows of one value table, N = n^2."""
         return self.num_keys**2
 
     @property
@@ -54,36 +54,36 @@ class MemoryConfig:
 
     @property
     def num_visible(self) -> int:
-        """Rows that one layer may read."""
+        """Number of rows that one layer can read."""
         return self.visible_keys**2
 
     @property
     def keys_per_side(self) -> int:
-        """Row keys (= column keys) of one layer, key expansion included."""
+        """Number of row keys (and of column keys) of one layer, key expansion included."""
         return self.key_expansion * self.visible_keys
 
     @property
     def num_blocks(self) -> int:
-        """Virtual blocks E^2 of the addresses of a layer."""
+        """Number of virtual blocks, E^2, of the addresses of a layer."""
         return self.key_expansion**2
 
     @property
     def num_slots(self) -> int:
-        """Pooled vectors that enter the output projection: one, or one a virtual block."""
+        """Number of pooled vectors in the output projection: one, or one per virtual block."""
         return self.num_blocks if self.projection == "per_block" else 1
 
     @property
     def has_pre_projection(self) -> bool:
-        """Whether pre-values meet a projection W_p of the input."""
+        """Whether the input is projected by W_p before its products with pre-values."""
         return self.pre_value_dim > 0 and self.pre_projection
 
     @property
     def num_selected(self) -> int:
-        """Values that a token activates in one layer, over all heads."""
+        """Number of values that a token selects in one layer, over all heads."""
         return self.num_heads * self.top_m
 
     def validate(self, hidden_size: int) -> None:
-        """Raises ConfigError for sizes that contradict each other within one layer."""
+        """Raises ConfigError for sizes of a layer that contradict each other."""
         prefix = "model.memory."
         require(
             self.shortlist <= self.keys_per_side,
@@ -116,16 +116,15 @@ class MemoryConfig:
                 self.num_cores == 1,
                 prefix + "score_activation",
                 self.score_activation,
-                f"needs num_cores = 1 (it is {self.num_cores}): one distribution over a head's"
-                " values",
+                f"needs num_cores = 1 (it is {self.num_cores}): a head has one distribution over"
+                " its values",
             )
         if self.query == "released":
             require(
                 self.tucker_rank == 2 and self.num_heads <= 4,
                 prefix + "query",
                 self.query,
-                "the released layout holds four chunks: it needs tucker_rank = 2 and at most"
-                " 4 heads",
+                "the released layout has four chunks: it needs tucker_rank = 2 and at most 4 heads",
             )
         if self.activation != "none":
             require(
@@ -139,7 +138,7 @@ class MemoryConfig:
                 self.pre_value_dim == hidden_size,
                 prefix + "pre_projection",
                 self.pre_projection,
-                f"without it pre-values meet the input itself, so pre_value_dim ="
+                f"without it, pre-values are multiplied with the input itself, so pre_value_dim ="
                 f" {self.pre_value_dim} must be model.hidden_size = {hidden_size}",
             )
         if self.projection == "none":
@@ -147,7 +146,7 @@ class MemoryConfig:
                 self.value_dim == hidden_size,
                 prefix + "projection",
                 self.projection,
-                f"without it the pooled values are the output, so value_dim = {self.value_dim}"
+                f"without it, the pooled values are the output, so value_dim = {self.value_dim}"
                 f" must be model.hidden_size = {hidden_size}",
             )
         require(
@@ -161,7 +160,7 @@ class MemoryConfig:
             addresses < 2**31,
             prefix + "num_keys",
             self.num_keys,
-            f"gives {addresses} addresses a layer; ids are int32, so fewer than 2**31",
+            f"gives {addresses} addresses per layer; int32 ids allow fewer than 2**31",
         )
 
 
@@ -190,7 +189,7 @@ class ModelConfig:
 
     vocab_size: Positive
     hidden_size: Positive
-    num_layers: Annotated[int, Interval(1), Interval(1, 100_000)]  # a list of them is made early
+    num_layers: Annotated[int, Interval(1), Interval(1, 100_000)]  # bounds early lists of layers
     num_heads: Positive
     num_key_value_heads: Positive
     ffn: Literal["dense", "moe", "none"]
@@ -216,7 +215,7 @@ class ModelConfig:
 
     @property
     def placements(self) -> tuple[tuple[int, int], ...]:
-        """(read, write) block of each memory layer, counted from 0; empty where there are none."""
+        """(read, write) block of each memory layer, counted from 0; empty if there are none."""
         if self.memory.layer == "none":
             return ()
         if not self.memory.read_layers:
@@ -226,7 +225,7 @@ class ModelConfig:
 
     @property
     def active_ffn_size(self) -> int:
-        """Inner width of all FFNs that a token goes through in a block, chosen experts included."""
+        """Total inner width of the FFN and the selected experts of a token in one block."""
         experts = self.moe.top_k * self.moe.expert_size if self.ffn == "moe" else 0
         return self.ffn_size + experts
 
@@ -236,7 +235,7 @@ class ModelConfig:
             self.hidden_size % self.num_heads == 0 and self.head_dim % 2 == 0,
             "model.num_heads",
             self.num_heads,
-            f"must divide hidden_size = {self.hidden_size} into heads of even width (RoPE turns"
+            f"must divide hidden_size = {self.hidden_size} into heads of even width (RoPE rotates"
             " pairs)",
         )
         require(
@@ -249,20 +248,20 @@ class ModelConfig:
             self.rope_scaling != "none" or self.rope_scale == 1,
             "model.rope_scale",
             self.rope_scale,
-            "must be 1 where rope_scaling is 'none'",
+            "must be 1 if rope_scaling is 'none'",
         )
         require(
             self.ffn == "moe" or (self.ffn_size > 0) == (self.ffn == "dense"),
             "model.ffn_size",
             self.ffn_size,
-            f"must be {'>= 1' if self.ffn == 'dense' else '0'} where model.ffn is {self.ffn!r};"
-            " beside experts ('moe') it is the width of a shared expert, or 0",
+            f"must be {'>= 1' if self.ffn == 'dense' else '0'} if model.ffn is {self.ffn!r};"
+            " with 'moe' it is the width of a shared expert, or 0",
         )
         require(
             self.ffn != "none" or self.memory.layer != "none",
             "model.ffn",
             self.ffn,
-            "a block needs an FFN or a memory, and model.memory.layer is 'none'",
+            "a block needs an FFN or a memory layer, but model.memory.layer is 'none'",
         )
         if self.memory.layer != "none":
             self.memory.validate(self.hidden_size)
@@ -277,7 +276,7 @@ class ModelConfig:
             len(reads) == len(writes),
             "model.memory.write_layers",
             writes,
-            f"must pair one by one with read_layers = {reads}",
+            f"must have as many entries as read_layers = {reads}",
         )
         for read, write in zip(reads, writes, strict=True):
             require(
@@ -291,7 +290,7 @@ class ModelConfig:
             list(reads) == sorted(set(reads)),
             "model.memory.read_layers",
             reads,
-            "must rise strictly: a block feeds at most one memory layer",
+            "must be strictly increasing: a block feeds at most one memory layer",
         )
         num_tables = len(self.placements)
         require(
@@ -305,12 +304,12 @@ class ModelConfig:
                 num_tables % memory.share_group == 0,
                 "model.memory.share_group",
                 memory.share_group,
-                f"must divide the number of memory layers, {num_tables}, when sharing is 'block'",
+                f"must divide the number of memory layers, {num_tables}, if sharing is 'block'",
             )
         require(
             num_tables * memory.num_values < 2**31,
             "model.memory.num_keys",
             memory.num_keys,
-            f"gives a store of {num_tables * memory.num_values} rows; ids are int32, so fewer"
-            " than 2**31",
+            f"gives a store of {num_tables * memory.num_values} rows; int32 ids allow fewer than"
+            " 2**31",
         )

@@ -1,7 +1,7 @@
-"""How nested frozen dataclasses are filled from a mapping, each value checked against its type.
+"""Building nested frozen dataclasses from mappings, with every value checked against its type.
 
-A field's annotation is its rule: a type, a `Literal` of choices, a tuple, another dataclass, or a
-number `Annotated` with an `Interval`.
+The annotation of a field is its rule: a type, a `Literal` of choices, a tuple, another dataclass,
+or a number `Annotated` with an `Interval`.
 """
 
 import dataclasses
@@ -14,27 +14,27 @@ from typing import Annotated, Any, Literal, NoReturn
 
 
 class UserError(Exception):
-    """A mistake of the user's and not the program's; the message is all that they need."""
+    """An error that the user can fix; shown as its message, without a traceback."""
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot work; the message names the field, the value and the rule."""
+    """An invalid configuration; the message names the field, the value and the rule."""
 
 
 def reject(field: str, value: object, rule: str) -> NoReturn:
-    """Raises the ConfigError of a field whose value breaks a rule."""
+    """Raises a ConfigError for a field whose value violates a rule."""
     raise ConfigError(f"{field}={value!r}: {rule}")
 
 
 def require(condition: bool, field: str, value: object, rule: str) -> None:
-    """Rejects a field's value unless the condition holds."""
+    """Raises a ConfigError for a field unless the condition holds."""
     if not condition:
         reject(field, value, rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Rule of one number by itself: which values it may take."""
+    """The interval of valid values of a number."""
 
     low: int | float
     high: int | float = math.inf
@@ -42,7 +42,7 @@ class Interval:
     includes_high: bool = True
 
     def holds(self, value: int | float) -> bool:
-        """Tells whether a number keeps the rule; infinities and NaN keep none."""
+        """Returns whether a number is in the interval; infinities and NaN never are."""
         if isinstance(value, float) and not math.isfinite(value):
             return False
         above = value >= self.low if self.includes_low else value > self.low
@@ -55,7 +55,7 @@ class Interval:
 
 
 Positive = Annotated[int, Interval(1)]
-Seed = Annotated[int, Interval(0), Interval(0, 2**31 - 1)]  # programs take it as an int32
+Seed = Annotated[int, Interval(0), Interval(0, 2**31 - 1)]  # passed to programs as an int32
 Natural = Annotated[int, Interval(0)]
 PositiveFloat = Annotated[float, Interval(0, includes_low=False)]
 NaturalFloat = Annotated[float, Interval(0)]
@@ -64,7 +64,7 @@ NaturalFloat = Annotated[float, Interval(0)]
 def differing_fields(
     left: Mapping[str, Any], right: Mapping[str, Any], path: str = ""
 ) -> list[str]:
-    """Lists 'path: left -> right' for every leaf in which two nested mappings differ."""
+    """Lists 'path: left -> right' for every leaf at which two nested mappings differ."""
     differences: list[str] = []
     for key in sorted(set(left) | set(right)):
         here = f"{path}{key}"
@@ -77,22 +77,24 @@ def differing_fields(
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
-    """Returns ' (nearest: ...)' for the valid name closest to a misspelt one, or ''."""
+    """Returns ' (nearest: ...)' with the valid name closest to a misspelt one, or ''."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f" (nearest: {matches[0]})" if matches else ""
 
 
-def named[T](field: str, name: str, known: Mapping[str, T], *, also: Sequence[str] = ()) -> T:
-    """Returns what a field names: one of `known`, or what "module:attribute" imports.
+def resolve_name[T](
+    field: str, name: str, known: Mapping[str, T], *, also: Sequence[str] = ()
+) -> T:
+    """Resolves the value of a field: a name in `known`, or "module:attribute", which is imported.
 
     Args:
-      field: for messages.
-      name: its value.
-      known: what there is by a short name.
-      also: other names that the field may have, for messages.
+      field: path of the field, for error messages.
+      name: value of the field.
+      known: registered objects by name.
+      also: other valid names of the field, for error messages.
 
     Raises:
-      ConfigError: a name that there is not, or that cannot be imported.
+      ConfigError: the name is unknown or cannot be imported.
     """
     if name in known:
         return known[name]
@@ -103,17 +105,17 @@ def named[T](field: str, name: str, known: Mapping[str, T], *, also: Sequence[st
         reject(field, name, rule)
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's raises all kinds
+    except Exception as error:  # user modules may raise anything
         raise ConfigError(
             f"{field}={name!r}: cannot be imported: {type(error).__name__}: {error}"
         ) from error
 
 
 def build(cls: type, section: Any, path: str = "") -> Any:
-    """Fills a dataclass from a mapping of its fields; `path` is the prefix of names in messages.
+    """Builds a dataclass from a mapping of its fields; `path` prefixes names in error messages.
 
     Raises:
-      ConfigError: for an unknown or missing field, or a value that breaks its annotation.
+      ConfigError: a field is unknown or missing, or a value violates its annotation.
     """
     if not isinstance(section, Mapping) and not hasattr(section, "items"):
         reject(path.rstrip("."), section, "must be a section, not a value")
@@ -133,8 +135,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return build(typing.cast(type, hint), value, path + ".")
     origin = typing.get_origin(hint)
     if origin is Annotated:
-        kind, *intervals = typing.get_args(hint)
-        value = _convert(kind, value, path)
+        number_type, *intervals = typing.get_args(hint)
+        value = _convert(number_type, value, path)
         infinite = isinstance(value, float) and math.isinf(value)
         require(not infinite, path, value, "must be finite")
         for interval in intervals:
@@ -155,8 +157,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            reject(path, value, "must be a number that a float can hold")
-    # bool is a subclass of int, so isinstance would let `top_m=True` pass.
+            reject(path, value, "must be in the range of a float")
+    # Compare types exactly: bool is a subclass of int, so isinstance would accept `top_m=True`.
     if type(value) is not hint:
         reject(path, value, f"must be of type {hint.__name__}, not {type(value).__name__}")
     return value

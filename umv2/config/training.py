@@ -15,7 +15,7 @@ from umv2.config.schema import (
 
 @dataclasses.dataclass(frozen=True)
 class WeightDecayConfig:
-    """Decoupled weight decay of each parameter group (`optimizer.weight_decay`)."""
+    """Decoupled weight decay per parameter group (`optimizer.weight_decay`)."""
 
     embeddings: NaturalFloat
     norms: NaturalFloat
@@ -46,7 +46,7 @@ class OptimizerConfig:
     values_decay_fraction: Annotated[float, Interval(0, 1, includes_low=False)]
 
     def validate(self, num_steps: int) -> None:
-        """Raises ConfigError for impossible values, given the length of training in steps."""
+        """Raises ConfigError for values that are impossible for `num_steps` of training."""
         require(
             self.warmup_steps < num_steps,
             "optimizer.warmup_steps",
@@ -58,13 +58,13 @@ class OptimizerConfig:
                 self.warmup_steps <= self.decay_start_step < num_steps,
                 "optimizer.decay_start_step",
                 self.decay_start_step,
-                f"must lie in [warmup_steps = {self.warmup_steps}, train.num_steps = {num_steps})",
+                f"must be in [warmup_steps = {self.warmup_steps}, train.num_steps = {num_steps})",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Coefficients added to the cross entropy (`loss`)."""
+    """Coefficients of the losses added to the cross entropy (`loss`)."""
 
     z_loss: NaturalFloat
     tucker_penalty: NaturalFloat
@@ -77,7 +77,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length, batch and bookkeeping of a run (`train`)."""
+    """Training length, batch size, logging, evaluation and checkpoint intervals (`train`)."""
 
     num_steps: Positive
     batch_size: Positive

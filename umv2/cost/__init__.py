@@ -1,1 +1,1 @@
-"""What a configuration costs: parameters and FLOPs."""
+"""Analytic cost of a configuration: parameters, FLOPs, memory traffic and communication."""

@@ -1,9 +1,9 @@
-"""What sharded value tables cost: bytes exchanged, and bytes held.
+"""Cost of sharded value tables: bytes communicated, and bytes of memory per device.
 
-The counterpart of `umv2.model.memory.exchange`, collective by collective. Counted is what one
-device receives over the mesh axis `memory` when every collective moves as little as it can; tests
-hold it to what is read from compiled programs. Selections that do not fit into the first round of
-the layout "rows" are left out: an even load needs no second one.
+Mirrors the collectives of `umv2.model.memory.exchange`. Counts the bytes that one device receives
+over the mesh axis `memory` if every collective moves the minimum; tests compare them with compiled
+programs. For the layout "rows", selections beyond the capacity of the first round are not counted:
+a balanced load needs no second round.
 """
 
 import collections
@@ -23,9 +23,9 @@ from umv2.model.slots import memory_layer
 
 Layout = Literal["columns", "rows"]
 
-# A TPU holds a float32 table in tiles of this many rows and columns.
+# A TPU pads a float32 table to tiles of this many rows and columns.
 _TILE_ROWS, _TILE_COLUMNS = 8, 128
-_MOMENTS = 2  # of AdamW, in float32 as the tables
+_MOMENTS = 2  # of AdamW, in float32 like the tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +55,16 @@ def exchanged_bytes(
     Args:
       memory: sizes of the layer.
       layout: of the tables.
-      size: M, devices along the axis that shards them.
-      num_tokens: tokens of each device in one pass.
+      size: M, devices along the axis that shards the tables.
+      num_tokens: tokens per device in one pass.
       itemsize: bytes of an element of the compute dtype.
-      remat: whether the backward pass repeats the forward pass, exchanges included.
+      remat: whether the backward pass recomputes the forward pass, collectives included.
     """
     forward: collections.Counter[str] = collections.Counter()
     backward: collections.Counter[str] = collections.Counter()
 
     def count(name: str, operand: int, gradient: str = "") -> None:
-        """Counts a collective of `operand` bytes a device, and the one that is its gradient."""
+        """Counts a collective on `operand` bytes per device, and the collective of its gradient."""
         forward[name] += _received(name, operand, size)
         if gradient == "reduce-scatter":  # of what was gathered
             operand *= size
@@ -93,10 +93,10 @@ def exchanged_bytes(
         count("all-to-all", pooled, "all-to-all")
     else:
         groups = exchange.groups(num_tokens, memory.num_selected, memory.num_slots, size)
-        sent = size * groups.capacity * groups.size  # places for selections
+        sent = size * groups.capacity * groups.size  # capacity for selections
         count("all-reduce", int32)  # the number of rounds
         count("all-to-all", sent * int32)  # ids
-        count("all-to-all", size * groups.capacity * int32)  # whose they are
+        count("all-to-all", size * groups.capacity * int32)  # the tokens that they belong to
         count("all-to-all", sent * memory.num_cores * itemsize, "all-to-all")  # weights
         if memory.pre_value_dim:
             count("all-gather", pre_inputs, "reduce-scatter")
@@ -105,7 +105,7 @@ def exchanged_bytes(
 
 
 def _received(name: str, operand: int, size: int) -> int:
-    """Bytes that one of `size` devices receives through a collective on operands of these bytes."""
+    """Returns the bytes that one of `size` devices receives in a collective on `operand` bytes."""
     match name:
         case "all-gather":
             return operand * (size - 1)
@@ -116,9 +116,9 @@ def _received(name: str, operand: int, size: int) -> int:
 
 
 def table_bytes(config: ModelConfig, layout: Layout, size: int) -> int:
-    """Returns the bytes of one device's part of all value tables, with their moments, on a TPU.
+    """Returns the bytes of one device's shard of all value tables and their moments, on a TPU.
 
-    In float32. Rows are padded to 128 columns each, which narrow parts of columns pay dearly.
+    Tables are float32. Rows are padded to 128 columns, which is expensive for narrow column shards.
     """
     memory = config.memory
     columns, rows = (size, 1) if layout == "columns" else (1, size)
@@ -134,22 +134,22 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def choose(
+def choose_layout(
     config: ModelConfig, size: int, num_tokens: int, *, capacity: int | None = None
 ) -> tuple[Layout, str]:
-    """Chooses how value tables are sharded: by what exchanges fewer bytes, of what is possible.
+    """Chooses the layout of the value tables that communicates fewer bytes, of those possible.
 
     Args:
       config: of a model with memory layers.
-      size: mesh.memory, the devices that hold the tables.
-      num_tokens: tokens of each device in one pass.
-      capacity: bytes that a device has for tables and moments; None: any.
+      size: mesh.memory, the number of devices that the tables are sharded over.
+      num_tokens: tokens per device in one pass.
+      capacity: bytes per device for tables and moments; None: unlimited.
 
     Returns:
-      The layout, and a line that says why, with the figures.
+      The layout, and one line that explains the choice, with the figures.
 
     Raises:
-      ConfigError: neither layout is possible; the message says why, and names sizes that are.
+      ConfigError: neither layout is possible; the message says why, and names possible sizes.
     """
     faults = {layout: _fault(config, layout, size, capacity) for layout in _sizes(config)}
     possible = [layout for layout, fault in faults.items() if fault is None]
@@ -172,8 +172,8 @@ def choose(
     def figures(layout: Layout) -> str:
         if faults[layout]:
             return f"mesh.memory={size} {faults[layout]}"
-        held = table_bytes(config, layout, size)
-        return f"{received[layout] / 1e6:,.1f} MB a layer, tables of {held / 1e9:,.2f} GB"
+        tables = table_bytes(config, layout, size)
+        return f"{received[layout] / 1e6:,.1f} MB a layer, tables of {tables / 1e9:,.2f} GB"
 
     (other,) = (layout for layout in faults if layout != chosen)
     return chosen, (
@@ -190,23 +190,24 @@ def resolve_mesh(
     *,
     capacity: int | None = None,
 ) -> Config:
-    """Returns the configuration with a `ResolvedMesh`, whose layout of tables is possible.
+    """Returns the configuration with a `ResolvedMesh`, in which the layout of tables is resolved.
 
     Args:
-      config: whose mesh.table_sharding may be "auto"; then the choice is logged.
+      config: if its mesh.table_sharding is "auto", the choice is logged.
       mesh_sizes: devices along each axis.
       num_tokens: tokens of a pass, on all devices.
-      capacity: bytes of memory of a TPU, for "auto"; None where no row is padded, or any will do.
+      capacity: bytes of memory of a TPU, for "auto"; None: unlimited, or not a TPU.
 
     Raises:
-      ConfigError: the layout that is named, or each, is impossible; with sizes that are possible.
+      ConfigError: the configured layout, or for "auto" each layout, is impossible; the message
+        names possible sizes.
     """
     size, named = mesh_sizes[sharding.MEMORY], config.mesh.table_sharding
     layout = named
     if config.model.placements and size > 1:
         if named == "auto":
             local_tokens = -(-num_tokens // math.prod(mesh_sizes.values()))
-            layout, explanation = choose(config.model, size, local_tokens, capacity=capacity)
+            layout, explanation = choose_layout(config.model, size, local_tokens, capacity=capacity)
             logging.info("%s", explanation)
         elif fault := _fault(config.model, named, size, None):
             raise ConfigError(f"mesh.memory={size}, mesh.table_sharding={named!r}: {fault}")
@@ -215,7 +216,7 @@ def resolve_mesh(
 
 
 def _sizes(config: ModelConfig) -> dict[Layout, list[int]]:
-    """The numbers of devices that can shard the tables, by layout."""
+    """Returns the numbers of devices that can shard the tables, by layout."""
     memory = config.memory
     return {
         "columns": exchange.column_sizes(memory.value_dim, memory.pre_value_dim, memory.num_cores),
@@ -224,7 +225,7 @@ def _sizes(config: ModelConfig) -> dict[Layout, list[int]]:
 
 
 def _fault(config: ModelConfig, layout: Layout, size: int, capacity: int | None) -> str | None:
-    """Why a layout is impossible, with a size that is possible where there is one."""
+    """Returns why a layout is impossible, and a possible size if there is one; else None."""
     memory = config.memory
     if layout == "columns":
         dims = (memory.value_dim, memory.pre_value_dim, memory.num_cores)
@@ -235,8 +236,8 @@ def _fault(config: ModelConfig, layout: Layout, size: int, capacity: int | None)
         return fault
     fitting = [m for m in _sizes(config)[layout] if table_bytes(config, layout, m) <= capacity]
     advice = f"{min(fitting)} devices would do" if fitting else "no number of devices would do"
-    held = table_bytes(config, layout, size)
+    tables = table_bytes(config, layout, size)
     return (
-        f"leaves each device tables and moments of {held / 1e9:,.2f} GB, and it has"
+        f"requires {tables / 1e9:,.2f} GB per device for tables and moments, but a device has"
         f" {capacity / 1e9:,.2f} GB; {advice}"
     )

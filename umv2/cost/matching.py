@@ -1,4 +1,4 @@
-"""Finds the sizes at which one model costs what another does."""
+"""Finds sizes at which one model has the same cost as another."""
 
 import dataclasses
 import itertools
@@ -10,21 +10,21 @@ from umv2.config import Config, ConfigError, ModelConfig
 from umv2.cost import accounting
 
 TOLERANCE = 0.01
-# A width is a multiple of the largest power of two, up to this one, ...
+# Widths are multiples of the largest power of two, up to this one, ...
 _MAX_MULTIPLE = 64
-# ... whose steps change the active parameters by less than this fraction.
+# ... that changes the active parameters by at most this fraction per step.
 _MAX_STEP = 0.0025
 _EXPERT = "moe.expert_size"
-# What is sized, by path below `model`; a family has only some of them.
+# The sizes to search, by path below `model`; a model family has only some of them.
 SIZES = ("ffn_size", "memory.num_keys", "memory.top_m", "moe.num_experts", _EXPERT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantities:
-    """What models are made equal in; embeddings and head are left out of the parameters.
+    """Quantities to match; parameters exclude embedding and head.
 
-    `flops` are those of a forward pass for one token at the training length; `values_read` the
-    entries of value tables that a token reads (0 for models without memory layers).
+    `flops` are per token of a forward pass at the training length; `values_read` is the number of
+    value table elements that a token reads (0 for models without memory layers).
     """
 
     active: float
@@ -38,10 +38,10 @@ RULES = tuple(field.name for field in dataclasses.fields(Quantities))
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A model made to cost what a reference does, as nearly as its sizes allow.
+    """A model sized to match the cost of a reference as closely as possible.
 
-    `sizes` are what was found, by path below `model`; `deviations` are relative to the reference,
-    and NaN where a quantity does not exist in the family.
+    `sizes` are by path below `model`. `deviations` are relative to the reference, and NaN if the
+    model family does not have the quantity.
     """
 
     config: Config
@@ -51,19 +51,19 @@ class Match:
 
     @property
     def unmatched(self) -> dict[str, float]:
-        """Deviations above 1 %, and quantities that the family does not have."""
+        """Deviations above 1 %, and quantities that the model family does not have."""
         return {n: d for n, d in self.deviations.items() if not abs(d) <= TOLERANCE}
 
 
 def quantities(config: Config) -> Quantities:
-    """Counts what models are made equal in."""
-    counts, found = accounting.parameter_counts(config.model), accounting.slots(config.model)
+    """Computes the quantities to match."""
+    counts, layers = accounting.parameter_counts(config.model), accounting.slots(config.model)
     flops = accounting.forward_flops_per_token(config.model, config.data.sequence_length)
     return Quantities(
         active=float(counts.active_without_embeddings),
         total=float(counts.total_without_embeddings),
         flops=sum(flops.values()),
-        values_read=float(found.memory[0] * found.memory[1].selected),
+        values_read=float(layers.memory[0] * layers.memory[1].selected),
     )
 
 
@@ -73,16 +73,16 @@ def match(
     rules: tuple[str, ...] = RULES,
     free: tuple[str, ...] = SIZES,
 ) -> Match:
-    """Sizes a candidate so that it equals the reference in what `rules` name.
+    """Sizes a candidate to match the reference in the quantities that `rules` name.
 
-    Found are the width of the FFN or of an expert (active parameters, FLOPs), the number of keys or
-    of experts (total parameters) and the values a head selects (values read); everything else is
-    the candidate's. Among the sizes tried it takes those whose largest deviation is the least. The
-    shortlist is as long as a selection, which is exact for additive scores, but at most 128 for
-    Tucker scores, as in the paper.
+    Searches the width of the FFN or of an expert (active parameters, FLOPs), the number of keys or
+    of experts (total parameters) and the number of values that a head selects (values read); keeps
+    everything else of the candidate. Returns the sizes with the smallest maximum deviation among
+    those tried. The shortlist is as long as the selection, which is exact for additive scores, but
+    at most 128 for Tucker scores, as in the paper.
 
     Raises:
-      ConfigError: a rule or a size that there is not, or a reference too small for the candidate.
+      ConfigError: a rule or size is unknown, or the reference is too small for the candidate.
     """
     for kind, names, choices in (("rule", rules, RULES), ("size", free, SIZES)):
         for name in names:
@@ -94,18 +94,18 @@ def match(
         config = _with_sizes(candidate, sizes)
         try:
             config.validate()
-        except ConfigError:  # such as fewer keys than a shortlist
+        except ConfigError:  # e.g. fewer keys than the shortlist
             continue
-        found = quantities(config)
-        deviations = {rule: _deviation(found, target, rule) for rule in rules}
+        actual = quantities(config)
+        deviations = {rule: _deviation(actual, target, rule) for rule in rules}
         known = [abs(deviation) for deviation in deviations.values() if not math.isnan(deviation)]
-        # What cannot be matched at all must not decide about the rest.
+        # A quantity that cannot be matched must not influence the choice.
         if not candidate.model.placements and candidate.model.ffn == "dense":
             known = [abs(deviations[rule]) for rule in rules if rule in ("active", "flops")]
-        # The largest deviation decides, and between equals the next one.
+        # Compare the largest deviation first, and break ties by the next largest.
         cost = sorted(known, reverse=True)
         if best is None or cost < best[0]:
-            best = cost, Match(config, sizes, found, deviations)
+            best = cost, Match(config, sizes, actual, deviations)
     if best is None:
         raise ConfigError(
             f"model: the reference is too small: its {target.active:,.0f} active and"
@@ -115,17 +115,17 @@ def match(
     return best[1]
 
 
-def _deviation(found: Quantities, target: Quantities, rule: str) -> float:
-    ours, wanted = getattr(found, rule), getattr(target, rule)
-    if rule == "values_read" and not (ours and wanted):
+def _deviation(actual: Quantities, target: Quantities, rule: str) -> float:
+    value, target_value = getattr(actual, rule), getattr(target, rule)
+    if rule == "values_read" and not (value and target_value):
         return math.nan
-    return ours / wanted - 1
+    return value / target_value - 1
 
 
 def _candidates(
     target: Quantities, candidate: Config, rules: tuple[str, ...], free: tuple[str, ...]
 ) -> Iterator[dict[str, int]]:
-    """Yields sizes to try: for each number of keys or experts, the widths around the solution."""
+    """Yields sizes to try: for each number of keys or experts, widths around the solution."""
     model, memory = candidate.model, candidate.model.memory
     width = _width(model)
     numbers: range | tuple[int, ...]
@@ -157,7 +157,7 @@ def _candidates(
 
 
 def _width(model: ModelConfig) -> str:
-    """Returns the field that makes a token's FFN wider."""
+    """Returns the field that sets the width of a token's FFN."""
     return _EXPERT if model.ffn == "moe" else "ffn_size"
 
 
@@ -168,7 +168,7 @@ def _numbers_of_keys(
     rules: tuple[str, ...],
     free: tuple[str, ...],
 ) -> range:
-    """Returns the numbers around that at which the total parameters are met."""
+    """Returns the numbers of keys around the one that matches the total parameters."""
     memory, tables = candidate.model.memory, len(candidate.model.placements)
     row = memory.value_dim + memory.pre_value_dim
     selected = tables * memory.num_heads * fixed.get("memory.top_m", memory.top_m) * row
@@ -177,12 +177,12 @@ def _numbers_of_keys(
         return round(math.sqrt(max((target.total - active + selected) / (tables * row), 1)))
 
     num_keys = nearest(target.active)
-    if "active" not in rules:  # then they are those at which the FLOPs are met
+    if "active" not in rules:  # then the active parameters follow from matching the FLOPs
         for _ in range(4):
             sizes = fixed | {"memory.num_keys": num_keys}
             tried = [
-                quantities(_with_sizes(candidate, found))
-                for found in _with_widths(target, candidate, sizes, _width(candidate.model), free)
+                quantities(_with_sizes(candidate, sized))
+                for sized in _with_widths(target, candidate, sizes, _width(candidate.model), free)
             ]
             if not tried:
                 break
@@ -191,9 +191,9 @@ def _numbers_of_keys(
 
 
 def _numbers_of_experts(target: Quantities, candidate: Config) -> range:
-    """Returns the numbers around that at which active and total parameters are both met."""
+    """Returns the numbers of experts around the one that matches active and total parameters."""
     model, num_experts = candidate.model, candidate.model.moe.top_k
-    for _ in range(4):  # the router has active parameters too, so the width depends on it
+    for _ in range(4):  # fixed point: the router's parameters are active, so they affect the width
         fixed = {"moe.num_experts": num_experts}
         sized = _with_widths(target, candidate, fixed, _EXPERT, (_EXPERT,))
         widths = [sizes[_EXPERT] for sizes in sized]
@@ -211,35 +211,35 @@ def _with_widths(
     name: str,
     free: tuple[str, ...],
 ) -> Iterator[dict[str, int]]:
-    """Yields `fixed` with the widths at which active parameters or FLOPs cross the target."""
+    """Yields `fixed` with widths around those at which active parameters or FLOPs match."""
     if name not in free:
         yield fixed
         return
 
-    def counted(width: int) -> Quantities:
+    def at_width(width: int) -> Quantities:
         return quantities(_with_sizes(candidate, fixed | {name: width}))
 
-    step = counted(2).active - counted(1).active
+    step = at_width(2).active - at_width(1).active
     multiple = 1
     while multiple < _MAX_MULTIPLE and 2 * multiple * step <= _MAX_STEP * target.active:
         multiple *= 2
     low, high = sorted(
         (
-            _last(lambda k: counted(k * multiple).active <= target.active),
-            _last(lambda k: counted(k * multiple).flops <= target.flops),
+            _last(lambda k: at_width(k * multiple).active <= target.active),
+            _last(lambda k: at_width(k * multiple).flops <= target.flops),
         )
     )
-    if high == 0:  # not even the narrowest fits
+    if high == 0:  # even the smallest width exceeds the target
         return
-    # Between the two, the deviations of active parameters and FLOPs change places.
-    tried = sorted({low, low + 1, (low + high) // 2, (low + high) // 2 + 1, high, high + 1})
-    for factor in tried:
+    # Around the midpoint, the deviations of active parameters and of FLOPs are equally large.
+    factors = sorted({low, low + 1, (low + high) // 2, (low + high) // 2 + 1, high, high + 1})
+    for factor in factors:
         if factor >= 1:
             yield fixed | {name: factor * multiple}
 
 
 def _last(holds: Callable[[int], bool]) -> int:
-    """Returns the last k >= 0 before a monotone condition on k >= 1 fails."""
+    """Returns the last k >= 0 before a monotone condition on k >= 1 becomes false."""
     high = next(k for k in (2**i for i in itertools.count()) if not holds(k))
     low = high // 2
     while high - low > 1:

@@ -1,4 +1,4 @@
-"""Configurations side by side: parameters, FLOPs, bytes of a decode step, memory of training."""
+"""Compares configurations: parameters, FLOPs, bytes per decode step, training memory."""
 
 import dataclasses
 import json
@@ -11,16 +11,16 @@ from umv2.config import Config
 from umv2.cost import accounting, traffic
 
 BATCH_SIZES = (1, 8, 64, 512)
-# Of the curves: every power of two.
+# Of the plots: powers of two.
 PLOTTED_BATCH_SIZES = tuple(2**power for power in range(10))
 
-# What a table shows where a configuration has no such part.
+# What a table shows for a part that a configuration lacks.
 _ABSENT = "-"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one configuration; bytes read per decode step by batch size, in `compute_dtype`."""
+    """Cost of one configuration; `decode_bytes` by batch size, with arrays in `compute_dtype`."""
 
     compute_dtype: str
     parameters: accounting.ParameterCounts
@@ -32,7 +32,7 @@ class Cost:
     training_memory: accounting.TrainingMemory
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON; all bytes are bytes, FLOPs are of one token."""
+        """Returns plain values for JSON, in bytes and in FLOPs per token."""
         return {
             "compute_dtype": self.compute_dtype,
             "parameters": self.parameters.as_dict(),
@@ -51,7 +51,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class CostReport:
-    """Costs by the names of configurations, all at one context length (tokens)."""
+    """Costs by name of the configuration, all at one context length (tokens)."""
 
     costs: dict[str, Cost]
     context_length: int
@@ -64,17 +64,17 @@ class CostReport:
         }
 
     def as_json(self) -> str:
-        """Returns `as_dict` as text."""
+        """Returns `as_dict` as JSON text."""
         return json.dumps(self.as_dict(), indent=2)
 
     def as_text(self, width: int | None = None) -> str:
-        """Returns one table: a row a quantity, a column a configuration.
+        """Returns a table with one row per quantity and one column per configuration.
 
-        Below bytes of a decode step stand ratios to the first configuration. Configurations that do
-        not fit side by side are continued below.
+        Bytes per decode step are followed by their ratios to the first configuration. If the table
+        is too wide, further configurations are shown below.
 
         Args:
-          width: columns that the table takes at most; None: as many as the terminal has.
+          width: maximum number of columns of text; None: the width of the terminal.
         """
         context = f"{self.context_length:,}"
         costs = [cost.as_dict() for cost in self.costs.values()]
@@ -107,9 +107,10 @@ class CostReport:
         return tables.table(rows, width)
 
     def draw(self, path: Path) -> None:
-        """Draws bytes read per decode step over the batch, and their ratios to the first, as PNG.
+        """Plots bytes read per decode step over the batch size, and ratios to the first, as PNG.
 
-        Above without the key-value cache (weights, rows and experts), below with it.
+        The top row excludes the key-value cache (weights, rows and experts only), the bottom row
+        includes it.
         """
         compared = len(self.costs) > 1
         figure = pictures.new(12.0 if compared else 7.0, 8.0)
@@ -153,18 +154,18 @@ class CostReport:
 def cost_report(
     named_configs: Mapping[str, Config], *, context_length: int | None = None
 ) -> CostReport:
-    """Counts what each configuration costs, all at one context length.
+    """Computes the cost of each configuration, all at one context length.
 
     Args:
-      named_configs: by the names that the report gives them; ratios are to the first.
+      named_configs: configurations by their names in the report; ratios are to the first.
       context_length: tokens of a forward pass, and positions that a decode step attends to; None:
-        the longest `data.sequence_length` among the configurations.
+        the longest `data.sequence_length` of the configurations.
 
     Raises:
-      ValueError: no configuration.
+      ValueError: there is no configuration.
     """
     if not named_configs:
-        raise ValueError("named_configs is empty: a report needs at least one configuration")
+        raise ValueError("named_configs is empty: must have at least one configuration")
     if context_length is None:
         context_length = max(config.data.sequence_length for config in named_configs.values())
     costs = {name: _cost(config, context_length) for name, config in named_configs.items()}

@@ -1,9 +1,9 @@
-"""What one decode step reads from memory: bytes of weights, rows, experts and cache, part by part.
+"""Memory traffic of a decode step: bytes read of weights, table rows, experts and cache.
 
-A step gives each of `batch_size` sequences one token. Every weight is read once for all
-of them; rows of tables are read for each token, experts once if any token chose them. Counted are
-the bytes asked for, each once: hardware moves sectors of 32 to 128 bytes, so narrow rows cost
-more, and what a kernel writes and reads again (activations, logits, scores) is left out.
+A step generates one token for each of `batch_size` sequences. Weights are read once per step, table
+rows once per token, and experts once if any token is routed to them. Counts requested bytes:
+hardware moves sectors of 32 to 128 bytes, so narrow rows cost more. Intermediate results that a
+kernel writes and reads (activations, logits, scores) are not counted.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from umv2.model.slots import LayerCost
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Data types, by their NumPy names, that a served model is held in."""
+    """Dtypes of a served model, by their NumPy names."""
 
     weights: str = "bfloat16"
     tables: str = "bfloat16"
@@ -29,9 +29,9 @@ class Precision:
 class DecodeBytes:
     """Bytes read in one decode step, by part.
 
-    `embedding` is one row a sequence; `head` is all of the matrix, even where it is tied to the
-    embedding. `sparse_values` are rows of tables, or experts. `buffers` are the addresses looked
-    up in the shuffle, and u and v.
+    `embedding` is one row per sequence; `head` is the full matrix, even if tied to the embedding.
+    `sparse_values` are rows of tables, or experts. `buffers` are u, v, and the addresses looked up
+    in the shuffle.
     """
 
     embedding: float
@@ -52,11 +52,11 @@ class DecodeBytes:
 
     @property
     def without_cache(self) -> float:
-        """All bytes but those of the key-value cache."""
+        """All bytes except those of the key-value cache."""
         return self.total - self.cache
 
     def as_dict(self) -> dict[str, float]:
-        """Returns the parts and the sums over them."""
+        """Returns the parts and their sums."""
         sums = {"without_cache": self.without_cache, "total": self.total}
         return dataclasses.asdict(self) | sums
 
@@ -71,19 +71,19 @@ def decode_bytes(
 ) -> DecodeBytes:
     """Counts the bytes that one decode step reads.
 
-    Experts are those expected to be chosen at least once when tokens choose uniformly and
-    independently; a trained router, less even, needs fewer.
+    The number of experts read is its expectation under uniform, independent routing; a trained
+    router is less uniform and reads fewer.
 
     Args:
       config: the model.
-      batch_size: sequences that take the step together.
-      context_length: positions that each of them reads from its cache.
-      precision: data types; None: the compute dtype for everything.
-      distinct_rows: False: every token reads its own rows, the most there can be. True: a row
-        that several tokens of a step want is read once, as expected under uniform choice.
+      batch_size: sequences per step.
+      context_length: positions that each sequence reads from its cache.
+      precision: dtypes; None: the compute dtype for everything.
+      distinct_rows: False counts the rows of every token, an upper bound. True counts a row that
+        several tokens read once, in expectation under uniform selection.
     """
     precision = precision or Precision(*3 * (config.compute_dtype,))
-    counts, found = accounting.parameter_counts(config), accounting.slots(config)
+    counts, layers = accounting.parameter_counts(config), accounting.slots(config)
     weight, table = bytes_per_entry(precision.weights), bytes_per_entry(precision.tables)
 
     def value_bytes(count: int, layer: LayerCost, entry: float) -> float:
@@ -99,8 +99,8 @@ def decode_bytes(
             )
         return entry * count * rows * layer.selected / (layer.num_draws * layer.num_picked)
 
-    values = value_bytes(*found.memory, table) + value_bytes(*found.experts, weight)
-    buffers = found.sum("buffer_bytes") + batch_size * found.sum("address_bytes")
+    values = value_bytes(*layers.memory, table) + value_bytes(*layers.experts, weight)
+    buffers = layers.sum("buffer_bytes") + batch_size * layers.sum("address_bytes")
     return DecodeBytes(
         embedding=weight * batch_size * config.hidden_size,
         attention=weight * counts.attention,
@@ -118,7 +118,7 @@ def decode_bytes(
 def cache_bytes(
     config: ModelConfig, batch_size: int, context_length: int, *, dtype: str | None = None
 ) -> float:
-    """Returns the bytes of keys and values of all blocks, in `dtype` or else the compute dtype."""
+    """Returns the bytes of the key-value cache of all blocks; `dtype` None: the compute dtype."""
     key_value_size = config.num_key_value_heads * config.head_dim
     entries = 2 * config.num_layers * batch_size * context_length * key_value_size
     return entries * bytes_per_entry(dtype or config.compute_dtype)
@@ -127,23 +127,23 @@ def cache_bytes(
 def expected_distinct(
     num_choices: int, num_picked: int, num_draws: int, *, copies: int = 1
 ) -> float:
-    """Returns how many choices are expected to be picked at least once: E (1 - (1 - k / E)^b).
+    """Returns the expected number of choices picked at least once: E (1 - (1 - k / E)^b).
 
     Args:
-      num_choices: E, experts or rows.
-      num_picked: k, different ones that each draw takes, uniformly.
-      num_draws: b, independent draws.
-      copies: under how many addresses each choice stands; a draw takes different addresses.
+      num_choices: E, the number of experts or rows.
+      num_picked: k, the number of distinct choices per draw, uniformly random.
+      num_draws: b, the number of independent draws.
+      copies: number of addresses of each choice; a draw picks distinct addresses.
     """
     addresses = num_choices * copies
     missed = math.prod((addresses - num_picked - i) / (addresses - i) for i in range(copies))
     if missed <= 0:
         return float(num_choices)
-    # 1 - missed^b, exact also where `missed` is nearly 1.
+    # 1 - missed^b, accurate even if `missed` is close to 1.
     return num_choices * -math.expm1(num_draws * math.log(missed))
 
 
 def bytes_per_entry(dtype: str) -> float:
-    """Returns the bytes of one array entry: half a byte for types of 4 bits, which lie packed."""
+    """Returns the bytes of one array element: half a byte for packed 4-bit types."""
     info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
     return info(dtype).bits / 8

@@ -1,6 +1,6 @@
-"""Text to batches: `sources` read, `corpus` splits, `packing` fills rows, `loader` prefetches.
+"""From text to batches: `sources` reads, `corpus` splits, `packing` packs, `loader` prefetches.
 
-`prepare` makes token shards of text that is too large for memory.
+`prepare` tokenizes text that does not fit in memory into token shards.
 """
 
 from umv2.data.corpus import Corpus, load_corpus

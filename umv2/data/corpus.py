@@ -1,4 +1,4 @@
-"""The documents of a run as token ids, split into those for training and those held out."""
+"""The documents of a run as token ids, split into training and held-out documents."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ Purpose = Literal["train", "evaluate"]
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What tells a corpus from another one, equal on all machines; never where it lies.
+    """What identifies a corpus: equal on all machines and independent of its location.
 
     Attributes:
-      tokenizer: fingerprint of the tokenizer that made the tokens; "" where none is known.
-      documents: hash of the content of all documents, in order, as they are before the split;
-        documents of `data.long_context`, which the configuration determines, do not count.
-      held_out: the same of the held-out documents.
-      description: what a person knows a corpus by: source, numbers of documents and tokens.
+      tokenizer: fingerprint of the tokenizer that made the tokens; "" if unknown.
+      documents: hash of the content of all documents, in order, before the split. Excludes the
+        documents of `data.long_context`, which the configuration determines.
+      held_out: hash of the content of the held-out documents.
+      description: for people: source, numbers of documents and of tokens.
     """
 
     tokenizer: str
@@ -47,13 +47,13 @@ class Corpus:
     """Token documents of both sides of the split.
 
     Attributes:
-      train: documents to train on; with those of `data.long_context`, if any, among them.
+      train: documents to train on, including those of `data.long_context`.
       held_out: documents to evaluate on.
       end_of_text_id: the id that ends a document.
       tokenizer: that made the tokens; None for token files without one.
-      held_out_texts: the held-out documents in UTF-8; None where the source holds tokens.
-      identity: what tells this corpus from another one.
-      warm_up: documents of the first `data.long_context.warm_up_steps` steps; None without any.
+      held_out_texts: the held-out documents in UTF-8; None if the source holds tokens.
+      identity: what identifies the corpus.
+      warm_up: documents of the first `data.long_context.warm_up_steps` steps; None without warm-up.
     """
 
     train: Documents
@@ -66,7 +66,7 @@ class Corpus:
 
     @functools.cached_property
     def held_out_bytes(self) -> int | None:
-        """UTF-8 bytes of the held-out text, end-of-text counting none; None without tokenizer."""
+        """UTF-8 bytes of the held-out text, 0 for end-of-text; None without a tokenizer."""
         if self.held_out_texts is not None:
             return sum(map(len, self.held_out_texts))
         if self.tokenizer is None:
@@ -78,20 +78,20 @@ class Corpus:
         """Returns the text of the held-out documents, in UTF-8.
 
         Raises:
-          DataError: for a source of tokens without a tokenizer.
+          DataError: the source holds tokens and there is no tokenizer.
         """
         if self.held_out_texts is not None:
             return self.held_out_texts
         if self.tokenizer is None:
-            raise DataError("data.tokenizer='none': tokens without a tokenizer have no text")
+            raise DataError("data.tokenizer='none': cannot decode tokens without a tokenizer")
         decode = self.tokenizer.decode
         return tuple(decode(tokens).encode() for tokens in _tokens_of_each(self.held_out))
 
     def held_out_text(self) -> bytes:
-        """Returns the held-out documents joined, in UTF-8, to compare with compressors.
+        """Returns the concatenated held-out documents, in UTF-8, as input for compressors.
 
         Raises:
-          DataError: for a source of tokens without a tokenizer.
+          DataError: the source holds tokens and there is no tokenizer.
         """
         return b"".join(self.held_out_documents())
 
@@ -102,18 +102,18 @@ def _tokens_of_each(documents: Documents) -> Iterator[np.ndarray]:
 
 
 def open_corpus(config: DataConfig, vocab_size: int, *, purpose: Purpose = "train") -> Corpus:
-    """Loads the configured tokenizer and corpus; what one process cannot read ends all.
+    """Loads the configured tokenizer and corpus; an error on one process is raised on all.
 
     Raises:
-      ConfigError: there is no such source, or a field breaks its rule.
-      DataError: for input that cannot be trained on.
+      ConfigError: there is no such source, or a field violates its rule.
+      DataError: the data cannot be trained on.
     """
 
     def load() -> Corpus:
         tokenizer = load_tokenizer(config.tokenizer, config.end_of_text_id)
         return load_corpus(config, tokenizer, vocab_size=vocab_size, purpose=purpose)
 
-    return distributed.everywhere(load)
+    return distributed.on_all_processes(load)
 
 
 def load_corpus(
@@ -126,20 +126,21 @@ def load_corpus(
 ) -> Corpus:
     """Opens, checks and splits the documents of the configured source.
 
-    Text is held in memory, and its tokens too (`prepare` is for more than that); token files are
-    read once to index and check them, and stay on disk.
+    Text and its tokens are held in memory; use `prepare` if they do not fit. Token files are read
+    once to index and check them, and stay on disk.
 
     Args:
       config: the data section of the configuration.
       tokenizer: of the text, or of the token files; None for token files without one.
-      vocab_size: of the model; every token id must lie below.
-      cache_dir: keeps the tokens of text by content; `~/.cache/umv2` without. Bytes are not kept.
-      purpose: to "evaluate", the documents of `data.long_context`, which are to train on, are not
-        written: `train` is then the training side of the source alone.
+      vocab_size: of the model; every token id must be smaller.
+      cache_dir: caches the tokens of text by content; None: `~/.cache/umv2`. The byte tokenizer is
+        not cached.
+      purpose: "evaluate" skips generating the documents of `data.long_context`, which are for
+        training: `train` is then just the training side of the source.
 
     Raises:
-      ConfigError: there is no such source, or a field breaks its rule.
-      DataError: for input that cannot be trained on.
+      ConfigError: there is no such source, or a field violates its rule.
+      DataError: the data cannot be trained on.
     """
     source = sources.resolve(config)
     vocabulary = _vocabulary(config, tokenizer, vocab_size)
@@ -151,7 +152,7 @@ def load_corpus(
     train: Documents = DocumentSubset(split.documents, np.flatnonzero(~split.is_held_out))
     warm_up: Documents | None = None
     if purpose == "train" and config.long_context.num_documents:
-        # The rule of the source, which `resolve` checked, lets tasks stand beside text alone.
+        # `resolve` has checked that tasks are mixed with a text source only.
         assert split.texts is not None
         assert tokenizer is not None
         fillers = [split.texts[i].decode() for i in np.flatnonzero(~split.is_held_out)]
@@ -170,7 +171,7 @@ def load_corpus(
     if num_targets(corpus.train) < config.sequence_length:
         raise DataError(
             f"data.sequence_length={config.sequence_length}: the {len(corpus.train.lengths)}"
-            f" training documents hold only {num_targets(corpus.train)} tokens, less than one"
+            f" training documents have only {num_targets(corpus.train)} tokens, less than one"
             " sequence"
         )
     logging.info(
@@ -185,14 +186,14 @@ def load_corpus(
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """The documents of a source, each on its side.
+    """The documents of a source, and the side of the split that each is on.
 
     Attributes:
-      documents: of both sides; parts of documents where the split cuts them.
-      is_held_out: of each of `documents`.
-      texts: `documents` in UTF-8; None where the source holds tokens.
-      content_hashes: of the documents as they were before the split.
-      tokenizer: fingerprint of what made the tokens; "" where it is not known.
+      documents: of both sides; parts of documents if the split cuts them.
+      is_held_out: whether each of `documents` is held out.
+      texts: `documents` in UTF-8; None if the source holds tokens.
+      content_hashes: of the documents before the split.
+      tokenizer: fingerprint of the tokenizer that made the tokens; "" if unknown.
     """
 
     documents: Documents
@@ -231,7 +232,7 @@ def _vocabulary(config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int
     end_of_text_id = config.end_of_text_id if tokenizer is None else tokenizer.end_of_text_id
     if not 0 <= end_of_text_id < vocab_size:
         raise DataError(
-            f"data.end_of_text_id={end_of_text_id}: must lie in [0, model.vocab_size={vocab_size})"
+            f"data.end_of_text_id={end_of_text_id}: must be in [0, model.vocab_size={vocab_size})"
         )
     return Vocabulary(vocab_size, end_of_text_id, tokenizer.fingerprint if tokenizer else "")
 
@@ -242,7 +243,7 @@ def _split_text(
     if source.rule.holds == "stream":
         raise DataError(
             f"data.source={source.name!r} is streamed once: tokenize it with"
-            " `python main.py --mode=prepare`, then train with data.source='array_record'"
+            " `python main.py --mode=prepare` first, then train with data.source='array_record'"
         )
     if tokenizer is None:
         raise DataError(f"data.tokenizer='none': source {source.name!r} needs a tokenizer")

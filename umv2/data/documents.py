@@ -1,4 +1,4 @@
-"""Token documents that can be read in any order: in memory, and views of others."""
+"""Token documents with random access: in memory, and views of other documents."""
 
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ from umv2.data.hashing import content_hashes
 
 @runtime_checkable
 class Documents(Protocol):
-    """Token documents that can be read in any order; the tokens leave end-of-text out."""
+    """Token documents with random access; their tokens do not include end-of-text."""
 
     lengths: Int64[np.ndarray, "n"]
     content_hashes: UInt64[np.ndarray, "n"]
@@ -19,20 +19,20 @@ class Documents(Protocol):
         """Returns tokens [start, stop) of one document."""
 
     def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
-        """Returns how much each of them counts in the loss."""
+        """Returns the loss weights of these tokens."""
 
 
-class EvenlyWeighted:
-    """Documents of which every token counts alike."""
+class UnitWeights:
+    """Mixin for documents whose tokens all have loss weight 1."""
 
     def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
-        """Returns how much each token counts in the loss: 1."""
+        """Returns the loss weights of these tokens: all 1."""
         del index
         return np.ones(stop - start, np.float32)
 
 
-class InMemoryDocuments(EvenlyWeighted):
-    """Documents that lie one after another in one array."""
+class InMemoryDocuments(UnitWeights):
+    """Documents concatenated into one array."""
 
     def __init__(
         self,
@@ -41,7 +41,14 @@ class InMemoryDocuments(EvenlyWeighted):
         content_hashes: UInt64[np.ndarray, "n"],
         weights: Float32[np.ndarray, "tokens"] | None = None,
     ) -> None:
-        """Takes joined tokens (any integer type), each document's length and hash, and weights."""
+        """Initializes the documents.
+
+        Args:
+          tokens: of all documents, concatenated; of any integer type.
+          lengths: of each document.
+          content_hashes: of each document.
+          weights: loss weight of each token; None: 1.
+        """
         self.lengths = lengths
         self.content_hashes = content_hashes
         self._tokens, self._weights = tokens, weights
@@ -53,7 +60,7 @@ class InMemoryDocuments(EvenlyWeighted):
         return self._tokens[first + start : first + stop].astype(np.int32)
 
     def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
-        """Returns how much each of them counts in the loss: 1 unless weights were given."""
+        """Returns the loss weights of these tokens: 1 unless weights were given."""
         if self._weights is None:
             return super().read_weights(index, start, stop)
         first = self._starts[index]
@@ -61,7 +68,7 @@ class InMemoryDocuments(EvenlyWeighted):
 
 
 class DocumentSubset:
-    """Some documents of another sequence, in the given order."""
+    """Some of the documents of another sequence, in the given order."""
 
     def __init__(self, documents: Documents, indices: Int64[np.ndarray, "n"]) -> None:
         """Selects `documents[indices]` without reading them."""
@@ -75,7 +82,7 @@ class DocumentSubset:
         return self._documents.read(int(self._indices[index]), start, stop)
 
     def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
-        """Returns how much each of them counts in the loss."""
+        """Returns the loss weights of these tokens."""
         return self._documents.read_weights(int(self._indices[index]), start, stop)
 
 
@@ -89,7 +96,7 @@ class DocumentPieces:
         starts: Int64[np.ndarray, "n"],
         stops: Int64[np.ndarray, "n"],
     ) -> None:
-        """Takes tokens `[starts[i], stops[i])` of document `indices[i]`; hashing reads them."""
+        """Piece i is tokens [starts[i], stops[i]) of document `indices[i]`; reads and hashes it."""
         self.lengths = stops - starts
         self._documents, self._indices, self._starts = documents, indices, starts
         self.content_hashes = content_hashes(
@@ -103,6 +110,6 @@ class DocumentPieces:
         return self._documents.read(int(self._indices[index]), first + start, first + stop)
 
     def read_weights(self, index: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
-        """Returns how much each of them counts in the loss."""
+        """Returns the loss weights of these tokens."""
         first = int(self._starts[index])
         return self._documents.read_weights(int(self._indices[index]), first + start, first + stop)

@@ -1,4 +1,4 @@
-"""Batches for training and for evaluation, prepared ahead by workers."""
+"""Batches for training and evaluation, prefetched by workers."""
 
 import math
 import signal
@@ -13,17 +13,17 @@ from umv2.types import Batch
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches in numpy arrays, built ahead of need.
+    """Prefetched batches of NumPy arrays.
 
     Attributes:
-      num_batches: how many there are from the first one on; no end of them in training.
+      num_batches: number of batches from the first one; practically unlimited in training.
     """
 
     def __init__(self, batches: PackedBatches, config: DataConfig, start_step: int) -> None:
-        """Starts the threads or processes that build batches; `close` ends them."""
+        """Starts the threads or processes that build batches; `close` stops them."""
         self.num_batches = len(batches) - start_step
-        # One thread: it keeps batches in order of need and off the training loop, and packing holds
-        # the interpreter lock for most of its time. num_workers adds processes.
+        # One thread takes packing off the training loop and keeps the batches in order. More
+        # threads would not help, since packing holds the GIL; num_workers adds processes.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch_batches)
         dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(options)
         if config.num_workers:
@@ -45,7 +45,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 def _ignore_interrupts(worker: int, num_workers: int) -> None:
-    """Leaves Ctrl-C, which a terminal sends to all processes, to the one that trains."""
+    """Ignores Ctrl-C, which a terminal sends to all processes: the training process handles it."""
     del worker, num_workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -58,10 +58,10 @@ def train_batches(
     rows: Sequence[int] | None = None,
     start_step: int = 0,
 ) -> BatchIterator:
-    """Yields `rows`, by default all, of every batch from `start_step` on, without end.
+    """Yields `rows` (default: all) of every batch from `start_step` on, forever.
 
-    Processes among which a batch is sharded each take their `sharding.local_rows`. Worker processes
-    (`config.num_workers`) need absl's flags to be parsed.
+    In a multi-process run, each process takes its `sharding.local_rows`. Worker processes
+    (`config.num_workers`) require absl flags to be parsed.
     """
     batches = TrainBatches(
         corpus.train,
@@ -81,9 +81,9 @@ def held_out_batches(
     batch_size: int,
     rows: Sequence[int] | None = None,
 ) -> BatchIterator:
-    """Yields `rows`, by default all, of one pass over the held-out documents, in a fixed order.
+    """Yields `rows` (default: all) of one pass over the held-out documents, in a fixed order.
 
-    Every token, and the end-of-text after each document, is a target of weight 1 exactly once; the
+    Every token, and the end-of-text after each document, is a target of weight 1 exactly once;
     padding of the last batch has weight 0.
     """
     batches = PackedBatches(

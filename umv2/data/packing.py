@@ -1,8 +1,8 @@
-"""Documents packed into sequences: which tokens stand in which row of which batch.
+"""Packs documents into sequences: which tokens are in which row of which batch.
 
-The documents of an epoch, end-of-text before each, are one stream; a window of it is a row, and its
-targets are the tokens one further on. A batch is a function of the step, so that a run that resumes
-needs no state of its data.
+The documents of an epoch, each preceded by end-of-text, form one stream of tokens. A row is a
+window of the stream, and its targets are the same window shifted by one token. A batch is a pure
+function of the step, so a run resumes without any data state.
 """
 
 import functools
@@ -21,16 +21,16 @@ _SHUFFLE_ROUNDS = 4  # of the block cipher behind index_shuffle; what grain itse
 
 
 def num_targets(documents: Documents) -> int:
-    """Returns how many tokens an epoch predicts: every document and an end-of-text after each."""
+    """Returns the number of targets of an epoch: all tokens, and an end-of-text per document."""
     return int(documents.lengths.sum()) + len(documents.lengths)
 
 
 class PackedBatches:
-    """Some rows of every batch, at random: element `n` is the fields of step `n`.
+    """Some rows of every batch, with random access: element `n` is the batch of step `n`.
 
-    One pass over the documents in their order; what the last batch has beyond them is padding, of
-    weight 0. Fields rather than a `Batch`, so that grain may rebuild them with other leaves on
-    their way between processes.
+    Makes one pass over the documents in order; the last batch is padded with weight 0. Elements are
+    dicts of the fields of a `Batch` and not a `Batch`, because grain replaces the leaves when it
+    sends elements between processes.
     """
 
     def __init__(
@@ -43,7 +43,16 @@ class PackedBatches:
         rows: Sequence[int] | None,
         shuffle_seed: int | None = None,
     ) -> None:
-        """Without a seed the documents keep their order; `rows` of None are all rows of a batch."""
+        """Initializes the source.
+
+        Args:
+          documents: to pack.
+          end_of_text_id: the id that precedes each document.
+          config: the data section.
+          batch_size: rows of a batch, over all processes.
+          rows: of each batch to return; None: all.
+          shuffle_seed: shuffles the documents; None keeps their order.
+        """
         self._stream = _Stream(documents, end_of_text_id, shuffle_seed)
         self._config = config
         self._end_of_text_id = end_of_text_id
@@ -63,8 +72,9 @@ class PackedBatches:
             epoch, window = self._window(int(step) * self._batch_size + row)
             start = window * length
             windows.append(self._stream.read(epoch, start, start + length + 1))
-            counted = self._stream.read_weights(epoch, start + 1, start + length + 1)
-            weights.append(np.where(start + np.arange(length) < self._num_targets, counted, 0))
+            window_weights = self._stream.read_weights(epoch, start + 1, start + length + 1)
+            is_target = start + np.arange(length) < self._num_targets
+            weights.append(np.where(is_target, window_weights, 0))
         tokens = np.stack(windows)
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         segment_ids = np.zeros_like(inputs)
@@ -79,15 +89,14 @@ class PackedBatches:
         }
 
     def _window(self, row: int) -> tuple[int, int]:
-        """Returns the epoch and the window that row `row`, counted through all batches, shows."""
+        """Returns the epoch and the window of row `row`, counted over all batches."""
         return 0, row
 
 
 class TrainBatches(PackedBatches):
-    """Endless and shuffled, after steps of warm-up whose documents keep their order.
+    """Endless shuffled batches, after warm-up steps whose documents keep their order.
 
-    Each epoch has its own order of documents and of windows; the last window, if the documents do
-    not fill it, is left out.
+    Each epoch shuffles the documents and the windows anew, and drops an incomplete last window.
     """
 
     def __init__(
@@ -100,7 +109,7 @@ class TrainBatches(PackedBatches):
         batch_size: int,
         rows: Sequence[int] | None,
     ) -> None:
-        """Takes the documents to train on, and those of `data.long_context.warm_up_steps`."""
+        """Like `PackedBatches`; `warm_up`: documents of `data.long_context.warm_up_steps` steps."""
         super().__init__(
             documents,
             end_of_text_id,
@@ -131,7 +140,7 @@ class TrainBatches(PackedBatches):
 
 
 class _WarmUpBatches(PackedBatches):
-    """One pass spread over the steps of the warm-up: windows are left out, or come twice."""
+    """One pass, stretched over the warm-up steps: skips or repeats windows to fit."""
 
     def __len__(self) -> int:
         return self._config.long_context.warm_up_steps
@@ -143,11 +152,11 @@ class _WarmUpBatches(PackedBatches):
 class _Stream:
     """The documents of each epoch as one stream of tokens.
 
-    Each document has `end_of_text_id` before it; so have all positions after the last document.
+    `end_of_text_id` precedes each document, and fills all positions after the last one.
     """
 
     def __init__(self, documents: Documents, end_of_text_id: int, shuffle_seed: int | None) -> None:
-        """Without a seed the documents keep their order in every epoch."""
+        """Without a seed, the documents keep their order in every epoch."""
         self._documents = documents
         self._end_of_text_id = end_of_text_id
         self._shuffle_seed = shuffle_seed
@@ -160,7 +169,7 @@ class _Stream:
         return tokens
 
     def read_weights(self, epoch: int, start: int, stop: int) -> Float32[np.ndarray, "tokens"]:
-        """Returns how much each of these tokens counts in the loss; 1 for end-of-text."""
+        """Returns the loss weights of these tokens; 1 for end-of-text."""
         weights = np.ones(stop - start, np.float32)
         self._fill(weights, self._documents.read_weights, epoch, start)
         return weights
@@ -172,21 +181,21 @@ class _Stream:
         epoch: int,
         start: int,
     ) -> None:
-        """Sets what documents hold of the positions from `start` on; the others stay."""
+        """Overwrites the positions of `array`, from `start` on, that belong to documents."""
         order, ends = self._layout(epoch)
         stop = start + len(array)
-        place = int(np.searchsorted(ends, start, side="right"))
-        while place < len(order) and (begin := int(ends[place - 1]) if place else 0) < stop:
+        index = int(np.searchsorted(ends, start, side="right"))
+        while index < len(order) and (begin := int(ends[index - 1]) if index else 0) < stop:
             first = begin + 1  # after the end-of-text
-            left, right = max(start, first), min(stop, int(ends[place]))
+            left, right = max(start, first), min(stop, int(ends[index]))
             if left < right:
                 array[left - start : right - start] = read(
-                    int(order[place]), left - first, right - first
+                    int(order[index]), left - first, right - first
                 )
-            place += 1
+            index += 1
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the order of the documents and the position after each, and keeps the last."""
+        """Returns the order of the documents and the end position of each; caches one epoch."""
         current = self._epoch
         if current is None or current[0] != epoch:
             count = len(self._documents.lengths)
@@ -196,13 +205,13 @@ class _Stream:
                 else np.random.default_rng([self._shuffle_seed, epoch]).permutation(count)
             )
             ends = np.cumsum(self._documents.lengths[order] + 1)
-            # One assignment, because threads read the stream.
+            # A single assignment, because several threads read the stream.
             self._epoch = current = (epoch, order, ends)
         return current[1:]
 
 
 def _shuffled(window: int, num_windows: int, seed: int, epoch: int) -> int:
-    """Returns the place of a window in a permutation that is drawn from (seed, epoch)."""
+    """Returns the position of a window in a permutation drawn from (seed, epoch)."""
     return index_shuffle(
         window, max_index=num_windows - 1, seed=_window_seed(seed, epoch), rounds=_SHUFFLE_ROUNDS
     )
@@ -210,5 +219,5 @@ def _shuffled(window: int, num_windows: int, seed: int, epoch: int) -> int:
 
 @functools.lru_cache
 def _window_seed(seed: int, epoch: int) -> int:
-    # Another number than that of the documents, so that the two orders have nothing in common.
+    # Differs from the seed of the documents, so that the two permutations are independent.
     return int(np.random.default_rng([seed, epoch, 1]).integers(2**32))

@@ -1,4 +1,4 @@
-"""The files that `data.paths` names: each once, in order, and none of them left out in silence."""
+"""The files that `data.paths` matches: sorted, without duplicates, and never silently skipped."""
 
 import fnmatch
 import glob
@@ -10,7 +10,7 @@ from pathlib import Path
 from umv2 import files
 from umv2.config.schema import UserError
 
-# How files begin that are neither text nor tokens, whatever their names say.
+# Magic bytes of formats that are neither text nor raw tokens, whatever the file name says.
 _SIGNATURES = (
     (b"\x1f\x8b\x08", "gzip"),
     (b"\xfd7zXZ\x00", "xz"),
@@ -29,28 +29,33 @@ _SIGNATURES = (
 
 
 class DataError(UserError, ValueError):
-    """Data that cannot be trained on; the message names the file and the place in it."""
+    """Data that cannot be trained on; the message names the file and the position in it."""
 
 
 def format_of(head: bytes, *, min_bytes: int = 1) -> str | None:
-    """Returns the format that begins as `head` does, by `min_bytes` or more; None if unknown."""
+    """Returns the format whose magic bytes start `head`; None if there is none.
+
+    Args:
+      head: first bytes of a file.
+      min_bytes: ignores shorter magic bytes.
+    """
     return next(
-        (name for start, name in _SIGNATURES if len(start) >= min_bytes and head.startswith(start)),
+        (name for magic, name in _SIGNATURES if len(magic) >= min_bytes and head.startswith(magic)),
         None,
     )
 
 
 def matching_files(patterns: Sequence[str]) -> list[Path]:
-    """Returns the files that match any of the globs, sorted by path, each once.
+    """Returns the files that match any of the globs, sorted by path, without duplicates.
 
-    `~` is the home folder, `**` any number of folders, and a path that is there counts as itself
-    even if its name has the characters of a glob. Links are followed; a file with several names
-    goes by the first of them.
+    `~` is the home folder and `**` matches any number of folders. A path that exists is taken
+    literally even if it contains glob characters. Links are followed; a file that matches under
+    several names is returned under the first of them.
 
     Raises:
-      DataError: for a glob that matches no file, or anything that is no file and no folder: a link
-        that leads nowhere, a pipe, a device.
-      files.FileError: for a URL, or a folder or file that the operating system refuses to show.
+      DataError: a glob matches no file, or matches something that is neither a file nor a folder:
+        a broken link, a pipe, a device.
+      files.FileError: a URL, or a folder or file that the operating system does not let us read.
     """
     matched: set[Path] = set()
     for pattern in patterns:
@@ -60,10 +65,10 @@ def matching_files(patterns: Sequence[str]) -> list[Path]:
             folders = f" but folders; its files are {pattern.rstrip('/')}/*" if matches else ""
             raise DataError(f"data.paths: no file matches {pattern!r}{folders}")
         matched.update(regular)
-    once: dict[object, Path] = {}
+    unique: dict[object, Path] = {}
     for path in sorted(matched, key=str):
-        once.setdefault(_identity(path), path)
-    return list(once.values())
+        unique.setdefault(_identity(path), path)
+    return list(unique.values())
 
 
 def _is_file(path: Path) -> bool:
@@ -81,23 +86,23 @@ def _is_file(path: Path) -> bool:
 
 
 def _identity(path: Path) -> object:
-    """Returns what is the same for all names of one file."""
+    """Returns a key that is equal for all names of one file."""
     status = path.stat()
-    # File systems that know no inodes give every file one link.
+    # File systems without inodes report one link for every file.
     return (status.st_dev, status.st_ino) if status.st_nlink > 1 else path.resolve()
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
-    there, parts = Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]
-    while parts and os.path.lexists(there / parts[0]):
-        there, parts = there / parts[0], parts[1:]
-    return _matches_below(there, parts)
+    folder, parts = Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]
+    while parts and os.path.lexists(folder / parts[0]):
+        folder, parts = folder / parts[0], parts[1:]
+    return _matches_below(folder, parts)
 
 
 def _matches_below(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     """Yields the paths below a folder that match all parts of a glob.
 
-    The standard library's glob leaves out what it cannot list, be it for a moment.
+    Unlike the standard library's `glob`, raises for a folder that cannot be listed.
     """
     if not parts:
         yield folder
@@ -105,12 +110,12 @@ def _matches_below(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     part, rest = parts[0], parts[1:]
     with files.errors(folder, "cannot be listed"):
         if not glob.has_magic(part):
-            if _holds(folder, part):
+            if _contains(folder, part):
                 yield from _matches_below(folder / part, rest)
             return
         try:
             with os.scandir(folder) as entries:
-                # A link to a folder above leads round in circles.
+                # Following a link to a parent folder would never end.
                 names = sorted(
                     (entry.name, part == "**" and entry.is_dir() and not _leads_up(entry))
                     for entry in entries
@@ -127,13 +132,13 @@ def _matches_below(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
             yield from _matches_below(folder / name, rest)
 
 
-def _holds(folder: Path, name: str) -> bool:
+def _contains(folder: Path, name: str) -> bool:
     try:
         (folder / name).lstat()
     except NotADirectoryError:
         return False
     except FileNotFoundError:
-        folder.stat()  # as a link it may lead nowhere
+        folder.stat()  # raises if the folder is itself a broken link
         return False
     return True
 

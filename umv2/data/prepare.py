@@ -1,4 +1,4 @@
-"""Tokenizes text into ArrayRecord shards, once, in parallel; trains a tokenizer on it."""
+"""Tokenizes text into ArrayRecord shards, in parallel; also trains a tokenizer."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ from umv2.data.shards import (
     encode_record,
     scan_shard,
     shard_name,
-    some,
+    shortened,
 )
 from umv2.data.sources import resolve, source_files, text_documents
 from umv2.data.split import training_texts
@@ -41,8 +41,8 @@ from umv2.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 
 _SHARD_BYTES = 64 << 20
 _LOCK_NAME = ".lock"
-# Fields that say where text comes from, beside those that its source needs. The manifests of all
-# folders name these, whatever their source, and a folder whose manifest differs is refused.
+# Fields that determine the text, in addition to those that its source requires. Every manifest
+# records them, whatever the source, and `prepare` rejects a folder whose manifest differs.
 _ORIGIN_FIELDS = (
     "source",
     "paths",
@@ -57,7 +57,7 @@ Job = tuple[Path, list[bytes], UInt64[np.ndarray, "n"]]  # a shard to write, its
 
 @dataclasses.dataclass
 class _Progress:
-    """What is written, by this run or by an earlier one."""
+    """The shards written so far, by this run or an earlier one."""
 
     num_documents: int = 0
     num_tokens: int = 0
@@ -69,18 +69,18 @@ def prepare(
 ) -> ShardManifest:
     """Tokenizes a text source into ArrayRecord shards that `data.source="array_record"` reads.
 
-    A shard is the documents that make up `shard_bytes` of text, and appears complete or not at
-    all, so that a run that was interrupted reads the text again but tokenizes only what is missing.
-    Nothing trains on the folder until every shard is there. A folder that is complete is left as it
-    is; if files of text were changed since, what they say now is compared with it.
+    A shard holds at least `shard_bytes` of text and is written atomically, so after an interruption
+    the same call reads the text again but tokenizes only the missing shards. The folder cannot be
+    trained on until all shards are written. A complete folder is left unchanged; if the text files
+    have changed since, their documents are compared with those of the shards.
 
     Raises:
-      ConfigError: there is no such source, or a field breaks its rule.
-      DataError: for text that cannot be read, or a folder of another job or of other text.
-      files.FileError: what the disk or the folder refuses, or another process that works there.
+      ConfigError: there is no such source, or a field violates its rule.
+      DataError: the text cannot be read, or the folder belongs to another job or other text.
+      files.FileError: a file cannot be written, or another process uses the folder.
     """
     tokenizer = _text_tokenizer(config.tokenizer, config.end_of_text_id)
-    wanted = ShardManifest(
+    expected = ShardManifest(
         dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         vocab_size=tokenizer.vocab_size,
         end_of_text_id=tokenizer.end_of_text_id,
@@ -94,7 +94,7 @@ def prepare(
         },
     )
     with files.locked(output_dir / _LOCK_NAME, "prepare"):
-        manifest = _prepare(config, wanted, output_dir, num_processes)
+        manifest = _prepare(config, expected, output_dir, num_processes)
     recipe = {
         "data.source": "array_record",
         "data.paths": f"({json.dumps(f'{output_dir}/*.array_record', ensure_ascii=False)},)",
@@ -108,31 +108,31 @@ def prepare(
 
 
 def _origin(config: DataConfig) -> dict[str, Any]:
-    """Returns the fields that say where text comes from, with tuples as lists, as in JSON."""
+    """Returns the fields that determine the text, with tuples as lists, as in JSON."""
     names = dict.fromkeys((*_ORIGIN_FIELDS, *resolve(config).rule.needs))
     values = {name: getattr(config, name) for name in names}
     return {n: list(value) if isinstance(value, tuple) else value for n, value in values.items()}
 
 
 def _prepare(
-    config: DataConfig, wanted: ShardManifest, folder: Path, num_processes: int
+    config: DataConfig, expected: ShardManifest, folder: Path, num_processes: int
 ) -> ShardManifest:
     existing = ShardManifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
     changes = ""
     if existing:
-        _require_same_job(folder, existing, wanted)
-        changes = _changes(existing.sources, wanted.sources)
-        is_there = all((folder / name).exists() for name in existing.shard_names())
-        if existing.num_shards and is_there and existing.sources == wanted.sources:
+        _require_same_job(folder, existing, expected)
+        changes = _changes(existing.sources, expected.sources)
+        has_all = all((folder / name).exists() for name in existing.shard_names())
+        if existing.num_shards and has_all and existing.sources == expected.sources:
             logging.info("%s: already holds all %s", folder, _amount(existing))
             return existing
         if existing.num_shards and changes:
-            logging.info("%s: made before %s; reading the text again", folder, changes)
+            logging.info("%s: written before %s; reading the text again", folder, changes)
     else:
-        wanted.write(folder)
-    for left in folder.glob(".unfinished_*"):  # by a process that was killed
-        with files.errors(left, "cannot be deleted"):
-            left.unlink()
+        expected.write(folder)
+    for leftover in folder.glob(".unfinished_*"):  # of a process that was killed
+        with files.errors(leftover, "cannot be deleted"):
+            leftover.unlink()
     progress = _Progress()
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
 
@@ -144,23 +144,23 @@ def _prepare(
             _write_shard,
             tokenizer_name=config.tokenizer,
             end_of_text_id=config.end_of_text_id,
-            dtype=wanted.dtype,
+            dtype=expected.dtype,
         )
-        texts = _group(text_documents(config), wanted.origin["shard_bytes"])
+        texts = _group(text_documents(config), expected.origin["shard_bytes"])
         finished = existing if existing and existing.num_shards else None
-        jobs = _missing_shards(texts, folder, wanted, finished, progress, on_written, changes)
+        jobs = _missing_shards(texts, folder, expected, finished, progress, on_written, changes)
         try:
             _run(write, jobs, num_processes, on_written)
         except KeyboardInterrupt:
-            logging.info("%s: what is finished stays; the same command goes on from there", folder)
+            logging.info("%s: finished shards are kept; run the same command to resume", folder)
             raise
     if not progress.shards:
         raise DataError(f"data.source={config.source!r}: holds no text")
-    left_over = {path.name for path in folder.glob("*.array_record")} - progress.shards.keys()
-    if left_over:
-        raise _other_text(folder / min(left_over), changes)
+    extra = {path.name for path in folder.glob("*.array_record")} - progress.shards.keys()
+    if extra:
+        raise _other_text(folder / min(extra), changes)
     manifest = dataclasses.replace(
-        wanted,
+        expected,
         num_shards=len(progress.shards),
         num_documents=progress.num_documents,
         num_tokens=progress.num_tokens,
@@ -172,11 +172,11 @@ def _prepare(
 
 
 def train_tokenizer(config: DataConfig, output_path: Path, vocab_size: int) -> None:
-    """Trains a byte-level BPE on the training side of a text source and writes it.
+    """Trains a byte-level BPE on the training side of a text source and writes it to a file.
 
     Raises:
-      ConfigError: there is no such source, or a field breaks its rule.
-      DataError: for text that cannot be read, or a vocabulary too small for the bytes.
+      ConfigError: there is no such source, or a field violates its rule.
+      DataError: the text cannot be read, or the vocabulary is too small or too large.
       files.FileError: the file cannot be written.
     """
     texts = training_texts(text_documents(config), config.held_out_fraction)
@@ -188,17 +188,17 @@ def _amount(manifest: ShardManifest) -> str:
     return f"{manifest.num_documents:,} documents{tokens} in {manifest.num_shards:,} shards"
 
 
-def _require_same_job(folder: Path, existing: ShardManifest, wanted: ShardManifest) -> None:
+def _require_same_job(folder: Path, existing: ShardManifest, expected: ShardManifest) -> None:
     progress = ("num_shards", "num_documents", "num_tokens", "sources", "shards")
-    there, here = (
+    before, now = (
         {
             name: value
             for name, value in dataclasses.asdict(manifest).items()
             if name not in progress
         }
-        for manifest in (existing, wanted)
+        for manifest in (existing, expected)
     )
-    if differences := differing_fields(there, here):
+    if differences := differing_fields(before, now):
         raise DataError(
             f"{folder / MANIFEST_NAME}: belongs to another job: {'; '.join(differences)}; choose"
             " another folder or delete this one"
@@ -206,7 +206,7 @@ def _require_same_job(folder: Path, existing: ShardManifest, wanted: ShardManife
 
 
 def _changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
-    """Says how files differ from those of an earlier run; "" where it left no list."""
+    """Describes how the files differ from those of an earlier run; "" if it recorded none."""
     if not before:
         return ""
     changes = {
@@ -214,13 +214,15 @@ def _changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
         "removed": [name for name in before if name not in now],
         "changed": [name for name in now if name in before and now[name] != before[name]],
     }
-    said = [f"{len(n)} files were {change} ({some(n)})" for change, n in changes.items() if n]
-    return ", ".join(said).replace("1 files were", "1 file was")
+    phrases = [
+        f"{len(n)} files were {change} ({shortened(n)})" for change, n in changes.items() if n
+    ]
+    return ", ".join(phrases).replace("1 files were", "1 file was")
 
 
 def _other_text(path: Path, changes: str) -> DataError:
     return DataError(
-        f"{path}: the text gives other documents now"
+        f"{path}: the text now yields other documents"
         f"{': since then ' + changes if changes else ''}; choose another folder or delete this one"
     )
 
@@ -228,15 +230,15 @@ def _other_text(path: Path, changes: str) -> DataError:
 def _missing_shards(
     groups: Iterable[list[bytes]],
     folder: Path,
-    wanted: ShardManifest,
+    expected: ShardManifest,
     finished: ShardManifest | None,
     progress: _Progress,
     on_written: Callable[[int, int], None],
     changes: str,
 ) -> Iterator[Job]:
-    """Yields the shards that are not there yet; checks the documents of those that are.
+    """Yields the shards that do not exist yet; checks the documents of those that do.
 
-    Where the folder was `finished`, the text must give the shards that it had.
+    If the folder was `finished`, the text must yield the same shards as before.
     """
     for number, texts in enumerate(groups):
         path, hashes = folder / shard_name(number), content_hashes(texts)
@@ -247,8 +249,8 @@ def _missing_shards(
         ):
             raise _other_text(path, changes)
         if path.exists():
-            lengths, there = scan_shard(path, little_endian(wanted.dtype), wanted.vocab_size)
-            if not np.array_equal(there, hashes):
+            lengths, written = scan_shard(path, little_endian(expected.dtype), expected.vocab_size)
+            if not np.array_equal(written, hashes):
                 raise _other_text(path, changes)
             on_written(sum(map(len, texts)), int(lengths.sum()))
         else:
@@ -261,9 +263,9 @@ def _run(
     num_processes: int,
     on_written: Callable[[int, int], None],
 ) -> None:
-    """Calls `write` for every job, in processes if there are several.
+    """Calls `write` for every job, in a process pool if `num_processes` > 1.
 
-    An error ends the work after the shards that are being written; Ctrl-C ends it at once.
+    After an error, waits for the shards that are being written; Ctrl-C stops at once.
     """
     if num_processes == 1:
         for job in jobs:
@@ -276,7 +278,7 @@ def _run(
     running: set[Future[tuple[int, int]]] = set()
     try:
         for job in jobs:
-            # Two shards a process in flight keep all busy and bound the text in memory.
+            # Two shards in flight per process keep all of them busy and bound the memory for text.
             if len(running) >= 2 * num_processes:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -292,8 +294,8 @@ def _run(
         raise
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that tokenizes was killed, as systems do that are out of memory; what is"
-            " finished stays, and the same command goes on from there"
+            "a worker process was killed, probably because the machine ran out of memory; finished"
+            " shards are kept, run the same command to resume"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
@@ -301,7 +303,7 @@ def _run(
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Starts processes that Ctrl-C, which a terminal sends to all, leaves to this one."""
+    """Processes started in this context ignore Ctrl-C, which a terminal sends to all processes."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -310,7 +312,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it is killed, and gives it no more work."""
+    """Makes this worker exit as soon as its parent process dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -322,7 +324,7 @@ def _end_with_parent() -> None:
 
 
 def _group(texts: Iterable[str], shard_bytes: int) -> Iterator[list[bytes]]:
-    """Yields consecutive documents that together have at least `shard_bytes`, in UTF-8."""
+    """Yields groups of consecutive documents, in UTF-8, of at least `shard_bytes` but the last."""
     group: list[bytes] = []
     num_bytes = 0
     for text in texts:
@@ -352,7 +354,7 @@ def _write_shard(
     end_of_text_id: int,
     dtype: str,
 ) -> tuple[int, int]:
-    """Writes one shard and returns its bytes of text and tokens; runs in a worker process."""
+    """Writes one shard, in a worker process; returns its numbers of text bytes and tokens."""
     tokenizer = _text_tokenizer(tokenizer_name, end_of_text_id)
     num_tokens = 0
     with files.replacing(path) as unfinished:
@@ -364,7 +366,7 @@ def _write_shard(
                 num_tokens += len(tokens)
                 writer.write(encode_record(tokens, int(text_hash), dtype))
             writer.close()
-        except RuntimeError as error:  # what the operating system refuses the library
-            said = str(error).split(";")[0].removeprefix("write() failed: ")
-            raise files.FileError(f"{path}: cannot be written: {said}") from error
+        except RuntimeError as error:  # how the library reports errors of the operating system
+            reason = str(error).split(";")[0].removeprefix("write() failed: ")
+            raise files.FileError(f"{path}: cannot be written: {reason}") from error
     return sum(map(len, texts)), num_tokens

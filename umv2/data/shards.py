@@ -1,4 +1,4 @@
-"""Token documents in ArrayRecord shards: what a record and the manifest beside the shards hold."""
+"""Token documents in ArrayRecord shards: the format of the records and of the manifest."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int32, Int64, Integer, UInt64
 
 from umv2 import files
-from umv2.data.documents import EvenlyWeighted
+from umv2.data.documents import UnitWeights
 from umv2.data.hashing import HASH_BYTES, hash_of_all
 from umv2.data.paths import DataError
 from umv2.data.token_files import little_endian, map_files, unknown_id
@@ -27,26 +27,26 @@ _NAMES_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class ShardManifest:
-    """What the file `tokens.json` beside ArrayRecord token shards says of them.
+    """The manifest `tokens.json` in a folder of ArrayRecord token shards.
 
-    A record is one document: 8 bytes, the content hash of its UTF-8 text, so that a text stays on
-    its side of the split however it is tokenized; then its tokens, little-endian, `dtype` each.
+    A record is one document: the 8-byte content hash of its UTF-8 text, so that the side of the
+    split does not depend on the tokenizer, then its tokens as little-endian `dtype`.
     """
 
     dtype: str
     vocab_size: int
     end_of_text_id: int
     tokenizer_fingerprint: str
-    # Where the text came from and how it was cut into shards, so that only the same job resumes.
+    # The source of the text and the shard size; only a job with the same values may resume.
     origin: dict[str, Any]
-    # 0 until every shard is written.
+    # 0 until all shards are written.
     num_shards: int
     num_documents: int
-    # What is below is missing where an older version wrote the file.
+    # Older versions did not write the fields below.
     num_tokens: int = 0
-    # Size and time of the last change, in ns, of every file of text.
+    # Size and modification time, in ns, of every text file.
     sources: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    # One hash of the content of the documents of every shard.
+    # Content hash of the documents of every shard.
     shards: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -54,7 +54,7 @@ class ShardManifest:
         """Reads the manifest of a folder of shards.
 
         Raises:
-          DataError: when it is missing or damaged.
+          DataError: it is missing or damaged.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -62,7 +62,7 @@ class ShardManifest:
             for name, hint in typing.get_type_hints(cls).items():
                 expected = typing.get_origin(hint) or hint
                 if not isinstance(getattr(manifest, name), expected):
-                    raise TypeError(f"{name} is no {expected.__name__}")
+                    raise TypeError(f"{name} is not of type {expected.__name__}")
             if manifest.dtype not in ("uint16", "uint32"):
                 raise ValueError(f"dtype={manifest.dtype!r}")
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -72,7 +72,7 @@ class ShardManifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest at once, so that nobody reads half of it."""
+        """Writes the manifest atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
         files.write_text(folder / MANIFEST_NAME, text)
 
@@ -82,12 +82,12 @@ class ShardManifest:
 
 
 def shard_name(number: int) -> str:
-    """Returns the name of the file of one shard."""
+    """Returns the file name of one shard."""
     return f"shard-{number:05d}.array_record"
 
 
-def some(names: Sequence[str]) -> str:
-    """Writes the first few of many names."""
+def shortened(names: Sequence[str]) -> str:
+    """Joins the first few names, and counts the rest."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
@@ -97,15 +97,16 @@ def encode_record(tokens: Integer[np.ndarray, "tokens"], text_hash: int, dtype: 
     return text_hash.to_bytes(HASH_BYTES, "little") + tokens.astype(little_endian(dtype)).tobytes()
 
 
-class ArrayRecordDocuments(EvenlyWeighted):
+class ArrayRecordDocuments(UnitWeights):
     """Documents of ArrayRecord token shards, as `prepare` writes them.
 
-    Opening reads each shard once to check it; in memory stay 16 bytes a document.
+    Opening reads each shard once to check it; the index takes 16 bytes of memory per document. The
+    paths may be a subset of the shards of a folder, as long as the folder is complete.
 
     Raises:
-      DataError: for a damaged or unfinished shard, one that is missing from its folder or does not
-        belong there, shards of several tokenizers or of another one, or a token id that is not
-        below `vocab_size`. Some shards of a folder, if the others are there, are a smaller corpus.
+      DataError: a shard is damaged, unfinished, missing from its folder or from another folder; the
+        shards were made with different tokenizers or not with the given one; or a token id is >=
+        `vocab_size`.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class ArrayRecordDocuments(EvenlyWeighted):
         vocab_size: int,
         tokenizer_fingerprint: str | None,
     ) -> None:
-        """Indexes and checks the shards; without a fingerprint any one tokenizer is accepted."""
+        """Indexes and checks the shards; without a fingerprint, accepts any single tokenizer."""
         manifests = {}
         for folder in sorted({path.parent for path in paths}):
             manifests[folder] = ShardManifest.read(folder)
@@ -165,13 +166,13 @@ def _require_match(
 
 
 def _require_all_shards(folder: Path, manifest: ShardManifest, named: Sequence[str]) -> None:
-    """Checks that the shards that `data.paths` names are the folder's, and the others are there."""
+    """Checks that `data.paths` names shards of the folder only, and that the folder is complete."""
     path, expected = folder / MANIFEST_NAME, manifest.shard_names()
     if foreign := sorted(set(named) - set(expected)):
-        raise DataError(f"{path}: {some(foreign)}: not among its {len(expected)} shards")
+        raise DataError(f"{path}: {shortened(foreign)}: not among its {len(expected)} shards")
     if missing := [name for name in expected if not (folder / name).exists()]:
         verb = "is" if len(missing) == 1 else "are"
-        raise DataError(f"{path}: of {len(expected)} shards, {some(missing)} {verb} missing")
+        raise DataError(f"{path}: of {len(expected)} shards, {shortened(missing)} {verb} missing")
     if len(named) < len(expected):
         logging.info("%s: data.paths names %d of %d shards", folder, len(named), len(expected))
 
@@ -181,25 +182,25 @@ def _require_own_documents(
 ) -> None:
     if manifest.shards and hash_of_all(hashes) != manifest.shards.get(path.name):
         raise DataError(
-            f"{path}: holds other documents than {MANIFEST_NAME} beside it says: it is of another"
-            " folder; run prepare again"
+            f"{path}: its documents are not those that {MANIFEST_NAME} in this folder records: the"
+            " shard belongs to another folder; run prepare again"
         )
 
 
 def scan_shard(
     path: Path, dtype: np.dtype, vocab_size: int
 ) -> tuple[Int64[np.ndarray, "n"], UInt64[np.ndarray, "n"]]:
-    """Returns length and content hash of each document, and checks their tokens.
+    """Returns the length and content hash of each document, and checks its tokens.
 
     Raises:
-      DataError: for a damaged or unfinished shard, or a token id that is not below `vocab_size`.
+      DataError: the shard is damaged or unfinished, or a token id is >= `vocab_size`.
     """
     lengths, hashes = [], []
     try:
-        # The library says of a file that cannot be opened what it says of a damaged one.
+        # The library reports a file that cannot be opened like a damaged one, so open it first.
         path.open("rb").close()
         reader = ArrayRecordReader(str(path))
-        # A file cut short is not reported by an exception but by a reader that is not ok.
+        # For a truncated file, the reader raises no exception but is not ok.
         if not reader.ok() or not reader.num_records():
             raise DataError(f"{path}: truncated, empty or not an ArrayRecord file")
         for first in range(0, reader.num_records(), _SCAN_RECORDS):

@@ -1,8 +1,9 @@
 """Which documents, or which parts of them, are held out.
 
-The hash of a document's content decides, so that a text stays on its side whatever else there is,
-however it is tokenized and on however many processes, and copies of it stay together. Where that
-leaves a side empty, as it does a corpus of one document, the end of every document is held out.
+The hash of its content decides whether a document is held out. So a text stays on its side of the
+split whatever the rest of the corpus, the tokenizer and the number of processes, and copies of it
+stay together. If that leaves a side empty, as with a corpus of one document, the end of every
+document is held out instead.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,12 +27,12 @@ def is_held_out(
 def split_texts(
     texts: list[bytes], hashes: UInt64[np.ndarray, "n"], held_out_fraction: float
 ) -> tuple[list[bytes], Bool[np.ndarray, "pieces"]]:
-    """Returns documents, or their two parts, and which are held out.
+    """Returns the documents, or two parts of each, and which of them are held out.
 
     Args:
       texts: in UTF-8.
-      hashes: of each of them.
-      held_out_fraction: of the documents; of the bytes, if documents are cut.
+      hashes: content hash of each text.
+      held_out_fraction: of the documents; of the bytes if the documents are cut.
 
     Raises:
       DataError: a side would be empty.
@@ -39,7 +40,7 @@ def split_texts(
     held_out = is_held_out(hashes, held_out_fraction)
     if not _has_one_side(held_out):
         return texts, held_out
-    cuts = [_place_of_cut(text, held_out_fraction) for text in texts]
+    cuts = [_cut_position(text, held_out_fraction) for text in texts]
     _require_two_parts(cuts, [len(text) for text in texts], held_out_fraction)
     parts = [
         (part, is_tail)
@@ -53,7 +54,7 @@ def split_texts(
 def split_tokens(
     documents: Documents, held_out_fraction: float
 ) -> tuple[Documents, Bool[np.ndarray, "pieces"]]:
-    """Returns documents, or their two parts, and which are held out.
+    """Returns the documents, or two parts of each, and which of them are held out.
 
     Raises:
       DataError: a side would be empty.
@@ -72,12 +73,14 @@ def split_tokens(
 
 
 def training_texts(texts: Iterable[str], held_out_fraction: float) -> Iterator[str]:
-    """Yields the training side of `split_texts`, in memory only what it takes to know the split.
+    """Yields the training side of `split_texts` from a stream.
+
+    Buffers texts only until both sides of the split have one.
 
     Raises:
       DataError: a side would be empty.
     """
-    first: list[bytes] = []
+    buffered: list[bytes] = []
     sides: set[bool] = set()
     for text in texts:
         content = text.encode()
@@ -86,12 +89,12 @@ def training_texts(texts: Iterable[str], held_out_fraction: float) -> Iterator[s
             if not is_out:
                 yield text
             continue
-        first.append(content)
+        buffered.append(content)
         sides.add(is_out)
         if len(sides) == 2:
-            yield from _training_side(first, held_out_fraction)
+            yield from _training_side(buffered, held_out_fraction)
     if len(sides) == 1:
-        yield from _training_side(first, held_out_fraction)
+        yield from _training_side(buffered, held_out_fraction)
 
 
 def _training_side(texts: list[bytes], held_out_fraction: float) -> Iterator[str]:
@@ -109,25 +112,25 @@ def _require_two_parts(
     heads, total = int(np.sum(cuts)), int(np.sum(lengths))
     if not 0 < heads < total:
         raise DataError(
-            f"data.held_out_fraction={held_out_fraction}: leaves {'all' if heads else 'nothing'} of"
-            f" {len(lengths)} documents for training; each side needs something"
+            f"data.held_out_fraction={held_out_fraction}: leaves {'all' if heads else 'none'} of"
+            f" {len(lengths)} documents for training; neither side may be empty"
         )
     logging.info(
-        "data.held_out_fraction=%g holds out no whole document of %d: the end of each is held out,"
-        " %.2g %% of all",
+        "data.held_out_fraction=%g puts all %d documents on one side: the end of each is held out"
+        " instead, %.2g %% in total",
         held_out_fraction,
         len(lengths),
         100 * (total - heads) / total,
     )
 
 
-def _place_of_cut(text: bytes, held_out_fraction: float) -> int:
-    """Returns where the held-out end of a text begins: at a line, unless that is far away."""
+def _cut_position(text: bytes, held_out_fraction: float) -> int:
+    """Returns where the held-out end of a text starts: at a line break if one is close enough."""
     size = round(len(text) * held_out_fraction)
     cut = len(text) - size
     line = text.rfind(b"\n", 0, cut) + 1
     if 0 < line and cut - line <= size // 4:
         return line
-    while cut < len(text) and text[cut] & 0xC0 == 0x80:  # within a character
+    while cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
         cut += 1
     return cut

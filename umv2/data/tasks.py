@@ -1,8 +1,8 @@
-"""Documents of the long-context suite, to train on.
+"""Training data from the long-context suite, mixed with text.
 
-An answer whose evidence is in another sequence cannot be learned. So these documents are not cut
-where sequences end: as many as fit are put together to one document that fills a sequence, with
-end-of-text between them, and text is cut to pieces that lie among them.
+An answer cannot be learned if its evidence is in another sequence. So task documents are never cut
+at the end of a sequence: documents and pieces of text are packed into documents that each fill one
+sequence, with end-of-text between them.
 """
 
 import itertools
@@ -28,46 +28,49 @@ Piece = tuple[Int32[np.ndarray, "_"], Float32[np.ndarray, "_"]]  # tokens and th
 def mixture(
     config: DataConfig, documents: Documents, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> InMemoryDocuments:
-    """Returns text and tasks in the fractions of tokens that `config` asks for, a sequence each.
+    """Returns a mixture of text and tasks, packed into documents of one sequence each.
 
-    `config.long_context.num_documents` of each task are written, of the training split; of recall,
-    the tokens of one task, if there is a warm-up. Text beyond `long_context.text_fraction` is left
-    out, document by document in the order of their hashes, which has nothing to do with what they
-    say.
+    Writes `config.long_context.num_documents` documents of each task, from the training split. With
+    a warm-up, adds as many tokens of recall as one task has. Text makes up
+    `long_context.text_fraction` of the tokens: documents are taken in the order of their hashes,
+    which is independent of their content, and the rest is dropped.
 
     Args:
       config: the data section.
-      documents: text, in tokens.
+      documents: tokenized text.
       tokenizer: of the text.
-      texts: documents of the source to cut filler from; those that train alone.
+      texts: training documents of the source, to draw filler from.
     """
-    wanted = config.long_context
+    settings = config.long_context
     pieces = [
         _task_piece(TASKS[name], config, index, tokenizer, texts)
         for name, index in _with_bar(
-            [(name, index) for name in wanted.tasks for index in range(wanted.num_documents)]
+            [(name, index) for name in settings.tasks for index in range(settings.num_documents)]
         )
     ]
     num_tokens = sum(len(tokens) for tokens, _ in pieces)
-    if wanted.warm_up_steps:
-        last = _recall_pieces(config, tokenizer, num_tokens // len(wanted.tasks), lambda _: 1.0)
-        pieces += last
-        num_tokens += sum(len(tokens) for tokens, _ in last)
-    num_text_tokens = int(num_tokens * wanted.text_fraction / (1 - wanted.text_fraction))
+    if settings.warm_up_steps:
+        recalls = _recall_pieces(
+            config, tokenizer, num_tokens // len(settings.tasks), lambda _: 1.0
+        )
+        pieces += recalls
+        num_tokens += sum(len(tokens) for tokens, _ in recalls)
+    num_text_tokens = int(num_tokens * settings.text_fraction / (1 - settings.text_fraction))
     pieces += _text_pieces(documents, num_text_tokens, config.sequence_length - 1)
-    order = np.random.default_rng(wanted.seed).permutation(len(pieces))
-    return _bundled([pieces[i] for i in order], config, tokenizer)
+    order = np.random.default_rng(settings.seed).permutation(len(pieces))
+    return _packed([pieces[i] for i in order], config, tokenizer)
 
 
 def warm_up(config: DataConfig, tokenizer: Tokenizer) -> InMemoryDocuments:
-    """Returns associative recall in the order in which it is to be learned from, a sequence each.
+    """Returns a curriculum of associative recall, packed into documents of one sequence each.
 
-    Documents of the first third are as short as can be; then the longest of them grow to half a
-    sequence. There are about `config.long_context.num_documents` sequences.
+    In the first third of the tokens, all recall documents have the minimum length; after that, the
+    maximum length grows to half a sequence. There are about `config.long_context.num_documents`
+    sequences.
     """
     num_tokens = config.long_context.num_documents * config.sequence_length
     pieces = _recall_pieces(config, tokenizer, num_tokens, lambda done: 1.5 * done - 0.5)
-    return _bundled(pieces, config, tokenizer)
+    return _packed(pieces, config, tokenizer)
 
 
 def _with_bar[T](jobs: Sequence[T]) -> Iterator[T]:
@@ -78,10 +81,10 @@ def _with_bar[T](jobs: Sequence[T]) -> Iterator[T]:
 def _task_piece(
     task: Task, config: DataConfig, index: int, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> Piece:
-    """Writes one document, as long as an eighth of a sequence up to all of it.
+    """Writes one document, of an eighth of a sequence up to a full one.
 
-    Those of an eighth to a quarter hold as many tokens as those of a quarter to a half, or of a
-    half to all: answers are learned with little before them first.
+    Each octave of lengths (1/8 to 1/4, 1/4 to 1/2, 1/2 to 1) gets equally many tokens, because
+    answers are learned in short contexts first.
     """
     seed, longest = config.long_context.seed, config.sequence_length - 1.0
     length = max(_length(seed, index, _SHORTEST * longest, longest), 32)
@@ -94,10 +97,10 @@ def _task_piece(
 def _recall_pieces(
     config: DataConfig, tokenizer: Tokenizer, num_tokens: int, growth: Callable[[float], float]
 ) -> list[Piece]:
-    """Writes `num_tokens` of recall.
+    """Writes `num_tokens` of recall documents.
 
-    Its `growth`, a function of the fraction that is written, says where the longest document is on
-    the way from the shortest there is (0 and less) to half a sequence (1).
+    `growth` maps the fraction of the tokens written so far to the maximum length of a document, on
+    a logarithmic scale: the minimum length at 0 and below, half a sequence at 1.
     """
     pieces: list[Piece] = []
     written = 0
@@ -117,7 +120,7 @@ def _recall_pieces(
 
 
 def _text_pieces(documents: Documents, num_tokens: int, longest: int) -> Iterator[Piece]:
-    """Cuts documents, of at most `num_tokens` in all, to pieces."""
+    """Cuts documents of at most `num_tokens` in total into pieces of at most `longest` tokens."""
     order = np.argsort(documents.content_hashes, kind="stable")
     used = np.cumsum(documents.lengths[order])
     for index in order[: int(np.searchsorted(used, num_tokens, side="right"))].tolist():
@@ -127,7 +130,7 @@ def _text_pieces(documents: Documents, num_tokens: int, longest: int) -> Iterato
 
 
 def _length(seed: int, index: int, shortest: float, longest: float) -> int:
-    """Draws the length of a document; of the tokens of all, each octave holds as many."""
+    """Draws a length from a density ~ 1 / length^2, which gives each octave equally many tokens."""
     uniform = float(np.random.default_rng([seed, index]).random())
     return int(shortest / (1 - uniform * (1 - shortest / longest)))
 
@@ -137,41 +140,39 @@ def _weighted(example: Example, config: DataConfig) -> Piece:
     for answer in example.answers:
         weights[answer.start : answer.stop] = 1
     size = config.sequence_length - 1
-    return example.tokens[:size], weights[:size]  # only words of many tokens make it longer
+    return example.tokens[:size], weights[:size]  # longer only if words take many tokens
 
 
-def _bundled(
-    pieces: Sequence[Piece], config: DataConfig, tokenizer: Tokenizer
-) -> InMemoryDocuments:
-    """Puts pieces together to documents of a sequence each, in their order as far as it goes.
+def _packed(pieces: Sequence[Piece], config: DataConfig, tokenizer: Tokenizer) -> InMemoryDocuments:
+    """Packs pieces into documents of one sequence each, roughly in order, by best fit.
 
-    A piece goes where it leaves the fewest tokens free. End-of-text, which stands between pieces
-    and pads what is left, counts nothing: where a document ends is not to be known.
+    End-of-text separates the pieces and pads each document. It has weight 0, because the model
+    cannot know where a document ends.
     """
-    size = config.sequence_length - 1  # beside the end-of-text before it
-    bundles: list[list[Piece]] = []
+    size = config.sequence_length - 1  # without the end-of-text before the document
+    bins: list[list[Piece]] = []
     by_free: list[list[list[Piece]]] = [[] for _ in range(size + 1)]
     for piece in pieces:
         needed = len(piece[0])
         free = next((n for n in range(needed, size + 1) if by_free[n]), size)
         if by_free[free]:
-            bundle = by_free[free].pop()
+            best = by_free[free].pop()
         else:
-            bundle = []
-            bundles.append(bundle)
-        bundle.append(piece)
-        by_free[max(0, free - needed - 1)].append(bundle)
-    tokens = np.full((len(bundles), size), tokenizer.end_of_text_id, np.int32)
-    weights = np.zeros((len(bundles), size), np.float32)
-    for row, bundle in enumerate(bundles):
+            best = []
+            bins.append(best)
+        best.append(piece)
+        by_free[max(0, free - needed - 1)].append(best)
+    tokens = np.full((len(bins), size), tokenizer.end_of_text_id, np.int32)
+    weights = np.zeros((len(bins), size), np.float32)
+    for row, contents in enumerate(bins):
         start = 0
-        for part, counted in bundle:
-            stop = start + len(part)
-            tokens[row, start:stop], weights[row, start:stop] = part, counted
+        for piece_tokens, piece_weights in contents:
+            stop = start + len(piece_tokens)
+            tokens[row, start:stop], weights[row, start:stop] = piece_tokens, piece_weights
             start = stop + 1
     return InMemoryDocuments(
         tokens.reshape(-1),
-        np.full(len(bundles), size, np.int64),
+        np.full(len(bins), size, np.int64),
         content_hashes(row.tobytes() for row in tokens),
         weights.reshape(-1),
     )

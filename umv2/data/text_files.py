@@ -1,4 +1,4 @@
-"""Documents in files: plain text, JSON lines and Parquet, compressed or not, by the file's name."""
+"""Documents in plain text, JSON lines and Parquet files, optionally compressed, by file name."""
 
 import bz2
 import codecs
@@ -20,24 +20,25 @@ from umv2.data.paths import DataError, format_of
 
 _HEAD_BYTES = 64
 _PARQUET = "Parquet"
-# Python refuses to read integers of more than 4,300 digits, and no number is text.
+# Python refuses to parse integers of more than 4,300 digits; numbers are not text, so ignore them.
 _DECODER = json.JSONDecoder(parse_int=lambda digits: 0)
 
 
 def file_documents(path: Path, text_field: str) -> Iterator[str]:
     """Yields the non-empty documents of a file.
 
-    One document a line of .jsonl and .ndjson; of .json too, which may also be one array of records
-    or one record; one a row of .parquet, and one a file for anything else. A suffix .gz, .bz2, .xz
-    or .zst behind that says that the file is compressed. The case of names does not matter.
+    The suffix of the name determines the format, ignoring case. A document is a line of .jsonl and
+    .ndjson; a line or array element of .json, or all of it if it is one record; a row of .parquet;
+    and the complete file otherwise. An additional suffix .gz, .bz2, .xz or .zst means that the file
+    is compressed.
 
     Args:
       path: of the file.
       text_field: key or column of the text.
 
     Raises:
-      DataError: for a file that is empty, unreadable, damaged or not what its name says; the
-        message names the place in it.
+      DataError: the file is empty, unreadable, damaged or not of the format that its name implies;
+        the message gives the position in it.
     """
     name = path.name.lower()
     suffix = next((suffix for suffix in _DECOMPRESSORS if name.endswith(suffix)), "")
@@ -69,8 +70,8 @@ def _documents(
         return _parquet_rows(path, text_field)
     if name.endswith((".csv", ".tsv")):
         raise DataError(
-            f"{path}: tables are read from Parquet and JSON lines; convert it, or name it .txt if"
-            " all of it is one document"
+            f"{path}: tables are read from Parquet and JSON lines; convert it, or rename it to .txt"
+            " if all of it is one document"
         )
     if name.endswith((".jsonl", ".ndjson", ".json")):
         return _json_records(path, opener, text_field, may_be_one_value=name.endswith(".json"))
@@ -82,7 +83,7 @@ def _open_plain(path: Path) -> BinaryIO:
 
 
 def _open_zstd(path: Path) -> BinaryIO:
-    # The standard library reads it from Python 3.14 on.
+    # The standard library supports zstd from Python 3.14 on.
     return io.BufferedReader(pyarrow.CompressedInputStream(path.open("rb"), "zstd"))
 
 
@@ -95,19 +96,19 @@ _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
 
 
 def _text(path: Path, content: bytes, offset: int = 0) -> str:
-    """Decodes UTF-8 from `offset` of a file; a byte order mark before it is none of the text.
+    """Decodes UTF-8 content found at `offset` of a file; strips a byte order mark.
 
     Raises:
-      DataError: the bytes are no text.
+      DataError: the bytes are not UTF-8.
     """
     mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     try:
         return content[mark:].decode()
     except UnicodeDecodeError as error:
-        found = None if offset else format_of(content[:_HEAD_BYTES])
-        hint = f"; it begins as {found} does" if found else ""
-        place = offset + mark + error.start
-        raise DataError(f"{path}: not UTF-8 at byte offset {place}{hint}") from error
+        name = None if offset else format_of(content[:_HEAD_BYTES])
+        hint = f"; it starts like {name}" if name else ""
+        position = offset + mark + error.start
+        raise DataError(f"{path}: not UTF-8 at byte offset {position}{hint}") from error
 
 
 def _whole_file(path: Path, opener: Callable[[Path], BinaryIO]) -> Iterator[str]:
@@ -163,7 +164,7 @@ def _text_of(record: Any, text_field: str, place: str) -> str:
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise DataError(f"{place}: no text in field data.text_field={text_field!r}")
-    # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
+    # JSON can contain a lone surrogate, which UTF-8 cannot encode.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -179,8 +180,7 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
         column_type = schema.field(text_field).type
         if not _holds_text(column_type):
             raise DataError(
-                f"{path}: column data.text_field={text_field!r} holds {column_type}, and not"
-                " strings"
+                f"{path}: column data.text_field={text_field!r} holds {column_type}, not strings"
             )
         row = 0
         for batch in file.iter_batches(columns=[text_field]):

@@ -1,4 +1,4 @@
-"""Tokens of text, kept on disk by the content of the text and the tokenizer that made them."""
+"""A cache of tokenized text on disk, keyed by the content of the text and the tokenizer."""
 
 import os
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from umv2.data.tokenizers import ByteTokenizer, Tokenizer
 
 
 def default_cache_dir() -> Path | None:
-    """Returns the folder of this user's cache; None for a user without a home."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "umv2"
+    """Returns this user's cache folder; None for a user without a home folder."""
+    if cache_home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache_home) / "umv2"
     try:
         return Path.home() / ".cache" / "umv2"
     except RuntimeError:
@@ -27,10 +27,10 @@ def default_cache_dir() -> Path | None:
 def tokenize(
     texts: Sequence[bytes], tokenizer: Tokenizer, cache_dir: Path | None
 ) -> InMemoryDocuments:
-    """Returns texts, in UTF-8, as tokens: those kept in `cache_dir`, or new ones, kept there.
+    """Tokenizes texts (UTF-8), or reads their tokens from `cache_dir` if they are cached there.
 
-    Bytes are their own tokens and not kept. A cache that is damaged, or cannot be written, costs a
-    warning and the time to tokenize.
+    The byte tokenizer is not cached: bytes are their own tokens. If the cache is damaged or cannot
+    be written, logs a warning and tokenizes.
     """
     hashes = content_hashes(texts)
     if isinstance(tokenizer, ByteTokenizer):
@@ -38,9 +38,9 @@ def tokenize(
         return InMemoryDocuments(np.frombuffer(b"".join(texts), np.uint8), lengths, hashes)
     key = np.uint64(content_hash(hashes.tobytes() + tokenizer.fingerprint.encode()))
     path = cache_dir / f"tokens-{key:016x}.npz" if cache_dir else None
-    if path and (kept := _read(path, key, len(texts), tokenizer.vocab_size)):
-        return InMemoryDocuments(*kept, hashes)
-    # Shown on a terminal (None), and not by processes that are to be quiet.
+    if path and (cached := _read(path, key, len(texts), tokenizer.vocab_size)):
+        return InMemoryDocuments(*cached, hashes)
+    # None shows the bar on a terminal only; True hides it where logging is quiet.
     disable = None if logging.level_info() else True
     bar = tqdm(texts, "tokenizing", unit=" documents", disable=disable)
     encoded = [tokenizer.encode(text.decode()) for text in bar]
@@ -56,23 +56,23 @@ def _write(path: Path, key: np.uint64, tokens: np.ndarray, lengths: np.ndarray) 
         with files.replacing(path) as unfinished:
             np.savez(unfinished, key=key, tokens=tokens, lengths=lengths)
     except files.FileError as error:
-        logging.warning("tokens are not kept for the next run: %s", error)
+        logging.warning("tokens are not cached for the next run: %s", error)
 
 
 def _read(
     path: Path, key: np.uint64, num_documents: int, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Reads tokens and lengths of documents; None, and a warning, for a file that is damaged."""
+    """Reads the tokens and lengths of documents; returns None, with a warning, if damaged."""
     try:
-        with np.load(path) as kept:
-            tokens, lengths, its_key = kept["tokens"], kept["lengths"], kept["key"]
+        with np.load(path) as archive:
+            tokens, lengths, stored_key = archive["tokens"], archive["lengths"], archive["key"]
     except FileNotFoundError:
         return None
-    except Exception as error:  # of zip, of zlib, of the header's parser: any for a damaged file
+    except Exception as error:  # zip, zlib and the header parser raise anything on a damaged file
         logging.warning("%s: the text is tokenized again: %s", path, error)
         return None
     if not (
-        its_key == key
+        stored_key == key
         and (tokens.dtype, lengths.dtype) == (np.int32, np.int64)
         and tokens.ndim == 1
         and lengths.shape == (num_documents,)
@@ -80,6 +80,6 @@ def _read(
         and lengths.sum() == len(tokens)
         and (not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab_size))
     ):
-        logging.warning("%s: the text is tokenized again: not its tokens", path)
+        logging.warning("%s: the text is tokenized again: contents do not match it", path)
         return None
     return tokens, lengths

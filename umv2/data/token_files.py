@@ -1,7 +1,7 @@
-"""Raw files of token ids, memory-mapped.
+"""Memory-mapped raw files of token ids.
 
-The index, one length and one content hash a document, is made by reading every file once when it is
-opened, which also checks every token id before training starts.
+Opening a file reads it once to index its documents (length and content hash of each) and to check
+every token id before training starts.
 """
 
 import os
@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Int32, Integer
 from tqdm import tqdm
 
-from umv2.data.documents import EvenlyWeighted
+from umv2.data.documents import UnitWeights
 from umv2.data.hashing import content_hashes
 from umv2.data.paths import DataError, format_of
 
 _SCAN_TOKENS = 1 << 22
 _FEWEST_FOR_ENTROPY = 1 << 12
 _NPY = b"\x93NUMPY"
-# The types that raw files of tokens may be of, the widest first: the wider, the less by chance.
+# Types of raw token files, widest first: bytes are less likely to fit a wider type by chance.
 _TYPE_NAMES = {
     "<u8": "uint64",
     ">u8": "big-endian uint64",
@@ -33,40 +33,39 @@ _TYPE_NAMES = {
 
 
 def little_endian(dtype: str) -> np.dtype:
-    """Returns the type of tokens in files."""
+    """Returns a dtype in little-endian byte order, as token files store it."""
     return np.dtype(dtype).newbyteorder("<")
 
 
 def unknown_id(tokens: Integer[np.ndarray, "tokens"], vocab_size: int) -> int | None:
-    """Returns the position of the first token id that is not below `vocab_size`."""
+    """Returns the position of the first token id >= `vocab_size`; None if there is none."""
     if tokens.size and tokens.max() >= vocab_size:
         return int(np.argmax(tokens >= vocab_size))
     return None
 
 
 def map_files[T](scan: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """Returns `scan(path)` of each file, in order, several at once, with a progress bar."""
+    """Returns `scan(path)` of each file, in order; scans in threads, with a progress bar."""
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
         return list(tqdm(pool.map(scan, paths), "checking token files", len(paths), disable=None))
 
 
-class MemmapDocuments(EvenlyWeighted):
-    """Documents of raw token files (OLMo, dolma), each ended by `end_of_text_id`.
+class MemmapDocuments(UnitWeights):
+    """Documents of raw token files (OLMo, dolma), each terminated by `end_of_text_id`.
 
-    The files are memory-mapped little-endian integers, with or without the header of a real .npy.
-    Opening reads each file once, to find the documents, hash them (as uint32 tokens) and check the
-    ids; in memory stay 28 bytes a document.
+    The files are memory-mapped little-endian integers, with or without a .npy header. Opening reads
+    each file once to find the documents, hash them (as uint32 tokens) and check the ids; the index
+    takes 28 bytes of memory per document.
 
     Raises:
-      DataError: for a file that is empty, unreadable, not of `dtype` by its header or its values,
-        not a multiple of it long or without any end-of-text, or a token id that is not below
-        `vocab_size`.
+      DataError: a file is empty, unreadable, not of `dtype` by its header or its values, not a
+        multiple of its item size, or without any end-of-text; or a token id is >= `vocab_size`.
     """
 
     def __init__(
         self, paths: Sequence[Path], dtype: str, end_of_text_id: int, vocab_size: int
     ) -> None:
-        """Indexes and checks the files, several at once."""
+        """Indexes and checks the files, in parallel."""
         self._paths = paths
         self._dtype = dtype
 
@@ -89,7 +88,7 @@ class MemmapDocuments(EvenlyWeighted):
         return self._open[file][first + start : first + stop].astype(np.int32)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickling a memory map would copy the file; a worker process opens its own.
+        # Pickling a memory map would copy the file; each worker process maps it again.
         return self.__dict__ | {"_open": {}}
 
 
@@ -103,9 +102,9 @@ def _open_token_file(path: Path, dtype: str) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if not has_header:
-        # Two bytes may well be a token.
-        if found := format_of(head, min_bytes=3):
-            raise DataError(f"{path}: begins as {found} does; token files are raw or .npy")
+        # Magic bytes of two bytes may well be a token.
+        if name := format_of(head, min_bytes=3):
+            raise DataError(f"{path}: starts like {name}; token files are raw or .npy")
         if mapped.nbytes % expected.itemsize:
             raise DataError(
                 f"{path}: truncated at byte offset {mapped.nbytes}: the size is not a multiple of"
@@ -115,7 +114,7 @@ def _open_token_file(path: Path, dtype: str) -> np.ndarray:
     if mapped.dtype != expected or mapped.ndim != 1 or not mapped.size:
         raise DataError(
             f"{path}: holds {_TYPE_NAMES.get(mapped.dtype.str, mapped.dtype)} of shape"
-            f" {mapped.shape}, not a row of data.memmap_dtype={dtype!r}"
+            f" {mapped.shape}, not a non-empty 1-D array of data.memmap_dtype={dtype!r}"
         )
     return mapped
 
@@ -123,12 +122,12 @@ def _open_token_file(path: Path, dtype: str) -> np.ndarray:
 def _mapped_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")
-    except Exception as error:  # of the header's parser: any for a damaged file
+    except Exception as error:  # the header parser raises anything on a damaged file
         raise ValueError(str(error)) from error
 
 
 def _other_type(tokens: np.ndarray, end_of_text_id: int, vocab_size: int) -> np.dtype | None:
-    """Returns a type of which the same bytes are token ids, with end-of-text among them."""
+    """Returns another type in which the bytes are valid token ids that include end-of-text."""
     content = tokens[: _SCAN_TOKENS - _SCAN_TOKENS % 8].view(np.uint8)
     for dtype in map(np.dtype, _TYPE_NAMES):
         if dtype != tokens.dtype and tokens.nbytes % dtype.itemsize == 0:
@@ -139,16 +138,18 @@ def _other_type(tokens: np.ndarray, end_of_text_id: int, vocab_size: int) -> np.
 
 
 def _require_type(path: Path, tokens: np.ndarray, end_of_text_id: int, vocab_size: int) -> None:
-    """Refuses a raw file whose tokens are of another type, if all but certain.
+    """Raises DataError for a raw file whose tokens are almost certainly of another type.
 
-    In any tokens, odd and even positions are alike, and the lower bytes say more than the higher.
+    Two statistics detect that: in real tokens, even and odd positions have the same distribution,
+    and low bytes have a higher entropy than high bytes.
     """
     other = _other_type(tokens, end_of_text_id, vocab_size)
     if other is None:
         return
     width = tokens.dtype.itemsize
     if other.itemsize > width:
-        # No higher part is above this; were that chance, half of the lower were not either.
+        # High parts never exceed this. If the tokens really were of the narrow type, high and low
+        # parts would be distributed alike, and most low parts would not exceed it either.
         highest = (vocab_size - 1) >> (8 * width)
         rows = tokens[:_SCAN_TOKENS].reshape(-1, other.itemsize // width)
         low = rows[:, 0 if other.byteorder != ">" else -1]
@@ -163,7 +164,7 @@ def _require_type(path: Path, tokens: np.ndarray, end_of_text_id: int, vocab_siz
     if is_other:
         name = _TYPE_NAMES[other.str]
         raise DataError(
-            f"{path}: its tokens are {name} by their values, not data.memmap_dtype="
+            f"{path}: by its values, the file holds {name} tokens, not data.memmap_dtype="
             f"{_TYPE_NAMES[tokens.dtype.str]!r}"
         )
 
@@ -178,7 +179,7 @@ def _entropy(values: np.ndarray) -> float:
 def _scan_token_file(
     path: Path, dtype: str, end_of_text_id: int, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns start, length and hash of each document that is not empty."""
+    """Returns the start, length and hash of each non-empty document."""
     tokens = _open_token_file(path, dtype)
     header_bytes = path.stat().st_size - tokens.nbytes
     if not header_bytes:
@@ -201,8 +202,8 @@ def _scan_token_file(
     boundaries = np.concatenate(ends)
     if not boundaries.size:
         raise DataError(
-            f"{path}: no token is end_of_text_id={end_of_text_id}, so its documents cannot be told"
-            f" apart (data.end_of_text_id){hint()}"
+            f"{path}: no token is end_of_text_id={end_of_text_id}, so its documents cannot be"
+            f" separated (data.end_of_text_id){hint()}"
         )
     starts = np.concatenate([[0], boundaries + 1])
     lengths = np.concatenate([boundaries, [len(tokens)]]) - starts

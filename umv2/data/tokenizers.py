@@ -1,4 +1,4 @@
-"""Tokenizers behind one protocol: bytes, Hugging Face `tokenizers` files, SentencePiece models."""
+"""Tokenizers with one interface: bytes, Hugging Face `tokenizers` files, SentencePiece models."""
 
 import functools
 import hashlib
@@ -22,7 +22,7 @@ from umv2 import files
 from umv2.data.paths import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-# What published tokenizer files call their end of text; the first one that is present counts.
+# Names of end-of-text in published tokenizer files; the first one that is present is used.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NUM_BYTES = 256
@@ -36,17 +36,17 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end_of_text_id: int
-    # Of the content of its file, wherever that lies, and of an end-of-text that is not its own.
+    # Hash of the content of its file (not of its path), and the end-of-text id if it is overridden.
     fingerprint: str
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
-        """Returns the ids of a text, without end-of-text, even where the text spells its name."""
+        """Returns the ids of a text; never end-of-text, even if the text contains its name."""
 
     def decode(self, ids: Ids) -> str:
-        """Returns the text of ids: end-of-text is dropped, invalid UTF-8 replaced."""
+        """Returns the text of ids; drops end-of-text and replaces invalid UTF-8."""
 
     def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
-        """Returns how many UTF-8 bytes of text each id stands for; control tokens stand for 0."""
+        """Returns the number of UTF-8 bytes of each id; 0 for control tokens."""
 
 
 class ByteTokenizer:
@@ -72,40 +72,40 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizers` JSON file whose pieces spell bytes (GPT-2 style) or Metaspace text."""
+    """A `tokenizers` JSON file with byte-level (GPT-2 style) or Metaspace pieces."""
 
     def __init__(self, path: str | Path, end_of_text_id: int) -> None:
-        """Reads the file; an `end_of_text_id` of -1 asks for the tokenizer's own.
+        """Reads the file; an `end_of_text_id` of -1 selects the tokenizer's own.
 
         Raises:
-          DataError: for a file that is unreadable, has no known end-of-text, or has a decoder that
-            does not say which bytes a piece stands for.
+          DataError: the file is unreadable, has no known end-of-text, or has a decoder that does
+            not determine the bytes of a piece.
         """
         content = _read(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # The library raises nothing narrower.
+        except Exception as error:  # the library raises no narrower type
             raise DataError(f"{path}: not a tokenizers file: {error}") from error
-        # The name of a special token within a document is text like any other.
+        # The name of a special token inside a document is ordinary text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._decoders = _decoder_types(json.loads(content).get("decoder"))
         if not self._decoders & {"ByteLevel", "Metaspace", "ByteFallback"}:
             raise DataError(
-                f"{path}: decoder {sorted(self._decoders)}: only ByteLevel, Metaspace and"
-                " ByteFallback say how many bytes a token stands for"
+                f"{path}: decoder {sorted(self._decoders)}: must be ByteLevel, Metaspace or"
+                " ByteFallback, which determine the bytes of a token"
             )
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         known = (self._tokenizer.token_to_id(name) for name in _END_OF_TEXT_NAMES)
         own = next((i for i in known if i is not None), -1)
         self.end_of_text_id = _end_of_text(path, end_of_text_id, own, self.vocab_size)
         self.fingerprint = _fingerprint(content, self.end_of_text_id, own)
-        # Where a decoder is byte-level, it reads the bytes even of what is written in plain text.
+        # A byte-level decoder also decodes added tokens, which are plain text, as byte pieces.
         self._bytes = self._byte_pieces() if self._decoders <= {"ByteLevel", "Sequence"} else None
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
-        """Returns the ids of a text, without what the file's post-processor would add."""
+        """Returns the ids of a text, without the tokens that the file's post-processor adds."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
@@ -123,21 +123,21 @@ class HuggingFaceTokenizer:
         return _decode(b"".join(piece.content for piece in pieces), named)
 
     def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
-        """Returns the bytes of each piece; special tokens stand for 0."""
+        """Returns the number of bytes of each piece; 0 for special tokens."""
         sizes = np.zeros(self.vocab_size, np.int32)
         if self._bytes is not None:
             for index, piece in self._bytes.items():
                 sizes[index] = len(piece.content if piece.name is None else piece.name.encode())
         else:
-            for spelled, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-                sizes[index] = _piece_bytes(spelled)
+            for spelling, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+                sizes[index] = _piece_bytes(spelling)
             for index, added in self._tokenizer.get_added_tokens_decoder().items():
                 sizes[index] = 0 if added.special else len(added.content.encode("utf-8"))
         sizes[self.end_of_text_id] = 0
         return sizes
 
     def _byte_pieces(self) -> "dict[int, _BytePiece]":
-        """Returns what each id stands for; special tokens stand for nothing."""
+        """Returns the bytes of each id; special tokens have none."""
         ordinary = {
             index: _BytePiece(_alphabet_bytes(piece))
             for piece, index in self._tokenizer.get_vocab(with_added_tokens=False).items()
@@ -155,10 +155,11 @@ class HuggingFaceTokenizer:
 
 
 class _BytePiece(NamedTuple):
-    """The bytes of a piece.
+    """The bytes of a piece, and the text of an added token with the same id.
 
-    A name that is added to a vocabulary which has it as a piece, such as `ü`, the piece of byte
-    0xFC, has no id of its own: it is meant where the byte makes no character.
+    An added token may have the spelling of an existing piece, e.g. `ü`, which is the piece of byte
+    0xFC in GPT-2's alphabet. The two then have one id: the bytes are decoded where they form valid
+    UTF-8, and the added token is used otherwise.
     """
 
     content: bytes
@@ -177,7 +178,7 @@ def _is_text(content: bytes) -> bool:
 
 
 def _decode(content: bytes, named: Mapping[int, str]) -> str:
-    """Decodes UTF-8; a byte that makes no character is U+FFFD, or what it is named."""
+    """Decodes UTF-8; an invalid byte becomes the added token at its position, or else U+FFFD."""
     text = ""
     while content:
         try:
@@ -193,11 +194,11 @@ def _decode(content: bytes, named: Mapping[int, str]) -> str:
 
 @functools.cache
 def _alphabet() -> dict[str, int]:
-    """Returns GPT-2's characters of bytes: those that print are themselves, others from 256 on."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(_NUM_BYTES) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {
-        chr(_NUM_BYTES + place): byte for place, byte in enumerate(others)
+    """Returns GPT-2's byte alphabet: printable bytes map to themselves, others to 256 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(_NUM_BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(_NUM_BYTES + offset): byte for offset, byte in enumerate(others)
     }
 
 
@@ -211,15 +212,15 @@ def _alphabet_bytes(piece: str) -> bytes:
 class SentencePieceTokenizer:
     """A SentencePiece model.
 
-    Bytes are counted as the pieces spell them: a model that normalises text, or puts a space before
-    it, spells other bytes than it was given; the unknown piece counts as 0.
+    Bytes are counted in the pieces, so they can differ from the bytes of the text if the model
+    normalises the text or prepends a space. The unknown piece counts as 0.
     """
 
     def __init__(self, path: str | Path, end_of_text_id: int) -> None:
-        """Reads the model; an `end_of_text_id` of -1 asks for its </s>.
+        """Reads the model; an `end_of_text_id` of -1 selects its </s>.
 
         Raises:
-          DataError: for a file that is unreadable or has no end-of-text.
+          DataError: the file is unreadable or has no end-of-text.
         """
         content = _read(path)
         try:
@@ -232,7 +233,7 @@ class SentencePieceTokenizer:
         self.fingerprint = _fingerprint(content, self.end_of_text_id, own)
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
-        """Returns the ids of a text, without begin and end marks."""
+        """Returns the ids of a text, without BOS and EOS."""
         ids = self._processor.encode(text, out_type=int, add_bos=False, add_eos=False)
         return np.array(ids, np.int32)
 
@@ -243,7 +244,7 @@ class SentencePieceTokenizer:
         )
 
     def token_bytes(self) -> Int32[np.ndarray, "vocab"]:
-        """Returns the bytes of each piece; control and unknown pieces stand for 0."""
+        """Returns the number of bytes of each piece; 0 for control and unknown pieces."""
         processor = self._processor
         sizes = np.array(
             [
@@ -266,8 +267,8 @@ def load_tokenizer(name: str, end_of_text_id: int = -1) -> Tokenizer | None:
       end_of_text_id: the id that ends a document; -1 for the tokenizer's own.
 
     Raises:
-      DataError: for another name, an unreadable file or an impossible end-of-text id.
-      files.FileError: for a URL.
+      DataError: the name or the end-of-text id is invalid, or the file is unreadable.
+      files.FileError: the path is a URL.
     """
     if name == "none":
         return None
@@ -294,10 +295,10 @@ def load_tokenizer(name: str, end_of_text_id: int = -1) -> Tokenizer | None:
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
     """Trains a byte-level BPE on texts, with a progress bar, and writes it as a `tokenizers` file.
 
-    Id 0 is `<|endoftext|>`, ids 1 to 256 are the bytes, so that no text is unknown.
+    Id 0 is `<|endoftext|>` and ids 1 to 256 are the bytes, so every text can be encoded.
 
     Raises:
-      DataError: for a vocabulary too small to hold those, or too large for ids of 32 bits.
+      DataError: the vocabulary is too small for these ids, or too large for int32 ids.
       files.FileError: the file cannot be written.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -313,7 +314,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(alphabet),
-        show_progress=False,  # its bars leave empty lines where there is no terminal
+        show_progress=False,  # its bars print empty lines without a terminal
     )
     num_bytes = 0
 
@@ -357,7 +358,7 @@ def _end_of_text(path: str | Path, end_of_text_id: int, own: int, vocab_size: in
         end_of_text_id = own
     if not 0 <= end_of_text_id < vocab_size:
         raise DataError(
-            f"{path}: end-of-text id {end_of_text_id} is not among its {vocab_size} ids; give"
+            f"{path}: end-of-text id {end_of_text_id} is not among its {vocab_size} ids; set"
             " data.end_of_text_id"
         )
     return end_of_text_id
@@ -370,5 +371,5 @@ def _decoder_types(decoder: dict | None) -> set[str]:
 
 
 def _piece_bytes(piece: str) -> int:
-    """UTF-8 bytes of a piece that writes a space as U+2581 and a lone byte as <0xFF>."""
+    """Returns the UTF-8 bytes of a piece that writes a space as U+2581 and a byte as <0xFF>."""
     return 1 if _BYTE_PIECE.fullmatch(piece) else len(piece.replace("\u2581", " ").encode("utf-8"))

@@ -1,6 +1,6 @@
 """Standard benchmarks through EleutherAI's lm-evaluation-harness (extra `eval`).
 
-What the harness asks is answered here, in tokens; `harness` is the only module that imports it.
+This module answers the harness's requests on the level of tokens; only `harness` imports it.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from umv2.inference.sampling import Sampling
 TokenPair = tuple[Sequence[int], Sequence[int]]
 
 _DEFAULT_MAX_NEW_TOKENS = 256  # of the harness's Hugging Face backend
-# Names for the same, as the harness has them: where there are several, the first counts.
+# The harness's names of this limit; if several are set, the first one counts.
 _MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-# What is not here, and the value at which it changes nothing.
+# Settings that we do not support, and the value at which each has no effect.
 _WITHOUT_EFFECT = {
     "diversity_penalty": 0,
     "early_stopping": False,
@@ -64,61 +64,61 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """Returns the log-probability of each continuation in nats, and whether it is greedy.
 
-    Continuations are answered longest sequence first, in batches of nearly equal lengths.
+    Scores the longest sequences first, in batches of similar lengths.
 
     Args:
       scorer: the model.
-      pairs: (context, continuation) in tokens; a context has one token at least.
-      max_length: of what the model reads; what does not fit is cut from the left.
-      batch_size: sequences a pass, at least.
-      fill: token that pads.
+      pairs: (context, continuation) in tokens; a context has at least one token.
+      max_length: maximum number of input tokens; longer sequences are truncated on the left.
+      batch_size: minimum number of sequences per pass.
+      fill: padding token.
 
     Raises:
-      ValueError: a context without a token.
+      ValueError: a context is empty.
     """
     jobs = []
     for context, continuation in pairs:
         if not context:
-            raise ValueError("a context needs a token: end-of-text where there is no text")
+            raise ValueError("a context needs at least one token, e.g. end-of-text")
         tokens = [*context, *continuation][-(max_length + 1) :]
-        wanted = tokens[max(1, len(tokens) - len(continuation)) :]
+        targets = tokens[max(1, len(tokens) - len(continuation)) :]
         inputs = tokens[:-1] if continuation else tokens
-        jobs.append((inputs, range(len(inputs) - len(wanted), len(inputs)), wanted))
+        jobs.append((inputs, range(len(inputs) - len(targets), len(inputs)), targets))
 
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     num_rows = scorer.padded_rows(batch_size)
-    order = sorted(range(len(jobs)), key=lambda number: -len(jobs[number][0]))
+    order = sorted(range(len(jobs)), key=lambda index: -len(jobs[index][0]))
     disable = None if logging.level_info() else True
     with tqdm(total=len(jobs), desc="log-likelihoods", unit=" texts", disable=disable) as bar:
         for first in range(0, len(order), num_rows):
-            numbers = order[first : first + num_rows]
-            group = [jobs[number] for number in numbers]
+            indices = order[first : first + num_rows]
+            group = [jobs[index] for index in indices]
             batch = ScoringBatch.padded(
                 group,
                 num_rows=num_rows,
                 length=min(padded_length(len(group[0][0])), max(max_length, len(group[0][0]))),
-                num_targets=padded_length(max(len(wanted) for _, _, wanted in group)),
+                num_targets=padded_length(max(len(targets) for _, _, targets in group)),
                 fill=fill,
             )
             exact, likelihood = scorer.score(batch)
-            for row, number in enumerate(numbers):
-                count = len(jobs[number][2])
+            for row, index in enumerate(indices):
+                count = len(jobs[index][2])
                 total = float(likelihood[row, :count].astype(np.float64).sum())
-                results[number] = (total, bool(exact[row, :count].all()))
-            bar.update(len(numbers))
+                results[index] = (total, bool(exact[row, :count].all()))
+            bar.update(len(indices))
     return results
 
 
 def rolling_windows(tokens: Sequence[int], *, prefix: int, max_length: int) -> list[TokenPair]:
-    """Cuts a text into (context, continuation) that predict each of its tokens exactly once.
+    """Cuts a text into (context, continuation) pairs that predict each token exactly once.
 
-    The first window starts behind `prefix`; each later one is as long as the model reads, and
-    begins with what was predicted before it.
+    The first window is conditioned on `prefix`, each later one on the token before it. A short last
+    window gets more context, so that all later windows have full length.
     """
     windows: list[TokenPair] = []
     for start in range(0, len(tokens), max_length):
         stop = min(start + max_length, len(tokens))
-        # A last window that is short gets more to condition on.
+        # A short last window gets more context.
         first = max(0, stop - max_length)
         context = [prefix, *tokens[:start]] if first == 0 else tokens[first - 1 : start]
         windows.append((context, tokens[start:stop]))
@@ -127,7 +127,7 @@ def rolling_windows(tokens: Sequence[int], *, prefix: int, max_length: int) -> l
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """How a task wants its prompts continued."""
+    """How to continue the prompts of a task."""
 
     max_new_tokens: int
     stop: tuple[str, ...]
@@ -137,21 +137,21 @@ class GenerationSettings:
     def of_task(
         cls, given: Mapping[str, Any], *, task: str | None, vocab_size: int, max_length: int
     ) -> "GenerationSettings":
-        """Reads `generation_kwargs` as the harness's Hugging Face backend does.
+        """Parses `generation_kwargs` as the harness's Hugging Face backend does.
 
-        Settings are those of transformers; numbers may be quoted, and None is as if left out.
-        Without `do_sample`, a temperature above 0 asks for samples. Where none are asked for, what
-        shapes their distribution has no effect. `top_p=0` leaves the likeliest token alone. A limit
-        of `top_k` must be set: by itself there is none, where transformers has one of 50.
+        Settings are those of transformers; numbers may be strings, and None means not set. Without
+        `do_sample`, a temperature above 0 enables sampling. Without sampling, settings that shape
+        the distribution have no effect. `top_p=0` keeps only the most likely token. The default of
+        `top_k` is no limit, whereas that of transformers is 50.
 
         Args:
-          given: of the task file.
+          given: `generation_kwargs` of the task file.
           task: its name, for messages; None: unknown.
           vocab_size: of the tokenizer.
-          max_length: of what the model reads.
+          max_length: context length of the model.
 
         Raises:
-          ConfigError: a setting that there is not, or a value that it cannot have.
+          ConfigError: a setting is unknown or has an invalid value.
         """
         path = f"task {task!r}: generation_kwargs." if task else "generation_kwargs."
         settings = {name: value for name, value in given.items() if value is not None}
@@ -173,7 +173,7 @@ class GenerationSettings:
                 temperature != 0,
                 path + "temperature",
                 temperature,
-                "must be > 0 with do_sample: true; do_sample: false takes the likeliest tokens",
+                "must be > 0 with do_sample: true; use do_sample: false for greedy decoding",
             )
             top_k = _number(path + "top_k", shape.pop("top_k", 0), int, Interval(0))
             top_p = _number(path + "top_p", shape.pop("top_p", 1.0), float, Interval(0, 1))
@@ -192,7 +192,7 @@ class GenerationSettings:
 
 
 def _max_new_tokens(path: str, settings: dict[str, Any], max_length: int) -> int:
-    """Takes the limit of new tokens out of the settings."""
+    """Removes the limit of new tokens from the settings and returns it."""
     given = {name: settings.pop(name) for name in _MAX_NEW_TOKENS if name in settings}
     if "max_length" in settings:
         rule = f"depends on the prompt's length; set {_MAX_NEW_TOKENS[0]}"
@@ -202,8 +202,8 @@ def _max_new_tokens(path: str, settings: dict[str, Any], max_length: int) -> int
     } or {_MAX_NEW_TOKENS[0]: _DEFAULT_MAX_NEW_TOKENS}
     (name, count), *others = limits.items()
     if any(other != count for _, other in others):
-        logging.warning("%s%s=%d counts, and not %s", path, name, count, dict(others))
-    rule = f"must be less than the {max_length} tokens that the model reads (data.sequence_length)"
+        logging.warning("%s%s=%d takes precedence over %s", path, name, count, dict(others))
+    rule = f"must be less than the model's {max_length} tokens (data.sequence_length)"
     require(count < max_length, path + name, count, rule if given else f"the default {rule}")
     return count
 
@@ -216,7 +216,7 @@ def _stop_strings(path: str, until: Any) -> tuple[str, ...]:
 
 
 def _number(field: str, value: Any, kind: type, interval: Interval) -> Any:
-    """Reads a number, quoted or not."""
+    """Parses a number, which may be a string."""
     try:
         number = kind(value)
         same = isinstance(value, str) or number == value
@@ -224,7 +224,7 @@ def _number(field: str, value: Any, kind: type, interval: Interval) -> Any:
     except (TypeError, ValueError, OverflowError):
         good = False
     if not good or not interval.holds(number):
-        what = "a whole number" if kind is int else "a finite number"
+        what = "an integer" if kind is int else "a finite number"
         reject(field, value, str(interval).replace("must be", f"must be {what}", 1))
     return number
 
@@ -238,26 +238,27 @@ def _flag(field: str, value: Any) -> bool:
 
 
 def _require_without_effect(
-    path: str, settings: Mapping[str, Any], harmless: Mapping[str, Any]
+    path: str, settings: Mapping[str, Any], neutral: Mapping[str, Any]
 ) -> None:
-    """Rejects settings unless their values change nothing."""
+    """Rejects settings unless their values have no effect."""
     for name, value in settings.items():
-        if name not in harmless:
+        if name not in neutral:
             known = (*_WITHOUT_EFFECT, *_WITHOUT_EFFECT_ON_SAMPLES, *_MAX_NEW_TOKENS)
             nearest = nearest_name(
                 str(name), (*known, "until", "do_sample", "temperature", "top_k", "top_p")
             )
             reject(f"{path}{name}", value, f"unknown setting{nearest}")
         try:
-            same = float(value) == harmless[name]
+            same = float(value) == neutral[name]
         except (TypeError, ValueError):
             same = False
-        require(same, path + name, value, f"not supported but for {harmless[name]}, no effect")
+        rule = f"not supported; only {neutral[name]}, which has no effect, is accepted"
+        require(same, path + name, value, rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """A context in tokens, one at least, that a task wants continued."""
+    """A context of at least one token to continue, and how."""
 
     task: str | None
     context: tuple[int, ...]
@@ -267,68 +268,68 @@ class GenerationRequest:
 def continuations(
     generator: Generator, requests: Sequence[GenerationRequest], *, batch_size: int
 ) -> list[str]:
-    """Returns the text that follows each context, up to end-of-text or a stop string.
+    """Returns the continuation of each context, up to end-of-text or a stop string.
 
-    Equal requests of a task, such as its `repeats`, get different samples: the first gets sample 0
-    of its context, whatever else is asked for and in whichever batches.
+    Equal requests of a task, such as its `repeats`, get different samples: the first one gets
+    sample 0 of its context, whatever the other requests and the batches.
 
     Args:
       generator: the model.
       requests: of any tasks.
-      batch_size: contexts continued together; the longest come first.
+      batch_size: contexts per batch; the longest come first.
     """
     samples = occurrences(requests)
     groups: dict[GenerationSettings, list[int]] = {}
-    for number, request in enumerate(requests):
-        groups.setdefault(request.settings, []).append(number)
+    for index, request in enumerate(requests):
+        groups.setdefault(request.settings, []).append(index)
     texts = [""] * len(requests)
     disable = None if logging.level_info() else True
     with tqdm(total=len(requests), desc="generation", unit=" texts", disable=disable) as bar:
         for settings, members in groups.items():
-            order = sorted(members, key=lambda number: -len(requests[number].context))
+            order = sorted(members, key=lambda index: -len(requests[index].context))
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]
-                written = generator.complete(
-                    [requests[number].context for number in batch],
+                generated = generator.complete(
+                    [requests[index].context for index in batch],
                     max_new_tokens=settings.max_new_tokens,
                     stop=settings.stop,
                     sampling=settings.sampling,
-                    samples=[samples[number] for number in batch],
+                    samples=[samples[index] for index in batch],
                 )
-                for number, text in zip(batch, written, strict=True):
-                    texts[number] = text
+                for index, text in zip(batch, generated, strict=True):
+                    texts[index] = text
                 bar.update(len(batch))
     return texts
 
 
 @dataclasses.dataclass(frozen=True)
 class DownstreamReport:
-    """What the harness found for one checkpoint."""
+    """The harness's results for one checkpoint."""
 
     step: int
     results: dict[str, Any]
 
     def metrics(self) -> dict[str, Any]:
-        """Returns plain values for JSON; None where there is no number, which JSON cannot write."""
+        """Returns plain values for JSON; None replaces non-finite values, which JSON lacks."""
         return {"step": self.step} | _plain(self.results)
 
     def rows(self) -> list[tuple[str, str, float, float | None, int]]:
-        """Returns (task, metric, value, standard error, examples) of every figure."""
-        found = []
+        """Returns (task, metric, value, standard error, number of examples) of every metric."""
+        rows = []
         counts = self.results["n-samples"]
-        for task, figures in self.results["results"].items():
-            for name, value in figures.items():
-                metric, comma, kind = name.partition(",")
+        for task, metrics in self.results["results"].items():
+            for name, value in metrics.items():
+                metric, comma, filter_name = name.partition(",")
                 if not comma or metric.endswith("_stderr") or not isinstance(value, numbers.Real):
                     continue
-                error = figures.get(f"{metric}_stderr,{kind}")
+                error = metrics.get(f"{metric}_stderr,{filter_name}")
                 error = float(error) if isinstance(error, numbers.Real) else None
                 count = counts.get(task, {}).get("effective", 0)
-                found.append((task, metric, float(value), error, count))
-        return found
+                rows.append((task, metric, float(value), error, count))
+        return rows
 
     def table(self) -> str:
-        """Returns the figures as lines of text."""
+        """Returns the metrics as a text table."""
         heading = tables.paragraph(
             f"lm-evaluation-harness {self.results['versions']['lm_eval']} after step {self.step:,}"
         )
@@ -343,14 +344,14 @@ class DownstreamReport:
         """Writes `downstream.json`.
 
         Raises:
-          FileError: the operating system refuses.
+          FileError: the file cannot be written.
         """
         text = json.dumps(self.metrics(), indent=2, allow_nan=False)
         files.write_text(folder / "downstream.json", text + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """Returns what JSON has for a value, of which a task's results may be any."""
+    """Converts a value of any type, as results of tasks contain them, to one that JSON has."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Mapping):
@@ -363,10 +364,10 @@ def _plain(value: Any) -> Any:
 
 
 def require_harness() -> None:
-    """Raises UserError where the harness is not installed."""
+    """Raises UserError if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "--suite: tasks of lm-evaluation-harness need the optional extra:"
+            "--suite: tasks of lm-evaluation-harness require the optional extra:"
             " pip install -e '.[eval]'"
         )
 

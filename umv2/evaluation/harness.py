@@ -1,4 +1,4 @@
-"""Our models as lm-evaluation-harness wants them; the only importer of `lm_eval`."""
+"""Adapter of our models to lm-evaluation-harness; the only module that imports `lm_eval`."""
 
 import contextlib
 import logging as std_logging
@@ -24,14 +24,14 @@ from umv2.evaluation.scoring import Scorer
 from umv2.inference import decode
 from umv2.inference.decode import Generator
 
-_REASON_LENGTH = 500  # of a line that says why a task failed, in characters
+_REASON_LENGTH = 500  # maximum number of characters of the reason why a task failed
 
 
 class HarnessModel(TemplateLM):
     """Answers requests of the harness as its Hugging Face backend does for a causal model.
 
-    Text is encoded without a token before it; where there is no context, end-of-text stands for
-    it. What is longer than `max_length` is cut from the left.
+    Text is encoded without a BOS token; end-of-text replaces an empty context. Sequences longer
+    than `max_length` are truncated on the left.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class HarnessModel(TemplateLM):
         max_length: int,
         batch_size: int,
     ):
-        """Takes a model in both its forms: that answers questions, and that writes."""
+        """Takes one model twice: as a scorer of log-likelihoods and as a text generator."""
         super().__init__()
         self._scorer, self._generator, self._tokenizer = scorer, generator, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
 
     @property
     def eot_token_id(self) -> int:
-        """End-of-text."""
+        """The id of end-of-text."""
         return self._tokenizer.end_of_text_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns the ids of a text; there are no special tokens to add.
+        """Returns the ids of a text; our tokenizers add no special tokens.
 
         Raises:
-          UserError: text with a lone surrogate.
+          UserError: the text contains a lone surrogate.
         """
         del add_special_tokens, kwargs
         return decode.encode(self._tokenizer, string)
@@ -67,10 +67,10 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        # Of a context of white space nothing is left: the harness moves it to the continuation.
+        # A whitespace context is empty here: the harness moves whitespace to the continuation.
         start = [self.eot_token_id]
         return self._log_likelihoods(
-            [(context or start, wanted) for _, context, wanted in requests]
+            [(context or start, continuation) for _, context, continuation in requests]
         )
 
     def _log_likelihoods(self, pairs: Sequence[downstream.TokenPair]) -> list[tuple[float, bool]]:
@@ -99,18 +99,18 @@ class HarnessModel(TemplateLM):
         return [sum(next(answers)[0] for _ in group) for group in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns what follows each context up to a stop string, greedily unless asked to sample.
+        """Continues each context up to a stop string; greedy unless the task asks for samples.
 
-        A sample is a function of the seed (`generate.seed`), the context, and how many equal
-        requests of the same task come before it.
+        A sample is a function of the seed (`generate.seed`), the context, and the number of equal
+        requests of the same task before it.
 
         Raises:
-          ConfigError: a setting that there is not, a value that it cannot have, or more tokens than
-            the model reads.
+          ConfigError: a setting is unknown, has an invalid value, or asks for more tokens than the
+            model's context length.
         """
         del disable_tqdm
         settings: dict[tuple[str | None, str], GenerationSettings] = {}
-        wanted = []
+        generations = []
         for request in requests:
             text, given = request.args
             task = getattr(request, "task_name", None)
@@ -119,25 +119,25 @@ class HarnessModel(TemplateLM):
                 settings[key] = self.settings(given, task)
             num_tokens = self.max_length - settings[key].max_new_tokens
             context = (self.tok_encode(text) or [self.eot_token_id])[-num_tokens:]
-            wanted.append(GenerationRequest(task, tuple(context), settings[key]))
-        return downstream.continuations(self._generator, wanted, batch_size=self.batch_size)
+            generations.append(GenerationRequest(task, tuple(context), settings[key]))
+        return downstream.continuations(self._generator, generations, batch_size=self.batch_size)
 
     def settings(self, given: Mapping[str, Any], task: str | None) -> GenerationSettings:
-        """Reads a task's `generation_kwargs`; see `GenerationSettings.of_task`."""
+        """Parses a task's `generation_kwargs`; see `GenerationSettings.of_task`."""
         return GenerationSettings.of_task(
             given, task=task, vocab_size=self._tokenizer.vocab_size, max_length=self.max_length
         )
 
 
 class _TaskManager(TaskManager):
-    """Finds when tasks are loaded what would else end the run after hours of answers."""
+    """Checks tasks when they are loaded, so that a mistake does not surface after hours."""
 
     def __init__(self, model: HarnessModel, include_path: Path | None):
         super().__init__(include_path=None if include_path is None else str(include_path))
         self._model = model
 
     def load(self, task_list: Any) -> Any:
-        """Loads tasks; before 0.4.12 the harness has another method, and nothing is found early."""
+        """Loads and checks tasks; before 0.4.12 the harness does not call it: no early checks."""
         loaded = super().load(task_list)
         for name, task in loaded["tasks"].items():
             for metric, aggregation in task.aggregation().items():
@@ -151,7 +151,7 @@ class _TaskManager(TaskManager):
         given = task.get_config("generation_kwargs")
         if isinstance(given, Mapping):
             self._model.settings(given, name)
-        if task.get_config("process_results") is None:  # which takes the place of the functions
+        if task.get_config("process_results") is None:  # otherwise it replaces these functions
             for metric, function in getattr(task, "_metric_fn_list", {}).items():
                 if function is None:
                     raise UserError(f"task {name!r}: metric {metric!r}: unknown")
@@ -166,18 +166,18 @@ def run(
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> DownstreamReport:
-    """Runs tasks of the harness, or local ones.
+    """Runs tasks of the harness, or local tasks.
 
     Args:
-      model: who answers.
+      model: to evaluate.
       tasks: names.
       step: of the checkpoint, for the report.
-      num_fewshot: examples before each question; None: as the task says.
-      limit: questions of each task; None: all.
+      num_fewshot: examples before each question; None: the task's default.
+      limit: questions per task; None: all.
       include_path: folder of local task files.
 
     Raises:
-      UserError: a task that there is not, that the harness cannot run, or whose data cannot be had.
+      UserError: a task does not exist, the harness cannot run it, or its data is not available.
     """
     tasks = list(dict.fromkeys(tasks))
     suite = f"--suite={','.join(tasks)}"
@@ -192,13 +192,13 @@ def run(
             if include_path is not None and path.is_relative_to(include_path)
         ]
         for line in unusable:
-            logging.warning("no task is taken from %s", line)
+            logging.warning("skipped task file %s", line)
         for name in tasks:
             if name not in manager.all_tasks:
-                reasons = f"; no task is taken from {'; '.join(unusable)}" if unusable else ""
+                reasons = f"; skipped task files: {'; '.join(unusable)}" if unusable else ""
                 nearest = nearest_name(name, manager.all_tasks)
                 raise UserError(f"--suite: no task {name!r}{nearest}{reasons}")
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model=model,
             tasks=tasks,
             num_fewshot=num_fewshot,
@@ -209,19 +209,19 @@ def run(
     except UserError:
         raise
     except Exception as error:
-        # Tasks, their files, data sets and functions raise whatever they like; so may we, by a bug.
+        # Task files, datasets and metrics raise any type. Do not hide a bug in our own code.
         if _is_ours(error):
             raise
         logging.debug("%s failed", suite, exc_info=True)
         raise UserError(f"{suite}: {_explanation(error)}") from error
-    assert found is not None  # on the first process
-    kept = {key: found[key] for key in ("results", "configs", "n-shot", "n-samples")}
-    return DownstreamReport(step=step, results=kept | {"versions": downstream.versions()})
+    assert results is not None  # on the first process
+    selected = {key: results[key] for key in ("results", "configs", "n-shot", "n-samples")}
+    return DownstreamReport(step=step, results=selected | {"versions": downstream.versions()})
 
 
 @contextlib.contextmanager
 def _skipped_files() -> Iterator[list[tuple[Path, str]]]:
-    """Collects the task files that the harness cannot read, and why: it logs them for debugging."""
+    """Collects the task files that the harness skips, and why, from its debug logs."""
     skipped: list[tuple[Path, str]] = []
     logger = std_logging.getLogger("lm_eval.tasks._index")
     level, shown = logger.level, logger.getEffectiveLevel()
@@ -242,18 +242,18 @@ def _skipped_files() -> Iterator[list[tuple[Path, str]]]:
 
 
 def _frames(error: Exception) -> list[FrameType]:
-    """Returns who was at work when an error came up, innermost first."""
+    """Returns the stack frames of an error, innermost first."""
     return [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether an error came up in our code, and not in that of the harness or of a task."""
+    """Returns whether our code raised an error, rather than the harness or a task."""
     packages = (frame.f_globals.get("__name__", "").partition(".")[0] for frame in _frames(error))
     return next(package for package in packages if package in ("lm_eval", "umv2")) == "umv2"
 
 
 def _explanation(error: Exception) -> str:
-    """Says in one line which task failed, and why."""
+    """Returns one line that says which task failed, and why."""
     for value in (value for frame in _frames(error) for value in frame.f_locals.values()):
         if isinstance(value, Task | TaskConfig):
             config = value if isinstance(value, TaskConfig) else getattr(value, "config", None)
@@ -264,9 +264,9 @@ def _explanation(error: Exception) -> str:
 
 
 def _mistake(config: TaskConfig, splits: Any) -> str:
-    """Says what is wrong with a task, where the harness's own error hardly does."""
+    """Returns what is wrong with a task, for mistakes that the harness reports poorly."""
     if config.dataset_path is None and config.custom_dataset is None:
-        return "no dataset_path, which a group's member needs unless a task file has its name: "
+        return "no dataset_path, which a member of a group needs unless it names a task file: "
     for split in ("training", "validation", "test", "fewshot"):
         name = getattr(config, f"{split}_split")
         if isinstance(splits, Mapping) and name is not None and name not in splits:
@@ -279,9 +279,9 @@ def _mistake(config: TaskConfig, splits: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns in one line what an error says, and what the one says that began it."""
+    """Returns one line with the message of an error and that of its root cause."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
-    said = [f"{type(x).__name__}: {x}" for x in ([error] if root is error else [error, root])]
-    return textwrap.shorten("; because of ".join(said), _REASON_LENGTH, placeholder=" ...")
+    messages = [f"{type(x).__name__}: {x}" for x in ([error] if root is error else [error, root])]
+    return textwrap.shorten("; because of ".join(messages), _REASON_LENGTH, placeholder=" ...")

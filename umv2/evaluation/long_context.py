@@ -1,7 +1,7 @@
-"""Answers of a model to the long-context suite: exact match and log-likelihood, with a picture.
+"""Scores a model on the long-context suite: exact match and log-likelihood, with heat maps.
 
-An answer is exact where each of its tokens is the likeliest after the true ones before it, which is
-what greedy decoding would write.
+An answer is exact if each of its tokens is the most likely one given the true tokens before it,
+i.e. if greedy decoding would generate it.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _NORMAL_95 = 1.959964
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One answer: `log_likelihood` in nats over all its `num_tokens`."""
+    """The score of one answer; `log_likelihood` is in nats, summed over its `num_tokens`."""
 
     task: str
     length: int
@@ -43,7 +43,11 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Answers of one task at one length; the interval is Wilson's, over examples of unit weight."""
+    """Summary of one task at one length.
+
+    `low` and `high` are the Wilson 95 % interval of the accuracy; the sample size is the number of
+    examples, because answers within an example are not independent.
+    """
 
     num_answers: int
     accuracy: float
@@ -54,7 +58,7 @@ class Cell:
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> "Cell":
-        """Summarises answers; those of one example are not taken for independent."""
+        """Summarises the answers of one task at one length."""
         accuracy = float(np.mean([score.exact for score in scores]))
         num_examples = len({score.example for score in scores})
         low, high = wilson_interval(accuracy, num_examples)
@@ -70,17 +74,17 @@ class Cell:
 
 
 def depth_bin(depth: float) -> int:
-    """Returns which of the equal parts of what stands before a question its evidence lies in."""
+    """Returns the bin, of equal width, that the relative depth of an evidence falls into."""
     return min(int(depth * _DEPTH_BINS), _DEPTH_BINS - 1)
 
 
 def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a fraction that was seen in `count` trials (Wilson 1927)."""
+    """Returns the 95 % interval of a fraction observed in `count` trials (Wilson 1927)."""
     z = _NORMAL_95
-    middle = fraction + z * z / (2 * count)
+    center = fraction + z * z / (2 * count)
     half = z * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,7 @@ class LongContextReport:
         return {key: Cell.of([s for s in self.scores if (s.task, s.length) == key]) for key in keys}
 
     def metrics(self) -> dict[str, Any]:
-        """Returns plain values for JSON; None for what is not finite, which JSON cannot say."""
+        """Returns plain values for JSON; None replaces non-finite values, which JSON lacks."""
         return {
             "step": self.step,
             "trained_length": self.trained_length,
@@ -110,10 +114,10 @@ class LongContextReport:
         }
 
     def table(self, width: int | None = None) -> str:
-        """Returns accuracies in percent, with 95 % intervals, as lines of text.
+        """Returns accuracies in percent, with 95 % intervals, as a text table.
 
         Args:
-          width: columns that they take at most; None: as many as the terminal has.
+          width: maximum number of columns; None: the width of the terminal.
         """
         rows = [("  task", "tokens", "exact", "interval", "chance", "nats/token", "answers")]
         for (task, length), cell in self.cells().items():
@@ -128,10 +132,10 @@ class LongContextReport:
         return f"{tables.paragraph(heading, width)}\n{tables.table(rows, width)}"
 
     def write(self, folder: Path, config: Config) -> None:
-        """Writes `long_context.jsonl`, an answer a line below a heading, and `long_context.png`.
+        """Writes `long_context.jsonl` (a header, then one answer per line) and `long_context.png`.
 
         Raises:
-          FileError: a file cannot be written; the log then has the table.
+          FileError: a file cannot be written; the table is logged then.
         """
         heading = {
             "step": self.step,
@@ -158,13 +162,13 @@ def evaluate(
     texts: Sequence[str],
     step: int,
 ) -> LongContextReport:
-    """Asks a model the questions of `config.evaluation.long_context`.
+    """Evaluates a model on the tasks and lengths of `config.evaluation.long_context`.
 
     Args:
       config: of the run.
       scorer: the model.
       tokenizer: of the text.
-      texts: documents to cut filler from, which did not train.
+      texts: documents to draw filler from; not training documents.
       step: of the checkpoint, for the report.
     """
     settings = config.evaluation.long_context
@@ -180,7 +184,7 @@ def evaluate(
                     "evaluation",
                     settings.seed,
                     index,
-                    length=length - 1,  # an end-of-text stands before it
+                    length=length - 1,  # end-of-text precedes it
                     tokenizer=tokenizer,
                     texts=texts,
                 )
@@ -204,14 +208,14 @@ def evaluate(
 
 
 def extrapolated(config: Config, length: int) -> ModelConfig:
-    """Returns the model as it reads sequences of a length, which may be beyond the trained one."""
+    """Returns the model configuration for sequences of a length, possibly beyond training."""
     model, trained = config.model, config.data.sequence_length
-    how = config.evaluation.long_context.extrapolation
-    if length <= trained or how == "none":
+    extrapolation = config.evaluation.long_context.extrapolation
+    if length <= trained or extrapolation == "none":
         return model
-    if how == "window":
+    if extrapolation == "window":
         return dataclasses.replace(model, attention_window=trained)
-    return dataclasses.replace(model, rope_scaling=how, rope_scale=length / trained)
+    return dataclasses.replace(model, rope_scaling=extrapolation, rope_scale=length / trained)
 
 
 def _scores(
@@ -223,71 +227,71 @@ def _scores(
     settings: LongContextConfig,
     end_of_text_id: int,
 ) -> Iterator[Score]:
-    """Answers the questions of one task and length, so many examples at a time as are allowed."""
+    """Scores the answers of one task at one length, in batches of about `batch_tokens`."""
     batch_size = scorer.padded_rows(max(1, settings.batch_tokens // length))
-    asked = [[place for a in e.answers for place in range(a.start, a.stop)] for e in examples]
+    positions = [[i for a in e.answers for i in range(a.start, a.stop)] for e in examples]
     for first in range(0, len(examples), batch_size):
         group = examples[first : first + batch_size]
-        # An end-of-text stands before a document as in training, so the token at a place of the
-        # document is predicted at the same place of the input.
+        # End-of-text precedes a document, as in training, so position i of the input predicts
+        # token i of the document.
         rows = [
-            ([end_of_text_id, *example.tokens.tolist()], places, example.tokens[places].tolist())
-            for example, places in zip(group, asked[first : first + batch_size], strict=True)
+            ([end_of_text_id, *example.tokens.tolist()], scored, example.tokens[scored].tolist())
+            for example, scored in zip(group, positions[first : first + batch_size], strict=True)
         ]
         batch = ScoringBatch.padded(
             rows,
             num_rows=batch_size,
             length=length,
-            num_targets=max(map(len, asked)),
+            num_targets=max(map(len, positions)),
             fill=end_of_text_id,
         )
         exact, likelihood = scorer.score(batch, model_config)
         for row, example in enumerate(group):
             column = 0
-            for one in example.answers:
-                tokens = slice(column, column := column + one.stop - one.start)
+            for answer in example.answers:
+                tokens = slice(column, column := column + answer.stop - answer.start)
                 yield Score(
                     task=task,
                     length=length,
                     example=first + row,
-                    depth=one.depth,
-                    chance=one.chance,
+                    depth=answer.depth,
+                    chance=answer.chance,
                     exact=bool(exact[row, tokens].all()),
                     log_likelihood=float(likelihood[row, tokens].sum()),
-                    num_tokens=one.stop - one.start,
+                    num_tokens=answer.stop - answer.start,
                 )
 
 
 def draw_heat_maps(scores: Sequence[Score], image: Path) -> None:
-    """Draws for each task how many answers are exact, by length and by depth of the evidence.
+    """Draws a heat map of the accuracy of each task, by length and by depth of the evidence.
 
     Raises:
       FileError: the file cannot be written.
     """
-    answered: dict[str, dict[tuple[int, int], list[bool]]] = defaultdict(lambda: defaultdict(list))
+    exact: dict[str, dict[tuple[int, int], list[bool]]] = defaultdict(lambda: defaultdict(list))
     chances: dict[str, list[float]] = defaultdict(list)
     for score in scores:
-        answered[score.task][score.length, depth_bin(score.depth)].append(score.exact)
+        exact[score.task][score.length, depth_bin(score.depth)].append(score.exact)
         chances[score.task].append(score.chance)
     percent = {
-        task: {place: 100 * float(np.mean(exact)) for place, exact in found.items()}
-        for task, found in answered.items()
+        task: {cell: 100 * float(np.mean(values)) for cell, values in cells.items()}
+        for task, cells in exact.items()
     }
-    chance = {task: 100 * float(np.mean(found)) for task, found in chances.items()}
-    draw_shares(percent, chance, image)
+    chance = {task: 100 * float(np.mean(values)) for task, values in chances.items()}
+    draw_accuracies(percent, chance, image)
 
 
-def draw_shares(
+def draw_accuracies(
     percent: Mapping[str, Mapping[tuple[int, int], float]],
     chance: Mapping[str, float],
     image: Path,
 ) -> None:
-    """Draws exact answers in percent as a heat map for each task; nothing without any.
+    """Draws accuracies as one heat map per task; draws nothing if there are none.
 
     Args:
-      percent: by task, then by (length, fifth of the depth); what nobody asked for is missing.
+      percent: accuracy in percent by task, then by (length, depth bin); empty cells may be missing.
       chance: in percent, by task.
-      image: to write.
+      image: file to write.
 
     Raises:
       FileError: the file cannot be written.
@@ -295,7 +299,7 @@ def draw_shares(
     if not percent:
         return
     tasks = sorted(percent, key=list(TASKS).index)
-    lengths = sorted({length for found in percent.values() for length, _ in found})
+    lengths = sorted({length for cells in percent.values() for length, _ in cells})
     num_columns = min(4, len(tasks))
     num_rows = math.ceil(len(tasks) / num_columns)
     width = max(2.3, 0.55 * len(lengths)) * num_columns + 1.5

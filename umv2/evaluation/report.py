@@ -1,4 +1,4 @@
-"""A run at a glance: held-out figures beside general compressors, and the loss curve."""
+"""Summary of a run: held-out metrics, general-purpose compressors to compare, and a loss curve."""
 
 import bz2
 import dataclasses
@@ -21,22 +21,22 @@ from umv2.training.records import METRICS_FILE, parse_record
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Held-out figures of one checkpoint; compressors in bits per byte of the same text."""
+    """Held-out metrics of one checkpoint, and compressors in bits per byte on the same text."""
 
     step: int
     held_out: HeldOut
     compressors: dict[str, float]
 
     def metrics(self) -> dict[str, Any]:
-        """Returns plain values for JSON; None for what is not finite, which JSON cannot say."""
-        measures = files.json_value(self.held_out.metrics())
-        return {"step": self.step, **measures, "compressors": self.compressors}
+        """Returns plain values for JSON; None replaces non-finite values, which JSON lacks."""
+        held_out = files.json_value(self.held_out.metrics())
+        return {"step": self.step, **held_out, "compressors": self.compressors}
 
     def table(self, width: int | None = None) -> str:
-        """Returns the figures as lines of text.
+        """Returns the metrics as a text table.
 
         Args:
-          width: columns that they take at most; None: as many as the terminal has.
+          width: maximum number of columns; None: the width of the terminal.
         """
         held_out = self.held_out
         rows = [
@@ -51,12 +51,12 @@ class Report:
 
 
 def _figure(value: float, digits: int = 4) -> str:
-    """Shows a number; those of a model that diverged may have hundreds of digits."""
+    """Formats a number; uses an exponent for large ones, as a diverged model produces."""
     return f"{value:.{digits}f}" if value < 1e6 else f"{value:.{digits}e}"
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Returns what general compressors at their strongest need for a text, unless it is empty."""
+    """Returns the bits per byte of general-purpose compressors at their strongest setting."""
     if not text:
         return {}
     sizes = {
@@ -71,7 +71,7 @@ def write(workdir: Path, step: int, held_out: HeldOut, corpus: Corpus) -> Report
     """Compares a result with compressors; process 0 writes `evaluation.json` and `loss.png`.
 
     Raises:
-      FileError: a file cannot be written; the log then has the result.
+      FileError: a file cannot be written; the result is logged then.
     """
     comparable = held_out.bits_per_byte is not None
     compressors = compressed_bits_per_byte(corpus.held_out_text()) if comparable else {}
@@ -91,9 +91,9 @@ def write(workdir: Path, step: int, held_out: HeldOut, corpus: Corpus) -> Report
 
 
 def plot_loss(metrics_file: Path, image: Path, compressors: dict[str, float]) -> None:
-    """Draws training and held-out loss over tokens, in bits per byte where known.
+    """Plots training loss (bits per token) and held-out loss (bits per byte, if known) over tokens.
 
-    Training loss is in bits per token; the two scales are one for byte-level tokens.
+    For byte-level tokens, the two units are the same.
 
     Raises:
       FileError: a file cannot be read or written.
@@ -123,7 +123,7 @@ def plot_loss(metrics_file: Path, image: Path, compressors: dict[str, float]) ->
 def read_records(metrics_file: Path) -> list[dict[str, Any]]:
     """Returns the records of a run.
 
-    Lines that are none, as a writer that was killed leaves them, are left out with a warning.
+    Skips invalid lines, such as one left by a killed process, with a warning.
 
     Raises:
       FileError: the file cannot be read.
@@ -132,18 +132,18 @@ def read_records(metrics_file: Path) -> list[dict[str, Any]]:
         lines = metrics_file.read_bytes().splitlines()
     records = [record for line in lines if (record := parse_record(line)) is not None]
     if damaged := len(lines) - len(records):
-        logging.warning("%s: %d of %d lines are no records", metrics_file, damaged, len(lines))
+        logging.warning("%s: %d of %d lines are not records", metrics_file, damaged, len(lines))
     return records
 
 
 def _curve(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Returns millions of tokens and the values of a measure, where both are finite numbers."""
+    """Returns millions of tokens and values of a metric, for records in which both are finite."""
     pairs = [(_finite(record.get("tokens")), _finite(record.get(name))) for record in records]
     points = [(x / 1e6, y) for x, y in pairs if x is not None and y is not None]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def _finite(value: Any) -> float | None:
-    # An integer beyond the range of a float is none, either.
+    # Also excludes integers beyond the range of a float.
     largest = sys.float_info.max
     return float(value) if isinstance(value, int | float) and -largest <= value <= largest else None

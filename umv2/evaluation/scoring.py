@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens, and whether they are its first choice."""
+"""Log-probabilities that a model assigns to given tokens, and whether they are its argmax."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from umv2.types import AnyArray, struct
 
 @struct
 class ScoringBatch:
-    """Sequences of one length, padded on the right, and tokens whose likelihood is wanted.
+    """Right-padded sequences, and the target tokens to score.
 
-    `targets` may be what follows the inputs at `places`. Padding is scored like the rest, and is
-    for the caller to leave out.
+    `targets[:, i]` is scored as the token that follows the input at `positions[:, i]`. Padding is
+    scored too; the caller discards it.
     """
 
     inputs: Int[AnyArray, "b t"]
-    places: Int[AnyArray, "b a"]
+    positions: Int[AnyArray, "b a"]
     targets: Int[AnyArray, "b a"]
 
     @classmethod
@@ -37,36 +37,37 @@ class ScoringBatch:
         num_targets: int,
         fill: int,
     ) -> "ScoringBatch":
-        """Pads (inputs, places, targets) of each row to arrays of the given sizes."""
+        """Pads the (inputs, positions, targets) of each row to arrays of the given sizes."""
         inputs = np.full((num_rows, length), fill, np.int32)
-        places, targets = (np.zeros((num_rows, num_targets), np.int32) for _ in range(2))
-        for row, (tokens, at, wanted) in enumerate(rows):
-            inputs[row, : len(tokens)] = tokens
-            places[row, : len(at)], targets[row, : len(wanted)] = at, wanted
-        return cls(inputs=inputs, places=places, targets=targets)
+        positions, targets = (np.zeros((num_rows, num_targets), np.int32) for _ in range(2))
+        for row, (row_inputs, row_positions, row_targets) in enumerate(rows):
+            inputs[row, : len(row_inputs)] = row_inputs
+            positions[row, : len(row_positions)] = row_positions
+            targets[row, : len(row_targets)] = row_targets
+        return cls(inputs=inputs, positions=positions, targets=targets)
 
 
 class Scorer:
-    """A model on a mesh that scores tokens."""
+    """Scores tokens with a model on a mesh."""
 
     def __init__(self, model_config: ModelConfig, weights: Weights, mesh: Mesh):
-        """Takes weights that lie on the mesh."""
+        """Takes weights that are sharded over the mesh."""
         self.model_config, self.mesh = model_config, mesh
         self._weights = weights
 
     def padded_rows(self, count: int) -> int:
-        """Returns the least number of rows, at least `count`, that the mesh can shard."""
+        """Rounds up a number of rows to one that the mesh can shard."""
         shards = sharding.num_batch_shards(self.mesh.shape)
         return -(-count // shards) * shards
 
     def score(
         self, batch: ScoringBatch, model_config: ModelConfig | None = None
     ) -> tuple[Bool[np.ndarray, "b a"], Float[np.ndarray, "b a"]]:
-        """Returns whether each target is the likeliest token, and its log-probability in nats.
+        """Returns whether each target is the most likely token, and its log-probability in nats.
 
         Args:
-          batch: all rows; their number is one that `padded_rows` returns.
-          model_config: as the model is to be read, where that differs (positions, window).
+          batch: all rows; `padded_rows` gives valid numbers of rows.
+          model_config: overrides the configuration of the model (e.g. RoPE scaling, window).
         """
         score = _score_function(model_config or self.model_config)
         rows = list(sharding.local_rows(self.mesh, len(batch.inputs)))
@@ -81,21 +82,21 @@ class Scorer:
 def _score_function(
     model_config: ModelConfig,
 ) -> Callable[[Weights, ScoringBatch], tuple[Bool[Array, "b a"], Float[Array, "b a"]]]:
-    """Returns the compiled (weights, batch) -> (exact, log-probability)."""
+    """Returns the compiled function (weights, batch) -> (exact, log-probability)."""
 
     @jax.jit
     def score(
-        weights: Weights, ask: ScoringBatch
+        weights: Weights, batch: ScoringBatch
     ) -> tuple[Bool[Array, "b a"], Float[Array, "b a"]]:
         model = weights.model(model_config)
-        output = model(ask.inputs, store=weights.store, logits_at=ask.places)
+        output = model(batch.inputs, store=weights.store, logits_at=batch.positions)
 
         def compare(logits: Array, targets: Array) -> tuple[Array, Array]:
-            right = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
-            likelihood = right - jax.nn.logsumexp(logits, axis=-1)
+            target_logits = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+            likelihood = target_logits - jax.nn.logsumexp(logits, axis=-1)
             return jnp.argmax(logits, axis=-1) == targets, likelihood
 
-        logits, like = sharding.shard_batch_only(output.logits), sharding.spec(ask.targets)
-        return sharding.shard_map(compare, logits, ask.targets, out_specs=(like, like))
+        logits, spec = sharding.shard_batch_only(output.logits), sharding.spec(batch.targets)
+        return sharding.shard_map(compare, logits, batch.targets, out_specs=(spec, spec))
 
     return score

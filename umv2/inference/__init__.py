@@ -1,1 +1,1 @@
-"""Generation with a trained model."""
+"""Text generation with a trained model."""

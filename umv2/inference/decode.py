@@ -1,8 +1,8 @@
-"""Generation: prefill of a key-value cache, one token a step for every row, text as it comes.
+"""Generation: prefill a key-value cache, decode one token per step and row, stream the text.
 
-Two programs do all the work. `prefill` reads the prompts, padded on the right to one length, into a
-cache; `decode` takes one step of every row, each at its own position. Neither recompiles while
-shapes stay the same: lengths of prompts are padded to powers of two, numbers of rows too.
+Two compiled programs do all the work. `prefill` reads right-padded prompts into a cache; `decode`
+takes one step for every row, each at its own position. To limit recompilation, prompt lengths and
+numbers of rows are padded to powers of two.
 """
 
 import collections
@@ -27,9 +27,9 @@ from umv2.inference.streaming import TextStream
 from umv2.model.attention import KeyValueCache
 from umv2.model.weights import Weights
 
-# Prompts are padded to powers of two from here on: one compilation serves all lengths in between.
+# Prompts are padded to this length or a larger power of two, with one compilation each.
 _SMALLEST_BUCKET = 32
-# Experts hold top_k copies of each token that is read.
+# Bounds the memory of prefill: experts hold top_k copies of each token.
 _TOKENS_AT_ONCE = 1 << 13
 
 Cache = tuple[KeyValueCache, ...]
@@ -43,12 +43,12 @@ def prefill(
     length: int,
     tokens_at_once: int = _TOKENS_AT_ONCE,
 ) -> Cache:
-    """Returns a cache for `length` positions, the first of them filled by `tokens`.
+    """Returns a cache for `length` positions, of which `tokens` fill the first ones.
 
-    Rows may end in padding: no position sees a later one, and decoding overwrites the padding
-    before it is seen. Many long rows are read one group after another, each of at most
-    `tokens_at_once` if a row is not longer, so that what is in between does not grow with their
-    number; on a mesh all at once, for they are sharded over its devices.
+    Rows may end in padding: attention is causal, and decoding overwrites the padding before it is
+    read. Rows are processed in groups of at most `tokens_at_once` tokens, but at least one row, so
+    that activations do not grow with the number of rows. On a mesh, all rows are processed
+    together, sharded over the devices.
     """
     model, store = served.parts()
 
@@ -77,20 +77,20 @@ def decode(
     *,
     sampling: Sampling,
 ) -> tuple[Int[Array, " b"], Int[Array, " b"], Cache]:
-    """Takes one step: reads a token of each row and draws the one that follows it.
+    """Takes one decode step: reads one token per row and draws the next one.
 
-    A draw is a function of the row's key and its position.
+    A draw is a function of the row's key and position.
 
     Args:
       served: the model.
-      cache: of the positions before `positions`; its memory is used for the result.
-      tokens: at `positions`, the last that is known of each row.
-      positions: of the tokens.
-      keys: of each row, the same at every step.
+      cache: of the positions before `positions`; donated.
+      tokens: the last known token of each row.
+      positions: of `tokens`.
+      keys: one per row, the same at every step.
       sampling: how ids are drawn.
 
     Returns:
-      The ids that follow, their positions, and the continued cache.
+      The next ids, their positions, and the updated cache.
     """
     model, store = served.parts()
     output = model(tokens[:, None], store=store, cache=cache, position=positions)
@@ -110,7 +110,7 @@ def decode(
 def row_keys(
     key: Key[Array, ""], contexts: UInt32[Array, " b"], samples: UInt32[Array, " b"]
 ) -> Key[Array, " b"]:
-    """Returns a key for each row: of the generation, what is continued, and which sample of it."""
+    """Folds a hash of each row's context and its sample index into the key."""
 
     def fold(key: Array, contexts: Array, samples: Array) -> Array:
         fold_in = jax.random.fold_in
@@ -121,7 +121,7 @@ def row_keys(
 
 
 def occurrences(items: Iterable[Hashable]) -> list[int]:
-    """Returns how many equal items come before each."""
+    """Returns the number of equal items before each item."""
     seen = collections.Counter[Hashable]()
     counts = []
     for item in items:
@@ -131,12 +131,12 @@ def occurrences(items: Iterable[Hashable]) -> list[int]:
 
 
 class Generator:
-    """Continues prompts, one at a time or many together.
+    """Continues prompts, one at a time or in batches.
 
-    A prompt is read as the beginning of a document, so end-of-text stands before it as it does in
-    training. The text is a function of model, prompt, configuration and the number of the sample,
-    and but for rounding not of the batch: equal prompts of a batch get samples 0, 1, 2 and so on,
-    and `generate` gives sample 0.
+    A prompt is the start of a document, so end-of-text precedes it as in training. The text is a
+    function of the model, the prompt, the configuration and the sample index. Up to rounding, it
+    does not depend on the batch: equal prompts in a batch get samples 0, 1, 2, ..., and `generate`
+    returns sample 0.
     """
 
     def __init__(
@@ -152,13 +152,13 @@ class Generator:
 
         Args:
           model_config: of the model.
-          weights: trained, sharded over `mesh` as in training, or on one device.
+          weights: sharded over `mesh` as in training, or on one device.
           tokenizer: of the text.
-          config: how ids are drawn, how many, and what ends a text.
-          mesh: the devices that the work is sharded over; None: one device does all.
+          config: sampling, number of new tokens, and stop strings.
+          mesh: shards the work over its devices; None: uses one device.
 
         Raises:
-          ConfigError: when the tokenizer has ids that the model lacks.
+          ConfigError: the tokenizer has more ids than the model.
         """
         if tokenizer.vocab_size > model_config.vocab_size:
             raise ConfigError(
@@ -166,7 +166,7 @@ class Generator:
                 f" {tokenizer.vocab_size} ids of the tokenizer"
             )
         if mesh is None:
-            # Arrays that were placed on a mesh keep to it; the copy of one device does not.
+            # Take the copy of one device: arrays on a mesh would stay on the mesh.
             weights = jax.tree.map(lambda x: x.addressable_data(0), weights)
         self._mesh, self._tokenizer, self._config = mesh, tokenizer, config
         self._sampling = Sampling.of(config, tokenizer.vocab_size)
@@ -174,10 +174,10 @@ class Generator:
             self._served = jax.jit(serve, static_argnums=0)(model_config, weights)
 
     def generate(self, prompt: str) -> Iterator[str]:
-        """Yields the continuation of a prompt piece by piece; no piece ends within a character.
+        """Yields the continuation of a prompt in pieces; no piece ends inside a character.
 
         Raises:
-          UserError: a prompt that is not Unicode, or too long for the device's memory.
+          UserError: the prompt is not valid Unicode, or too long for the device's memory.
         """
         ids = encode(self._tokenizer, prompt)
         stream = TextStream(self._tokenizer, ids, self._config.stop)
@@ -190,10 +190,10 @@ class Generator:
             yield rest
 
     def generate_ids(self, prompt: Int[np.ndarray, " t"]) -> Iterator[int]:
-        """Yields the ids that continue a prompt: `max_new_tokens`, or those before end-of-text."""
+        """Yields the ids that follow a prompt: `max_new_tokens`, or fewer up to end-of-text."""
         end_of_text_id = self._tokenizer.end_of_text_id
-        known = [end_of_text_id, *prompt.tolist()]
-        for tokens in self._steps([known], [0], self._config.max_new_tokens, self._sampling):
+        context = [end_of_text_id, *prompt.tolist()]
+        for tokens in self._steps([context], [0], self._config.max_new_tokens, self._sampling):
             if (token := int(tokens[0])) == end_of_text_id:
                 return
             yield token
@@ -208,13 +208,13 @@ class Generator:
         """Returns the continuation of every prompt, up to end-of-text or a stop string.
 
         Args:
-          prompts: of any lengths; they are padded to the longest. Equal ones get different samples.
-          max_new_tokens: at most so many each; None: as configured.
-          stop: strings that end a text and are left out; None: as configured.
+          prompts: of any lengths; padded to the longest. Equal prompts get different samples.
+          max_new_tokens: limit per prompt; None: as configured.
+          stop: strings that end a text and are not part of it; None: as configured.
 
         Raises:
-          ConfigError: `max_new_tokens` below 1, or a stop string that is empty.
-          UserError: a prompt that is not Unicode, or more than the device's memory holds.
+          ConfigError: `max_new_tokens` is below 1, or a stop string is empty.
+          UserError: a prompt is not valid Unicode, or the batch does not fit in memory.
         """
         end_of_text_id = self._tokenizer.end_of_text_id
         return self.complete(
@@ -234,22 +234,22 @@ class Generator:
         sampling: Sampling | None = None,
         samples: Sequence[int] | None = None,
     ) -> list[str]:
-        """Does the same for contexts in ids, taken as they are: of one id or more each.
+        """Like `generate_batch`, for contexts in ids, which are not preceded by end-of-text.
 
         Args:
-          contexts: what is continued.
-          max_new_tokens: at most so many each.
-          stop: strings that end a text and are left out.
+          contexts: to continue; at least one id each.
+          max_new_tokens: limit per context.
+          stop: strings that end a text and are not part of it.
           sampling: how ids are drawn; None: as configured.
-          samples: which sample of its context each is; None: equal contexts count from 0.
+          samples: sample index of each context; None: equal contexts count from 0.
 
         Raises:
-          ConfigError: `max_new_tokens` below 1, or a stop string that is empty.
-          UserError: more than the device's memory holds.
+          ConfigError: `max_new_tokens` is below 1, or a stop string is empty.
+          UserError: the batch does not fit in memory.
         """
         require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be >= 1")
-        strings = not isinstance(stop, str) and all(stop)
-        require(strings, "stop", stop, "must be strings, none of them empty")
+        valid = not isinstance(stop, str) and all(stop)
+        require(valid, "stop", stop, "must be strings, none of them empty")
         if not contexts:
             return []
         samples = occurrences(map(tuple, contexts)) if samples is None else samples
@@ -270,59 +270,59 @@ class Generator:
 
     def _steps(
         self,
-        known: Sequence[Sequence[int]],
+        contexts: Sequence[Sequence[int]],
         samples: Sequence[int],
         count: int,
         sampling: Sampling,
     ) -> Iterator[Int[np.ndarray, "_"]]:
-        """Yields `count` times the ids that follow; the device is a step ahead of who reads them.
+        """Yields the next id of every row, `count` times; the device runs one step ahead.
 
-        Rows beyond those that are known are padding.
+        Rows beyond those of `contexts` are padding.
         """
-        # The last token that is known is the first to decode: prefill needs no logits.
+        # `decode` reads the last token of each context, so `prefill` needs no logits.
         end_of_text_id = self._tokenizer.end_of_text_id
-        lengths = [len(ids) - 1 for ids in known]
+        lengths = [len(ids) - 1 for ids in contexts]
         shards = 1 if self._mesh is None else sharding.num_batch_shards(self._mesh.shape)
-        num_rows = -(-_power_of_two(len(known)) // shards) * shards
+        num_rows = -(-_power_of_two(len(contexts)) // shards) * shards
         bucket = padded_length(max(lengths))
         padded = np.full((num_rows, bucket), end_of_text_id, np.int32)
         last = np.full(num_rows, end_of_text_id, np.int32)
         starts = np.zeros(num_rows, np.int32)
-        identities, numbers = (np.zeros(num_rows, np.uint32) for _ in range(2))
-        for row, (ids, length) in enumerate(zip(known, lengths, strict=True)):
+        context_hashes, sample_indices = (np.zeros(num_rows, np.uint32) for _ in range(2))
+        for row, (ids, length) in enumerate(zip(contexts, lengths, strict=True)):
             padded[row, :length], last[row], starts[row] = ids[:-1], ids[-1], length
-            identities[row] = zlib.crc32(np.array(ids, "<i4").tobytes())
-            numbers[row] = samples[row]
+            context_hashes[row] = zlib.crc32(np.array(ids, "<i4").tobytes())
+            sample_indices[row] = samples[row]
 
         with _memory_errors(num_rows, bucket + count):
             with self._on_mesh():
-                padded, tokens, positions = self._placed((padded, last, starts))
+                padded, tokens, positions = self._sharded((padded, last, starts))
                 key = jax.random.key(self._config.seed)
-                keys = row_keys(key, *self._placed((identities, numbers)))
+                keys = row_keys(key, *self._sharded((context_hashes, sample_indices)))
                 cache = prefill(self._served, padded, length=bucket + count)
-            waiting = None
+            pending = None
             for _ in range(count):
                 with self._on_mesh():
                     tokens, positions, cache = decode(
                         self._served, cache, tokens, positions, keys, sampling=sampling
                     )
-                if waiting is not None:
-                    yield self._read(waiting)
-                waiting = tokens
-            if waiting is not None:
-                yield self._read(waiting)
+                if pending is not None:
+                    yield self._read(pending)
+                pending = tokens
+            if pending is not None:
+                yield self._read(pending)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _placed[T](self, batch: T) -> T:
+    def _sharded[T](self, batch: T) -> T:
         """Shards rows over the devices of the mesh."""
         if self._mesh is None:
             return jax.device_put(batch)
         return jax.device_put(batch, sharding.batch_sharding(self._mesh))
 
     def _read(self, rows: Int[Array, " b"]) -> Int[np.ndarray, " b"]:
-        """Returns rows, those on other processes too."""
+        """Returns all rows on the host, including those of other processes."""
         if self._mesh is None or rows.is_fully_addressable:
             return np.asarray(rows)
         return sharding.gather_to_hosts(self._mesh, rows)
@@ -332,7 +332,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the ids of a text.
 
     Raises:
-      UserError: a lone surrogate, which bytes of a command line that are not UTF-8 become.
+      UserError: the text has a lone surrogate, as non-UTF-8 bytes on a command line produce.
     """
     try:
         text.encode()
@@ -346,12 +346,12 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @contextlib.contextmanager
 def _memory_errors(num_rows: int, length: int) -> Iterator[None]:
-    """Raises UserError where a cache of so many rows and positions is more than fits."""
+    """Raises UserError if a cache of `num_rows` x `length` does not fit in memory."""
     too_large = UserError(
-        f"{num_rows} x {length:,} tokens, prompts and what follows them, do not fit the memory:"
-        " shorten the prompts, lower max_new_tokens, or take fewer prompts at once"
+        f"{num_rows} x {length:,} tokens, prompts and new tokens, do not fit in memory: shorten the"
+        " prompts, lower max_new_tokens, or use fewer prompts at once"
     )
-    if length > np.iinfo(np.int32).max:  # the type of positions
+    if length > np.iinfo(np.int32).max:  # the dtype of positions
         raise too_large
     try:
         yield
@@ -362,7 +362,7 @@ def _memory_errors(num_rows: int, length: int) -> Iterator[None]:
 
 
 def padded_length(length: int) -> int:
-    """Returns the length that sequences are padded to: few lengths, so that few programs do."""
+    """Returns the length that sequences are padded to: a power of two, so few programs suffice."""
     return max(_SMALLEST_BUCKET, _power_of_two(length))
 
 

@@ -1,4 +1,4 @@
-"""A model as decoding reads it fastest."""
+"""A model in the layout that decodes fastest."""
 
 from typing import Any
 
@@ -17,34 +17,33 @@ from umv2.model.weights import Weights
 
 @jax.tree_util.register_pytree_node_class
 class ServedModel:
-    """A model and its value tables, laid out for inference; a pytree of one node.
+    """A model and its value tables, laid out for inference; a pytree with a single node.
 
-    Every layer has arrays of its own, so that no program copies one out of a stack; matrices and
-    tables are in the compute dtype, so that none is converted at every step; what layers
-    need not repeat for every token is done (`serve`). Modules are put
-    together where a program is traced (`parts`), and not at every call.
+    Layers are unstacked, so that no program slices them out of a stack. Matrices and tables are in
+    the compute dtype, so that no step converts them. Work that does not depend on the token is done
+    once (`serve`). Modules are rebuilt when a program is traced (`parts`), not at every call.
     """
 
     def __init__(self, arrays: tuple[Any, ...], structure: "_Structure"):
         self._arrays, self._structure = arrays, structure
 
     def parts(self) -> tuple[Transformer, Stores]:
-        """Returns the model and its tables: one store of each memory layer where none is shared."""
+        """Returns the model and its tables: a list with one store per memory layer if unshared."""
         model, store = jax.tree.unflatten(self._structure.tree, self._arrays)
         return model, store
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], "_Structure"]:
-        """Tells JAX the arrays."""
+        """Returns the arrays as leaves, and the structure as static data."""
         return self._arrays, self._structure
 
     @classmethod
     def tree_unflatten(cls, structure: "_Structure", arrays: Any) -> "ServedModel":
-        """Puts other leaves in place of the arrays."""
+        """Rebuilds the model from leaves."""
         return cls(tuple(arrays), structure)
 
 
 class _Structure:
-    """What belongs to what, compared by identity first: programs look it up at every call."""
+    """A treedef with a cached hash, compared by identity first: `jit` compares it at every call."""
 
     def __init__(self, tree: Any):
         self.tree, self._hash = tree, hash(tree)
@@ -57,16 +56,17 @@ class _Structure:
 
 
 def served_dtype(declared: Declaration, dtype: DTypeLike, compute_dtype: DTypeLike) -> jnp.dtype:
-    """Returns what an array of this declaration and dtype is held in for inference."""
+    """Returns the dtype for inference of an array with this declaration and dtype."""
     if declared.served == "float32" or not jnp.issubdtype(dtype, jnp.floating):
         return jnp.dtype(dtype)
     return jnp.dtype(compute_dtype)
 
 
 def serve(config: ModelConfig, weights: Weights) -> ServedModel:
-    """Lays out a trained model for inference; the arrays given stay as they are.
+    """Lays out a trained model for inference; does not modify or donate the given arrays.
 
-    Sharded over a mesh as they are, if one is in use. Trace it (jit, eval_shape); it is not light.
+    Keeps the sharding of the arrays. Call it under `jax.jit` or `jax.eval_shape`: eagerly, it is
+    slow.
     """
     model = weights.model(config)
     model.serve()

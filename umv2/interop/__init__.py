@@ -1,1 +1,1 @@
-"""Models in other formats: our own safetensors, Hugging Face OLMoE, published UltraMem."""
+"""Import and export of models: our own safetensors, Hugging Face OLMoE, published UltraMem."""

@@ -1,7 +1,7 @@
-"""Any model of ours as safetensors, every array under its one name, with its configuration.
+"""Our models as safetensors, with their configuration.
 
-`params/...` are parameters, `store/...` value tables, `buffers/...` saved state that no gradient
-reaches. `config.json` holds all of the resolved configuration.
+Arrays have the same names as in checkpoints: `params/...` are parameters, `store/...` value tables,
+and `buffers/...` saved state without a gradient. `config.json` holds the resolved configuration.
 """
 
 import math
@@ -22,7 +22,7 @@ from umv2.interop.tensor_files import (
     read_json,
     write_folder,
 )
-from umv2.interop.tokenizer_files import files_of
+from umv2.interop.tokenizer_files import file_contents
 from umv2.model import weights
 from umv2.training.checkpoint import Restored
 
@@ -37,10 +37,10 @@ def export_model(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model, in its own dtypes, and the tokenizer that goes along.
+    """Writes a model, in its own dtypes, together with its tokenizer.
 
     Raises:
-      InteropError: the folder is in use, or cannot be written, or a tensor holds NaN or infinity.
+      InteropError: the folder is not empty or cannot be written, or a tensor is not finite.
     """
     description = {
         "format": FORMAT,
@@ -53,7 +53,7 @@ def export_model(
         folder,
         description,
         tensors,
-        others=files_of(tokenizer, config.data),
+        others=file_contents(tokenizer, config.data),
         max_shard_bytes=max_shard_bytes,
     )
 
@@ -62,18 +62,18 @@ def read_config(folder: Path) -> tuple[Config, int]:
     """Returns the configuration that `export_model` wrote, and the step.
 
     Raises:
-      InteropError: the folder holds something else.
+      InteropError: the folder does not hold a model in this format.
     """
     path = folder / CONFIG
     description = read_json(path)
     for key, value in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
         if description.get(key) != value:
             raise InteropError(f"{path}: {key}={description.get(key)!r}: must be {value!r}")
-    given = description.get("config")
-    if not isinstance(given, dict):
-        raise InteropError(f"{path}: config={given!r}: must be a section")
+    section = description.get("config")
+    if not isinstance(section, dict):
+        raise InteropError(f"{path}: config={section!r}: must be a section")
     try:
-        config = from_config_dict(given)
+        config = from_config_dict(section)
     except ConfigError as error:
         raise InteropError(f"{path}: config.{error}") from error
     step = description.get("step")
@@ -83,35 +83,35 @@ def read_config(folder: Path) -> tuple[Config, int]:
 
 
 def load_model(folder: Path) -> tuple[Config, Restored]:
-    """Returns what `export_model` wrote: the configuration, and the model in host memory.
+    """Loads what `export_model` wrote: the configuration, and the model in host memory.
 
     Raises:
-      InteropError: the folder holds something else, or tensors that are not of its configuration.
+      InteropError: the folder holds something else, or its tensors do not match its configuration.
     """
     (config, step), tensors = read_config(folder), TensorFolder(folder)
-    require_numbers(tensors, config.model)
+    check_size(tensors, config.model)
     abstract = weights.abstract(config.model)
-    wanted = abstract.named()
+    expected = abstract.named()
     tensors.check(
-        {name: leaf.shape for name, leaf in wanted.items()},
-        {name: (str(leaf.dtype),) for name, leaf in wanted.items()},
+        {name: leaf.shape for name, leaf in expected.items()},
+        {name: (str(leaf.dtype),) for name, leaf in expected.items()},
     )
     arrays = dict(tensors)
-    leaves = [arrays[name] for name in wanted]
+    leaves = [arrays[name] for name in expected]
     loaded = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
     return config, Restored(step=step, weights=loaded)
 
 
-def require_numbers(tensors: TensorFolder, config: ModelConfig) -> None:
-    """Refuses a folder whose configuration is that of a far larger model, before it is made.
+def check_size(tensors: TensorFolder, config: ModelConfig) -> None:
+    """Rejects a configuration of a far larger model than the tensors, before building the model.
 
     Raises:
-      InteropError: the configuration needs more than twice the numbers that the tensors hold.
+      InteropError: the configuration has more than twice as many parameters as the tensors.
     """
-    held = sum(math.prod(shape) for shape in tensors.shapes.values())
-    # Counting takes time and memory for each layer.
-    if config.num_layers > held or parameter_counts(config).total > 2 * held:
+    num_values = sum(math.prod(shape) for shape in tensors.shapes.values())
+    # Check the layers first, because counting takes time and memory for each layer.
+    if config.num_layers > num_values or parameter_counts(config).total > 2 * num_values:
         raise InteropError(
-            f"{tensors.folder / CONFIG}: describes a far larger model than the tensors, which hold"
-            f" {held:,} numbers"
+            f"{tensors.folder / CONFIG}: describes a far larger model than the tensors, which have"
+            f" {num_values:,} elements"
         )

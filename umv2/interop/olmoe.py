@@ -1,8 +1,8 @@
-"""Mixtures of experts as Hugging Face OLMoE (arXiv 2409.02060), both ways.
+"""Import and export of mixtures of experts as Hugging Face OLMoE (arXiv 2409.02060).
 
-Files hold matrices as [out, in], ours are [in, out]. Two layouts of the experts are read: one
-matrix each, which is how models are published and what is written, and one tensor for all experts
-of a layer, gate above up, which is how newer transformers keep them.
+Files store matrices as [out, in], ours are [in, out]. Two layouts of the experts are supported for
+import: one matrix per expert, as models are published and as we write them, and one tensor for all
+experts of a layer with gate above up, as newer versions of transformers store them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from absl import logging
 from umv2.config import Config, ModelConfig
 from umv2.config.schema import ConfigError, build
 from umv2.data.tokenizers import Tokenizer
-from umv2.interop.model_files import require_numbers
+from umv2.interop.model_files import check_size
 from umv2.interop.tensor_files import (
     CONFIG,
     MAX_SHARD_BYTES,
@@ -28,7 +28,7 @@ from umv2.interop.tensor_files import (
     read_json,
     write_folder,
 )
-from umv2.interop.tokenizer_files import files_of
+from umv2.interop.tokenizer_files import file_contents
 from umv2.model import weights
 from umv2.model.weights import Weights
 
@@ -37,13 +37,13 @@ Dtype = Literal["float32", "bfloat16"]
 Layout = Literal["published", "stacked"]
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Our names of what the files call ...
+# Our names of the arrays that the files name ...
 _OUTSIDE = {
     _EMBEDDING: "params/embedding",
     _HEAD: "params/head",
     "model.norm.weight": "params/final_norm/weight",
 }
-# ... `model.layers.{layer}.` and this.
+# ... `model.layers.{layer}.`, followed by this.
 _IN_LAYER = {
     "input_layernorm.weight": "params/blocks/attention_norm/weight",
     "self_attn.q_proj.weight": "params/blocks/attention/query",
@@ -61,40 +61,40 @@ _EXPERT = {
     "down_proj": "params/blocks/moe/down",
 }
 _BY_VOCABULARY = ("params/embedding", "params/head")  # [vocabulary, hidden] here as there
-# Frequencies of rotary positions, which older versions of transformers saved; newer ones skip them.
+# RoPE frequencies, which older versions of transformers saved and newer ones ignore.
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# transformers multiplies all experts by one kernel, whose rows must begin at multiples of 16 bytes:
-# of eight numbers in bfloat16.
+# transformers runs all experts in one grouped matmul, whose rows must be aligned to 16 bytes: to
+# eight bfloat16 elements.
 _WIDTH_MULTIPLE = 8
 _MAX_INTEGER = 2**31 - 1
 
-# What a configuration may not ask for, and what it must leave it at.
+# Keys of a configuration that we do not support, the required value and the reason.
 _FIXED: dict[str, tuple[Any, str]] = {
     "clip_qkv": (None, "queries, keys and values are not clipped here"),
-    "partial_rotary_factor": (1, "all of a head is rotated here"),
-    "attention_bias": (False, "the attention has no biases here"),
-    "attention_dropout": (0, "the attention has no dropout here"),
-    "sliding_window": (None, "attention reaches all earlier positions here"),
-    "use_sliding_window": (False, "attention reaches all earlier positions here"),
+    "partial_rotary_factor": (1, "RoPE rotates complete heads here"),
+    "attention_bias": (False, "attention has no biases here"),
+    "attention_dropout": (0, "attention has no dropout here"),
+    "sliding_window": (None, "attention sees all earlier positions here"),
+    "use_sliding_window": (False, "attention sees all earlier positions here"),
     "quantization_config": (None, "weights are not quantised here"),
 }
 _FIXED_ROPE: dict[str, tuple[Any, str]] = {
-    "rope_type": ("default", "rotary positions are not scaled here"),
-    "type": ("default", "rotary positions are not scaled here"),
-    "partial_rotary_factor": (1, "all of a head is rotated here"),
-    "factor": (1, "rotary positions are not scaled here"),
+    "rope_type": ("default", "RoPE is not scaled here"),
+    "type": ("default", "RoPE is not scaled here"),
+    "partial_rotary_factor": (1, "RoPE rotates complete heads here"),
+    "factor": (1, "RoPE is not scaled here"),
 }
 
 
 def read_config(folder: Path, base: ModelConfig) -> ModelConfig:
-    """Returns the model that a folder's `config.json` describes.
+    """Returns the model configuration that a folder's `config.json` describes.
 
-    What the file does not say, how the model is computed, comes from `base`. Absent keys have the
-    defaults of transformers' OlmoeConfig, sizes excepted.
+    Fields that the file does not cover, i.e. how the model is computed, come from `base`. Absent
+    keys have the defaults of transformers' OlmoeConfig, except sizes, which are required.
 
     Raises:
-      InteropError: the file is missing or damaged, a size is, or the model is one that we cannot
-        compute; the message names the key, its value and the rule.
+      InteropError: the file is missing or damaged, a size is missing or invalid, or we do not
+        support the model; the message names the key, its value and the rule.
     """
     path = folder / CONFIG
     given = _Values(path, read_json(path))
@@ -141,31 +141,31 @@ def read_config(folder: Path, base: ModelConfig) -> ModelConfig:
 def load_olmoe(
     folder: Path, base: ModelConfig, dtype: Dtype = "float32"
 ) -> tuple[ModelConfig, Weights]:
-    """Reads a model of either layout, in one file or in shards.
+    """Loads a model of either layout, in one file or in shards.
 
     Args:
       folder: with `config.json` and `model.safetensors`, or shards and their index.
-      base: says what the files do not, see `read_config`.
-      dtype: of the result. bfloat16 keeps what is published so, and rounds wider numbers.
+      base: supplies the fields that the files do not, see `read_config`.
+      dtype: of the result; bfloat16 rounds wider dtypes.
 
     Returns:
-      The model's configuration and its weights, as NumPy arrays. Beside them, reading holds one
-      tensor at a time.
+      The model's configuration, and its weights as NumPy arrays. Loading holds one more tensor in
+      memory at a time.
 
     Raises:
-      InteropError: not a model that we can compute, or tensors that are missing, unknown, of
-        another shape, or not finite.
+      InteropError: we do not support the model, or tensors are missing, unknown, of another shape,
+        or not finite.
     """
     model, files = read_config(folder, base), TensorFolder(folder)
-    require_numbers(files, model)
-    files.leave_out([name for name in files.shapes if _DERIVED.fullmatch(name)])
+    check_size(files, model)
+    files.drop([name for name in files.shapes if _DERIVED.fullmatch(name)])
     if model.tie_embeddings and files.shapes.keys() >= {_EMBEDDING, _HEAD}:
         if not np.array_equal(files.read(_EMBEDDING), files.read(_HEAD)):
             raise InteropError(
-                f"{folder}: {_HEAD} differs from {_EMBEDDING}, though {CONFIG} says"
+                f"{folder}: {_HEAD} differs from {_EMBEDDING}, but {CONFIG} sets"
                 " tie_word_embeddings"
             )
-        files.leave_out([_HEAD])
+        files.drop([_HEAD])
     abstract = weights.abstract(model)
     arrays = {name: np.empty(leaf.shape, dtype) for name, leaf in abstract.named().items()}
     stacked = "model.layers.0.mlp.experts.gate_up_proj" in files.shapes
@@ -179,7 +179,7 @@ def load_olmoe(
         pieces = np.split(tensor, len(parts), axis=1) if len(parts) > 1 else [tensor]
         for part, piece in zip(parts, pieces, strict=True):
             part[...] = piece
-        del tensor, pieces, piece  # or two tensors are held while the next is read
+        del tensor, pieces, piece  # else two tensors would be in memory while the next is read
     return model, jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
 
 
@@ -192,21 +192,21 @@ def export_olmoe(
     dtype: Dtype = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a mixture of experts in the published layout, of which transformers reads all.
+    """Writes a mixture of experts in the published layout; transformers loads every tensor of it.
 
-    Experts whose width is no multiple of 8 are filled up with zeros, which changes no output:
-    transformers could load them as they are, and not run them.
+    Pads the width of experts with zeros to a multiple of 8, which does not change the output:
+    transformers could load other widths but not run them.
 
     Raises:
-      InteropError: OLMoE has no place for something in this model, the folder is in use or cannot
-        be written, or a tensor holds NaN or infinity.
+      InteropError: OLMoE does not support the model, the folder is not empty or cannot be written,
+        or a tensor is not finite.
     """
     described = describe(config, dtype, tokenizer)
     arrays = {name: np.asarray(leaf) for name, leaf in trained.named().items()}
     width, padded = config.model.moe.expert_size, described["intermediate_size"]
     if padded != width:
         logging.info(
-            "experts are padded with zeros from %d to %d, as %s says", width, padded, CONFIG
+            "padded experts with zeros from width %d to %d, as stated in %s", width, padded, CONFIG
         )
         for name, axis in zip(_EXPERT.values(), (-1, -1, -2), strict=True):
             widths = [(0, 0)] * arrays[name].ndim
@@ -214,8 +214,8 @@ def export_olmoe(
             arrays[name] = np.pad(arrays[name], widths)
     if config.model.hidden_size % _WIDTH_MULTIPLE:
         logging.warning(
-            "model.hidden_size=%d is no multiple of %d: transformers may run this model only with"
-            " from_pretrained(..., experts_implementation='eager')",
+            "model.hidden_size=%d is not a multiple of %d: transformers may run this model only"
+            " with from_pretrained(..., experts_implementation='eager')",
             config.model.hidden_size,
             _WIDTH_MULTIPLE,
         )
@@ -225,7 +225,7 @@ def export_olmoe(
         folder,
         described,
         tensors,
-        others=files_of(tokenizer, config.data),
+        others=file_contents(tokenizer, config.data),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -235,16 +235,16 @@ def describe(config: Config, dtype: Dtype, tokenizer: Tokenizer | None = None) -
     """Returns the `config.json` of a mixture of experts, with the ids of its tokenizer.
 
     Raises:
-      InteropError: OLMoE has no place for something in this model.
+      InteropError: OLMoE does not support the model.
     """
     model = config.model
     for name, value, needed, rule in (
         ("ffn", model.ffn, "moe", "OLMoE has experts in every block"),
         ("memory.layer", model.memory.layer, "none", "OLMoE has no memory layers"),
-        ("ffn_size", model.ffn_size, 0, "OLMoE has no FFN beside its experts"),
+        ("ffn_size", model.ffn_size, 0, "OLMoE has no dense FFN"),
         ("query_key_norm", model.query_key_norm, True, "OLMoE normalises queries and keys"),
-        ("rope_scaling", model.rope_scaling, "none", "OLMoE's positions are not scaled"),
-        ("attention_window", model.attention_window, 0, "OLMoE attends to all that precedes"),
+        ("rope_scaling", model.rope_scaling, "none", "OLMoE does not scale RoPE"),
+        ("attention_window", model.attention_window, 0, "OLMoE attends to all earlier positions"),
     ):
         if value != needed:
             raise InteropError(f"model.{name}={value!r}: must be {needed!r} to export: {rule}")
@@ -264,7 +264,7 @@ def describe(config: Config, dtype: Dtype, tokenizer: Tokenizer | None = None) -
         "norm_topk_prob": model.moe.renormalize,
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tie_embeddings,
-        # Under its old name and its new one.
+        # transformers' old name and new name.
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
         "torch_dtype": dtype,
@@ -276,16 +276,16 @@ def describe(config: Config, dtype: Dtype, tokenizer: Tokenizer | None = None) -
         "clip_qkv": None,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        # transformers' default for padding, 1, would be one of our tokens.
+        # transformers' default, 1, is an ordinary token of ours.
         "pad_token_id": None,
-        # What precedes a document in training ends another one.
+        # In training, end-of-text precedes each document.
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
     }
 
 
 class _Values:
-    """What a configuration file says, each value checked as it is asked for."""
+    """The values of a configuration file, checked on access."""
 
     def __init__(self, path: Path, given: Mapping[str, Any], prefix: str = ""):
         self.given, self.path, self.prefix = given, path, prefix
@@ -325,7 +325,7 @@ class _Values:
 
 
 def _read_rope_theta(given: _Values) -> float:
-    """Reads the base of rotary positions under all its names, and refuses scaled positions."""
+    """Reads RoPE's theta under all its names, and rejects scaled RoPE."""
     theta = given.number("rope_theta", 10000.0)
     for section in ("rope_scaling", "rope_parameters"):
         parameters = given.given.get(section) or {}
@@ -344,10 +344,10 @@ def _read_rope_theta(given: _Values) -> float:
 def _views(
     arrays: Mapping[str, np.ndarray], model: ModelConfig, layout: Layout
 ) -> dict[str, list[np.ndarray]]:
-    """Returns each tensor of a layout as views of our arrays, with the strides of the file's axes.
+    """Returns the tensors of a layout as views of our arrays, with axes in the order of the file.
 
-    Assigning to the views fills the arrays, reading them gives the tensors. Where there are two,
-    the tensor is both, one after the other along its second axis.
+    Assigning to the views fills the arrays, and reading them yields the tensors. A tensor with two
+    views is their concatenation along axis 1.
     """
 
     def view(name: str, *index: int) -> np.ndarray:

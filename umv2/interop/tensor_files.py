@@ -1,7 +1,7 @@
-"""Folders of safetensors: `config.json` beside `model.safetensors`, or beside shards with an index.
+"""Folders of safetensors: `config.json` with `model.safetensors`, or with shards and an index.
 
-The layout is that of the Hugging Face hub. Tensors are read and written one file after another, so
-that memory holds no more than the caller's arrays and one tensor (reading) or one shard (writing).
+The layout is that of the Hugging Face hub. Files are read and written one at a time, so in addition
+to the caller's arrays, memory holds one tensor (reading) or one shard (writing).
 """
 
 import json
@@ -20,7 +20,7 @@ from umv2.config.schema import UserError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-# What the format calls our dtypes; any other keeps the format's name.
+# The format's names of our dtypes; other dtypes keep the format's name.
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -30,68 +30,68 @@ DTYPES = {
     "I64": "int64",
 }
 _NAMED_IN_ERRORS = 3
-_BLOCK = 1 << 16  # numbers that are looked at together
+_BLOCK = 1 << 16  # elements per finiteness check, which bounds its temporaries
 
 
 class InteropError(UserError):
-    """A folder, file or tensor that cannot be read as the model it should be, or not be written."""
+    """A folder, file or tensor that cannot be read as the expected model, or cannot be written."""
 
 
 class TensorFolder:
-    """The tensors of a folder: their names, shapes and dtypes at once, their values by iteration.
+    """The tensors of a folder: names, shapes and dtypes are loaded, values are read by iteration.
 
     Raises:
-      InteropError: there is no model, a file is missing or damaged, the index does not say what the
-        shards hold, or it stands beside a single file with another model.
+      InteropError: there is no model, a file is missing or damaged, or the index disagrees with the
+        shards or with a single file in the same folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         index, single = folder / INDEX, folder / SINGLE
         if not index.is_file() and not single.is_file():
-            raise InteropError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+            raise InteropError(f"{folder}: has neither {SINGLE} nor {INDEX}")
         weight_map = _read_weight_map(index) if index.is_file() else {}
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         paths = [single] if single.is_file() else shards
         if missing := [path.name for path in paths if not path.is_file()]:
-            raise InteropError(f"{index}: names shards that are missing: {several(missing)}")
+            raise InteropError(f"{index}: names shards that are missing: {shortened(missing)}")
         headers = _read_headers(paths)
         self._paths = {name: path for name, (path, _, _) in headers.items()}
         self.shapes = {name: shape for name, (_, shape, _) in headers.items()}
         self.dtypes = {name: dtype for name, (_, _, dtype) in headers.items()}
         if paths == shards:
-            held = {name: path.name for name, path in self._paths.items()}
-            wrong = [n for n in {**weight_map, **held} if weight_map.get(n) != held.get(n)]
+            actual = {name: path.name for name, path in self._paths.items()}
+            wrong = [n for n in {**weight_map, **actual} if weight_map.get(n) != actual.get(n)]
             if wrong:
-                raise InteropError(f"{index}: disagrees with its shards about {several(wrong)}")
+                raise InteropError(f"{index}: disagrees with its shards about {shortened(wrong)}")
         elif weight_map:
             self._require_same(weight_map, [path for path in shards if path.is_file()])
 
     def _require_same(self, weight_map: Mapping[str, str], shards: list[Path]) -> None:
-        """Refuses an index, and what is there of its shards, beside a file that differs."""
+        """Checks that an index, and those of its shards that exist, agree with the single file."""
         differing = self.shapes.keys() ^ weight_map.keys()
         headers = _read_headers(shards)
         differing |= headers.keys() - self.shapes.keys()
         for name in headers.keys() & self.shapes.keys():
-            path, *held = headers[name]
-            if held != [self.shapes[name], self.dtypes[name]]:
+            path, *header = headers[name]
+            if header != [self.shapes[name], self.dtypes[name]]:
                 differing.add(name)
-            elif self.dtypes[name] in DTYPES.values():  # others are in no model that we read
+            elif self.dtypes[name] in DTYPES.values():  # no model that we read has other dtypes
                 ours, theirs = self.read(name), _read_tensor(path, name)
                 if not np.array_equal(ours.reshape(-1).view("u1"), theirs.reshape(-1).view("u1")):
                     differing.add(name)
         if differing:
             raise InteropError(
-                f"{self.folder}: {SINGLE} and {INDEX} disagree about {several(sorted(differing))};"
-                " remove the one that is not the model"
+                f"{self.folder}: {SINGLE} and {INDEX} disagree about"
+                f" {shortened(sorted(differing))}; remove the one that is not the model"
             )
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor."""
         return _read_tensor(self._paths[name], name)
 
-    def leave_out(self, names: Iterable[str]) -> None:
-        """Forgets tensors that are of no use."""
+    def drop(self, names: Iterable[str]) -> None:
+        """Drops tensors, so that they are neither checked nor read."""
         for name in names:
             del self._paths[name], self.shapes[name], self.dtypes[name]
 
@@ -105,32 +105,32 @@ class TensorFolder:
             with _opened(path) as file:
                 for name in file.offset_keys():
                     if name in self._paths:
-                        # Not held here, or two would be while the next one is read.
+                        # No local variable: it would keep a tensor alive while the next is read.
                         yield name, _finite(file.get_tensor(name), f"{path}: {name}")
 
     def check(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, tuple[str, ...]]
     ) -> None:
-        """Compares names, shapes and dtypes (any of several) with what a model needs.
+        """Checks names, shapes and dtypes (any of those given) against those of a model.
 
         Raises:
-          InteropError: they differ; the message tells all the ways in which they do.
+          InteropError: they differ; the message lists all differences.
         """
         faults = []
         if missing := [name for name in shapes if name not in self.shapes]:
-            faults.append(f"missing: {several(missing)}")
+            faults.append(f"missing: {shortened(missing)}")
         if extra := [name for name in self.shapes if name not in shapes]:
-            faults.append(f"not of this model: {several(extra)}")
+            faults.append(f"not of this model: {shortened(extra)}")
         both = [name for name in shapes if name in self.shapes]
         faults.append(
-            several(
+            shortened(
                 f"{name} has shape {list(self.shapes[name])}, not {list(shapes[name])}"
                 for name in both
                 if self.shapes[name] != tuple(shapes[name])
             )
         )
         faults.append(
-            several(
+            shortened(
                 f"{name} is {self.dtypes[name]}, not {' or '.join(dtypes[name])}"
                 for name in both
                 if self.dtypes[name] not in dtypes[name]
@@ -149,19 +149,19 @@ def write_folder(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model: all of it, or nothing under the folder's name.
+    """Writes a model atomically.
 
     Args:
       folder: must not exist, or be empty.
-      config: what becomes `config.json`.
+      config: content of `config.json`.
       tensors: arrays or views of arrays, which are copied shard by shard.
-      others: the content of further files, by name.
+      others: content of further files, by name.
       dtype: of the files; None: that of each array.
-      max_shard_bytes: a larger tensor has a shard to itself.
+      max_shard_bytes: a larger tensor gets its own shard.
 
     Raises:
-      InteropError: the folder is in use, or cannot be written, or a tensor holds NaN or infinity.
-      InUse: another process writes it.
+      InteropError: the folder is not empty or cannot be written, or a tensor is not finite.
+      InUse: another process is writing it.
     """
     require_new(folder)
     target = Path(os.path.realpath(folder))
@@ -170,8 +170,8 @@ def write_folder(
     try:
         with files.locked(lock, "export"):
             try:
-                for left in set(partial.iterdir()) - {lock}:  # by a process that was killed
-                    left.unlink()
+                for leftover in set(partial.iterdir()) - {lock}:  # of a process that was killed
+                    leftover.unlink()
                 _write_shards(partial, tensors, dtype, max_shard_bytes)
                 (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
                 for name, content in (others or {}).items():
@@ -188,38 +188,38 @@ def write_folder(
 
 
 def require_new(folder: Path) -> None:
-    """Refuses a folder that holds something, or a file in its place.
+    """Checks that a folder does not exist or is empty.
 
     Raises:
-      InteropError: the folder is in use, or cannot be looked into.
+      InteropError: the folder is not empty, or cannot be listed.
     """
     with files.errors(folder, "cannot be used"):
         in_use = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if in_use:
-        raise InteropError(f"{folder}: exists already; name a new or empty folder")
+        raise InteropError(f"{folder}: already exists; name a new or empty folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the mapping that a JSON file holds.
+    """Returns the content of a JSON file, which must be a mapping.
 
     Raises:
-      InteropError: the file cannot be read, or holds something else.
+      InteropError: the file cannot be read, or is not a mapping.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InteropError(f"{path}: cannot be read: {files.reason(error)}") from error
-    except ValueError as error:  # also for bytes that are no text
+    except ValueError as error:  # includes bytes that are not UTF-8
         raise InteropError(f"{path}: damaged: {error}") from error
     except RecursionError as error:
         raise InteropError(f"{path}: damaged: nested too deep") from error
     if not isinstance(content, dict):
-        raise InteropError(f"{path}: damaged: holds no mapping")
+        raise InteropError(f"{path}: damaged: not a mapping")
     return content
 
 
-def several(names: Any) -> str:
-    """Joins a few names, and counts the rest."""
+def shortened(names: Any) -> str:
+    """Joins the first few names, and counts the rest."""
     names = list(names)
     rest = len(names) - _NAMED_IN_ERRORS
     return ", ".join(names[:_NAMED_IN_ERRORS]) + (f" and {rest} more" if rest > 0 else "")
@@ -231,13 +231,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(
-            # A plain name: an index may not reach out of its folder. Links may: the cache of the
-            # hub consists of them.
+            # A plain file name: an index must not refer to files outside its folder. Symbolic links
+            # may, as the hub's cache consists of them.
             isinstance(file, str) and file not in ("", "..") and Path(file).name == file
             for file in weight_map.values()
         )
     ):
-        raise InteropError(f"{index}: weight_map must give each tensor the name of a file here")
+        raise InteropError(f"{index}: weight_map must map each tensor to a file in this folder")
     return weight_map
 
 
@@ -246,7 +246,7 @@ def _read_headers(paths: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...
     headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for path in paths:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118, the file is no mapping
+            for name in file.keys():  # noqa: SIM118, the file is not a mapping
                 if name in headers:
                     raise InteropError(f"{path}: {name} is in {headers[name][0].name} as well")
                 tensor = file.get_slice(name)
@@ -305,7 +305,7 @@ def _write_shards(
             for n in names
         }
         path = folder / file
-        path.touch()  # with the mode that the umask gives; what the library makes has 0600
+        path.touch()  # gets its mode from the umask; the library would create it with mode 0600
         mode = path.stat().st_mode
         save_file(shard, path, metadata={"format": "pt"})
         if path.stat().st_mode != mode:

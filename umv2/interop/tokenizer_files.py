@@ -1,7 +1,7 @@
-"""Tokenizers that go along with models, in the form that Hugging Face transformers reads.
+"""Tokenizer files of exported and imported models, in the format of Hugging Face transformers.
 
-`tokenizer.json` gives text the ids that our tokenizer gives it. The names of special tokens are
-read as these tokens, as is the custom there, whereas ours reads them within text as text.
+`tokenizer.json` encodes text to the same ids as our tokenizer, with one exception: transformers
+parses the names of special tokens inside text as these tokens, and ours treats them as text.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from umv2 import files
 from umv2.config import DataConfig
-from umv2.data.sources import DataError
+from umv2.data.paths import DataError
 from umv2.data.tokenizers import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -27,12 +27,12 @@ from umv2.data.tokenizers import (
 )
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-# Not tokenizer.model: where there is no tokenizer.json, transformers converts a file of that name
-# by itself, and gives text with two spaces in a row other ids.
+# Not tokenizer.model: without a tokenizer.json, transformers would convert a file of that name
+# itself, and its conversion encodes consecutive spaces differently.
 SENTENCE_PIECE = "sentencepiece.model"
-# What a folder may hold, the best source first.
-_READ = (SENTENCE_PIECE, TOKENIZER, "tokenizer.model")
-# No class has this name, so that AutoTokenizer fails rather than make up a tokenizer.
+# Files that a folder may contain, in order of preference.
+_CANDIDATES = (SENTENCE_PIECE, TOKENIZER, "tokenizer.model")
+# No class has this name, so AutoTokenizer fails instead of guessing a tokenizer.
 _NO_CLASS = "NoTokenizerWasExported"
 _SPACE = "\u2581"  # how SentencePiece writes a space
 # What conversions get wrong: spaces, line ends, composed, wide and unknown characters.
@@ -48,40 +48,40 @@ _PROBES = (
     "🙂👍 \x00\x7f",
     "x" * 50,
 )
-_NUM_PROBES, _PIECES = 500, 20  # drawn from the vocabulary
+_NUM_PROBES, _PIECES = 500, 20  # number of random probes, and vocabulary pieces in each
 
 
-def exportable(config: DataConfig, fingerprint: str = "") -> Tokenizer | None:
-    """Returns a run's tokenizer; None, and a message, where none can go along with its model.
+def load_for_export(config: DataConfig, fingerprint: str = "") -> Tokenizer | None:
+    """Returns a run's tokenizer; None, and logs why, if it cannot be exported with the model.
 
     Args:
       config: of the run.
-      fingerprint: of the tokenizer that it was trained with; "" where that is not known.
+      fingerprint: of the tokenizer that the run was trained with; "" if unknown.
     """
     try:
         tokenizer = load_tokenizer(config.tokenizer, config.end_of_text_id)
     except DataError as error:
-        logging.warning("no tokenizer goes along: %s", error)
+        logging.warning("exporting no tokenizer: %s", error)
         return None
     if tokenizer is None:
-        logging.info("no tokenizer goes along: data.tokenizer='none'")
+        logging.info("exporting no tokenizer: data.tokenizer='none'")
     elif fingerprint and tokenizer.fingerprint != fingerprint:
         logging.warning(
-            "no tokenizer goes along: data.tokenizer=%r has changed since the run was trained",
+            "exporting no tokenizer: data.tokenizer=%r has changed since the run was trained",
             config.tokenizer,
         )
         return None
     return tokenizer
 
 
-def files_of(tokenizer: Tokenizer | None, config: DataConfig) -> dict[str, bytes]:
-    """Returns the files, by name, from which AutoTokenizer reads a tokenizer.
+def file_contents(tokenizer: Tokenizer | None, config: DataConfig) -> dict[str, bytes]:
+    """Returns the content of the files, by name, that AutoTokenizer reads.
 
-    Without a tokenizer, or where it cannot be converted exactly, they make AutoTokenizer fail.
+    If there is no tokenizer, or it cannot be converted exactly, they make AutoTokenizer fail.
 
     Args:
       tokenizer: of the run.
-      config: names its file.
+      config: gives the path of the tokenizer file.
     """
     contents: dict[str, bytes] = {}
     converted: tokenizers.Tokenizer | None = None
@@ -92,12 +92,12 @@ def files_of(tokenizer: Tokenizer | None, config: DataConfig) -> dict[str, bytes
         converted = _converted(contents[SENTENCE_PIECE], tokenizer)
         if converted is None:
             logging.warning(
-                "AutoTokenizer cannot read %s exactly, so only the file itself goes along, as %s",
+                "%s has no exact AutoTokenizer equivalent: exporting only the file itself, as %s",
                 config.tokenizer,
                 SENTENCE_PIECE,
             )
     elif tokenizer is not None:
-        contents[TOKENIZER] = _adding_nothing(_read(config))
+        contents[TOKENIZER] = _without_extra_ids(_read(config))
         converted = tokenizers.Tokenizer.from_buffer(contents[TOKENIZER])
     if tokenizer is None or converted is None:
         return contents | {TOKENIZER_CONFIG: _json({"tokenizer_class": _NO_CLASS})}
@@ -107,7 +107,7 @@ def files_of(tokenizer: Tokenizer | None, config: DataConfig) -> dict[str, bytes
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": end_of_text,
-            "bos_token": end_of_text,  # what precedes a document in training ends another one
+            "bos_token": end_of_text,  # in training, end-of-text precedes each document
             "model_max_length": config.sequence_length,
             "clean_up_tokenization_spaces": False,
         }
@@ -115,25 +115,25 @@ def files_of(tokenizer: Tokenizer | None, config: DataConfig) -> dict[str, bytes
     return contents
 
 
-def adopted(
+def adopt(
     config: DataConfig, folder: Path, end_of_text_id: Any, vocab_size: int
 ) -> tuple[DataConfig, Path | None]:
-    """Returns the configuration with the tokenizer that a model's folder holds, and its file.
+    """Returns the configuration with the tokenizer of a model's folder, and the tokenizer's file.
 
-    The file is None where the configuration names that tokenizer already, or the folder holds none
-    of use, which a message says. `data.tokenizer="none"` stays: token files need no tokenizer.
+    The file is None if the configuration already names this tokenizer, or if the folder has no
+    usable one, which is logged. `data.tokenizer="none"` is kept: token files need no tokenizer.
 
     Args:
-      config: of the run to be.
+      config: of the new run.
       folder: of the model.
-      end_of_text_id: what the folder says ends a document; none of its ids: the tokenizer's own.
+      end_of_text_id: according to the folder; if it is not a valid id, the tokenizer's own is used.
       vocab_size: of the model.
     """
     if config.tokenizer == "none":
         return config, None
-    path = next((folder / name for name in _READ if (folder / name).is_file()), None)
+    path = next((folder / name for name in _CANDIDATES if (folder / name).is_file()), None)
     if path is None:
-        logging.info("%s holds no tokenizer; data.tokenizer stays %r", folder, config.tokenizer)
+        logging.info("%s has no tokenizer; keeping data.tokenizer=%r", folder, config.tokenizer)
         return config, None
     if type(end_of_text_id) is not int or not 0 <= end_of_text_id < vocab_size:
         end_of_text_id = -1
@@ -144,7 +144,7 @@ def adopted(
         if tokenizer.vocab_size > vocab_size:
             raise DataError(f"{path}: its {tokenizer.vocab_size} ids do not fit the model")
     except DataError as error:
-        logging.warning("data.tokenizer stays %r: %s", config.tokenizer, error)
+        logging.warning("keeping data.tokenizer=%r: %s", config.tokenizer, error)
         return config, None
     if _fingerprint(config) == tokenizer.fingerprint:
         return config, None
@@ -172,10 +172,10 @@ def _json(content: Any) -> bytes:
 
 def _byte_tokenizer() -> tokenizers.Tokenizer:
     """Returns `ByteTokenizer` as a BPE without merges, so that each byte is a token."""
-    # GPT-2's alphabet: bytes that print stand for themselves, the others follow from 256 on.
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printing]
-    vocabulary = {chr(byte): byte for byte in printing}
+    # GPT-2's byte alphabet: printable bytes map to themselves, the others to 256 and up.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable}
     vocabulary |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -187,15 +187,15 @@ def _byte_tokenizer() -> tokenizers.Tokenizer:
 def _is_byte_tokenizer(path: Path) -> bool:
     try:
         return bool(json.loads(path.read_bytes()) == json.loads(_byte_tokenizer().to_str()))
-    except (OSError, ValueError, RecursionError):  # whoever loads it says what is wrong
+    except (OSError, ValueError, RecursionError):  # loading it reports the error
         return False
 
 
-def _adding_nothing(content: bytes) -> bytes:
-    """Returns a tokenizers file without what adds ids to a text or takes some away.
+def _without_extra_ids(content: bytes) -> bytes:
+    """Returns a `tokenizers` file without post-processor, padding and truncation.
 
-    We train without begin marks, padding and truncation, whatever the file says. Unchanged where it
-    says nothing of them, so that its fingerprint stays.
+    We train without them, whatever the file says. A file that has none of them is returned
+    unchanged, which keeps its fingerprint.
     """
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
     if not (
@@ -207,11 +207,11 @@ def _adding_nothing(content: bytes) -> bytes:
 
 
 def _converted(content: bytes, original: SentencePieceTokenizer) -> tokenizers.Tokenizer | None:
-    """Returns a SentencePiece model as a `tokenizers` one; None where they differ on a probe."""
-    schema: Any = sentencepiece_model_pb2  # its classes are made as it is loaded
+    """Converts a SentencePiece model to `tokenizers`; None if the two differ on a probe."""
+    schema: Any = sentencepiece_model_pb2  # its classes are created on import
     proto = schema.ModelProto.FromString(content)
-    kinds, trainer, spec = type(proto.pieces[0]), proto.trainer_spec, proto.normalizer_spec
-    unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == kinds.UNKNOWN)
+    types, trainer, spec = type(proto.pieces[0]), proto.trainer_spec, proto.normalizer_spec
+    unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == types.UNKNOWN)
     unknown_piece = proto.pieces[unknown].piece
     if trainer.model_type == trainer.UNIGRAM:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -243,18 +243,18 @@ def _converted(content: bytes, original: SentencePieceTokenizer) -> tokenizers.T
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
-    special = (kinds.CONTROL, kinds.UNKNOWN)
+    special = (types.CONTROL, types.UNKNOWN)
     for names, add in (
         ([p.piece for p in proto.pieces if p.type in special], tokenizer.add_special_tokens),
-        ([p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED], tokenizer.add_tokens),
+        ([p.piece for p in proto.pieces if p.type == types.USER_DEFINED], tokenizer.add_tokens),
     ):
         add([tokenizers.AddedToken(name, normalized=False) for name in names])
-    # Pieces that text cannot spell, or not in both.
-    unspelt = (*special, kinds.BYTE)
-    spelt = [p.piece.replace(_SPACE, " ") for p in proto.pieces if p.type not in unspelt]
-    draw = random.Random(0)
-    drawn = ["".join(draw.choices(spelt, k=_PIECES)) for _ in range(_NUM_PROBES)]
-    for text in (*_PROBES, *drawn):
+    # Probe with pieces that text can contain; the two tokenizers may differ on the others.
+    not_text = (*special, types.BYTE)
+    pieces = [p.piece.replace(_SPACE, " ") for p in proto.pieces if p.type not in not_text]
+    rng = random.Random(0)
+    random_probes = ["".join(rng.choices(pieces, k=_PIECES)) for _ in range(_NUM_PROBES)]
+    for text in (*_PROBES, *random_probes):
         ids = original.encode(text).tolist()
         if tokenizer.encode(text, add_special_tokens=False).ids != ids:
             return None
@@ -264,7 +264,7 @@ def _converted(content: bytes, original: SentencePieceTokenizer) -> tokenizers.T
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Returns the merges that the scores of a BPE's pieces stand for, the first to make first."""
+    """Returns the merges that the scores of BPE pieces imply, in order of priority."""
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     return [
         (piece[:i], piece[i:])

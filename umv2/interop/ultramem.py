@@ -1,7 +1,7 @@
-"""UltraMem's published PyTorch weights (arXiv 2411.12364, 2508.18756) as our memory layers.
+"""Converts UltraMem's published PyTorch weights (arXiv 2411.12364, 2508.18756) to memory layers.
 
-Covers layers of V1 and V2 by the names in their state dicts. Linear weights there are [out, in],
-keys [head, side, key, width, rank], cores one tensor each or stacked.
+Supports the layers of V1 and V2 under the names of their state dicts. There, linear weights are
+[out, in], keys [head, side, key, width, rank], and cores one tensor each or stacked.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
-from umv2.interop.tensor_files import InteropError, several
+from umv2.interop.tensor_files import InteropError, shortened
 
 Arrays = Mapping[str, np.ndarray]
-# How a query projection of two chunks a rank is read, which its shape does not tell.
-QueryReading = Literal["released", "per_rank"]
+# Meaning of a query projection with two chunks per rank, which its shape does not determine.
+QueryLayout = Literal["released", "per_rank"]
 
 _VALUES, _PRE_VALUES = "values_for_look_up", "pre_values_for_look_up"
 _PRE_PROJECTION = "pre_values_proj.weight"
@@ -29,8 +29,8 @@ _CORE = re.compile(r"tucker_core\.(\d+)")
 class ReleasedMemory:
     """Memory layers stacked along axis 0, as in `params["memory"]`, and the value tables.
 
-    `sizes` are the fields of `model.memory` that the shapes tell; `tables` are the fields of a
-    `ValueStore`. Arrays are NumPy's, in the dtype that they came in.
+    `sizes` are the fields of `model.memory` that the shapes determine; `tables` are the fields of a
+    `ValueStore`. Arrays are NumPy arrays in their original dtype.
     """
 
     sizes: dict[str, Any]
@@ -44,38 +44,39 @@ def convert_memory(
     layers: Sequence[str],
     tables: Sequence[str],
     *,
-    query: QueryReading = "released",
+    query: QueryLayout = "released",
     share_group: int = 1,
 ) -> ReleasedMemory:
-    """Converts the memory layers of a state dict, which may hold other modules too.
+    """Converts the memory layers of a state dict, which may contain other modules too.
 
-    What shapes do not tell remains for the configuration: num_keys, top_m, shortlist, activation,
-    sharing, and key_expansion unless every block has its own projection.
+    The caller must configure what the shapes do not determine: num_keys, top_m, shortlist,
+    activation, sharing, and key_expansion unless every block has its own projection.
 
     Args:
       state: the arrays by name.
-      layers: prefix of each layer in order, such as "transformer.blocks.3.memory.".
-      tables: prefix of each value table: one for each layer (V1), or one that all share (V2).
-      query: four chunks `released` mean that head i reads 2 (i // 2) and the next, for all ranks
-        (V2's code), `per_rank` that each rank reads its own (V2's paper). With up to two heads the
-        former never read chunks 2 and 3, which are left out.
-      share_group: tables g that a layer sees. The published window begins at the layer's own table,
-        our ring (g - 1) // 2 tables before it, so the tables are turned by as many.
+      layers: prefix of each layer, in order, e.g. "transformer.blocks.3.memory.".
+      tables: prefix of each value table: one per layer (V1), or a single shared one (V2).
+      query: meaning of a projection with four chunks. "released" (V2's code): head i reads chunks
+        2 (i // 2) and 2 (i // 2) + 1 for all ranks; with up to two heads, chunks 2 and 3 are never
+        read and are dropped. "per_rank" (V2's paper): each rank reads its own chunks.
+      share_group: g, the number of tables that a layer sees. The published window starts at the
+        layer's own table and ours (g - 1) // 2 tables before it, so the tables are rolled by that.
 
     Raises:
-      InteropError: names or shapes that are not those of such layers, or that contradict each
-        other; the message names the tensor and the rule.
+      InteropError: names or shapes are not those of such layers, or contradict each other; the
+        message names the tensor and the rule.
     """
     if not layers or len(tables) not in (1, len(layers)):
         raise InteropError(
-            f"{len(layers)} memory layers and {len(tables)} tables: must be as many, or one table"
+            f"{len(layers)} memory layers and {len(tables)} tables: must be equally many, or one"
+            " table"
         )
     converted = [_convert_layer(state, prefix, query) for prefix in layers]
     sizes, pooled_size = converted[0].sizes, converted[0].pooled_size
     for prefix, layer in zip(layers, converted, strict=True):
         if (layer.sizes, layer.pooled_size) != (sizes, pooled_size):
             raise InteropError(
-                f"{prefix}: other sizes, {layer.sizes}, than those of {layers[0]}, {sizes}"
+                f"{prefix}: sizes {layer.sizes} differ from those of {layers[0]}, {sizes}"
             )
     values = _table(state, tables, _VALUES)
     pre_values = None
@@ -85,7 +86,7 @@ def convert_memory(
             pre_values.shape == (len(values), sizes["pre_value_dim"]),
             tables[0] + _PRE_VALUES,
             pre_values,
-            f"must have the {len(values)} rows of {_VALUES} and the width of {_PRE_PROJECTION}",
+            f"must have {len(values)} rows, as {_VALUES}, and the width of {_PRE_PROJECTION}",
         )
     if share_group > 1:
         rows = -((share_group - 1) // 2) * (len(values) // len(layers))
@@ -107,7 +108,7 @@ class _Layer:
     buffers: dict[str, np.ndarray]
 
 
-def _convert_layer(state: Arrays, prefix: str, query: QueryReading) -> _Layer:
+def _convert_layer(state: Arrays, prefix: str, query: QueryLayout) -> _Layer:
     arrays = _layer_arrays(state, prefix)
 
     def check(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -172,7 +173,7 @@ def _convert_layer(state: Arrays, prefix: str, query: QueryReading) -> _Layer:
 
 
 def _layer_arrays(state: Arrays, prefix: str) -> dict[str, np.ndarray]:
-    """Returns a layer's arrays but the tables by name without the prefix, its cores stacked."""
+    """Returns a layer's arrays, without tables, by name without prefix; stacks its cores."""
     arrays = {
         name.removeprefix(prefix): np.asarray(array)
         for name, array in state.items()
@@ -194,16 +195,18 @@ def _layer_arrays(state: Arrays, prefix: str) -> dict[str, np.ndarray]:
     }
     missing, unknown = required - arrays.keys(), arrays.keys() - required - {_PRE_PROJECTION}
     if missing:
-        raise InteropError(f"{prefix}*: missing from this memory layer: {several(sorted(missing))}")
+        raise InteropError(
+            f"{prefix}*: missing from this memory layer: {shortened(sorted(missing))}"
+        )
     if unknown:
-        raise InteropError(f"{prefix}*: not of a memory layer: {several(sorted(unknown))}")
+        raise InteropError(f"{prefix}*: not of a memory layer: {shortened(sorted(unknown))}")
     return arrays
 
 
 def _arrange_query(
-    prefix: str, projection: np.ndarray, key_dim: int, heads: int, rank: int, query: QueryReading
+    prefix: str, projection: np.ndarray, key_dim: int, heads: int, rank: int, query: QueryLayout
 ) -> tuple[str, np.ndarray]:
-    """Returns our name of the projection's layout, and as much of the projection as is read."""
+    """Returns our name of the projection's layout, and the part of the projection that is read."""
     chunks, rest = divmod(len(projection), key_dim)
     name = f"{prefix}query_proj.weight"
     _require(
@@ -216,26 +219,26 @@ def _arrange_query(
         return "shared", projection
     if query == "per_rank":
         return "per_rank", projection
-    _require(rank == 2, name, projection, f"chunks are read as released at rank 2 only, not {rank}")
-    _require(heads <= 4, name, projection, f"feeds at most 4 heads as released, not {heads}")
+    _require(rank == 2, name, projection, f"the released layout requires rank 2, not {rank}")
+    _require(heads <= 4, name, projection, f"the released layout has at most 4 heads, not {heads}")
     if heads > 2:
         return "released", projection
-    logging.info("%s: left out the lower half, which no head reads as released", name)
+    logging.info("%s: dropped the second half, which no head reads in the released layout", name)
     return "shared", projection[: 2 * key_dim]
 
 
 def _table(state: Arrays, prefixes: Sequence[str], name: str) -> np.ndarray:
-    """Returns the rows of one table, or of several one after another."""
+    """Returns one table, or the concatenation of several."""
     names = [prefix + name for prefix in prefixes]
     if missing := [n for n in names if n not in state]:
-        raise InteropError(f"missing value tables: {several(missing)}")
+        raise InteropError(f"missing value tables: {shortened(missing)}")
     parts = [np.asarray(state[n]) for n in names]
     for n, part in zip(names, parts, strict=True):
         _require(
             part.ndim == 2 and part.shape == parts[0].shape,
             n,
             part,
-            f"must be [row, width] as {names[0]}",
+            f"must be [row, width], of the shape of {names[0]}",
         )
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -246,7 +249,7 @@ def _value_sizes(
     value_dim = values.shape[1]
     num_cores = sizes["num_cores"]
     _require(
-        value_dim % num_cores == 0, name, values, f"must be as wide as {num_cores} equal slices"
+        value_dim % num_cores == 0, name, values, f"width must be a multiple of {num_cores} cores"
     )
     slots, rest = divmod(pooled_size, value_dim)
     expansion = math.isqrt(slots)
@@ -254,7 +257,7 @@ def _value_sizes(
         rest == 0 and slots > 0 and expansion**2 == slots,
         name,
         values,
-        f"must divide the {pooled_size} columns of values_proj.weight into 1, 4, 9, ... slots",
+        f"width must divide {pooled_size} columns of values_proj.weight into 1, 4, 9, ... slots",
     )
     if slots == 1:
         return {"value_dim": value_dim, "projection": "single"}

@@ -1,1 +1,1 @@
-"""The decoder: layers, attention, retrieval, memory, initialisation, transformer."""
+"""The decoder: dense layers, attention, memory layers, mixture of experts, transformer."""

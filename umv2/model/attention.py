@@ -16,14 +16,14 @@ from umv2.model import layers
 from umv2.model.parameter import Initializer
 from umv2.types import struct
 
-# Queries that meet all keys at once where a sequence is longer than this: scores of 32K positions
-# with each other would fill a device.
+# Sequences longer than `_LONG` are processed in chunks of `_QUERY_CHUNK` queries: the full score
+# matrix of 32K positions would not fit in device memory.
 _QUERY_CHUNK = 1024
 _LONG = 4096
-# Positions of a cache that are read at once on CPU. Medians of 7 runs on 2 cores, batch 32, 12
-# heads of 64, a cache of 2,048, milliseconds where 2,048 and where 300 positions are filled:
+# Cache positions read per block on CPU. Time in ms with 2,048 and with 300 positions filled, by
+# block size: median of 7 runs on 2 cores, batch 32, 12 heads of width 64, cache length 2,048:
 #
-#                      all at once      256         512        1024
+#                       no blocks       256         512        1024
 #     float32              18, 18     41, 11      27, 6.4     19, 9.9
 #     bfloat16           160, 160     20, 5.2     14, 3.8     12, 5.6
 _CACHE_BLOCK = 1024
@@ -31,9 +31,9 @@ _CACHE_BLOCK = 1024
 
 @struct
 class KeyValueCache:
-    """Keys and values of the positions seen so far, of one block.
+    """Keys and values of the positions processed so far, for one block.
 
-    Heads stand before positions, so that the products of attention read both as they lie.
+    The head axis precedes the position axis, so attention needs no transposition.
     """
 
     keys: Float[Array, "b g s q"]
@@ -41,10 +41,10 @@ class KeyValueCache:
 
 
 class Attention(nnx.Module):
-    """Attention as in OLMoE (arXiv 2409.02060): RMSNorm on all heads at once, no biases.
+    """Attention as in OLMoE (arXiv 2409.02060): QK-norm over all heads jointly, no biases.
 
-    `num_key_value_heads` < `num_heads` gives grouped queries (arXiv 2305.13245), `window` > 0
-    attention to the last positions alone (arXiv 2004.05150).
+    `num_key_value_heads` < `num_heads` gives grouped-query attention (arXiv 2305.13245), and
+    `window` > 0 sliding-window attention (arXiv 2004.05150).
     """
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
@@ -76,17 +76,18 @@ class Attention(nnx.Module):
         position: Int[Array, "#b"] | int = 0,
         prefill: bool = False,
     ) -> tuple[Float[Array, "b t d"], KeyValueCache | None]:
-        """Attends to earlier positions.
+        """Applies causal self-attention.
 
         Args:
           x: normalised input.
-          mask: True where a query may see a key, beside causality (packed documents).
-          cache: keys and values of positions < `position`; x then continues them.
-          position: position of x[:, 0], the same in all rows or one of each.
-          prefill: the cache is empty and only written, from position 0 on.
+          mask: True where a query may attend to a key, in addition to the causal mask (used for
+            packed documents).
+          cache: keys and values of the positions before `position`, which x continues.
+          position: position of x[:, 0], either one for all rows or one per row.
+          prefill: the cache is empty; it is written from position 0 and not read.
 
         Returns:
-          The projected output, and the cache with the positions of x written into it.
+          The projected output, and the cache updated with the positions of x.
         """
         query, keys = layers.linear(x, self.query[...]), layers.linear(x, self.key[...])
         values = layers.linear(x, self.value[...])
@@ -120,7 +121,7 @@ class Attention(nnx.Module):
         *,
         prefill: bool,
     ) -> tuple[Float[Array, "b t e"], KeyValueCache | None]:
-        """Attends with the heads of one device."""
+        """Computes attention for the heads of one device."""
         shape = query.shape
         positions = starts[:, None] + jnp.arange(shape[1], dtype=jnp.int32)[None, :]
         query = self.rope.rotate(self._split(query), positions)
@@ -132,12 +133,12 @@ class Attention(nnx.Module):
                 values=_write(cache.values, values, starts, prefill=prefill),
             )
         if cache is None or prefill:
-            attended = self._attend_to_each_other(query, keys, values, mask)
+            attended = self._attend_uncached(query, keys, values, mask)
         else:
             attended = _attend_to_cache(query, cache, positions, self.window)
         return attended.reshape(shape), cache
 
-    def _attend_to_each_other(
+    def _attend_uncached(
         self,
         query: Float[Array, "b t h q"],
         keys: Float[Array, "b t g q"],
@@ -162,11 +163,12 @@ class Attention(nnx.Module):
             def chunk(array: Array, axis: int) -> Array:
                 return lax.dynamic_slice_in_dim(array, start, _QUERY_CHUNK, axis)
 
-            places = start + jnp.arange(_QUERY_CHUNK, dtype=jnp.int32)
-            seen = _seen(places[None, :], jnp.arange(length)[None, :], self.window)[:, None]
+            positions = start + jnp.arange(_QUERY_CHUNK, dtype=jnp.int32)
+            visible = _visible(positions[None, :], jnp.arange(length)[None, :], self.window)
+            visible = visible[:, None]
             if mask is not None:
-                seen = seen & chunk(mask, 2)
-            return jax.nn.dot_product_attention(chunk(query, 1), keys, values, mask=seen)
+                visible = visible & chunk(mask, 2)
+            return jax.nn.dot_product_attention(chunk(query, 1), keys, values, mask=visible)
 
         attended = lax.map(attend, jnp.arange(0, length, _QUERY_CHUNK, dtype=jnp.int32))
         return jnp.moveaxis(attended, 0, 1).reshape(query.shape)
@@ -175,13 +177,13 @@ class Attention(nnx.Module):
         return jnp.reshape(x, x.shape[:2] + (-1, self.head_dim))
 
 
-def _seen(
+def _visible(
     queries: Int[Array, "b t"], keys: Int[Array, "#b s"], window: int
 ) -> Bool[Array, "b t s"]:
-    """Whether a query at one position sees a key at another."""
+    """Returns the causal (and sliding-window) mask for the given query and key positions."""
     distance = queries[:, :, None] - keys[:, None, :]
-    seen = distance >= 0
-    return seen & (distance < window) if window else seen
+    causal = distance >= 0
+    return causal & (distance < window) if window else causal
 
 
 def _write(
@@ -191,12 +193,12 @@ def _write(
     *,
     prefill: bool,
 ) -> Float[Array, "b g s q"]:
-    """Puts new entries at the positions from `starts` on."""
+    """Writes new entries into the cache, starting at position `starts` of each row."""
     new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
     if prefill:
         return lax.dynamic_update_slice_in_dim(cache, new, 0, axis=2)
-    # One scatter for all rows, in place where the cache is donated. A slice of each row, one after
-    # another, takes as long, and 128 rows in 20 blocks half a minute to compile, not a second.
+    # vmap gives one scatter for all rows, done in place if the cache is donated. One update per row
+    # runs as fast, but for 128 rows and 20 blocks compiles in half a minute instead of a second.
     return jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))(cache, new, starts)
 
 
@@ -206,35 +208,35 @@ def _attend_to_cache(
     positions: Int[Array, "b t"],
     window: int,
 ) -> Float[Array, "b t h q"]:
-    """Attends to all positions of a cache that are filled, query positions included.
+    """Attends to all filled cache positions, including those of the queries.
 
-    Sums are in float32 (float64 for float64), whatever the cache is held in.
+    Accumulates in float32 (float64 for float64 queries), whatever the dtype of the cache.
     """
     num_heads = cache.keys.shape[1]
     grouped = query.reshape(*query.shape[:2], num_heads, -1, query.shape[-1])
-    # Queries that share a head of the cache form the rows of one product.
+    # Queries that share a key-value head become the rows of one matrix product.
     rows = jnp.moveaxis(grouped, 1, 3).reshape(len(query), num_heads, -1, query.shape[-1])
     repeats = rows.shape[2] // query.shape[1]
-    places = jnp.tile(positions, (1, repeats))
+    row_positions = jnp.tile(positions, (1, repeats))
     dtype = layers.accumulation_dtype(query.dtype)
     rows = rows.astype(dtype) * query.shape[-1] ** -0.5
     attended = lax.platform_dependent(
         rows,
         cache.keys,
         cache.values,
-        places,
-        cpu=lambda *arrays: _attend_by_blocks(*arrays, window=window),
-        default=lambda *arrays: _attend_at_once(*arrays, window=window),
+        row_positions,
+        cpu=lambda *arrays: _attend_blockwise(*arrays, window=window),
+        default=lambda *arrays: _attend_dense(*arrays, window=window),
     )
     attended = attended.reshape(*rows.shape[:2], repeats, *query.shape[1::2])
     return jnp.moveaxis(attended, 3, 1).reshape(query.shape).astype(query.dtype)
 
 
-def _attend_at_once(
+def _attend_dense(
     query: Float[Array, "b g m q"],
     keys: Float[Array, "b g s q"],
     values: Float[Array, "b g s q"],
-    places: Int[Array, "b m"],
+    positions: Int[Array, "b m"],
     *,
     window: int,
 ) -> Float[Array, "b g m q"]:
@@ -244,8 +246,8 @@ def _attend_at_once(
         keys,
         preferred_element_type=query.dtype,
     )
-    seen = _seen(places, jnp.arange(keys.shape[2])[None, :], window)
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    visible = _visible(positions, jnp.arange(keys.shape[2])[None, :], window)
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum(
         "bgms,bgsq->bgmq",
         weights.astype(values.dtype),
@@ -254,57 +256,60 @@ def _attend_at_once(
     )
 
 
-def _attend_by_blocks(
+def _attend_blockwise(
     query: Float[Array, "b g m q"],
     keys: Float[Array, "b g s q"],
     values: Float[Array, "b g s q"],
-    places: Int[Array, "b m"],
+    positions: Int[Array, "b m"],
     *,
     window: int,
 ) -> Float[Array, "b g m q"]:
-    """Visits the blocks of positions that a row sees, row by row, with a running softmax.
+    """Computes blockwise attention with an online softmax, visiting only the visible blocks.
 
-    Where a cache is short, as many rows go together as make a block.
-
-    A block of keys and values is widened to the query's dtype while it lies in the cache of the
-    processor: XLA's products of narrower types are slow there for so few queries.
+    Rows of the batch are processed one by one or, if the cache is short, several at a time, as many
+    as fill a block. Each block of keys and values is converted to the query's dtype while it is in
+    the processor's cache: with so few queries, XLA's CPU products of narrower types are slow.
     """
     num_rows, _, length, _ = keys.shape
-    # As equal as can be: all of the last block is read.
+    # Blocks of nearly equal size: the last one is read in full as well.
     size = -(-length // -(-length // _CACHE_BLOCK))
-    together = math.gcd(num_rows, 1 << (_CACHE_BLOCK // size).bit_length())
+    rows_per_block = math.gcd(num_rows, 1 << (_CACHE_BLOCK // size).bit_length())
 
     def attend(row: Int[Array, ""]) -> Float[Array, "rows g m q"]:
-        queries = lax.dynamic_slice_in_dim(query, row, together)
-        at = lax.dynamic_slice_in_dim(places, row, together)
+        queries = lax.dynamic_slice_in_dim(query, row, rows_per_block)
+        query_positions = lax.dynamic_slice_in_dim(positions, row, rows_per_block)
 
         def visit(block: Int[Array, ""] | int, carry: tuple[Array, Array, Array]) -> Any:
-            greatest, total, summed = carry
+            running_max, denominator, numerator = carry
             first = block * size
-            start = jnp.minimum(first, length - size)  # the last block may begin earlier
+            start = jnp.minimum(first, length - size)  # the last block may start earlier
 
             def read(cached: Array) -> Array:
-                shape = (together, cached.shape[1], size, cached.shape[3])
+                shape = (rows_per_block, cached.shape[1], size, cached.shape[3])
                 return lax.dynamic_slice(cached, (row, 0, start, 0), shape).astype(query.dtype)
 
-            keys_at = start + jnp.arange(size, dtype=jnp.int32)
-            seen = _seen(at, keys_at[None, :], window) & (keys_at >= first)[None, None, :]
+            key_positions = start + jnp.arange(size, dtype=jnp.int32)
+            visible = _visible(query_positions, key_positions[None, :], window)
+            visible = visible & (key_positions >= first)[None, None, :]
             scores = jnp.einsum("rgmq,rgsq->rgms", queries, read(keys))
-            scores = jnp.where(seen[:, None], scores, -jnp.inf)
-            greatest_now = jnp.maximum(greatest, scores.max(axis=-1, keepdims=True))
-            # A query may see nothing of a block that another sees: its maximum is still -inf.
-            reference = jnp.where(jnp.isfinite(greatest_now), greatest_now, 0)
+            scores = jnp.where(visible[:, None], scores, -jnp.inf)
+            new_max = jnp.maximum(running_max, scores.max(axis=-1, keepdims=True))
+            # The maximum is still -inf for a query that sees no key of the blocks so far.
+            reference = jnp.where(jnp.isfinite(new_max), new_max, 0)
             weights = jnp.exp(scores - reference)
-            kept = jnp.exp(greatest - reference)
-            total = total * kept + weights.sum(axis=-1, keepdims=True)
-            summed = summed * kept + jnp.einsum("rgms,rgsq->rgmq", weights, read(values))
-            return greatest_now, total, summed
+            correction = jnp.exp(running_max - reference)
+            denominator = denominator * correction + weights.sum(axis=-1, keepdims=True)
+            pooled = jnp.einsum("rgms,rgsq->rgmq", weights, read(values))
+            return new_max, denominator, numerator * correction + pooled
 
-        empty = jnp.zeros_like(queries[..., :1])
-        start = (empty - jnp.inf, empty, jnp.zeros_like(queries))
-        first = jnp.maximum(at.min() - window + 1, 0) // size if window else jnp.int32(0)
-        _, total, summed = lax.fori_loop(first, at.max() // size + 1, visit, start)
-        return summed / total
+        zeros = jnp.zeros_like(queries[..., :1])
+        initial = (zeros - jnp.inf, zeros, jnp.zeros_like(queries))
+        first_block = jnp.int32(0)
+        if window:
+            first_block = jnp.maximum(query_positions.min() - window + 1, 0) // size
+        last_block = query_positions.max() // size
+        _, denominator, numerator = lax.fori_loop(first_block, last_block + 1, visit, initial)
+        return numerator / denominator
 
-    attended = lax.map(attend, jnp.arange(0, num_rows, together, dtype=jnp.int32))
+    attended = lax.map(attend, jnp.arange(0, num_rows, rows_per_block, dtype=jnp.int32))
     return attended.reshape(query.shape)

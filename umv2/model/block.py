@@ -1,4 +1,4 @@
-"""A block of the decoder: attention, and the FFN that the configuration names."""
+"""A decoder block: attention, and the FFN that the configuration selects."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,9 +15,10 @@ from umv2.types import struct
 
 @struct
 class FeedForwardStats:
-    """What the FFN of one block reports of one batch; a scan over blocks stacks it along axis 0.
+    """Statistics of the FFN of one block on one batch; a scan over blocks stacks them on axis 0.
 
-    `ffn_variance` is that of the SwiGLU's output, 0 where there is none; None is not asked for.
+    `ffn_variance` is the variance of the SwiGLU's output: 0 for a block without a SwiGLU, None if
+    not requested.
     """
 
     ffn_variance: Float[Array, "*l"] | None
@@ -25,9 +26,10 @@ class FeedForwardStats:
 
 
 class Block(nnx.Module):
-    """Attention and FFN with their norms.
+    """Attention and FFN, each with its norm.
 
-    `ffn` is a SwiGLU: the FFN itself, or a shared expert beside `moe`, a mixture of experts.
+    `ffn` is a SwiGLU: the dense FFN, or the shared expert of a block with a mixture of experts,
+    `moe`.
     """
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
@@ -65,7 +67,7 @@ class Block(nnx.Module):
     def feed_forward(
         self, residual: Float[Array, "b t d"], y: Float[Array, "b t d"], *, observe: Observe
     ) -> tuple[Float[Array, "b t d"], FeedForwardStats]:
-        """Returns the residual stream after the FFN, and what is asked for of it."""
+        """Returns the residual stream after the FFN, and the requested statistics."""
         variance = jnp.zeros(()) if observe.health else None
         router = None
         if hasattr(self, "ffn"):
@@ -79,6 +81,6 @@ class Block(nnx.Module):
         return residual, FeedForwardStats(ffn_variance=variance, router=router)
 
     def serve(self) -> None:
-        """Does in place what inference need not repeat for every token."""
+        """Prepares the block for inference, in place: does once what is the same for all tokens."""
         if hasattr(self, "moe"):
             self.moe.serve()

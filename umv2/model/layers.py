@@ -1,9 +1,10 @@
-"""Dense building blocks: linear map, RMSNorm, SwiGLU, rotary embedding, and how they start.
+"""Dense building blocks: linear map, RMSNorm, SwiGLU, rotary embedding, and initialisation.
 
-Parameters are float32; `dtype` is that of matrix products. Norms and rotations are computed in
-float32 (or float64 where the input is), whatever the dtype of their input. Every linear map,
-embeddings included, starts normal with variance 2 / (5 h); projections that end a residual branch
-are scaled by 1 / sqrt(2 L) more (UltraMemV2, arXiv 2508.18756, section 3.5).
+Parameters are float32; matrix products use the dtype of their input. Norms and rotations are
+computed in float32 (float64 for float64 inputs), whatever the dtype of their input. Every linear
+map, embeddings included, is initialised from a normal distribution with variance 2 / (5 h); the
+output projections of residual branches are further scaled by 1 / sqrt(2 L) (UltraMemV2, arXiv
+2508.18756, section 3.5).
 """
 
 import dataclasses
@@ -24,17 +25,17 @@ _FEW_ROWS = 8
 
 
 def linear_std(hidden_size: int) -> float:
-    """Returns the standard deviation of linear maps, sqrt(2 / (5 h))."""
+    """Returns the initial standard deviation of linear maps, sqrt(2 / (5 h))."""
     return math.sqrt(2 / (5 * hidden_size))
 
 
 def residual_scale(num_layers: int) -> float:
-    """Returns 1 / sqrt(2 L), the factor on the last projection of attention and FFN."""
+    """Returns 1 / sqrt(2 L), the initial scale of the output projections of attention and FFN."""
     return 1 / math.sqrt(2 * num_layers)
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the dtype of sums over values of `dtype`: float32, or float64 for float64."""
+    """Returns the dtype in which values of `dtype` are summed: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -49,10 +50,10 @@ def linear(
 def with_enough_rows(
     product: Callable[[Array, Array], Array], x: Float[Array, "*b i"], weight: Float[Array, "j k"]
 ) -> Float[Array, "*b o"]:
-    """Returns product(x, weight), on CPU with rows added where there are few of bfloat16.
+    """Returns product(x, weight), padding the rows of small bfloat16 inputs on CPU.
 
-    XLA's product of 768 x 4992 entries takes 5.6 ms for one row there, 0.65 ms for eight: only from
-    some rows on it is one of the processor's own.
+    There XLA's product with a 768 x 4992 matrix takes 5.6 ms for one row and 0.65 ms for eight: it
+    uses the processor's bfloat16 matrix instructions only from a minimum number of rows.
     """
     rows = math.prod(x.shape[:-1])
     if x.dtype != jnp.bfloat16 or rows >= _FEW_ROWS or sharding.on_mesh():
@@ -87,14 +88,14 @@ def layer_norm(
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864), the two halves of a head as pairs.
+    """Rotary position embedding (arXiv 2104.09864), pairing the two halves of each head.
 
     Attributes:
-      theta: the slowest pair turns once in about 2 pi theta positions.
-      scaling: how a model reads `scale` times as far as it was trained to. linear: positions are
-        divided by `scale` (arXiv 2306.15595); ntk: theta grows so that the slowest pair turns
+      theta: base; the slowest pair makes one turn in about 2 pi theta positions.
+      scaling: how to extend the context to `scale` times the training length. linear: divides
+        positions by `scale` (arXiv 2306.15595); ntk: increases theta so that the slowest pair turns
         `scale` times slower and the fastest as before (arXiv 2309.00071, section 3.1).
-      scale: factor; 1 with scaling "none".
+      scale: context extension factor; 1 with scaling "none".
     """
 
     theta: float
@@ -102,7 +103,7 @@ class Rope:
     scale: float = 1.0
 
     def frequencies(self, half: int) -> np.ndarray:
-        """Returns how far each of `half` pairs turns a position, in radians."""
+        """Returns the rotation of each of `half` pairs per position, in radians."""
         theta = self.theta
         if self.scaling == "ntk" and half > 1:
             theta *= self.scale ** (half / (half - 1))
@@ -112,7 +113,7 @@ class Rope:
     def rotate(
         self, x: Float[Array, "b t h q"], positions: Int[Array, "#b t"]
     ) -> Float[Array, "b t h q"]:
-        """Turns the pairs of every head by the angles of its position."""
+        """Rotates the pairs of every head by the angles of their positions."""
         wide = x.astype(accumulation_dtype(x.dtype))
         half = x.shape[-1] // 2
         frequencies = jnp.asarray(self.frequencies(half), wide.dtype)
@@ -152,5 +153,5 @@ class SwiGLU(nnx.Module):
 
 
 def _with_rank(vector: Float[Array, " d"], rank: int) -> Float[Array, "*b d"]:
-    """Adds leading axes of size 1: implicit rank promotion hides shape mistakes."""
+    """Adds leading axes of size 1, since implicit rank promotion would hide shape errors."""
     return jnp.expand_dims(vector, tuple(range(rank - 1)))

@@ -1,4 +1,4 @@
-"""Parameters, each declared once: how it is drawn, sharded, optimised and served.
+"""Parameters, each declared once: how it is initialised, sharded, optimised and served.
 
 A module declares an array where it creates it:
 
@@ -6,9 +6,9 @@ A module declares an array where it creates it:
         "query", (hidden, width), std=std, axes=("hidden", None), group="matrices"
     )
 
-Sharding rules, optimizer groups, inspection, accounting and served dtypes all read this declaration
-(`declarations`); there is no second table of names. An array has one name everywhere, its path:
-"params/blocks/attention/query", "buffers/memory/shuffle", "store/values".
+Sharding, optimizer groups, inspection, accounting and inference dtypes are all derived from this
+declaration (`declarations`); there is no second table of names. An array has the same name
+everywhere, its path: "params/blocks/attention/query", "buffers/memory/shuffle", "store/values".
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-# What an axis of a parameter is; `umv2.sharding.rules` says which axes of the mesh shard it.
+# Logical axes of parameters; `umv2.sharding.rules` maps them to mesh axes.
 Axis = Literal[
     "vocabulary",
     "hidden",
@@ -35,24 +35,24 @@ Axis = Literal[
     "row",
     "column",
 ]
-# Each group has a weight decay of its own (`optimizer.weight_decay`); "values" also has a learning
-# rate of its own.
+# Optimizer groups. Each has its own weight decay (`optimizer.weight_decay`), and "values" also its
+# own learning rate.
 Group = Literal["embeddings", "norms", "matrices", "keys", "values"]
-# The dtype in inference: that of matrix products, or float32 whatever that is.
+# Dtype at inference: the compute dtype of the model, or always float32.
 Served = Literal["compute", "float32"]
 
-# A standard deviation, or how to find it where that takes long: asked for when values are drawn.
+# A standard deviation, or a function that computes it when values are drawn, if that is slow.
 Std = float | Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What is declared of one array.
+    """Declaration of one array.
 
     Attributes:
-      axes: of each dimension what it is; None: never sharded.
-      group: of the optimizer; None for buffers, which no gradient reaches.
-      served: the dtype in inference.
+      axes: logical axis of each dimension; None for a dimension that is never sharded.
+      group: optimizer group; None for buffers, which have no gradient.
+      served: dtype at inference.
     """
 
     axes: tuple[Axis | None, ...]
@@ -71,16 +71,16 @@ class Declaration:
             )
 
     def stacked(self, rank: int) -> "Declaration":
-        """Returns the declaration of the array with axes in front of it, up to the given rank."""
+        """Returns the declaration with unsharded leading axes added, up to the given rank."""
         return dataclasses.replace(self, axes=(None,) * (rank - len(self.axes)) + self.axes)
 
 
 class Parameter(nnx.Param):
-    """A trained array with its declaration.
+    """A trainable array with its declaration.
 
     Raises:
-      ValueError: the declaration has another number of axes than the array, or names an axis, a
-        group or a dtype that there is not.
+      ValueError: the number of axes is not the rank of the array, or an axis, group or dtype is
+        unknown.
     """
 
     def __init__(
@@ -98,17 +98,17 @@ class Parameter(nnx.Param):
 
 
 class Buffer(nnx.Variable):
-    """Saved state that no gradient reaches; replicated, and served as it is."""
+    """Saved state without a gradient; replicated, and served in its own dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """Creates the parameters of a module, drawn or abstract.
+    """Creates the parameters of a module, concrete or abstract.
 
     Attributes:
-      key: what values are drawn from; None: shapes and dtypes stand in their place, and nothing is
-        computed. Every draw is a function of the key and of names, so that a new parameter does not
-        change the values of the others.
+      key: random key; None creates `jax.ShapeDtypeStruct`s and computes nothing. Every draw depends
+        only on the key and on names, so that adding a parameter does not change the values of the
+        others.
     """
 
     key: Key[Array, ""] | None
@@ -127,7 +127,7 @@ class Initializer:
         group: Group,
         served: Served = "compute",
     ) -> Parameter:
-        """Returns a parameter drawn from a normal distribution of mean 0, in float32."""
+        """Returns a float32 parameter drawn from a normal distribution with mean 0."""
 
         def draw(key: Key[Array, ""]) -> Array:
             deviation = std if isinstance(std, int | float) else std()
@@ -145,14 +145,14 @@ class Initializer:
         group: Group,
         served: Served = "compute",
     ) -> Parameter:
-        """Returns a parameter drawn uniformly from [0, 1), in float32."""
+        """Returns a float32 parameter drawn uniformly from [0, 1)."""
         value = self.value(name, shape, lambda key: jax.random.uniform(key, shape, jnp.float32))
         return Parameter(value, axes=axes, group=group, served=served)
 
     def constant(
         self, size: int, value: Std, *, group: Group = "norms", served: Served = "float32"
     ) -> Parameter:
-        """Returns a vector of one value in float32: the weight of a norm, a bias."""
+        """Returns a float32 vector filled with one value, such as a norm's weight or a bias."""
 
         def fill(_: Key[Array, ""]) -> Array:
             number = value if isinstance(value, int | float) else value()
@@ -167,13 +167,13 @@ class Initializer:
         draw: Callable[[Key[Array, ""]], Array],
         dtype: DTypeLike = jnp.float32,
     ) -> Any:
-        """Returns what `draw` makes of the key of a name, or its shape and dtype."""
+        """Returns `draw(key)` for the key of this name, or its shape and dtype if abstract."""
         if self.key is None:
             return jax.ShapeDtypeStruct(shape, dtype)
         return draw(named_key(self.key, name))
 
     def stack[M](self, name: str, count: int, create: Callable[["Initializer"], M]) -> M:
-        """Returns `count` modules as one, whose arrays are stacked along a new first axis."""
+        """Returns `count` modules as one, with arrays stacked along a new leading axis."""
         if self.key is None:
             return jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), create(self)
@@ -186,26 +186,26 @@ ABSTRACT = Initializer(None)
 
 
 def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-    """Derives the key of a name, so that adding one does not reshuffle the others."""
+    """Folds a name into a key, so that adding a name does not change the keys of the others."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def path_name(path: Any) -> str:
-    """Returns a path of `jax.tree_util` as a name: "blocks/attention/query"."""
+    """Returns the name of a `jax.tree_util` key path, such as "blocks/attention/query"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def declarations(module: nnx.Module, prefix: str) -> dict[str, Declaration]:
-    """Returns the declaration of every trained array of a module, and its buffers', by name.
+    """Returns the declarations of all parameters and buffers of a module, by name.
 
     Args:
-      module: abstract or not; where its arrays are stacked, stacked axes are never sharded.
-      prefix: of the names of parameters, such as "params".
+      module: concrete or abstract; the leading axes of stacked arrays are not sharded.
+      prefix: prefix of the names of parameters, such as "params".
 
     Raises:
       ValueError: a parameter without a declaration.
     """
-    found: dict[str, Declaration] = {}
+    declared_by_name: dict[str, Declaration] = {}
     variables = jax.tree_util.tree_leaves_with_path(
         module, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
@@ -220,7 +220,7 @@ def declarations(module: nnx.Module, prefix: str) -> dict[str, Declaration]:
             case _:
                 raise ValueError(
                     f"{path_name(path)}: a {type(variable).__name__} without a declaration;"
-                    " create it by an Initializer, or as a Buffer"
+                    " create it with an Initializer, or as a Buffer"
                 )
-        found[name] = declared.stacked(len(variable.get_value().shape))
-    return found
+        declared_by_name[name] = declared.stacked(len(variable.get_value().shape))
+    return declared_by_name

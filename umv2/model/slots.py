@@ -1,8 +1,9 @@
-"""The two slots of a block, and what a layer in one of them answers for.
+"""The two slots of a block, and the interface of the layers in them.
 
-A block has an FFN (`model.ffn`: dense | moe | none) and, where placed, a memory beside it
-(`model.memory.layer`): two independent choices. Nothing outside this package asks which it is. A
-layer itself says what it adds to the loss, what to watch of it, what it costs and how it is served.
+A block has an FFN (`model.ffn`: dense | moe | none) and, in some blocks, a memory layer parallel to
+it (`model.memory.layer`): two independent choices. No code outside this package depends on which
+layer is in a slot: each layer defines its own auxiliary losses, health metrics, cost and inference
+layout.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from umv2.config import LossConfig, ModelConfig
-from umv2.config.schema import named, reject
+from umv2.config.schema import reject, resolve_name
 from umv2.model.memory.store import StoreWindow, ValueStore
 from umv2.model.parameter import Initializer
 from umv2.types import struct
@@ -21,11 +22,11 @@ from umv2.types import struct
 
 @dataclasses.dataclass(frozen=True)
 class Observe:
-    """What a forward pass reports beside its result; what is not asked for is not computed.
+    """The statistics to compute in a forward pass; those not requested are not computed.
 
     Attributes:
-      health: how often rows and experts are selected, scores, variances, all of the router.
-      key_balance: the balance loss of memory keys, a softmax over all of them.
+      health: selection counts of rows and experts, scores, variances, all router statistics.
+      key_balance: the balance loss of memory keys, which takes a softmax over all keys.
     """
 
     health: bool = False
@@ -33,19 +34,20 @@ class Observe:
 
     @classmethod
     def training(cls, loss: LossConfig) -> "Observe":
-        """Returns what a training step needs."""
+        """Returns the statistics that a training step needs."""
         return cls(health=True, key_balance=loss.balance_loss > 0)
 
 
 @struct
 class MemoryStats:
-    """What one memory layer reports of one batch; a scan over layers stacks it along axis 0.
+    """Statistics of one memory layer on one batch; a scan over layers stacks them on axis 0.
 
-    Means and variances are over tokens (and widths), in float32. A score is what weights a value,
-    summed over cores. None is not asked for, or does not exist in this layer.
+    Means and variances are over tokens (and features), in float32. A score is the weight of a
+    value, summed over cores. A field is None if it was not requested or this layer does not have
+    it.
     """
 
-    # Of keys (Eq. 18-20).
+    # Balance loss of the keys (Eq. 18-20).
     balance_loss: Float[Array, "*l"] | None
     output_variance: Float[Array, "*l"] | None
     top_score: Float[Array, "*l"] | None
@@ -56,7 +58,7 @@ class MemoryStats:
 
 @struct
 class RouterStats:
-    """What one mixture of experts reports of one batch; alike. Scores are probabilities."""
+    """The same for one mixture of experts; its scores are router probabilities."""
 
     # E sum_i f_i p_i (OLMoE, arXiv 2409.02060, equation 4).
     balance_loss: Float[Array, "*l"]
@@ -73,25 +75,26 @@ class RouterStats:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """What one layer holds, computes and reads.
+    """Parameters, FLOPs and memory traffic of one layer.
 
     Attributes:
-      projections: weights of linear maps that every token goes through.
-      biases: of those maps.
-      routing: weights that choose: keys, or a router. Each is multiplied once a token.
-      norms: weights of norms, and cores.
-      values: entries of its tables, or experts: each token reads `selected` of them.
-      selected: entries of `values` that a token reads.
-      selection_flops: FLOPs of a token for choosing, beside `routing`.
-      num_choices: rows, or experts, that a draw chooses from.
-      num_picked: different ones that a draw takes.
-      num_draws: draws of a token from the same choices: heads.
-      copies: addresses of each choice.
-      counters: hits that training counts, one of each row or expert.
-      shared_reads: what several tokens of a step choose is read once, whatever the implementation.
-      buffer_bytes: of small buffers, all of which every step reads.
-      address_bytes: of buffers that a token reads a few entries of.
-      stored_bytes: of all buffers.
+      projections: number of weights in linear maps that are applied to every token.
+      biases: number of entries in the biases of those maps.
+      routing: number of weights in the keys or the router, each multiplied once per token.
+      norms: number of entries in norm weights and Tucker cores.
+      values: number of entries in the value tables or the experts.
+      selected: number of entries of `values` that one token reads.
+      selection_flops: FLOPs per token for selection, in addition to those of `routing`.
+      num_choices: number of rows or experts that one head selects from.
+      num_picked: number of distinct rows or experts that one head selects.
+      num_draws: number of heads that select independently from the same choices.
+      copies: number of addresses of each choice.
+      counters: number of selection counters in training, one per row or expert.
+      shared_reads: whether every implementation reads a row or expert only once per step, however
+        many tokens select it.
+      buffer_bytes: bytes of the small buffers, which every step reads completely.
+      address_bytes: bytes that one token reads of the large buffers.
+      stored_bytes: bytes of all buffers.
     """
 
     projections: int = 0
@@ -113,11 +116,11 @@ class LayerCost:
 
 
 class MemorySlot(nnx.Module):
-    """A layer for the memory slot. It reads what the FFN reads; its output is added beside it.
+    """Base class of layers in the memory slot, which are parallel to the FFN and read its input.
 
-    Subclasses declare their parameters in `__init__` and say what they cost; the rest of what
-    follows they may leave as it is. Layers of all blocks are stacked: `losses` and `health` see the
-    arrays of all, along a first axis.
+    Subclasses must declare their parameters in `__init__` and define `__call__` and `cost`; the
+    other methods have defaults. The layers of all blocks are stacked: in `losses` and `health`,
+    every array has a leading layer axis.
     """
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
@@ -126,52 +129,52 @@ class MemorySlot(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], *, window: StoreWindow | None, observe: Observe
     ) -> tuple[Float[Array, "b t d"], MemoryStats]:
-        """Returns the output for normalised inputs, and what is asked for of the way there.
+        """Returns the layer's output and the requested statistics.
 
         Args:
-          x: normalised input, the same that the FFN reads.
-          window: the part of the value tables that this layer sees; None: it has none.
-          observe: what to report.
+          x: normalised input, the same as the FFN's.
+          window: the rows of the value tables that this layer can read; None if it has none.
+          observe: the statistics to compute.
         """
         raise TypeError(f"{type(self).__name__} must define __call__")
 
     @classmethod
     def validate(cls, config: ModelConfig) -> None:
-        """Raises ConfigError for fields of `model.memory` that this layer cannot follow."""
+        """Raises ConfigError for values of `model.memory` that this layer does not support."""
 
     @classmethod
     def table_rows(cls, config: ModelConfig) -> int:
-        """Returns the rows of the table that each layer owns; 0 where there are none."""
+        """Returns the number of table rows that each layer owns; 0 if it has no table."""
         del config
         return 0
 
     @classmethod
     def create_store(cls, config: ModelConfig, *, init: Initializer) -> ValueStore | None:
-        """Returns the value tables of all layers together, None where there are none."""
+        """Returns the value tables of all layers, or None if they have none."""
         del config, init
         return None
 
     @classmethod
     def cost(cls, config: ModelConfig) -> LayerCost:
-        """Returns what one layer costs."""
+        """Returns the cost of one layer."""
         raise TypeError(f"{cls.__name__} must define cost")
 
     def refresh(self) -> None:
-        """Recomputes buffers that follow the parameters, once an optimizer step."""
+        """Recomputes the buffers derived from parameters; called after each optimizer step."""
 
     def serve(self) -> None:
-        """Does in place what inference need not repeat for every token."""
+        """Prepares the layer for inference, in place: does once what is the same for all tokens."""
 
     def losses(self, stats: MemoryStats, config: LossConfig) -> dict[str, Float[Array, ""]]:
-        """Returns what the layers add to the loss, by the name of the coefficient that weights it.
+        """Returns the weighted auxiliary losses, by the name of their coefficient.
 
-        Those whose coefficient is 0 are not computed.
+        Losses with coefficient 0 are not computed.
         """
         del stats, config
         return {}
 
     def health(self) -> dict[str, Float[Array, " l"]]:
-        """Returns what to watch of each layer beside its statistics."""
+        """Returns the health metrics of each layer that are not in its statistics."""
         return {}
 
 
@@ -179,20 +182,20 @@ def memory_layer(config: ModelConfig) -> type[MemorySlot]:
     """Returns the class of the layer in the memory slot.
 
     Raises:
-      ConfigError: a name that there is not, or that cannot be imported, or is no such class; or
-        fields that the layer cannot follow.
+      ConfigError: the name is unknown, cannot be imported or is not a `MemorySlot`, or the layer
+        does not support the configuration.
     """
-    layer = _named(config.memory.layer)
+    layer = _layer_class(config.memory.layer)
     layer.validate(config)
     return layer
 
 
 @functools.cache
-def _named(name: str) -> type[MemorySlot]:
-    from umv2.model.memory.layer import MemoryLayer  # a subclass: it comes after this module
+def _layer_class(name: str) -> type[MemorySlot]:
+    from umv2.model.memory.layer import MemoryLayer  # a subclass, so its module imports this one
 
     field, known = "model.memory.layer", {"product_key": MemoryLayer}
-    found: Any = named(field, name, known, also=["none"])
-    if not (isinstance(found, type) and issubclass(found, MemorySlot)):
+    layer: Any = resolve_name(field, name, known, also=["none"])
+    if not (isinstance(layer, type) and issubclass(layer, MemorySlot)):
         reject(field, name, "must be a subclass of umv2.model.slots.MemorySlot")
-    return found
+    return layer

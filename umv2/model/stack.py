@@ -1,7 +1,7 @@
-"""The stack of blocks: scanned over repeating groups, so that compile time is flat in depth.
+"""The stack of blocks, scanned so that compile time does not grow with depth.
 
-Where memory layers are not in every block, the scan is over the repeating group of blocks; what
-does not repeat is unrolled.
+If only some blocks have a memory layer, the scan is over the smallest repeating group of blocks;
+blocks that do not repeat are unrolled.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from umv2.model.slots import MemoryStats, Observe
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`repeats` copies of a group of `period` blocks, from block `start` on.
+    """`repeats` copies of a group of `period` blocks, starting at block `start`.
 
-    `placements` are the (read, write) blocks of the group's memory layers, relative to the group;
-    `memory_start` is the first copy's first memory layer.
+    `placements` are the (read, write) blocks of the group's memory layers, relative to the start of
+    the group; `memory_start` is the index of the first memory layer of the first copy.
     """
 
     start: int
@@ -36,10 +36,11 @@ class Segment:
 
 
 def plan_segments(num_layers: int, placements: tuple[tuple[int, int], ...]) -> tuple[Segment, ...]:
-    """Cuts the blocks into runs of equal groups; no memory layer reaches out of its group.
+    """Splits the blocks into segments of repeating groups.
 
-    From each position on, takes the group whose copies cover the most blocks (the shortest such
-    group), or the shortest group alone where nothing repeats.
+    A memory layer reads and writes within one group. At each position, takes the group whose copies
+    cover the most blocks (the shortest if there are several), or, if none repeats, one copy of the
+    shortest group.
     """
 
     def group(start: int, period: int) -> tuple[tuple[int, int], ...] | None:
@@ -64,14 +65,14 @@ def plan_segments(num_layers: int, placements: tuple[tuple[int, int], ...]) -> t
             if best is None or covered > best.period * best.repeats * (best.repeats > 1):
                 memory_start = sum(read < start for read, _ in placements)
                 best = Segment(start, period, repeats, memory_start, members)
-        assert best is not None  # the group of all remaining blocks is closed
+        assert best is not None  # the group of all remaining blocks always qualifies
         segments.append(best)
         start += best.period * best.repeats
     return tuple(segments)
 
 
 class StackOutput(NamedTuple):
-    """The residual stream after all blocks, what was observed, and the continued caches."""
+    """The residual stream after all blocks, the statistics, and the updated caches."""
 
     x: Float[Array, "b t d"]
     feed_forward: FeedForwardStats
@@ -84,14 +85,14 @@ class Stack:
     """Runs the blocks and memory layers of a model.
 
     Attributes:
-      config: of the model.
-      blocks: stacked along their first axis, or a list (inference).
-      memory: the memory layers, alike; None where there are none.
-      windows: of the value tables.
-      mask: True where a query may see a key, beside causality.
-      position: of the first token.
-      prefill: caches are empty.
-      observe: what to report.
+      config: model configuration.
+      blocks: the blocks, stacked along their leading axis or, at inference, as a list.
+      memory: the memory layers, likewise; None if there are none.
+      windows: windows of the value tables.
+      mask: True where a query may attend to a key, in addition to the causal mask.
+      position: position of the first token.
+      prefill: whether the caches are empty.
+      observe: the statistics to compute.
     """
 
     config: ModelConfig
@@ -106,7 +107,7 @@ class Stack:
     def __call__(
         self, x: Float[Array, "b t d"], cache: Sequence[KeyValueCache] | None
     ) -> StackOutput:
-        """Returns the stream after all blocks; with a cache, which a scan would copy, unrolled."""
+        """Applies all blocks. With a cache they are unrolled: a scan would copy the cache."""
         outputs = []
         for segment in plan_segments(self.config.num_layers, self.config.placements):
             output = self._run_segment(segment, x, cache)
@@ -117,20 +118,20 @@ class Stack:
             x=x,
             feed_forward=_concatenate([output.feed_forward for output in outputs]),
             memory=_concatenate(memory) if memory else None,
-            caches=[one for output in outputs for one in output.caches],
+            caches=[cache for output in outputs for cache in output.caches],
         )
 
     def _run_segment(
         self, segment: Segment, x: Float[Array, "b t d"], cache: Sequence[KeyValueCache] | None
     ) -> StackOutput:
-        """Runs the copies of one group of blocks, scanned or unrolled."""
+        """Applies all copies of one group of blocks, scanned or unrolled."""
         config = self.config
         period, count = segment.period, len(segment.placements)
-        # What each block and each memory layer has of its own, by name.
-        of_blocks: dict[str, Any] = {"block": self.blocks}
+        # The per-block and per-memory-layer inputs, by name.
+        block_inputs: dict[str, Any] = {"block": self.blocks}
         if cache is not None:
-            of_blocks["cache"] = cache
-        of_memory = {"layer": self.memory, "own": self.windows.own} if count else {}
+            block_inputs["cache"] = cache
+        memory_inputs = {"layer": self.memory, "own": self.windows.own} if count else {}
 
         def run(x: Float[Array, "b t d"], group: tuple[Any, Any]) -> tuple[Any, Any]:
             return self._run_group(segment, x, *group)
@@ -143,11 +144,11 @@ class Stack:
                 return run(x, (members, [layer_of(memory, i) for i in range(count)]))
 
             stacked = (
-                _group(of_blocks, segment.start, period, segment.repeats),
-                _group(of_memory, segment.memory_start, count, segment.repeats),
+                _group(block_inputs, segment.start, period, segment.repeats),
+                _group(memory_inputs, segment.memory_start, count, segment.repeats),
             )
             x, outputs = jax.lax.scan(_rematerialised(body, config.remat), x, stacked)
-            # [repeats, members of the group, ...] -> [members of the segment, ...]
+            # [repeats, layers per group, ...] -> [layers of the segment, ...]
             feed_forward, memory, _ = jax.tree.map(lambda a: jax.lax.collapse(a, 0, 2), outputs)
             return StackOutput(x, feed_forward, memory, [])
 
@@ -155,8 +156,8 @@ class Stack:
         collected: list[Any] = []
         for copy in range(segment.repeats):
             first, first_memory = segment.start + copy * period, segment.memory_start + copy * count
-            blocks = [_member(of_blocks, first + i) for i in range(period)]
-            members = [_member(of_memory, first_memory + i) for i in range(count)]
+            blocks = [_member(block_inputs, first + i) for i in range(period)]
+            members = [_member(memory_inputs, first_memory + i) for i in range(count)]
             x, output = run(x, (blocks, members))
             collected.append(output)
         feed_forward, memory, caches = zip(*collected, strict=True)
@@ -164,7 +165,7 @@ class Stack:
             x,
             _concatenate(list(feed_forward)),
             _concatenate(list(memory)) if count else None,
-            [one for group in caches for one in group],
+            [cache for group in caches for cache in group],
         )
 
     def _run_group(
@@ -174,9 +175,9 @@ class Stack:
         blocks: list[dict[str, Any]],
         memory: list[dict[str, Any]],
     ) -> tuple[Float[Array, "b t d"], tuple[Any, Any, list[KeyValueCache]]]:
-        """Runs one group; a memory layer's output waits from its read to its write block."""
+        """Applies one group; a memory layer's output is held from its read to its write block."""
         member = 0
-        waiting: dict[int, list[Float[Array, "b t d"]]] = {}
+        pending: dict[int, list[Float[Array, "b t d"]]] = {}
         feed_forward, memory_stats, caches = [], [], []
         for index, parts in enumerate(blocks):
             block = parts["block"]
@@ -190,11 +191,12 @@ class Stack:
             x, stats = block.feed_forward(residual, y, observe=self.observe)
             if member < len(memory) and segment.placements[member][0] == index:
                 window = self.windows.at(memory[member]["own"])
-                output, seen = memory[member]["layer"](y, window=window, observe=self.observe)
-                waiting.setdefault(segment.placements[member][1], []).append(output)
-                memory_stats.append(seen)
+                layer = memory[member]["layer"]
+                output, layer_stats = layer(y, window=window, observe=self.observe)
+                pending.setdefault(segment.placements[member][1], []).append(output)
+                memory_stats.append(layer_stats)
                 member += 1
-            for output in waiting.pop(index, ()):
+            for output in pending.pop(index, ()):
                 x = x + output
             feed_forward.append(stats)
             if cache is not None:
@@ -207,14 +209,14 @@ class Stack:
 
 
 def layer_of(stack: Any, index: int) -> Any:
-    """Returns one member of a sequence of layers, or of what is stacked along its first axis."""
+    """Returns one layer of a list of layers or of a stacked tree."""
     if isinstance(stack, list | tuple | nnx.List):
         return stack[index]
     return jax.tree.map(lambda leaf: leaf[index], stack)
 
 
 def _member(parts: dict[str, Any], index: int) -> dict[str, Any]:
-    """Returns what one block or memory layer has of its own."""
+    """Returns the inputs of one block or memory layer."""
     return {
         name: _member(part, index) if isinstance(part, dict) else layer_of(part, index)
         for name, part in parts.items()
@@ -222,7 +224,7 @@ def _member(parts: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _group(tree: Any, start: int, size: int, repeats: int) -> Any:
-    """Takes stacked members from `start` on as [repeats, size, ...]."""
+    """Slices stacked layers from `start` on and reshapes them to [repeats, size, ...]."""
 
     def take(leaf: Array) -> Array:
         leaf = leaf[start : start + size * repeats]
@@ -240,7 +242,7 @@ def _concatenate(trees: list[Any]) -> Any:
 
 
 def _rematerialised(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    if jax.config.jax_disable_jit:  # it would trace the body, where a print shows no numbers
+    if jax.config.jax_disable_jit:  # jax.checkpoint would still trace the body, hiding values
         return body
     match remat:
         case "full":

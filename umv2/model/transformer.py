@@ -1,4 +1,4 @@
-"""The decoder: a stack of blocks, each an attention, an FFN and, where placed, a memory layer.
+"""The decoder: a stack of blocks of attention, an FFN and, in some blocks, a memory layer.
 
 a = x + Attention(RMSNorm_1(x))
 y = RMSNorm_2(a)
@@ -30,7 +30,7 @@ NOTHING = Observe()
 
 @struct
 class ModelStats:
-    """What a forward pass observed, of every block's FFN and of every memory layer."""
+    """Statistics of every block's FFN and every memory layer in a forward pass."""
 
     feed_forward: FeedForwardStats
     memory: MemoryStats | None
@@ -48,8 +48,8 @@ class ModelOutput:
 class Transformer(nnx.Module):
     """Decoder-only language model with memory layers.
 
-    Parameters of blocks and of memory layers are stacked along their first axis. The value store
-    is an argument of the call, not a parameter of the model.
+    The parameters of blocks and of memory layers are stacked along their leading axis. The value
+    store is an argument of the call, not a parameter of the model.
     """
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
         self.blocks: Any = init.stack("blocks", config.num_layers, lambda i: Block(config, init=i))
         if config.placements:
             create = memory_layer(config)
-            # Seeds have always drawn memory layers under this name.
+            # Renaming this key would change the draws of existing seeds.
             self.memory: Any = init.stack(
                 "sparse", len(config.placements), lambda i: create(config, init=i)
             )
@@ -83,24 +83,24 @@ class Transformer(nnx.Module):
         logits_at: Int[Array, "b a"] | None = None,
         observe: Observe = NOTHING,
     ) -> ModelOutput:
-        """Predicts the next token.
+        """Computes next-token logits.
 
         Args:
           tokens: ids in [0, vocab_size).
-          store: the value tables, one store or one of each memory layer; None where there are none.
-          segment_ids: positions attend only within equal ids; None: to everything before them.
-          cache: of the positions before `position`, one of each block; None: there are none.
-            Blocks are then not scanned, which would copy it.
-          position: position of tokens[:, 0], the same in all rows or one of each.
-          prefill: the cache is empty, and `position` 0: tokens attend to each other alone.
-          logits_at: columns of `tokens` whose predictions are wanted; None: all.
-          observe: the statistics that are wanted; by default none.
+          store: the value tables, as one store or one per memory layer; None if there are none.
+          segment_ids: positions attend only to positions with the same id; None: to all earlier
+            positions.
+          cache: key-value cache of the positions before `position`, one per block; None: no cache.
+            With a cache the blocks are unrolled, since a scan would copy it.
+          position: position of tokens[:, 0], either one for all rows or one per row.
+          prefill: the cache is empty and `position` is 0, so tokens attend only to each other.
+          logits_at: columns of `tokens` to compute logits for; None: all.
+          observe: the statistics to compute; none by default.
 
         Returns:
-          Logits in float32, statistics, and the continued cache.
+          Logits in float32 (float64 for float64), statistics, and the updated cache.
         """
         config = self.config
-        # Not narrower than asked for, and float64 where parameters are (parity checks).
         dtype = jnp.dtype(config.compute_dtype)
         mask = None
         if segment_ids is not None:
@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
         )
 
     def empty_cache(self, batch_size: int, length: int) -> tuple[KeyValueCache, ...]:
-        """Returns a cache for `length` positions of every block, in the compute dtype."""
+        """Returns an empty cache of `length` positions for every block, in the compute dtype."""
         config = self.config
         shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
 
@@ -148,12 +148,12 @@ class Transformer(nnx.Module):
     def losses(
         self, stats: ModelStats, config: LossConfig, *, num_tokens: int
     ) -> dict[str, Float[Array, ""]]:
-        """Returns what the layers in the slots add to the loss, by the name of its coefficient.
+        """Returns the weighted auxiliary losses of all layers, by the name of their coefficient.
 
         Args:
-          stats: of a batch, observed as `Observe.training(config)` says.
-          config: of the loss; terms whose coefficient is 0 are not computed.
-          num_tokens: of the batch.
+          stats: statistics of a batch, as requested by `Observe.training(config)`.
+          config: loss configuration; losses with coefficient 0 are not computed.
+          num_tokens: number of tokens in the batch.
         """
         terms: dict[str, Float[Array, ""]] = {}
         if stats.memory is not None:
@@ -165,17 +165,17 @@ class Transformer(nnx.Module):
         return terms
 
     def refresh(self) -> None:
-        """Recomputes what memory layers derive from their parameters once an optimizer step."""
+        """Recomputes the buffers that memory layers derive from their parameters."""
         if self.config.placements:
-            # Said, as a layer may have no arrays to tell it from.
+            # Pass axis_size: a layer may have no arrays to infer it from.
             count = len(self.config.placements)
             self.memory = jax.vmap(_refreshed, axis_size=count)(self.memory)
 
     def serve(self) -> None:
-        """Lays the layers out for inference, in place.
+        """Prepares the model for inference, in place.
 
-        Every block and memory layer gets arrays of its own, so that using one copies none and none
-        is scanned, and does in advance what need not be repeated for every token.
+        Unstacks blocks and memory layers, so that they run unrolled and without slicing copies, and
+        lets each layer do once what is the same for all tokens.
         """
         config = self.config
         self.blocks = nnx.List(layer_of(self.blocks, i) for i in range(config.num_layers))
@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
 
 
 def create_store(config: ModelConfig, *, init: Initializer) -> ValueStore | None:
-    """Returns the value tables of a model; None where its layers have none."""
+    """Returns the value tables of a model, or None if its layers have none."""
     return memory_layer(config).create_store(config, init=init) if config.placements else None
 
 

@@ -1,4 +1,4 @@
-"""Weights: all that a trained model is, without what only training needs."""
+"""The weights of a model: parameters, buffers and value tables, without optimizer state."""
 
 import functools
 from typing import Any
@@ -17,10 +17,10 @@ from umv2.types import struct
 
 @struct
 class Weights:
-    """Parameters, buffers and value tables of one model: a pure tree of arrays.
+    """Parameters, buffers and value tables of a model: a pytree of arrays.
 
-    `params` and `buffers` are nested dicts named as the model's attributes; the store is None where
-    layers have no tables. Evaluation, generation, export and training take one such object.
+    `params` and `buffers` are nested dicts keyed by the model's attribute names; `store` is None if
+    the layers have no tables. Evaluation, generation, export and training all take `Weights`.
     """
 
     params: dict[str, Any]
@@ -28,11 +28,11 @@ class Weights:
     store: ValueStore | None
 
     def model(self, config: ModelConfig) -> Transformer:
-        """Returns the model that these parameters and buffers make; free in a traced function."""
+        """Returns the model with these parameters and buffers; free inside a traced function."""
         return nnx.merge(structure(config), self.params, self.buffers)
 
     def named(self) -> dict[str, Any]:
-        """Returns every array under its name, such as "params/blocks/ffn/up"."""
+        """Returns all arrays by name, such as "params/blocks/ffn/up"."""
         return {
             parameter.path_name(path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(self)
@@ -40,28 +40,28 @@ class Weights:
 
 
 def create(config: ModelConfig, key: Key[Array, ""]) -> Weights:
-    """Draws the weights of a model. Trace it (jit): it is not light."""
+    """Initialises the weights of a model. Call it under `jax.jit`: op by op it is slow."""
     return _weights(config, Initializer(key))
 
 
 @functools.lru_cache(maxsize=8)
 def abstract(config: ModelConfig) -> Weights:
-    """Returns shapes and dtypes of the weights of a model; nothing is drawn."""
+    """Returns the shapes and dtypes of a model's weights, without computing them."""
     return _weights(config, ABSTRACT)
 
 
 @functools.lru_cache(maxsize=8)
 def structure(config: ModelConfig) -> Any:
-    """Returns the graphdef of a model, without its arrays."""
+    """Returns the graphdef of a model."""
     return nnx.graphdef(Transformer(config, init=ABSTRACT), graph=False)
 
 
 @functools.lru_cache(maxsize=8)
 def declarations(config: ModelConfig) -> dict[str, Declaration]:
-    """Returns what is declared of every array of the weights, by name, in their order.
+    """Returns the declaration of every array of the weights, by name, in tree order.
 
     Raises:
-      ValueError: an array without a declaration.
+      ValueError: an array has no declaration.
     """
     declared = parameter.declarations(Transformer(config, init=ABSTRACT), "params")
     return {
@@ -71,10 +71,11 @@ def declarations(config: ModelConfig) -> dict[str, Declaration]:
 
 
 def split(model: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a model's parameters and its buffers, as plain dicts.
+    """Returns a model's parameters and buffers as plain nested dicts.
 
     Raises:
-      ValueError: one variable stands at two paths. In NNX's graph mode `jax.jit` would untie it.
+      ValueError: a variable is shared between two paths; `jax.jit` would silently untie it in
+        NNX's graph mode.
     """
     _, *states = nnx.split(model, nnx.Param, Buffer, graph=False)
     params, buffers = (nnx.to_pure_dict(state) for state in states)
@@ -82,7 +83,7 @@ def split(model: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def refreshed_buffers(config: ModelConfig, weights: Weights) -> dict[str, Any]:
-    """Returns the buffers as the parameters want them: core vectors recomputed."""
+    """Returns the buffers recomputed from the current parameters (see `Transformer.refresh`)."""
     model = weights.model(config)
     model.refresh()
     return split(model)[1]

@@ -1,1 +1,1 @@
-"""Plans for chips that need not be there: compile a step, read the program, say what bounds it."""
+"""Planning for chips that are not attached: compiles a step and reports what bounds it."""

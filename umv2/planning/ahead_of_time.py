@@ -1,8 +1,8 @@
-"""Compiles a step for devices that are not attached, and reads from the program what it needs.
+"""Compiles a step for devices that are not attached, and analyses the compiled program.
 
-A compiler takes its settings from the environment, before JAX starts, and that of TPUs serves one
-process of a machine at a time. So each program is compiled in a process of its own, which
-`measure` starts: `python -m umv2.planning.ahead_of_time REQUEST ANSWER`, two JSON files.
+A compiler reads its settings from the environment before JAX starts, and the TPU compiler serves
+one process per machine at a time. So `measure` compiles each program in a separate process,
+`python -m umv2.planning.ahead_of_time REQUEST ANSWER`, which communicates through two JSON files.
 """
 
 import contextlib
@@ -51,14 +51,14 @@ _EXHAUSTED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)
 
 
 class TooSlow(UserError):
-    """A compiler needed more time than it was given."""
+    """A compiler exceeded its time limit."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Collectives:
-    """Bytes that one device receives in one step, through one kind of collective over some axes.
+class CollectiveTotal:
+    """Bytes that one device receives per step, over all collectives of one kind and mesh axes.
 
-    `source` is the operation of the JAX program behind most of them.
+    `source` is the JAX operation of the one that moves the most bytes.
     """
 
     kind: str
@@ -69,23 +69,23 @@ class Collectives:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What the compiler made of a step, for each device; bytes unless said otherwise.
+    """What the compiler reports for a step, per device; in bytes unless stated otherwise.
 
     Attributes:
       mesh: devices along each axis.
-      table_sharding: mesh.table_sharding, chosen where it is "auto" and there is a choice.
-      device_kind: as JAX names it.
-      arguments: as the compiler places them; where it gave up, without its padding.
+      table_sharding: mesh.table_sharding, with "auto" resolved if there is a choice.
+      device_kind: JAX's name of the device.
+      arguments: including the compiler's padding; excluding it if compilation failed.
       parts: of the arguments, without padding: "dense" and "sparse" parameters (value tables,
         experts) with their moments, and "data": batch, cache and counters.
-      needed: arguments, results that lie in none of them, and temporaries; None where the compiler
-        gave up without saying how much.
-      available: where the compiler gave up: what it says that there is.
-      refusal: what the compiler said where it gave up; None where there is a program.
-      program: what it does; None where there is none.
+      needed: arguments, outputs that do not alias them, and temporaries; None if compilation failed
+        and the compiler does not say.
+      available: memory according to the compiler if compilation failed; else None.
+      refusal: the compiler's message if compilation failed; else None.
+      program: work of the program; None if compilation failed.
       collectives: of the program.
-      seconds: of wall time, from the start of the process to the figures.
-      process_bytes: memory that the process needed at its worst moment.
+      seconds: wall time from the start of the process to the result.
+      process_bytes: peak memory of the process.
     """
 
     mesh: dict[str, int]
@@ -97,32 +97,33 @@ class Measurement:
     available: int | None
     refusal: str | None
     program: workload.Work | None
-    collectives: tuple[Collectives, ...]
+    collectives: tuple[CollectiveTotal, ...]
     seconds: float
     process_bytes: int
 
     @property
     def temporaries(self) -> int | None:
-        """What is needed beside the arguments."""
+        """The memory needed in addition to the arguments."""
         return None if self.needed is None else self.needed - self.arguments
 
 
 def measure(
-    config: Config, place: topology.Topology, step: Step, *, timeout_seconds: float | None = None
+    config: Config, target: topology.Topology, step: Step, *, timeout_seconds: float | None = None
 ) -> Measurement:
-    """Compiles one step in a process of its own; takes seconds to minutes.
+    """Compiles one step in a separate process; takes seconds to minutes.
 
     Raises:
-      UserError: the configuration does not work on this topology, or this machine lacks memory.
-      TooSlow: it took longer than `timeout_seconds`; compilers that run out of memory try for long
-        to need less.
-      RuntimeError: the process failed for a reason of its own; its last words are the message.
+      UserError: the configuration does not work on this topology, or this machine runs out of
+        memory.
+      TooSlow: it took longer than `timeout_seconds`; a compiler that runs out of memory may take
+        very long trying to need less.
+      RuntimeError: the process failed otherwise; the message is the end of its stderr.
     """
-    with tempfile.TemporaryDirectory() as folder, _turn(place):
+    with tempfile.TemporaryDirectory() as folder, _compiler_lock(target):
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         start = time.monotonic()
         request.write_text(
-            json.dumps({"config": to_dict(config), "topology": place.name, "step": step})
+            json.dumps({"config": to_dict(config), "topology": target.name, "step": step})
         )
         try:
             process = subprocess.run(
@@ -131,37 +132,37 @@ def measure(
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | place.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                env=os.environ | target.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
                 timeout=timeout_seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise TooSlow(
-                f"--topology={place.name}: the compiler took longer than {timeout_seconds:.0f} s"
+                f"--topology={target.name}: the compiler took longer than {timeout_seconds:.0f} s"
             ) from error
         if process.returncode == -9:
             raise UserError(
-                f"--topology={place.name}: the compiler was killed, as happens where a machine has"
-                " too little memory for it"
+                f"--topology={target.name}: the compiler was killed, probably because this machine"
+                " ran out of memory"
             )
         if not answer.exists():
-            raise RuntimeError(f"compiling for {place.name} failed:\n{process.stderr[-4000:]}")
-        found = json.loads(answer.read_text())
-        found["seconds"] = time.monotonic() - start
-    if "error" in found:
-        raise UserError(found["error"])
-    return from_dict(found)
+            raise RuntimeError(f"compiling for {target.name} failed:\n{process.stderr[-4000:]}")
+        values = json.loads(answer.read_text())
+        values["seconds"] = time.monotonic() - start
+    if "error" in values:
+        raise UserError(values["error"])
+    return from_dict(values)
 
 
 def from_dict(values: dict[str, Any]) -> Measurement:
-    """Returns the measurement that `dataclasses.asdict` made plain values of."""
+    """Returns a measurement from the plain values of `dataclasses.asdict`."""
     program = values["program"]
-    received = (part | {"axes": tuple(part["axes"])} for part in values["collectives"])
+    collectives = (part | {"axes": tuple(part["axes"])} for part in values["collectives"])
     return Measurement(
         **values
         | {
             "program": _work(program) if program else None,
-            "collectives": tuple(Collectives(**part) for part in received),
+            "collectives": tuple(CollectiveTotal(**part) for part in collectives),
         }
     )
 
@@ -172,10 +173,10 @@ def _work(values: dict[str, Any]) -> workload.Work:
 
 
 def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> dict[str, int]:
-    """Returns the bytes of a device's arguments by part, without a compiler or devices.
+    """Returns the bytes of a device's arguments by part; needs no compiler and no devices.
 
     Raises:
-      ValueError: an array that the mesh cannot shard evenly.
+      ValueError: the mesh cannot shard an array evenly.
     """
     config = exchange.resolve_mesh(config, mesh_sizes, _num_tokens(config, step))
     one_device = MeshConfig(1, 1, 1, 1, parameters="fsdp", table_sharding="auto")
@@ -185,33 +186,35 @@ def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) ->
     rules = sharding.rules(config.resolved_mesh)
     parts = {"dense": 0, "sparse": 0, "data": _data_bytes(config, mesh_sizes, step)}
 
-    def of_weight(name: str, declared: Declaration) -> _Placed:
+    def of_weight(name: str, declared: Declaration) -> _Argument:
         spec = sharding.partition(declared.axes, rules, mesh_sizes, name=name)
         sparse = "row" in declared.axes or "expert" in declared.axes
         part = "data" if declared.group is None else "sparse" if sparse else "dense"
-        return _Placed(name, part, spec, declared)
+        return _Argument(name, part, spec, declared)
 
-    other = _Placed("counters", "data", PartitionSpec(), None)
-    placed = map_declared(one_device_config, arguments, of_weight, other)
+    other = _Argument("counters", "data", PartitionSpec(), None)
+    described: Any = map_declared(one_device_config, arguments, of_weight, other)
     if step == "decode":
-        arguments, placed = arguments.weights, placed.weights
-    leaves = jax.tree.leaves(placed, is_leaf=lambda node: isinstance(node, _Placed))
-    for leaf, place in zip(jax.tree.leaves(arguments), leaves, strict=True):
+        arguments, described = arguments.weights, described.weights
+    leaves = jax.tree.leaves(described, is_leaf=lambda node: isinstance(node, _Argument))
+    for leaf, argument in zip(jax.tree.leaves(arguments), leaves, strict=True):
         dtype = leaf.dtype
-        if step == "decode" and place.declared is not None:
-            dtype = serving.served_dtype(place.declared, dtype, config.model.compute_dtype)
+        if step == "decode" and argument.declared is not None:
+            dtype = serving.served_dtype(argument.declared, dtype, config.model.compute_dtype)
         size = dtype.itemsize
-        for length, entry in itertools.zip_longest(leaf.shape, place.spec):
-            over = math.prod(mesh_sizes[axis] for axis in sharding.axes_of(entry))
-            if length % over:
-                raise ValueError(f"{over} devices cannot shard {place.name} of shape {leaf.shape}")
-            size *= length // over
-        parts[place.part] += size
+        for length, entry in itertools.zip_longest(leaf.shape, argument.spec):
+            shards = math.prod(mesh_sizes[axis] for axis in sharding.axes_of(entry))
+            if length % shards:
+                raise ValueError(
+                    f"{shards} devices cannot shard {argument.name} of shape {leaf.shape}"
+                )
+            size *= length // shards
+        parts[argument.part] += size
     return parts
 
 
-class _Placed(NamedTuple):
-    """Where the bytes of an array belong, and how it is sharded."""
+class _Argument(NamedTuple):
+    """The part that an array counts toward, and its sharding."""
 
     name: str
     part: str
@@ -220,7 +223,7 @@ class _Placed(NamedTuple):
 
 
 def _data_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> int:
-    """Bytes of a batch, or of a key-value cache, on one device."""
+    """Returns the bytes of a batch, or of a key-value cache, on one device."""
     shards = sharding.num_batch_shards(mesh_sizes)
     length = config.data.sequence_length
     if step == "train":
@@ -229,13 +232,13 @@ def _data_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> in
     return int(cache) // shards // mesh_sizes[sharding.TENSOR]
 
 
-@functools.lru_cache(maxsize=1)  # a search asks for many meshes of one model
+@functools.lru_cache(maxsize=1)  # a search tries many meshes of one model
 def _unsharded_state(config: Config) -> TrainState:
     return abstract_state(config)
 
 
 def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
-    """Traces a step for a mesh, whose devices need not be attached; call it outside of the mesh."""
+    """Lowers a step for a mesh of possibly abstract devices; call it outside any mesh context."""
     batch = _batch(config, mesh)
     with jax.set_mesh(mesh):
         state = abstract_state(config)
@@ -259,7 +262,7 @@ def _batch(config: Config, mesh: Any) -> Batch:
 
 
 def _served(config: Config, mesh: Any, weights: Weights) -> dict[str, Any]:
-    """Arguments of a decode step: as many sequences as evaluation takes, with a full cache."""
+    """Returns the arguments of a decode step, for `evaluation.batch_size` sequences."""
     model, size = config.model, config.evaluation.batch_size
     served, cache = jax.eval_shape(
         lambda weights: (
@@ -277,56 +280,56 @@ def _served(config: Config, mesh: Any, weights: Weights) -> dict[str, Any]:
     return {"served": served, "cache": cache, "tokens": rows, "positions": rows, "keys": keys}
 
 
-def _with_sharding(leaf: Any, placed: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+def _with_sharding(leaf: Any, leaf_sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding)
 
 
-@jax.disable_jit(False)  # what is planned is the compiled program, however this one runs
-def _measured(config: Config, place: topology.Topology, step: Step) -> Measurement:
-    devices = place.devices()
+@jax.disable_jit(False)  # always analyse the compiled program, even if jit is disabled here
+def _compile(config: Config, target: topology.Topology, step: Step) -> Measurement:
+    devices = target.devices()
     batch_size = _batch_size(config, step)
     mesh = sharding.create_mesh(config.mesh, batch_size, devices=devices)
-    on_tpu = place.chip.platform == "tpu"
+    on_tpu = target.chip.platform == "tpu"
     config = exchange.resolve_mesh(
         config,
         mesh.shape,
         _num_tokens(config, step),
-        capacity=place.chip.memory_bytes if on_tpu else None,
+        capacity=target.chip.memory_bytes if on_tpu else None,
     )
     parts, lowered = argument_bytes(config, dict(mesh.shape), step), lower(config, mesh, step)
     available = refusal = program = None
-    placed = sum(parts.values())
-    received: list[Collectives] = []
+    num_bytes = sum(parts.values())
+    collective_totals: list[CollectiveTotal] = []
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refusal = str(error).splitlines()[0]
-        found = _EXHAUSTED.search(refusal)
-        needed = _bytes(found[1], found[2]) if found else None
-        available = _bytes(found[3], found[4]) if found else None
+        match = _EXHAUSTED.search(refusal)
+        needed = _bytes(match[1], match[2]) if match else None
+        available = _bytes(match[3], match[4]) if match else None
     else:
-        held = memory(compiled)
-        assert held is not None  # compilers for chips report it
-        placed = held.arguments
-        needed = held.arguments + held.outputs - held.aliased + held.temporaries
+        usage = memory(compiled)
+        assert usage is not None  # TPU and GPU compilers report it
+        num_bytes = usage.arguments
+        needed = usage.arguments + usage.outputs - usage.aliased + usage.temporaries
         text = compiled.as_text()
-        assert text is not None  # every XLA backend of jax gives it
+        assert text is not None  # every XLA backend of JAX has it
         program = workload.read(text)
-        received = _by_kind_and_axes(read(text, mesh))
+        collective_totals = _by_kind_and_axes(read(text, mesh))
     return Measurement(
         mesh=dict(mesh.shape),
         table_sharding=config.mesh.table_sharding,
         device_kind=devices[0].device_kind,
         parts=parts,
-        arguments=placed,
+        arguments=num_bytes,
         needed=needed,
         available=available,
         refusal=refusal,
         program=program,
-        collectives=tuple(received),
-        seconds=0.0,  # which the parent knows
+        collectives=tuple(collective_totals),
+        seconds=0.0,  # set by the parent
         process_bytes=max(
             resource.getrusage(who).ru_maxrss * 1024
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -334,25 +337,25 @@ def _measured(config: Config, place: topology.Topology, step: Step) -> Measureme
     )
 
 
-def _by_kind_and_axes(found: Sequence[Collective]) -> list[Collectives]:
-    """Adds up collectives, the most bytes first."""
+def _by_kind_and_axes(collectives: Sequence[Collective]) -> list[CollectiveTotal]:
+    """Sums collectives by kind and axes, most bytes first."""
     parts = []
-    for (kind, axes), size in totals(found).items():
-        alike = [one for one in found if (one.kind, one.axes) == (kind, axes)]
-        source = max(alike, key=lambda one: one.total_bytes).source
-        parts.append(Collectives(kind, axes, size, source))
+    for (kind, axes), size in totals(collectives).items():
+        group = [one for one in collectives if (one.kind, one.axes) == (kind, axes)]
+        source = max(group, key=lambda one: one.total_bytes).source
+        parts.append(CollectiveTotal(kind, axes, size, source))
     return sorted(parts, key=lambda part: -part.bytes)
 
 
 def _batch_size(config: Config, step: Step) -> int:
-    """Sequences that go through the model at once, over all devices."""
+    """Returns the sequences per pass through the model, over all devices."""
     if step == "decode":
         return config.evaluation.batch_size
     return config.train.batch_size // config.train.gradient_accumulation
 
 
 def _num_tokens(config: Config, step: Step) -> int:
-    """Tokens that go through the model at once, over all devices."""
+    """Returns the tokens per pass through the model, over all devices."""
     length = 1 if step == "decode" else config.data.sequence_length
     return _batch_size(config, step) * length
 
@@ -362,23 +365,23 @@ def _bytes(number: str, unit: str) -> int:
 
 
 @contextlib.contextmanager
-def _turn(place: topology.Topology) -> Iterator[None]:
-    """Waits until no other process of this machine compiles for TPUs."""
-    with Path(tempfile.gettempdir(), f"umv2_{place.chip.platform}.lock").open("w") as lock:
-        if place.chip.platform == "tpu":
+def _compiler_lock(target: topology.Topology) -> Iterator[None]:
+    """Holds a machine-wide lock while compiling for TPUs."""
+    with Path(tempfile.gettempdir(), f"umv2_{target.chip.platform}.lock").open("w") as lock:
+        if target.chip.platform == "tpu":
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _main(request: Path, answer: Path) -> None:
-    """Answers one request; a mistake of the user's is an answer too."""
-    wanted = json.loads(request.read_text())
-    config, place = from_config_dict(wanted["config"]), topology.parse(wanted["topology"])
+    """Answers one request; a UserError is an answer too."""
+    values = json.loads(request.read_text())
+    config, target = from_config_dict(values["config"]), topology.parse(values["topology"])
     try:
-        found = dataclasses.asdict(_measured(config, place, wanted["step"]))
+        result = dataclasses.asdict(_compile(config, target, values["step"]))
     except UserError as error:
-        found = {"error": str(error)}
-    answer.write_text(json.dumps(found))
+        result = {"error": str(error)}
+    answer.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

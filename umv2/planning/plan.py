@@ -1,4 +1,4 @@
-"""Whether a configuration fits on machines that are not there, and what its step would cost."""
+"""Whether a configuration fits on a topology that is not attached, and what bounds its step."""
 
 import dataclasses
 import json
@@ -18,36 +18,36 @@ _LESS_REMATERIALISED = {"full": "dots", "dots": "none"}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A step of a configuration, compiled for a topology; all figures are of one device.
+    """A step of a configuration, compiled for a topology; all figures are per device.
 
     Seconds are bounds and estimates. Nothing here was timed.
     """
 
     name: str
     config: Config
-    place: topology.Topology
+    target: topology.Topology
     step: Step
     measured: Measurement
 
     @property
     def num_devices(self) -> int:
-        """Devices of the mesh."""
+        """The number of devices of the mesh."""
         return math.prod(self.measured.mesh.values())
 
     @property
     def capacity(self) -> int:
-        """Bytes that a program may fill."""
-        return self.measured.available or self.place.chip.memory_bytes
+        """Bytes of memory that a program may use."""
+        return self.measured.available or self.target.chip.memory_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether there is a program, and memory for it."""
+        """Whether the step compiles and fits in memory."""
         needed = self.measured.needed
         return self.measured.program is not None and needed is not None and needed <= self.capacity
 
     @property
     def model_flops(self) -> float:
-        """FLOPs that the model asks for, by `cost.accounting`: nothing is computed twice."""
+        """FLOPs of the model by `cost.accounting`, i.e. without rematerialisation."""
         model, length = self.config.model, self.config.data.sequence_length
         if self.step == "train":
             per_token = accounting.training_flops_per_token(self.config)
@@ -57,8 +57,8 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least time that each resource needs for the program; empty where there is none."""
-        program, chip = self.measured.program, self.place.chip
+        """Lower bound of the time that each resource needs; empty if there is no program."""
+        program, chip = self.measured.program, self.target.chip
         if program is None:
             return {}
         received = sum(part.bytes for part in self.measured.collectives)
@@ -70,25 +70,25 @@ class Plan:
 
     @property
     def bound_seconds(self) -> float | None:
-        """The longest of these: no step is faster, if all of them overlap perfectly."""
+        """The maximum of `seconds`: the step time if all resources overlap perfectly."""
         return max(self.seconds.values(), default=None)
 
     @property
     def dominant(self) -> str | None:
-        """What takes the longest of these."""
+        """The resource with the largest of `seconds`."""
         return max(self.seconds, key=self.seconds.__getitem__, default=None)
 
     @property
     def estimated_seconds(self) -> float | None:
-        """The cycles that the compiler expects, collectives left out; None: it says nothing."""
-        program, chip = self.measured.program, self.place.chip
+        """The compiler's estimate without collectives, from its cycles; None if it has none."""
+        program, chip = self.measured.program, self.target.chip
         if program is None or program.cycles is None or chip.flops_per_cycle is None:
             return None
         return program.cycles * chip.flops_per_cycle / chip.peak_flops
 
     @property
     def verdict(self) -> str:
-        """One line: whether it fits, and what dominates."""
+        """One line that says whether the step fits, and what dominates."""
         measured = self.measured
         if measured.needed is None:
             return f"does not compile: {measured.refusal}"
@@ -99,14 +99,14 @@ class Plan:
         return f"fits: {filled}; {self.dominant} is the longest bound"
 
     def advice(self) -> list[str]:
-        """Returns changes worth trying, each as fields to set and the reason."""
+        """Returns suggested changes, each as fields to set and the reason."""
         return list(self._smaller() if not self.fits else self._faster())
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values, for JSON."""
+        """Returns everything as plain values for JSON."""
         return {
             "name": self.name,
-            "topology": self.place.name,
+            "topology": self.target.name,
             "step": self.step,
             "num_devices": self.num_devices,
             "batch_size": self._batch_size,
@@ -125,23 +125,23 @@ class Plan:
         }
 
     def as_json(self) -> str:
-        """Returns `as_dict` as text."""
+        """Returns `as_dict` as JSON text."""
         return json.dumps(self.as_dict(), indent=2)
 
     def as_text(self, width: int | None = None) -> str:
         """Returns the report: memory, work and time of one device, the verdict, and the flags.
 
         Args:
-          width: columns that it takes at most; None: as many as the terminal has.
+          width: maximum number of columns of text; None: the width of the terminal.
         """
-        measured, chip = self.measured, self.place.chip
+        measured, chip = self.measured, self.target.chip
         sizes = " x ".join(f"{axis} {size}" for axis, size in measured.mesh.items())
         if measured.mesh["memory"] > 1 and self.config.model.placements:
             sizes += f", tables by {measured.table_sharding}"
         rows: list[tuple[str, ...]] = [
             (f"{self.step} step of {self.name}", f"{self._batch_size} sequences of"
              f" {self.config.data.sequence_length:,} tokens"),
-            ("on", f"{self.place.name}: {self.num_devices} x {measured.device_kind}"),
+            ("on", f"{self.target.name}: {self.num_devices} x {measured.device_kind}"),
             ("mesh", sizes),
             ("",),
             ("memory of one device",),
@@ -194,12 +194,12 @@ class Plan:
         return self.config.train.batch_size if train else self.config.evaluation.batch_size
 
     def _memory_parts(self) -> list[tuple[str, int]]:
-        """What fills the memory of a device, in bytes."""
+        """Returns the (name, bytes) of the parts of a device's memory."""
         measured = self.measured
         moments = " and their moments" if self.step == "train" else ""
         model = self.config.model
-        filled = ((model.placements, "value tables"), (model.ffn == "moe", "experts"))
-        sparse = " and ".join(name for present, name in filled if present)
+        layers = ((model.placements, "value tables"), (model.ffn == "moe", "experts"))
+        sparse = " and ".join(name for present, name in layers if present)
         data = "batch and counters" if self.step == "train" else "cache"
         names = {"dense": f"dense parameters{moments}", "sparse": sparse + moments, "data": data}
         parts = [(names[part], size) for part, size in measured.parts.items() if size]
@@ -213,14 +213,14 @@ class Plan:
         config, measured = self.config, self.measured
         if measured.arguments > self.capacity / 2:
             change = search_space.smaller_arguments(
-                config, self.place.num_devices, self.step, limit=self.capacity // 2
+                config, self.target.num_devices, self.step, limit=self.capacity // 2
             )
             if change is not None:
                 changed, size = change
                 yield f"{_changes(config, changed)}: arguments of {_gib(size)} GiB"
             else:
                 yield (
-                    f"more devices than {self.place.num_devices}: no mesh of these leaves half of"
+                    f"more devices than {self.target.num_devices}: no mesh of these leaves half of"
                     " the memory to temporaries"
                 )
         if self.step == "train":
@@ -265,31 +265,31 @@ def plan(
     *,
     timeout_seconds: float | None = None,
 ) -> Plan:
-    """Compiles a step for a topology that need not be attached.
+    """Compiles a step for a topology, which need not be attached.
 
     Args:
       name: of the configuration, for the report.
       config: with the mesh to use.
-      topology_name: as `topology.parse` takes it.
-      step: of training, or of decoding for `evaluation.batch_size` sequences with a full cache.
-      timeout_seconds: that the compiler may take; None: as long as it wants.
+      topology_name: see `topology.parse`.
+      step: "train", or "decode" for `evaluation.batch_size` sequences with a full cache.
+      timeout_seconds: limit for the compiler; None: unlimited.
 
     Raises:
-      UserError: an unknown topology, a compiler that is missing or too slow, a mesh that is
+      UserError: the topology is unknown, its compiler is not installed or too slow, or the mesh is
         impossible.
     """
-    place = topology.parse(topology_name)
-    measured = ahead_of_time.measure(config, place, step, timeout_seconds=timeout_seconds)
-    return Plan(name=name, config=config, place=place, step=step, measured=measured)
+    target = topology.parse(topology_name)
+    measured = ahead_of_time.measure(config, target, step, timeout_seconds=timeout_seconds)
+    return Plan(name=name, config=config, target=target, step=step, measured=measured)
 
 
 def fields(config: Config) -> list[str]:
-    """Returns what a search changes, as 'path=value'."""
+    """Returns the searched fields, as 'path=value'."""
     return [f"{path}={value}" for path, value in search_space.values(config).items()]
 
 
 def flags_of(config: Config) -> list[str]:
-    """Returns the flags that set what a search changes."""
+    """Returns the command-line flags that set the searched fields."""
     return [f"--config.{field}" for field in fields(config)]
 
 

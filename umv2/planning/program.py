@@ -1,4 +1,4 @@
-"""What the compiler says of a program: the memory of one device, and an estimate of its work."""
+"""The compiler's figures for a program: memory of one device, and an estimate of its work."""
 
 import dataclasses
 
@@ -10,12 +10,13 @@ class Memory:
     """Bytes that one device holds while it runs a program.
 
     Attributes:
-      arguments: parameters, state and batch, as they are sharded.
-      outputs: of which `aliased` lie in donated arguments and take no memory of their own.
-      temporaries: in the memory that also holds arguments (HBM), not in that of the core.
-      code: the program itself; CPU and GPU compilers do not say.
-      peak: the compiler's own figure for the worst moment, or None. The TPU compilers count what
-        lies in the core's own memory (VMEM) too, so it can be above `total`.
+      arguments: parameters, state and batch, as sharded.
+      outputs: including `aliased`.
+      aliased: outputs that reuse donated arguments.
+      temporaries: in main memory (HBM), not in the core's memory.
+      code: the program itself; CPU and GPU compilers do not report it.
+      peak: the compiler's own figure of the peak, or None. TPU compilers include the core's memory
+        (VMEM), so it can exceed `total`.
     """
 
     arguments: int
@@ -27,21 +28,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Arguments, outputs that lie in none of them, temporaries and code, all at once."""
+        """Sum of arguments, outputs that do not alias them, temporaries and code."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
     def as_dict(self) -> dict[str, int | None]:
-        """Returns the parts and their total, for JSON."""
+        """Returns the parts and their total as plain values for JSON."""
         return dataclasses.asdict(self) | {"total": self.total}
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The compiler's estimate of one execution on one device; None where it gives none.
+    """The compiler's estimate of one execution on one device; None if it gives none.
 
-    The body of a loop counts once however often it runs: true of CPU and TPU compilers, measured on
-    scans. Compilers for GPUs that are not attached give nothing. `seconds` is the time of an ideal
-    machine for the same single rounds, and no measurement.
+    CPU and TPU compilers count the body of a loop once however often it runs (measured on scans).
+    GPU compilers give no estimate if the GPU is not attached. `seconds` is the time of an ideal
+    machine, also with one iteration per loop, and not a measurement.
     """
 
     flops: float | None
@@ -49,12 +50,12 @@ class Estimate:
     seconds: float | None
 
     def as_dict(self) -> dict[str, float | None]:
-        """Returns the figures, for JSON."""
+        """Returns plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory | None:
-    """Returns what one device holds while it runs the program; None: the backend does not say."""
+    """Returns the memory of one device while it runs the program; None if it is not reported."""
     stats = compiled.memory_analysis()
     if stats is None:
         return None
@@ -71,7 +72,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory | None:
 def estimate(compiled: jax.stages.Compiled) -> Estimate:
     """Returns the compiler's estimate of the work of one device."""
     figures = compiled.cost_analysis() or {}
-    # A part that has no estimate adds -1 (seconds), which the sum of the others does not outweigh.
+    # XLA reports negative figures, such as -1 for the seconds, where it has no estimate.
     known = {name: value for name, value in figures.items() if value >= 0}
     return Estimate(
         flops=known.get("flops"),

@@ -1,4 +1,4 @@
-"""Which mesh, rematerialisation and gradient accumulation to rent a machine with."""
+"""Searches the mesh, rematerialisation and gradient accumulation for a training step."""
 
 import dataclasses
 import json
@@ -13,20 +13,23 @@ from umv2 import tables
 from umv2.config import Config
 from umv2.planning import ahead_of_time, plan, search_space, topology
 
-# Temporaries of programs, of the least possible: what is expected of the first program ...
+# Expected temporaries of a program, relative to the lower bound: of the first program ...
 _FIRST_FACTOR = 2.0
-# ... and how far others may fall below those that were compiled.
-_DOUBT = 0.8
-# Compilers that run out of memory try for long to need less.
+# ... and of later ones, relative to the ratio of the last compiled program.
+_SLACK = 0.8
+# A compiler that runs out of memory may take very long trying to need less.
 _TIMEOUT_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Plans of a training step, those that fit first, each group by its bound.
+    """Compiled plans of a training step: those that fit first, then sorted by time bound.
 
-    `num_candidates` is how many may fit by arithmetic; of these the most promising were compiled.
-    `least_bytes` is what a device needs by arithmetic on the mesh that takes the least.
+    Attributes:
+      plans: the compiled candidates.
+      num_candidates: number of candidates that may fit by arithmetic; only the most promising ones
+        were compiled.
+      least_bytes: lower bound of the memory per device, on the mesh that needs the least.
     """
 
     plans: tuple[plan.Plan, ...]
@@ -38,33 +41,33 @@ class Search:
         return {
             "num_candidates": self.num_candidates,
             "least_bytes": self.least_bytes,
-            "plans": [found.as_dict() for found in self.plans],
+            "plans": [plan_.as_dict() for plan_ in self.plans],
         }
 
     def as_json(self) -> str:
-        """Returns `as_dict` as text."""
+        """Returns `as_dict` as JSON text."""
         return json.dumps(self.as_dict(), indent=2)
 
     def as_text(self, width: int | None = None) -> str:
-        """Returns a table, a row for each program, and the flags of the best that fits.
+        """Returns a table with one row per program, and the flags of the best one that fits.
 
         Args:
-          width: columns that they take at most; None: as many as the terminal has.
+          width: maximum number of columns of text; None: the width of the terminal.
         """
         short = [path.rpartition(".")[2] for path in search_space.PATHS]
         rows: list[tuple[str, ...]] = [
             ("", *short, "needed GiB", "compute ms", "HBM ms", "links ms", "compiler's ms")
         ]
-        for rank, found in enumerate(self.plans, start=1):
-            times = [_milliseconds(found.seconds.get(name)) for name in _RESOURCES]
-            needed = found.measured.needed
+        for rank, plan_ in enumerate(self.plans, start=1):
+            times = [_milliseconds(plan_.seconds.get(name)) for name in _RESOURCES]
+            needed = plan_.measured.needed
             rows.append(
                 (
-                    f"{rank} {'fits' if found.fits else 'too large'}",
-                    *map(str, search_space.values(found.config).values()),
+                    f"{rank} {'fits' if plan_.fits else 'too large'}",
+                    *map(str, search_space.values(plan_.config).values()),
                     "?" if needed is None else f"{needed / 2**30:,.1f}",
                     *times,
-                    _milliseconds(found.estimated_seconds),
+                    _milliseconds(plan_.estimated_seconds),
                 )
             )
         best = self.plans[0] if self.plans else None
@@ -97,62 +100,63 @@ def search(
     enough: int | None = None,
     remat: Sequence[str] = search_space.REMAT,
 ) -> Search:
-    """Compiles the training step with what is most promising, one program after the other.
+    """Compiles the training step for the most promising candidates, one at a time.
 
-    Tries meshes over all devices, layouts of value tables, what shards dense parameters, policies
-    of rematerialisation, and gradient accumulation. What cannot fit by arithmetic is left out, and
-    so is what the programs compiled so far lead to expect too large.
+    Searches over meshes of all devices, layouts of value tables, the axes that shard dense
+    parameters, rematerialisation policies, and gradient accumulation. Skips candidates that cannot
+    fit by arithmetic, or that are expected not to fit given the programs compiled so far.
 
     Args:
       name: of the configuration, for the report.
-      config: all but what is tried stays as it is.
-      topology_name: as `topology.parse` takes it.
-      limit: programs to compile.
-      enough: of those that fit; None: all.
-      remat: policies of rematerialisation to try.
+      config: fixes everything that is not searched.
+      topology_name: see `topology.parse`.
+      limit: maximum number of programs to compile.
+      enough: stops after this many programs that fit; None: does not stop early.
+      remat: rematerialisation policies to try.
 
     Raises:
-      UserError: an unknown topology, or a compiler that is missing.
+      UserError: the topology is unknown, or its compiler is not installed.
     """
-    place = topology.parse(topology_name)
-    waiting = search_space.candidates(config, place, remat=remat)
-    num_candidates, plans, given_up = len(waiting), list[plan.Plan](), 0
-    fitting, settled = 0, set[Any]()  # meshes and policies that fit: fewer microbatches came first
-    factors: dict[str, float] = {}  # by policy: temporaries of programs, of the least possible
+    target = topology.parse(topology_name)
+    queue = search_space.candidates(config, target, remat=remat)
+    num_candidates, plans, num_timeouts = len(queue), list[plan.Plan](), 0
+    # Meshes and policies of which a program fits, with the fewest microbatches: these come first.
+    num_fitting, done = 0, set[Any]()
+    factors: dict[str, float] = {}  # by policy: temporaries of a program / their lower bound
     with tqdm.tqdm(total=min(limit, num_candidates), disable=not sys.stderr.isatty()) as bar:
-        while waiting and len(plans) + given_up < limit and fitting != enough:
-            candidate = waiting.pop(0)
-            if (candidate.mesh, candidate.model.remat) in settled:
+        while queue and len(plans) + num_timeouts < limit and num_fitting != enough:
+            candidate = queue.pop(0)
+            if (candidate.mesh, candidate.model.remat) in done:
                 continue
-            sizes = search_space.mesh_sizes(candidate, place.num_devices)
+            sizes = search_space.mesh_sizes(candidate, target.num_devices)
             parts = ahead_of_time.argument_bytes(candidate, sizes, "train")
-            least = search_space.least_temporaries(candidate, sizes, parts, place)
+            least = search_space.least_temporaries(candidate, sizes, parts, target)
             factor = factors.get(candidate.model.remat)
-            expected = least * (_FIRST_FACTOR if factor is None else max(1.0, _DOUBT * factor))
-            if sum(parts.values()) + expected > place.chip.memory_bytes:
+            expected = least * (_FIRST_FACTOR if factor is None else max(1.0, _SLACK * factor))
+            if sum(parts.values()) + expected > target.chip.memory_bytes:
                 continue
             bar.update()
             try:
-                found = plan.plan(name, candidate, topology_name, timeout_seconds=_TIMEOUT_SECONDS)
+                plan_ = plan.plan(name, candidate, topology_name, timeout_seconds=_TIMEOUT_SECONDS)
             except ahead_of_time.TooSlow as error:
                 logging.info("%s: %s", " ".join(plan.fields(candidate)), error)
-                given_up += 1
+                num_timeouts += 1
                 continue
-            plans.append(found)
-            if found.fits:
-                fitting += 1
-                settled.add((candidate.mesh, candidate.model.remat))
-            if found.measured.temporaries is not None:
-                factors[candidate.model.remat] = found.measured.temporaries / least
-            logging.info("%s: %s", " ".join(plan.fields(candidate)), found.verdict)
-    plans.sort(key=lambda found: (not found.fits, *_time(found)))
-    least_bytes = search_space.least_bytes(config, place)
+            plans.append(plan_)
+            if plan_.fits:
+                num_fitting += 1
+                done.add((candidate.mesh, candidate.model.remat))
+            if plan_.measured.temporaries is not None:
+                factors[candidate.model.remat] = plan_.measured.temporaries / least
+            logging.info("%s: %s", " ".join(plan.fields(candidate)), plan_.verdict)
+    plans.sort(key=lambda plan_: (not plan_.fits, *_time(plan_)))
+    least_bytes = search_space.least_bytes(config, target)
     return Search(plans=tuple(plans), num_candidates=num_candidates, least_bytes=least_bytes)
 
 
-def _time(found: plan.Plan) -> tuple[float, float]:
-    """The bound, and among equals the sum over resources."""
-    return found.bound_seconds or 0.0, sum(found.seconds.values())
+def _time(plan_: plan.Plan) -> tuple[float, float]:
+    """Returns the bound; the sum over resources breaks ties."""
+    return plan_.bound_seconds or 0.0, sum(plan_.seconds.values())
 
 
 def _milliseconds(seconds: float | None) -> str:

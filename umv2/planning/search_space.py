@@ -1,6 +1,6 @@
-"""What a plan may change of a configuration, and what of it is worth compiling.
+"""The search space of a plan, and an analytic ranking of which candidates to compile.
 
-Everything here is arithmetic: no compiler, no devices.
+Needs neither a compiler nor devices.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from umv2.model.slots import memory_layer
 from umv2.planning import ahead_of_time, topology
 from umv2.planning.ahead_of_time import Step
 
-# What a search changes, in the order in which it is shown.
+# The fields that a search changes, in the order of the report.
 PATHS = (
     "mesh.replica",
     "mesh.fsdp",
@@ -36,17 +36,17 @@ REMAT = ("none", "dots", "full")
 
 
 def values(config: Config) -> dict[str, Any]:
-    """Returns what a search changes, by path."""
+    """Returns the values of the searched fields, by path."""
     return {
         path: getattr(getattr(config, path.split(".")[0]), path.split(".")[1]) for path in PATHS
     }
 
 
-def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Returns the configuration with other values, by path; checked.
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns the configuration with values replaced by path; validates it.
 
     Raises:
-      ConfigError: values that contradict each other.
+      ConfigError: the values contradict each other.
     """
     sections: dict[str, dict[str, Any]] = {}
     for path, value in changes.items():
@@ -67,7 +67,7 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
 
 
 def meshes(config: Config, num_devices: int) -> Iterator[Config]:
-    """Yields the configuration with every mesh of all devices, and layout, that it allows."""
+    """Yields the configuration with every valid mesh of all devices and layout of tables."""
     divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     memory_sizes = divisors if config.model.placements or config.model.ffn == "moe" else [1]
     for fsdp, memory, tensor in itertools.product(divisors, memory_sizes, divisors):
@@ -84,10 +84,10 @@ def meshes(config: Config, num_devices: int) -> Iterator[Config]:
                 "mesh.parameters": dense,
                 "mesh.table_sharding": layout,
             }
-            if layout != "auto" and not _divides(config, layout, memory):
+            if layout != "auto" and not _can_shard(config, layout, memory):
                 continue
             try:
-                candidate = changed(config, changes)
+                candidate = with_changes(config, changes)
             except ConfigError:
                 continue
             if (
@@ -98,27 +98,28 @@ def meshes(config: Config, num_devices: int) -> Iterator[Config]:
 
 
 def candidates(
-    config: Config, place: topology.Topology, *, remat: Sequence[str] = REMAT
+    config: Config, target: topology.Topology, *, remat: Sequence[str] = REMAT
 ) -> list[Config]:
-    """Returns what may fit, the most promising first: meshes, rematerialisation, accumulation."""
+    """Returns the candidates that may fit, fastest predicted first."""
     fitting = [
-        (predicted_seconds(candidate, mesh_sizes(candidate, place.num_devices), place), candidate)
-        for candidate, least in _with_least_bytes(config, place, remat)
-        if least <= place.chip.memory_bytes
+        (predicted_seconds(candidate, mesh_sizes(candidate, target.num_devices), target), candidate)
+        for candidate, least in _with_least_bytes(config, target, remat)
+        if least <= target.chip.memory_bytes
     ]
     return [candidate for _, candidate in sorted(fitting, key=lambda pair: pair[0])]
 
 
-def least_bytes(config: Config, place: topology.Topology) -> int:
-    """Returns the least that a device needs on any mesh, whatever a compiler does."""
-    return min(least for _, least in _with_least_bytes(config, place, REMAT))
+def least_bytes(config: Config, target: topology.Topology) -> int:
+    """Returns a lower bound, over all meshes and compilers, of the memory that a device needs."""
+    return min(least for _, least in _with_least_bytes(config, target, REMAT))
 
 
 def _with_least_bytes(
-    config: Config, place: topology.Topology, policies: Sequence[str]
+    config: Config, target: topology.Topology, policies: Sequence[str]
 ) -> Iterator[tuple[Config, int]]:
-    for mesh in meshes(changed(config, {"train.gradient_accumulation": 1}), place.num_devices):
-        sizes = mesh_sizes(mesh, place.num_devices)
+    one_batch = with_changes(config, {"train.gradient_accumulation": 1})
+    for mesh in meshes(one_batch, target.num_devices):
+        sizes = mesh_sizes(mesh, target.num_devices)
         try:
             parts = ahead_of_time.argument_bytes(mesh, sizes, "train")
         except ValueError:
@@ -127,31 +128,31 @@ def _with_least_bytes(
         accumulations = [size for size in range(1, local_batch + 1) if local_batch % size == 0]
         for remat, accumulation in itertools.product(policies, accumulations):
             changes = {"model.remat": remat, "train.gradient_accumulation": accumulation}
-            candidate = changed(mesh, changes)
-            least = least_temporaries(candidate, sizes, parts, place)
+            candidate = with_changes(mesh, changes)
+            least = least_temporaries(candidate, sizes, parts, target)
             yield candidate, sum(parts.values()) + least
 
 
 def least_temporaries(
-    config: Config, sizes: Mapping[str, int], parts: Mapping[str, int], place: topology.Topology
+    config: Config, sizes: Mapping[str, int], parts: Mapping[str, int], target: topology.Topology
 ) -> int:
-    """Returns bytes of temporaries that no compiler can avoid: gradients, what blocks keep, logits.
+    """Returns a lower bound of the temporaries: gradients, residuals of the blocks, and logits.
 
-    A TPU's compiler copies tables, and adds up their gradients, row by row: padded to 128 columns.
+    TPU compilers copy tables and accumulate their gradients with rows padded to 128 columns.
 
     Args:
       config: of a training step.
       sizes: devices along each axis.
-      parts: bytes of the arguments, of which a third of parameters with moments is a gradient.
-      place: where it runs.
+      parts: bytes of the arguments; gradients take a third of parameters and moments.
+      target: the topology to run on.
     """
     model = config.model
     tokens = _batch(config) // sharding.num_batch_shards(sizes) * config.data.sequence_length
     width = jnp.dtype(model.compute_dtype).itemsize
     # Queries, keys, values and their products; gate, up and their product.
     matrices = 4 * model.hidden_size + 3 * model.ffn_size
-    scores = model.num_heads * config.data.sequence_length  # of the attention, in both passes
-    kept = {
+    scores = model.num_heads * config.data.sequence_length  # of attention, in both passes
+    residuals = {
         "full": model.hidden_size,
         "dots": model.hidden_size + matrices // sizes["tensor"],
         "none": model.hidden_size + (matrices + scores) // sizes["tensor"],
@@ -159,72 +160,69 @@ def least_temporaries(
     logits = tokens * model.vocab_size * accounting.FLOAT32_BYTES // sizes["tensor"]
     working = tokens * scores * width // sizes["tensor"]
     gradients = (parts["dense"] + parts["sparse"]) // 3
-    if config.mesh.table_sharding == "columns" and place.chip.platform == "tpu":
+    if config.mesh.table_sharding == "columns" and target.chip.platform == "tpu":
         padded = exchange.table_bytes(model, "columns", sizes["memory"]) // 3
         gradients += max(0, 2 * padded - parts["sparse"] // 3)
-    return gradients + model.num_layers * tokens * kept * width + max(logits, working)
+    return gradients + model.num_layers * tokens * residuals * width + max(logits, working)
 
 
-def predicted_seconds(config: Config, sizes: Mapping[str, int], place: topology.Topology) -> float:
-    """Returns a rough time of a training step, to choose what is compiled first."""
-    model, chip, accumulation = config.model, place.chip, config.train.gradient_accumulation
+def predicted_seconds(config: Config, sizes: Mapping[str, int], target: topology.Topology) -> float:
+    """Returns a rough estimate of the time of a training step, to rank candidates."""
+    model, chip, accumulation = config.model, target.chip, config.train.gradient_accumulation
     devices = math.prod(sizes.values())
     tokens = config.train.batch_size * config.data.sequence_length
-    again = {"none": 0.0, "dots": 0.1, "full": 1 / 3}[model.remat]
-    flops = accounting.training_flops_per_token(config) * tokens / devices * (1 + again)
+    recomputed = {"none": 0.0, "dots": 0.1, "full": 1 / 3}[model.remat]
+    flops = accounting.training_flops_per_token(config) * tokens / devices * (1 + recomputed)
     counts = accounting.parameter_counts(model)
     float32, width = accounting.FLOAT32_BYTES, jnp.dtype(model.compute_dtype).itemsize
     dense = (counts.total - counts.sparse_values) / sizes["tensor"]
     shards = sizes["fsdp"] * (sizes["memory"] if config.mesh.parameters == "fsdp_and_memory" else 1)
     passes = 2 if model.remat == "none" else 3
     received = 0.0
-    if shards > 1:  # gathered in every pass, and their gradients scattered
+    if shards > 1:  # all-gather of the parameters in every pass, reduce-scatter of the gradients
         received += accumulation * dense * width * (passes + 1)
-    if shards < devices:  # the gradient's sum over the others
+    if shards < devices:  # all-reduce of the gradients over the other devices
         received += 2 * float32 * dense / shards * (accumulation if shards > 1 else 1)
     received += _sparse_bytes(config, sizes, counts.sparse_values)
-    if sizes["tensor"] > 1:  # four exchanges of activations in each block and pass
+    if sizes["tensor"] > 1:  # four collectives on activations in each block and pass
         local_tokens = tokens / sharding.num_batch_shards(sizes)
         received += 4 * passes * model.num_layers * local_tokens * model.hidden_size * width
-    compute, exchanging = flops / chip.peak_flops, received / chip.link_bandwidth
-    return max(compute, exchanging) + 0.1 * exchanging  # no overlap is perfect
+    compute, communication = flops / chip.peak_flops, received / chip.link_bandwidth
+    return max(compute, communication) + 0.1 * communication  # overlap is never perfect
 
 
 def other_layout(config: Config, size: int) -> str | None:
-    """Returns the layout of value tables that is not configured, where it is possible."""
+    """Returns the layout of value tables that is not configured; None if it is impossible."""
     other = {"rows": "columns", "columns": "rows"}.get(config.mesh.table_sharding)
-    if not config.model.placements or other is None or not _divides(config, other, size):
+    if not config.model.placements or other is None or not _can_shard(config, other, size):
         return None
     return other
 
 
 def next_accumulation(config: Config, sizes: Mapping[str, int]) -> int | None:
-    """Returns the next larger number of microbatches that the mesh allows; None: there is none."""
-    local_batch, now = (
-        config.train.batch_size // sharding.num_batch_shards(sizes),
-        config.train.gradient_accumulation,
-    )
-    return next((size for size in range(now + 1, local_batch + 1) if local_batch % size == 0), None)
+    """Returns the next larger number of microbatches that the mesh allows; None if none."""
+    local_batch = config.train.batch_size // sharding.num_batch_shards(sizes)
+    larger = range(config.train.gradient_accumulation + 1, local_batch + 1)
+    return next((size for size in larger if local_batch % size == 0), None)
 
 
 def previous_accumulation(config: Config, sizes: Mapping[str, int]) -> int | None:
-    """Returns the next smaller number of microbatches that the mesh allows; None: there is none."""
-    local_batch, now = (
-        config.train.batch_size // sharding.num_batch_shards(sizes),
-        config.train.gradient_accumulation,
-    )
-    return next((size for size in range(now - 1, 0, -1) if local_batch % size == 0), None)
+    """Returns the next smaller number of microbatches that the mesh allows; None if none."""
+    local_batch = config.train.batch_size // sharding.num_batch_shards(sizes)
+    smaller = range(config.train.gradient_accumulation - 1, 0, -1)
+    return next((size for size in smaller if local_batch % size == 0), None)
 
 
 def smaller_arguments(
     config: Config, num_devices: int, step: Step, *, limit: int
 ) -> tuple[Config, int] | None:
-    """Returns the mesh nearest to the given one whose arguments take at most so many bytes.
+    """Returns the most similar mesh whose arguments take at most `limit` bytes, and their size.
 
-    Nearest is the one that needs the least factor more of shards; None where there is none.
+    The distance of two meshes is the sum over axes of |log2| of the ratio of their sizes, with
+    penalties for changes of `tensor` and `parameters`. Returns None if there is no such mesh.
     """
-    now = mesh_sizes(config, num_devices)
-    found: list[tuple[float, int, Config]] = []
+    current = mesh_sizes(config, num_devices)
+    fitting: list[tuple[float, int, Config]] = []
     for candidate in meshes(config, num_devices):
         sizes = mesh_sizes(candidate, num_devices)
         try:
@@ -232,13 +230,13 @@ def smaller_arguments(
         except ValueError:
             continue
         if size <= limit:
-            distance = sum(abs(math.log2(sizes[axis] / now[axis])) for axis in sizes)
-            distance += 2 * (sizes["tensor"] != now["tensor"])
+            distance = sum(abs(math.log2(sizes[axis] / current[axis])) for axis in sizes)
+            distance += 2 * (sizes["tensor"] != current["tensor"])
             distance += 0.5 * (candidate.mesh.parameters != config.mesh.parameters)
-            found.append((distance, size, candidate))
-    if not found:
+            fitting.append((distance, size, candidate))
+    if not fitting:
         return None
-    _, size, nearest = min(found, key=lambda item: item[:2])
+    _, size, nearest = min(fitting, key=lambda item: item[:2])
     return nearest, size
 
 
@@ -246,7 +244,7 @@ def _sparse_bytes(config: Config, sizes: Mapping[str, int], count: int) -> float
     model, size = config.model, sizes["memory"]
     others = sizes["replica"] * sizes["fsdp"]
     gradient = 0.0
-    if others > 1:  # tables are replicated along these axes, and so are their gradients
+    if others > 1:  # these axes replicate tables, so gradients are all-reduced over them
         gradient = 2.0 * accounting.FLOAT32_BYTES * count / size
     if not model.placements or size == 1:
         return gradient
@@ -274,7 +272,7 @@ def _exchanged(model: Any, layout: Any, size: int, tokens: int) -> int:
     ).total
 
 
-def _divides(config: Config, layout: str, size: int) -> bool:
+def _can_shard(config: Config, layout: str, size: int) -> bool:
     memory = config.model.memory
     if layout == "rows":
         rows = memory_layer(config.model).table_rows(config.model)

@@ -1,6 +1,6 @@
-"""Machines to plan for, by name: how many devices they have, and how their compiler is started.
+"""Topologies to plan for, by name: their devices, and the environment of their compiler.
 
-A device is what JAX calls one: a whole chip, or one of the two cores of a TPU7x chip.
+A device is a JAX device: a chip, or one of the two cores of a TPU7x chip.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ EXAMPLES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4", "h200:8")
 
 _GIB = 2**30
 
-# Modules that come with each compiler.
+# The Python module that contains each compiler.
 _COMPILERS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
-# JAX itself stays on the CPU. Flags are read once, before the first use: TPUs have no host here
-# that could be asked about them, and on GPUs there is nothing to tune on.
+# JAX itself runs on the CPU. XLA reads these once, before its first use. There is no TPU host to
+# query for metadata, and no GPU to autotune on.
 _ENVIRONMENT = {
     "tpu": {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"},
     "cuda": {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"},
 }
 
-# How XLA describes the card, as `jaxlib` prints it on one. Fields that are not named are unknown.
+# XLA's description of the GPU, as `jaxlib` prints it on one. Missing fields are unknown.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -59,7 +59,7 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind, wired together; `shape` is the torus, or the number of GPUs."""
+    """Connected chips of one type; `shape` is that of the torus, or the number of GPUs."""
 
     name: str
     chip: PlannedChip
@@ -67,19 +67,19 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """Devices that JAX sees."""
+        """The number of JAX devices."""
         return math.prod(self.shape) * self.chip.devices
 
     @property
     def environment(self) -> dict[str, str]:
-        """What has to stand in the environment of a process before it compiles for this."""
+        """Environment variables to set before a process starts that compiles for this topology."""
         return _ENVIRONMENT[self.chip.platform]
 
     def devices(self) -> list[Any]:
-        """Returns descriptions of the devices, for a mesh to compile for; loads the compiler.
+        """Returns abstract devices, to build a mesh to compile for; loads the compiler.
 
         Raises:
-          UserError: the compiler knows no such shape.
+          UserError: the compiler does not support the shape.
         """
         from jax.experimental import topologies
 
@@ -97,8 +97,8 @@ class Topology:
             return list(described.devices)
         try:
             described = topologies.get_topology_desc(platform="tpu", topology_name=self.name)
-        except Exception as error:  # whatever libtpu raises for a shape that it does not know
-            raise _unknown(self.name, f"libtpu refuses it: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # libtpu's errors for an unknown shape have no common type
+            raise _unknown(self.name, f"libtpu rejects it: {str(error).splitlines()[0]}") from error
         return list(described.devices)
 
 
@@ -109,7 +109,7 @@ def parse(name: str) -> Topology:
     """Returns the topology of a name such as "v5p:4x4x8" (chips in each direction) or "h200:8".
 
     Raises:
-      UserError: an unknown name, or one whose compiler is not installed.
+      UserError: the name is unknown, or its compiler is not installed.
     """
     kind, _, sizes = name.partition(":")
     planned = {name: chip for name, chip in CHIPS.items() if isinstance(chip, PlannedChip)}
@@ -118,14 +118,14 @@ def parse(name: str) -> Topology:
     chip = planned[kind]
     size = r"[1-9]\d*"
     if not re.fullmatch("x".join([size] * chip.dimensions), sizes):
-        wanted = "AxBxC"[: 2 * chip.dimensions - 1]
+        pattern = "AxBxC"[: 2 * chip.dimensions - 1]
         rule = (
-            f"{kind}:{wanted}, chips in each direction" if chip.dimensions > 1 else f"{kind}:GPUs"
+            f"{kind}:{pattern}, chips in each direction" if chip.dimensions > 1 else f"{kind}:GPUs"
         )
         raise _unknown(name, f"must be {rule}")
     shape = tuple(int(size) for size in sizes.split("x"))
     if chip.platform == "cuda" and shape[0] > _GPUS_PER_HOST and shape[0] % _GPUS_PER_HOST:
-        raise _unknown(name, f"more than one host must be full: a multiple of {_GPUS_PER_HOST}")
+        raise _unknown(name, f"hosts must be full: use a multiple of {_GPUS_PER_HOST} GPUs")
     if not _installed(_COMPILERS[chip.platform]):
         raise UserError(
             f"--topology={name}: its compiler, {_COMPILERS[chip.platform]}, is not installed;"
@@ -137,7 +137,7 @@ def parse(name: str) -> Topology:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 

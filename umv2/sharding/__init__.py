@@ -1,4 +1,4 @@
-"""Sharding: the mesh, the rules by which it shards parameters, batches, operations on arrays."""
+"""The device mesh, sharding rules for parameters, batches, and operations on sharded arrays."""
 
 from umv2.sharding.batches import (
     batch_sharding,

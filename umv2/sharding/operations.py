@@ -1,4 +1,4 @@
-"""Operations on sharded arrays, written once for one device and for a mesh."""
+"""Operations on sharded arrays, which also work on a single device without a mesh."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,28 +13,25 @@ from umv2.sharding.rules import entry_of
 
 
 def create[T](function: Callable[..., T], shardings: Any, *arguments: Any) -> T:
-    """Computes new arrays with the given shardings; no device ever holds all of one."""
+    """Computes arrays directly with the given shardings, never unsharded on one device."""
     if jax.config.jax_disable_jit:
         return jax.device_put(function(*arguments), shardings)
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=shardings))(*arguments)
 
 
 def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
-    """All-gathers a parameter over the given axes: what a device computes with.
-
-    Its gradient is reduced and scattered back.
-    """
+    """All-gathers a parameter over the given mesh axes; its gradient is reduce-scattered."""
     if not on_mesh():
         return parameter
-    kept = [tuple(a for a in axes_of(entry) if a not in over) for entry in spec(parameter)]
-    return jax.sharding.reshard(parameter, PartitionSpec(*map(entry_of, kept)))
+    remaining = [tuple(a for a in axes_of(entry) if a not in over) for entry in spec(parameter)]
+    return jax.sharding.reshard(parameter, PartitionSpec(*map(entry_of, remaining)))
 
 
 def defer_gradient_reduction(tree: Any) -> Any:
-    """Returns arrays whose gradients are added up over devices here, and not where they are used.
+    """Returns arrays whose gradients are all-reduced once here instead of at every use.
 
-    For what every layer of a scan reads: its gradient would be summed over the devices that hold it
-    in every layer. In one device's code, `vary_alike` comes before other uses.
+    For arrays that every layer of a scan reads: their gradients would be all-reduced in every
+    layer. Inside `shard_map`, apply `kernels.match_vma` before any other use.
     """
     if not on_mesh():
         return tree
@@ -49,10 +46,10 @@ def defer_gradient_reduction(tree: Any) -> Any:
 
 
 def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """Returns x @ weight in the dtype of x, the weight gathered in that dtype.
+    """Returns x @ weight in the dtype of x, gathering the weight in that dtype.
 
-    Sharded as x is, but for the last axis, which is sharded as the weight's is; all-reduced where
-    the contracted axis is sharded.
+    The result is sharded like x, except for the last axis, which is sharded like the weight's. If
+    the contracted axis is sharded, the result is all-reduced.
     """
     weight = gathered(weight.astype(x.dtype))
     if not on_mesh():
@@ -62,7 +59,7 @@ def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array,
 
 
 def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """Returns `table[ids]`, sharded over devices as the ids are."""
+    """Returns `table[ids]`, sharded like the ids."""
     if not on_mesh():
         return table[ids]
     table = gathered(table)
@@ -79,31 +76,31 @@ def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "
     return shard_map(per_device, table, ids, out_specs=out)
 
 
-def take_positions(x: Float[Array, "b t d"], places: Int[Array, "b a"]) -> Float[Array, "b a d"]:
-    """Returns the positions of every row that `places` names."""
+def take_positions(x: Float[Array, "b t d"], positions: Int[Array, "b a"]) -> Float[Array, "b a d"]:
+    """Gathers the given positions of each row."""
 
-    def per_device(x: Array, places: Array) -> Array:
-        return jnp.take_along_axis(x, places[:, :, None], axis=1)
+    def per_device(x: Array, positions: Array) -> Array:
+        return jnp.take_along_axis(x, positions[:, :, None], axis=1)
 
-    return shard_map(per_device, x, places, out_specs=spec(x) if on_mesh() else None)
+    return shard_map(per_device, x, positions, out_specs=spec(x) if on_mesh() else None)
 
 
 def shard_batch_like(array: Array, x: Array) -> Array:
-    """Returns an array whose first axis, a batch, is sharded as that of x is."""
+    """Reshards the leading (batch) axis of an array like that of x."""
     if not on_mesh():
         return array
     return jax.sharding.reshard(array, PartitionSpec(spec(x)[0]))
 
 
 def shard_batch_only(x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
-    """Returns an array sharded along the batch alone."""
+    """Reshards an array along the batch axis only."""
     return jax.sharding.reshard(x, PartitionSpec(DATA_AXES)) if on_mesh() else x
 
 
 def zeros(
     shape: tuple[int, ...], dtype: str, *names: Literal["batch", "heads"] | None
 ) -> Float[Array, "..."]:
-    """Returns zeros whose first axes are sharded as batches and heads are."""
+    """Returns zeros whose leading axes are sharded like the named logical axes."""
     if not on_mesh():
         return jnp.zeros(shape, dtype)
     heads = TENSOR if jax.sharding.get_abstract_mesh().shape[TENSOR] > 1 else None
@@ -112,7 +109,7 @@ def zeros(
 
 
 def shard_map(function: Callable[..., Any], *arguments: Any, out_specs: Any) -> Any:
-    """Runs a function of one device's arrays on every device's parts, sharded as they are."""
+    """Calls a per-device function on the shards of its arguments, without resharding them."""
     if not on_mesh():
         return function(*arguments)
     in_specs = jax.tree.map(spec, arguments)
@@ -120,9 +117,10 @@ def shard_map(function: Callable[..., Any], *arguments: Any, out_specs: Any) -> 
 
 
 def shard_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Shards the sequence over `tensor`, whose devices hold the same tokens.
+    """Shards the sequence axis over `tensor`, whose devices hold the same tokens.
 
-    A sequence of another length, as when decoding, stays: the devices do the same work.
+    A sequence that cannot be sharded evenly, as in decoding, is returned unchanged: the devices
+    along `tensor` then do the same work.
     """
     if not on_mesh():
         return x
@@ -131,12 +129,12 @@ def shard_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
 
 
 def gather_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Undoes `shard_sequence`."""
+    """Gathers the sequence axis; the inverse of `shard_sequence`."""
     return jax.sharding.reshard(x, PartitionSpec(DATA_AXES)) if on_mesh() else x
 
 
 def table_layout(values: Float[Array, "*l n v"]) -> Literal["replicated", "rows", "columns"]:
-    """Returns which dimension of a value table `memory` shards."""
+    """Returns which dimension of a value table is sharded over `memory`."""
     if not on_mesh():
         return "replicated"
     rows, columns = (MEMORY in axes_of(entry) for entry in spec(values).partitions[-2:])
@@ -149,9 +147,9 @@ def sharded_axes(array: Array, axis: int) -> tuple[str, ...]:
 
 
 def gather_tokens[T](tree: T, over: tuple[str, ...]) -> T:
-    """Joins, in one device's code, the tokens of the devices along `memory` if that is in `over`.
+    """All-gathers tokens over `memory` if it is in `over`; called inside `shard_map`.
 
-    Those along `tensor` hold the same tokens.
+    Devices along `tensor` already hold the same tokens.
     """
     if MEMORY not in over:
         return tree
@@ -159,7 +157,7 @@ def gather_tokens[T](tree: T, over: tuple[str, ...]) -> T:
 
 
 def scatter_tokens(x: Float[Array, "mt d"], over: tuple[str, ...]) -> Float[Array, "t d"]:
-    """Adds up the devices' parts of joined tokens' outputs; each gets those of its own tokens."""
+    """Reduces the partial outputs of gathered tokens and returns those of this device's tokens."""
     if TENSOR in over:
         x = jax.lax.psum(x, TENSOR)
     return jax.lax.psum_scatter(x, MEMORY, tiled=True) if MEMORY in over else x
@@ -168,15 +166,15 @@ def scatter_tokens(x: Float[Array, "mt d"], over: tuple[str, ...]) -> Float[Arra
 def shard_map_tokens(
     function: Callable[..., tuple[Any, Any]], batched: Any, shared: Any
 ) -> tuple[Any, Any]:
-    """Runs a function of per-device arrays on every device's shard of the batch.
+    """Calls a per-device function on every device's shard of the batch.
 
     Args:
-      function: `(batched, shared) -> (outputs, sums)`, written for one device.
-      batched: pytree of [b, t, ...] arrays, all sharded alike.
-      shared: pytree of arrays that every device sees as they are stored.
+      function: per-device function `(batched, shared) -> (outputs, sums)`.
+      batched: pytree of [b, t, ...] arrays, all with the same sharding.
+      shared: pytree of other arrays, which keep their shardings.
 
     Returns:
-      `outputs`, [b, t, ...] and sharded as `batched`, and `sums`, added over all tokens.
+      `outputs`, [b, t, ...] arrays sharded like `batched`, and `sums`, all-reduced over all tokens.
     """
     if not on_mesh():
         return function(batched, shared)

@@ -1,4 +1,4 @@
-"""Which axes of the mesh shard which axes of stored parameters."""
+"""Rules that map the logical axes of stored parameters to mesh axes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ Rules = Mapping[str, tuple[str, ...]]
 
 
 def rules(config: ResolvedMesh) -> dict[str, tuple[str, ...]]:
-    """Returns the mesh axes that shard each logical axis of stored parameters."""
+    """Returns the mesh axes over which each logical axis of stored parameters is sharded."""
     dense = (FSDP, MEMORY) if config.parameters == "fsdp_and_memory" else (FSDP,)
     return {
         "hidden": dense,
@@ -31,29 +31,28 @@ def rules(config: ResolvedMesh) -> dict[str, tuple[str, ...]]:
 def partition(
     axes: Sequence[str | None], rules: Rules, sizes: Mapping[str, int], *, name: str
 ) -> PartitionSpec:
-    """Returns how an array with these logical axes is sharded.
+    """Returns the PartitionSpec of an array with these logical axes.
 
     Args:
-      axes: of each dimension; None: not sharded.
-      rules: of the function `rules`.
-      sizes: devices along each mesh axis; axes of size 1 shard nothing.
-      name: of the array, for messages.
+      axes: logical axis of each dimension; None: not sharded.
+      rules: sharding rules, as returned by `rules`.
+      sizes: size of each mesh axis; axes of size 1 are left out.
+      name: name of the array, for error messages.
 
     Raises:
-      ValueError: an axis that the rules do not know, or rules by which one mesh axis shards two
-        dimensions.
+      ValueError: there is no rule for an axis, or two dimensions map to the same mesh axis.
     """
     if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
-        raise ValueError(f"{name}: no rule shards axis {unknown[0]!r}")
+        raise ValueError(f"{name}: there is no sharding rule for axis {unknown[0]!r}")
     sharded = [
         () if axis is None else tuple(a for a in rules[axis] if sizes[a] > 1) for axis in axes
     ]
     used = [a for over in sharded for a in over]
     if len(used) != len(set(used)):
-        raise ValueError(f"{name}: one mesh axis shards two dimensions: {sharded}")
+        raise ValueError(f"{name}: two dimensions are sharded over the same mesh axis: {sharded}")
     return PartitionSpec(*map(entry_of, sharded))
 
 
 def entry_of(axes: tuple[str, ...]) -> Any:
-    """Returns the entry of a PartitionSpec that names mesh axes."""
+    """Returns the PartitionSpec entry for mesh axes."""
     return axes if len(axes) > 1 else axes[0] if axes else None

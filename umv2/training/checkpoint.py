@@ -1,8 +1,8 @@
-"""Checkpoints: complete or invisible, checked bit by bit when read, with their configuration.
+"""Atomic checkpoints of the train state and configuration, with checksums verified on restore.
 
 A checkpoint is a folder named after its step. `state` holds every array of the train state under
-its name ("params/blocks/ffn/up"); `metadata` holds the step, the configuration, what the run was
-trained on, package versions, the number of processes, and the shape, dtype and checksum of every
+its name ("params/blocks/ffn/up"); `metadata` holds the step, the configuration, the identity of the
+training data, package versions, the number of processes, and the shape, dtype and checksum of every
 array.
 """
 
@@ -37,7 +37,8 @@ from umv2.model.parameter import path_name
 from umv2.model.weights import Weights
 from umv2.training.state import TrainState, abstract_weights
 
-# What may change when a run goes on: how the same numbers are computed, shown and kept.
+# Fields that may change when a run resumes: they affect only how results are computed, logged and
+# stored.
 RUNTIME_FIELDS = (
     "train.log_interval_steps",
     "train.evaluation_interval_steps",
@@ -61,24 +62,24 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 class CheckpointError(UserError):
-    """There is no checkpoint that can be read, or it is one of another model."""
+    """No checkpoint can be read or written, or it is of another model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A trained model, without what only training needs."""
+    """The step and weights of a checkpoint."""
 
     step: int
     weights: Weights
 
 
 class Checkpointer:
-    """Saves the train state in the background, and restores the newest good one.
+    """Saves the train state in the background, and restores the newest valid checkpoint.
 
-    A checkpoint appears under its name once it is complete; what a killed process left unfinished
-    is removed. The `keep` newest are kept. What was saved is opened again before the next save. A
-    save that the disk refuses is given up with a warning, and the next one tries again. Use it as
-    a context: leaving it waits for the disk.
+    A checkpoint gets its name only once it is complete; unfinished ones left by a killed process
+    are removed. The `keep` newest are kept. Each checkpoint is read back before the next save. If
+    the disk fails transiently, the save is abandoned with a warning, and the next one tries again.
+    Use it as a context manager, which waits for pending writes on exit.
     """
 
     def __init__(
@@ -89,22 +90,22 @@ class Checkpointer:
         config: dict[str, Any],
         data: Mapping[str, Any] | None = None,
     ):
-        """Makes the folder.
+        """Creates the folder.
 
         Args:
-          directory: of the checkpoints of one run.
-          keep: how many to keep.
-          config: of the run, as nested dicts.
-          data: `pipeline.Identity` of what it is trained on, as a dict; None: not known.
+          directory: folder for the checkpoints of one run.
+          keep: number of checkpoints to keep.
+          config: configuration of the run, as nested dicts.
+          data: the `corpus.Identity` of the training data, as a dict; None if unknown.
 
         Raises:
-          FileError: a folder that cannot be made, or whose name checkpoints cannot have.
-          CheckpointError: the processes of the run do not share it.
+          FileError: the folder cannot be created, or its path has unsupported characters.
+          UserError: the processes of the run do not share the folder.
         """
         check_name(directory)
         self._directory, self._config, self._data = directory.absolute(), config, data
-        self._saving: int | None = None  # the step whose save has begun and is not yet checked
-        self._failed: str | None = None  # why the last save was given up
+        self._saving: int | None = None  # step of the save that is not yet verified
+        self._failed: str | None = None  # reason why the last save was abandoned
         distributed.require_shared(self._directory)
         with files.errors(self._directory):
             self._manager = _open(
@@ -118,25 +119,25 @@ class Checkpointer:
         return self
 
     def _report_unless_late(self, raised: "sys.UnraisableHookArgs") -> None:
-        """Leaves out the writes of a failed save that end when orbax waits for them no more."""
+        """Ignores errors of writes that outlive a failed save, for which orbax no longer waits."""
         if str(raised.exc_value) != "Event loop is closed":
             self._hook(raised)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
             self._settle()
         finally:
             self._manager.close()
             sys.unraisablehook = self._hook
-        if kind is None:
+        if error_type is None:
             self._require_saved()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begins to save; returns as soon as the state may be donated.
+        """Starts a save; returns as soon as the state may be donated.
 
         Raises:
-          CheckpointError: there is a checkpoint of this step or a later one, or the last one that
-            was saved cannot be read.
+          CheckpointError: there is a checkpoint of this step or a later one, or the previously
+            saved one cannot be read.
         """
         self._settle()
         arrays = _named(state)
@@ -155,8 +156,8 @@ class Checkpointer:
         )
         try:
             started = self._manager.save(step, args=args)
-        except Exception as error:  # orbax and tensorstore raise all kinds
-            self._give_up(step, error)
+        except Exception as error:  # orbax and tensorstore raise many types
+            self._abandon_save(step, error)
             return
         if not started:
             raise CheckpointError(
@@ -165,10 +166,10 @@ class Checkpointer:
         self._saving = step
 
     def wait(self) -> None:
-        """Returns when what was saved last is on disk and can be read.
+        """Waits until the last save is on disk and verified.
 
         Raises:
-          CheckpointError: it is not; the message says why, and which one is the newest.
+          CheckpointError: the save failed; the message gives the reason and the newest checkpoint.
         """
         self._settle()
         self._require_saved()
@@ -181,71 +182,71 @@ class Checkpointer:
             )
 
     def _settle(self) -> None:
-        """Waits for the save that has begun, if any, and opens what it wrote."""
+        """Waits for a pending save, if any, and reads back what it wrote."""
         step, self._saving = self._saving, None
         if step is None:
             return
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # orbax and tensorstore raise all kinds
-            self._give_up(step, error)
+        except Exception as error:  # orbax and tensorstore raise many types
+            self._abandon_save(step, error)
             return
         self._failed = None
-        with _open_to_read(self._directory) as manager, _without_abandoned_work() as failures:
+        with _open_to_read(self._directory) as manager, _silence_abandoned_work() as failures:
             try:
                 _check_step(_read_metadata(manager, step), step)
                 _restore_arrays(manager, step, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
-            except Exception as error:  # orbax and tensorstore raise all kinds
+            except Exception as error:  # orbax and tensorstore raise many types
                 failures.append(why := _reason(error))
-                if _is_passing(error):
-                    logging.warning("step %d is saved, but not checked: %s", step, why)
+                if _is_transient(error):
+                    logging.warning("step %d was saved, but could not be verified: %s", step, why)
                     return
                 raise CheckpointError(
                     f"{self._directory / str(step)}: was saved, but cannot be read: {why}"
                 ) from error
 
-    def _give_up(self, step: int, error: Exception) -> None:
-        """Forgets a save that failed for a reason that may pass, and removes what it left.
+    def _abandon_save(self, step: int, error: Exception) -> None:
+        """Abandons a save that failed with a transient error, and removes its files.
 
         Raises:
-          Exception: `error`, where its reason is another.
+          Exception: `error`, if it is not transient.
         """
-        if not _is_passing(error):
+        if not _is_transient(error):
             raise error
         self._failed = f"step {step} could not be saved: {_reason(error)}"
-        logging.warning("%s; the next save tries again", self._failed)
-        with _without_abandoned_work() as failures:
+        logging.warning("%s; the next save will try again", self._failed)
+        with _silence_abandoned_work() as failures:
             failures.append(self._failed)
             if jax.process_index() == 0:
                 self._remove_unfinished()
             self._manager.reload()
 
     def _remove_unfinished(self) -> None:
-        for _ in range(10):  # a write that nobody waits for any more may still add a file
-            found = list(self._directory.glob("*.orbax-checkpoint-tmp*"))
-            if not found:
+        for _ in range(10):  # an abandoned write may still create files
+            unfinished = list(self._directory.glob("*.orbax-checkpoint-tmp*"))
+            if not unfinished:
                 return
-            for folder in found:
+            for folder in unfinished:
                 shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.1)
 
     def latest_step(self) -> int | None:
-        """Returns the newest step, be its checkpoint good or damaged."""
+        """Returns the newest step, whether or not its checkpoint is damaged."""
         return self._manager.latest_step()
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """Returns the newest good checkpoint; damaged ones are skipped with a warning.
+        """Restores the newest valid checkpoint, skipping damaged ones with a warning.
 
-        The skipped are renamed to `damaged_<step>`, so that the run can save their steps again.
+        Damaged checkpoints are renamed to `damaged_<step>`, so that their steps can be saved again.
 
         Args:
-          abstract: shapes, dtypes and shardings. What has no sharding of its own is replicated
-            over the mesh in use.
+          abstract: shapes, dtypes and shardings of the state. Arrays without a sharding are
+            replicated over the current mesh.
 
         Raises:
-          ConfigError: the checkpoint's configuration differs in more than `RUNTIME_FIELDS`, or it
-            was trained on other data.
-          CheckpointError: none can be read, or its arrays are not those of `abstract`.
+          ConfigError: the checkpoint's configuration differs in more than `RUNTIME_FIELDS`, or the
+            run was trained on other data.
+          CheckpointError: no checkpoint can be read, or its arrays do not match `abstract`.
         """
         wanted = _named(abstract)
 
@@ -256,59 +257,60 @@ class Checkpointer:
             check_data(metadata.get("data"), self._data)
             _check_arrays(metadata["arrays"], wanted)
             arrays = _read_arrays(manager, step, wanted, metadata["checksums"])
-            state = _unnamed(abstract, arrays)
-            _check_step({"step": int(state.step)}, step)  # metadata of before named none
+            state = _from_named(abstract, arrays)
+            _check_step({"step": int(state.step)}, step)  # old metadata has no step
             return step, state
 
         with _open_to_read(self._directory) as manager:
-            step, state = _newest(manager, read)
-        self._set_aside_after(step)
+            step, state = _read_newest(manager, read)
+        self._rename_damaged(after=step)
         return state
 
-    def _set_aside_after(self, step: int) -> None:
+    def _rename_damaged(self, *, after: int) -> None:
+        """Renames the checkpoints of later steps, which are damaged."""
         if jax.process_index() == 0:
-            for later in self._manager.all_steps():
-                if later > step:
-                    aside = self._directory / f"damaged_{later}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    (self._directory / str(later)).rename(aside)
+            for step in self._manager.all_steps():
+                if step > after:
+                    renamed = self._directory / f"damaged_{step}"
+                    shutil.rmtree(renamed, ignore_errors=True)
+                    (self._directory / str(step)).rename(renamed)
         ocp.multihost.sync_global_processes("umv2_checkpoints_set_aside")
         self._manager.reload()
 
 
 def saved_config(directory: Path) -> dict[str, Any]:
-    """Returns the configuration, as nested dicts, of the newest checkpoint that can tell it.
+    """Returns the configuration of the newest checkpoint with readable metadata, as nested dicts.
 
     Raises:
       CheckpointError: there is none.
     """
-    return _saved(directory)["config"]
+    return _saved_metadata(directory)["config"]
 
 
 def saved_data(directory: Path) -> dict[str, Any] | None:
-    """Returns what the run was trained on, as `pipeline.Identity` has it; None: it is not known.
+    """Returns the `corpus.Identity` of the run's training data, as a dict; None if unknown.
 
     Raises:
-      CheckpointError: there is no checkpoint that can tell.
+      CheckpointError: there is no checkpoint with readable metadata.
     """
-    return _saved(directory).get("data")
+    return _saved_metadata(directory).get("data")
 
 
-def _saved(directory: Path) -> dict[str, Any]:
+def _saved_metadata(directory: Path) -> dict[str, Any]:
     def read(step: int) -> dict[str, Any]:
         metadata = _read_metadata(manager, step)
         _check_step(metadata, step)
         return metadata
 
     with _open_to_read(directory) as manager:
-        return _newest(manager, read)
+        return _read_newest(manager, read)
 
 
 def restore_for_inference(directory: Path, config: Config) -> Restored:
-    """Returns the model of the newest good checkpoint; the optimizer's arrays are not read.
+    """Restores the weights of the newest valid checkpoint, without reading the optimizer state.
 
     Raises:
-      CheckpointError: none can be read, or it is not a model of this configuration.
+      CheckpointError: no checkpoint can be read, or it does not match the model configuration.
     """
     abstract = abstract_weights(config)
     wanted = abstract.named()
@@ -320,10 +322,10 @@ def restore_for_inference(directory: Path, config: Config) -> Restored:
         parts = {field.name for field in dataclasses.fields(Weights)}
         _check_arrays({k: v for k, v in saved if k.partition("/")[0] in parts}, wanted)
         arrays = _read_arrays(manager, step, wanted, metadata["checksums"])
-        return Restored(step=step, weights=_unnamed(abstract, arrays))
+        return Restored(step=step, weights=_from_named(abstract, arrays))
 
     with _open_to_read(directory) as manager:
-        return _newest(manager, read)
+        return _read_newest(manager, read)
 
 
 def essential_differences(
@@ -331,9 +333,9 @@ def essential_differences(
     current: Mapping[str, Any],
     runtime_fields: Sequence[str] = RUNTIME_FIELDS,
 ) -> list[str]:
-    """Lists 'path: saved -> current' for the fields that differ and may not (patterns may).
+    """Lists 'path: saved -> current' for the differing fields that match no runtime pattern.
 
-    A field that is younger than what was saved had its default then.
+    A field that did not exist when the configuration was saved counts as having its default.
     """
     return [
         line
@@ -347,23 +349,24 @@ def check_config(
     current: Mapping[str, Any],
     runtime_fields: Sequence[str] = RUNTIME_FIELDS,
 ) -> None:
-    """Compares the configuration of a checkpoint with that of the run which is to continue it.
+    """Checks that a run with the configuration `current` may resume a checkpoint.
 
     Raises:
-      ConfigError: they differ in more than the runtime fields (patterns); one line for each field.
+      ConfigError: the configurations differ in fields that match no runtime pattern; the message
+        has one line per field.
     """
     if differences := essential_differences(saved, current, runtime_fields):
         raise ConfigError(
-            "the checkpoint has another configuration (saved -> given):\n  "
+            "the checkpoint has a different configuration (saved -> given):\n  "
             + "\n  ".join(differences)
         )
 
 
 def check_data(saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None) -> None:
-    """Compares what a run was trained on with what it is to go on with; None is not known.
+    """Checks that a run resumes on the data that it was trained on; None is unknown data.
 
     Raises:
-      ConfigError: the tokenizer or the documents are others.
+      ConfigError: the tokenizer or the documents differ.
     """
     if saved is None or current is None:
         return
@@ -371,48 +374,48 @@ def check_data(saved: Mapping[str, Any] | None, current: Mapping[str, Any] | Non
     if saved["documents"] != current["documents"]:
         raise ConfigError(
             "data: the documents are not those that the run was trained on"
-            f" ({_described(saved)}; now {_described(current)}); restore them, or start a run in"
+            f" ({_summary(saved)}; now {_summary(current)}); restore them, or start a new run in"
             " another --workdir"
         )
 
 
 def check_tokenizer(saved: Mapping[str, Any] | None, fingerprint: str) -> None:
-    """Compares the tokenizer that a run was trained with with another, by their content.
+    """Checks that a tokenizer has the same content as the one that a run was trained with.
 
     Raises:
-      ConfigError: they differ.
+      ConfigError: the contents differ.
     """
     if saved is not None and saved["tokenizer"] and fingerprint != saved["tokenizer"]:
         raise ConfigError(
-            "data.tokenizer: its content is not that of the tokenizer that the run was trained"
-            " with, whatever its path; restore the file, or start a run in another --workdir"
+            "data.tokenizer: its content differs from the tokenizer that the run was trained with;"
+            " restore the file, or start a new run in another --workdir"
         )
 
 
-def _described(data: Mapping[str, Any]) -> str:
+def _summary(data: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in data["description"].items())
 
 
 def check_name(directory: Path) -> None:
-    """Refuses folders that the checkpoint library would read as patterns of names.
+    """Rejects paths that orbax would interpret as glob patterns.
 
     Raises:
       FileError: the absolute path has one of the characters * ? [ ] or a backslash.
     """
-    if found := sorted(set(str(directory.absolute())) & set("*?[]\\")):
+    if invalid := sorted(set(str(directory.absolute())) & set("*?[]\\")):
         raise files.FileError(
-            f"{directory.absolute()}: the path of a run may not hold {' '.join(found)}"
+            f"{directory.absolute()}: the path of a run must not contain {' '.join(invalid)}"
         )
 
 
 def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
     for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
-        logger.addFilter(_is_no_chatter)  # a logger keeps a filter once
+        logger.addFilter(_is_not_from_orbax)  # adding a filter again has no effect
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(**options),
         item_handlers={
-            # Trained weights hardly compress (8 %), and trying to takes most of the time.
+            # Trained weights compress by only 8 %, and compression would take most of the time.
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),
             "metadata": ocp.JsonCheckpointHandler(),
         },
@@ -425,51 +428,53 @@ def _open_to_read(directory: Path) -> ocp.CheckpointManager:
         if not directory.is_dir():
             raise CheckpointError(f"there is no checkpoint: {directory} does not exist")
 
-    distributed.everywhere(check)
-    # Each process reads by itself: orbax's barriers would wait for one that cannot.
-    itself = ocp.options.MultiprocessingOptions(
+    distributed.on_all_processes(check)
+    # Each process reads independently: orbax's barriers would wait for a process that failed.
+    options = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
-    return _open(directory.absolute(), create=False, read_only=True, multiprocessing_options=itself)
+    return _open(
+        directory.absolute(), create=False, read_only=True, multiprocessing_options=options
+    )
 
 
-def _is_no_chatter(record: std_logging.LogRecord) -> bool:
-    """Keeps from the terminal what orbax says; what goes wrong it also raises, to be said here."""
-    said = record.pathname + record.getMessage()
-    return "orbax" not in said and "exception was never retrieved" not in said
+def _is_not_from_orbax(record: std_logging.LogRecord) -> bool:
+    """Filters out the log of orbax, which also raises its errors; they are reported here."""
+    text = record.pathname + record.getMessage()
+    return "orbax" not in text and "exception was never retrieved" not in text
 
 
 @contextlib.contextmanager
-def _without_abandoned_work() -> Iterator[list[str]]:
-    """Keeps quiet what orbax abandons when a read or write fails, whose error alone it raises.
+def _silence_abandoned_work() -> Iterator[list[str]]:
+    """Silences the tasks that orbax abandons when a read or write fails; only its error is raised.
 
-    Yields a list of the failures, for those within to add to.
+    Yields a list to which the caller appends failures.
     """
     hook, failures = sys.unraisablehook, list[str]()
     sys.unraisablehook = lambda _: None
     try:
         yield failures
     finally:
-        if failures:  # what they abandoned speaks when it is collected, which takes a while
+        if failures:  # abandoned tasks warn when they are garbage-collected, so do that here
             with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
                 gc.collect()
         sys.unraisablehook = hook
 
 
-def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
-    """Returns what `read` makes of the newest checkpoint that it does not find damaged."""
-    with _without_abandoned_work() as faults:
+def _read_newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
+    """Returns `read(step)` for the newest checkpoint that is not damaged."""
+    with _silence_abandoned_work() as faults:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 return read(step)
             except (ConfigError, CheckpointError):
                 raise
-            except Exception as error:  # orbax, tensorstore and json raise all kinds
+            except Exception as error:  # orbax, tensorstore and json raise many types
                 path = manager.directory / str(step)
                 faults.append(f"{path} ({type(error).__name__}: {_reason(error)})")
-                if _is_passing(error):
+                if _is_transient(error):
                     raise CheckpointError(
-                        f"{path}: cannot be read now, and may be good: {_reason(error)}"
+                        f"{path}: cannot be read now, but may be valid: {_reason(error)}"
                     ) from error
                 logging.warning("skipping a damaged checkpoint: %s", faults[-1])
     if faults:
@@ -479,7 +484,7 @@ def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> T:
 
 def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    return distributed.everywhere(lambda: manager.restore(step, args=args).metadata)
+    return distributed.on_all_processes(lambda: manager.restore(step, args=args).metadata)
 
 
 def _read_arrays(
@@ -488,7 +493,7 @@ def _read_arrays(
     wanted: Mapping[str, Any],
     checksums: Mapping[str, int],
 ) -> dict[str, Array]:
-    """Reads the wanted arrays alone, and checks that they are what was saved."""
+    """Reads only the wanted arrays, and verifies their checksums."""
     arrays = _restore_arrays(manager, step, wanted)
     changed = [
         name
@@ -496,7 +501,7 @@ def _read_arrays(
         if checksum != checksums[name]
     ]
     if changed:
-        raise ValueError(f"not what was saved: {', '.join(changed)}")
+        raise ValueError(f"checksum mismatch: {', '.join(changed)}")
     return arrays
 
 
@@ -513,24 +518,24 @@ def _restore_arrays(
         partial_restore=True,
     )
     args = ocp.args.Composite(state=state_args)
-    return distributed.everywhere(lambda: manager.restore(step, args=args).state)
+    return distributed.on_all_processes(lambda: manager.restore(step, args=args).state)
 
 
 def _check_step(metadata: Mapping[str, Any], step: int) -> None:
-    """Raises ValueError for a folder that was renamed after it was saved."""
+    """Raises ValueError if the checkpoint's folder was renamed."""
     if (saved := metadata.get("step", step)) != step:
-        raise ValueError(f"the folder of step {step} holds step {saved}: it was renamed")
+        raise ValueError(f"the folder of step {step} contains step {saved}: it was renamed")
 
 
-# What `files.PASSING_ERRNOS` are in the messages of tensorstore and of jax.
-_PASSING_STATUS = re.compile(
+# Status codes in messages of tensorstore and jax that correspond to `files.TRANSIENT_ERRNOS`.
+_TRANSIENT_STATUS = re.compile(
     r"^(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b"
 )
 _OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and what it came from."""
+    """Yields an error and the chain of its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -539,22 +544,22 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _errno(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = _OS_ERROR_CODE.search(str(error))
-    return int(found[1]) if found else None
+    match = _OS_ERROR_CODE.search(str(error))
+    return int(match[1]) if match else None
 
 
-def _is_passing(error: BaseException) -> bool:
-    """Tells whether an error is of the machine at this moment, not of what was read or written."""
+def _is_transient(error: BaseException) -> bool:
+    """Returns whether an error comes from the state of the machine, not from the checkpoint."""
     return any(
         isinstance(cause, MemoryError)
-        or _errno(cause) in files.PASSING_ERRNOS
-        or _PASSING_STATUS.match(str(cause))
+        or _errno(cause) in files.TRANSIENT_ERRNOS
+        or _TRANSIENT_STATUS.match(str(cause))
         for cause in _causes(error)
     )
 
 
 def _reason(error: BaseException) -> str:
-    """Returns in one line why something could not be read or written."""
+    """Returns the reason for a failed read or write, on one line."""
     for cause in _causes(error):
         if number := _errno(cause):
             return os.strerror(number)
@@ -562,7 +567,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _sharding(leaf: Any) -> Sharding:
-    """The sharding of an abstract array, on the devices of the mesh in use."""
+    """Returns the sharding of an abstract array on the devices of the current mesh."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return SingleDeviceSharding(jax.devices()[0])
@@ -571,10 +576,10 @@ def _sharding(leaf: Any) -> Sharding:
 
 @jax.jit
 def _checksums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
-    """Sums the mixed bits of each array modulo 2^32, so that order and sharding do not matter.
+    """Returns a checksum of each array that does not depend on its sharding.
 
-    What the disk returns has no checksum of its own, and a missing chunk reads as zeros. Without
-    mixing, two flips of a sign bit would cancel.
+    The words of an array are hashed and summed modulo 2^32; without the hash, two flipped sign bits
+    would cancel. Stored chunks have no checksums of their own, and missing ones read as zeros.
     """
 
     def checksum(array: Array) -> Array:
@@ -595,7 +600,7 @@ def _check_arrays(saved: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, A
     )
     if differences:
         raise CheckpointError(
-            "the checkpoint is one of another model (saved -> expected):\n  "
+            "the checkpoint does not match the model (saved -> expected):\n  "
             + "\n  ".join(differences)
         )
 
@@ -605,10 +610,10 @@ def _describe(array: Any) -> dict[str, Any]:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree under their paths, in the tree's order."""
+    """Returns the leaves of a tree by path name, in tree order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _unnamed(abstract: Any, arrays: Mapping[str, Array]) -> Any:
-    """Returns the tree whose leaves `_named` took apart."""
+def _from_named(abstract: Any, arrays: Mapping[str, Array]) -> Any:
+    """Rebuilds a tree from its named leaves; the inverse of `_named`."""
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in _named(abstract)])

@@ -1,4 +1,4 @@
-"""The health of memory layers and routers, as a run reports it."""
+"""Health metrics of memory layers and routers, as logged during training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ Usage = Mapping[str, Int[Array, "l choices"]]
 
 def hits(stats: ModelStats) -> dict[str, Int[Array, "l choices"]]:
     """Returns how often each layer selected each of its choices, by slot."""
-    found = {"memory": stats.memory, "router": stats.feed_forward.router}
+    slots = {"memory": stats.memory, "router": stats.feed_forward.router}
     return {
         name: slot.hits
-        for name, slot in found.items()
+        for name, slot in slots.items()
         if slot is not None and slot.hits is not None
     }
 
 
 def without_hits(stats: ModelStats) -> ModelStats:
-    """Leaves out the hits, which the state accumulates: they are large."""
+    """Drops the hits, which are large, and which the train state accumulates."""
 
     def strip[S: (MemoryStats, RouterStats)](slot: S) -> S:
         return slot if slot.hits is None else dataclasses.replace(slot, hits=slot.hits[:, :0])
@@ -44,36 +44,36 @@ def without_hits(stats: ModelStats) -> ModelStats:
 def arrays(
     config: ModelConfig, stats: ModelStats, usage: Usage, weights: Weights
 ) -> dict[str, Float[Array, " l"]]:
-    """Returns what to watch of every layer that chooses; small enough to send to the host.
+    """Returns the health metrics of memory layers and routers; small enough to send to the host.
 
     Args:
-      config: of the model.
-      stats: of a step; its hits are not read.
+      config: model configuration.
+      stats: statistics of a step; the hits are not read.
       usage: hits of each row ("memory") and expert ("router") since the last log.
-      weights: of the model.
+      weights: weights of the model.
 
     Returns:
-      For each memory layer: coverage, the fraction of its rows that were hit; uniform_kl, nats from
-      the uniform distribution to that of the hits; output_std and, where blocks have an FFN,
-      output_to_ffn_std; top_score and last_score, means of the first and last selected score; what
-      the layer itself adds (`MemorySlot.health`). For each router the same under names that begin
-      with "expert_", and its balance_loss and router_z_loss.
+      For each memory layer: coverage, the fraction of its rows that were hit; uniform_kl, the KL
+      divergence of the distribution of hits from the uniform one, in nats; output_std and, if
+      blocks have an FFN, output_to_ffn_std; top_score and last_score, the means of the first and
+      last selected score; and the layer's own metrics (`MemorySlot.health`). For each router: the
+      same with the prefix "expert_", and its balance_loss and router_z_loss.
     """
     health: dict[str, Array] = {}
     ffn_variance = stats.feed_forward.ffn_variance if config.ffn_size else None
     if stats.memory is not None:
         blocks = np.array([write for _, write in config.placements])
-        beside = None if ffn_variance is None else ffn_variance[blocks]
-        health |= _of_selection(stats.memory, usage.get("memory"), beside)
+        parallel_ffn_variance = None if ffn_variance is None else ffn_variance[blocks]
+        health |= _selection_health(stats.memory, usage.get("memory"), parallel_ffn_variance)
         health |= weights.model(config).memory.health()
     if (router := stats.feed_forward.router) is not None:
-        found = _of_selection(router, usage.get("router"), ffn_variance)
-        health |= {f"expert_{name}": values for name, values in found.items()}
+        of_experts = _selection_health(router, usage.get("router"), ffn_variance)
+        health |= {f"expert_{name}": values for name, values in of_experts.items()}
         health |= {"balance_loss": router.balance_loss, "router_z_loss": router.z_loss}
     return health
 
 
-def _of_selection(
+def _selection_health(
     stats: MemoryStats | RouterStats,
     usage: Int[Array, "l choices"] | None,
     ffn_variance: Float[Array, " l"] | None,
@@ -95,8 +95,8 @@ def _of_selection(
     return health
 
 
-def fetched(health: Mapping[str, Array]) -> dict[str, float]:
-    """Fetches health arrays as a flat record: 'coverage/layer_1' is the first memory layer's."""
+def fetch(health: Mapping[str, Array]) -> dict[str, float]:
+    """Fetches health arrays to the host as a flat record with keys such as 'coverage/layer_1'."""
     return {
         f"{name}/layer_{index}": float(value)
         for name, values in jax.device_get(dict(health)).items()
@@ -105,7 +105,7 @@ def fetched(health: Mapping[str, Array]) -> dict[str, float]:
 
 
 def describe(stats: ModelStats) -> str:
-    """Says every statistic of every block and memory layer, from the first on, in one line."""
+    """Formats the statistics of all blocks and memory layers, in order, on one line."""
     return "; ".join(
         f"{jax.tree_util.keystr(path, simple=True, separator='.')}:"
         f" {', '.join(f'{value:.3g}' for value in np.asarray(leaf))}"

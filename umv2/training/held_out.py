@@ -16,13 +16,13 @@ from umv2.data.corpus import Corpus
 from umv2.data.loader import held_out_batches
 from umv2.model.weights import Weights
 from umv2.training import losses
-from umv2.training.progress import working
+from umv2.training.progress import show_progress
 from umv2.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """How well a model predicts a text; what is of bytes is None where none are known."""
+    """The loss on a text; fields in bytes are None if the number of bytes is unknown."""
 
     loss_nats_per_token: float
     perplexity: float
@@ -31,27 +31,28 @@ class HeldOut:
     num_bytes: int | None
 
     def metrics(self) -> dict[str, float]:
-        """Returns the measures under the names that they are logged by."""
-        measures = {
+        """Returns the metrics under the names by which they are logged."""
+        metrics = {
             "held_out_loss": self.loss_nats_per_token,
             "held_out_perplexity": self.perplexity,
             "held_out_bits_per_byte": self.bits_per_byte,
         }
-        return {name: value for name, value in measures.items() if value is not None}
+        return {name: value for name, value in metrics.items() if value is not None}
 
     def __str__(self) -> str:
-        text = f"loss {self.loss_nats_per_token:.4f} nats a token, perplexity {self.perplexity:.3f}"
-        return (
-            text if self.bits_per_byte is None else f"{text}, {self.bits_per_byte:.4f} bits a byte"
-        )
+        text = f"loss {self.loss_nats_per_token:.4f} nats per token"
+        text += f", perplexity {self.perplexity:.3f}"
+        if self.bits_per_byte is not None:
+            text += f", {self.bits_per_byte:.4f} bits per byte"
+        return text
 
 
 def make_evaluation_step(
     config: ModelConfig, *, mask_across_documents: bool
 ) -> Callable[[Weights, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Returns the compiled function (weights, batch) -> (nats, weight).
+    """Returns the jitted function (weights, batch) -> (nats, weight).
 
-    Both are sums over the tokens of the global batch, the same on every process.
+    Both results are sums over the tokens of the global batch, replicated on every process.
     """
 
     @jax.jit
@@ -74,13 +75,15 @@ def evaluate(
     mesh: Mesh,
     num_bytes: int | None,
 ) -> HeldOut:
-    """Evaluates one pass over a text; batches are added up in float64.
+    """Evaluates one pass over a text, summing over batches in float64.
 
     Args:
-      evaluation_step: of `make_evaluation_step`, with the weights given.
-      batches: the `sharding.local_rows` of each; all of one shape, filled up with weight 0.
-      mesh: the devices that shard the rows.
-      num_bytes: of the text in UTF-8, where each of its tokens is one target of weight 1.
+      evaluation_step: the function of `make_evaluation_step`, with the weights bound.
+      batches: the `sharding.local_rows` of each batch, all of the same shape, padded with rows of
+        weight 0.
+      mesh: mesh over which batches are sharded.
+      num_bytes: number of UTF-8 bytes of the text, each of whose tokens must be a target with
+        weight 1 once; None if unknown.
     """
     total_nats = total_weight = 0.0
     with jax.set_mesh(mesh):
@@ -91,7 +94,7 @@ def evaluate(
     loss = total_nats / total_weight
     return HeldOut(
         loss_nats_per_token=loss,
-        perplexity=float(np.exp(loss)),  # math.exp would raise for a model that diverged
+        perplexity=float(np.exp(loss)),  # math.exp would raise OverflowError after divergence
         bits_per_byte=total_nats / (math.log(2) * num_bytes) if num_bytes else None,
         num_tokens=round(total_weight),
         num_bytes=num_bytes,
@@ -107,14 +110,14 @@ def evaluate_corpus(
 ) -> HeldOut:
     """Evaluates one pass over the held-out documents of a corpus, with a progress bar.
 
-    The end-of-text after each document is a token to predict, too, of no bytes.
+    The end-of-text token after each document is predicted too, but counts no bytes.
     """
     batch_size = config.evaluation.batch_size
     rows = sharding.local_rows(mesh, batch_size)
     batches = held_out_batches(corpus, config.data, batch_size=batch_size, rows=rows)
     with (
         contextlib.closing(batches),
-        working("evaluating", batches.num_batches, "batches") as advance,
+        show_progress("evaluating", batches.num_batches, "batches") as advance,
     ):
 
         def step(batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:

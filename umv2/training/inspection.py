@@ -1,4 +1,4 @@
-"""What a configuration builds: every parameter, and how many there are by part."""
+"""Inspection of a configuration: its parameters, their counts, and FLOPs."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """The resolved configuration, its parameters and their counts."""
+    """The resolved configuration, its parameters, their counts, and FLOPs per token."""
 
     config: Config
     parameters: tuple[Parameter, ...]
@@ -38,7 +38,7 @@ class Inspection:
     flops_per_token: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values."""
+        """Returns all fields as plain values, for JSON."""
         return {
             "config": to_dict(self.config),
             "parameters": [dataclasses.asdict(parameter) for parameter in self.parameters],
@@ -47,10 +47,10 @@ class Inspection:
         }
 
     def as_text(self, width: int | None = None) -> str:
-        """Returns the configuration and tables of parameters and of counts.
+        """Returns the configuration and tables of parameters, counts and FLOPs.
 
         Args:
-          width: columns that they take at most; None: as many as the terminal has.
+          width: maximum width in columns; None: that of the terminal.
         """
         rows = [("parameter", "shape", "dtype", "sharding", "optimizer group", "entries")]
         for p in self.parameters:
@@ -67,10 +67,10 @@ class Inspection:
 
 
 def inspect(config: Config) -> Inspection:
-    """Lists what the configuration would build, without building it.
+    """Lists the parameters of a configuration, without creating them.
 
     Raises:
-      ConfigError: a mesh that cannot shard the value tables.
+      ConfigError: the mesh cannot shard the value tables.
     """
     sizes = sharding.axis_sizes(config.mesh, num_devices=1)
     num_tokens = config.train.batch_size * config.data.sequence_length

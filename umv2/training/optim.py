@@ -1,6 +1,6 @@
-"""AdamW with a group for every parameter, and a transformation of its own for the value tables.
+"""AdamW with parameter groups, and a separate optimizer for the value tables.
 
-The group of a parameter, which has its own weight decay, stands in its declaration.
+A parameter's declaration gives its group, which determines its weight decay.
 """
 
 import functools
@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from umv2.config import OptimizerConfig
-from umv2.config.schema import named
+from umv2.config.schema import resolve_name
 from umv2.model.memory.store import ValueStore
 from umv2.model.parameter import Declaration, path_name
 from umv2.model.weights import Weights
@@ -22,10 +22,11 @@ from umv2.types import struct
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Returns the learning rate of all parameters but the value tables, from the step count.
+    """Returns the learning rate schedule of all parameters except the value tables.
 
-    Linear warm-up from 0 to the peak at `warmup_steps`; then constant, or a cosine that reaches
-    final_fraction of the peak at `num_steps`, from the end of warm-up or from `decay_start_step`.
+    Linear warm-up from 0 to the peak at `warmup_steps`, then constant, or a cosine decay that
+    starts after warm-up or at `decay_start_step` and reaches `final_fraction` of the peak at
+    `num_steps`.
     """
     constant = _after_warmup(config, optax.constant_schedule(config.learning_rate))
     if config.schedule == "constant":
@@ -38,11 +39,11 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def values_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Returns the learning rate of the value tables (section 4.2.9), from the step count.
+    """Returns the learning rate schedule of the value tables (section 4.2.9).
 
-    `multiplier`: the schedule of the model times a factor that falls linearly from
-    values_multiplier to values_final_multiplier over the first values_decay_fraction of training,
-    and stays there. `constant`: values_learning_rate after the same warm-up.
+    multiplier: the schedule of the other parameters times a factor that changes linearly from
+    `values_multiplier` to `values_final_multiplier` over the first `values_decay_fraction` of
+    training and is then constant. constant: `values_learning_rate` after the same warm-up.
     """
     if config.values_schedule == "constant":
         return _after_warmup(config, optax.constant_schedule(config.values_learning_rate))
@@ -57,17 +58,17 @@ def values_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Sched
 
 @struct
 class OptimizerState:
-    """AdamW's moments and step count, of the model and of the value store."""
+    """Optimizer states of the parameters (`model`) and of the value tables (`store`)."""
 
     model: optax.OptState
     store: optax.OptState
 
 
 class Optimizer:
-    """AdamW after a clip of the gradient norm that model and store have together.
+    """AdamW with clipping by the global gradient norm, value tables included.
 
-    The store has its own transformation: its learning rate has a schedule of its own. Weight decay
-    is decoupled, and scaled by the learning rate (arXiv 1711.05101).
+    The value tables have their own optimizer and learning rate schedule. Weight decay is decoupled
+    and scaled by the learning rate (arXiv 1711.05101).
     """
 
     def __init__(
@@ -79,15 +80,15 @@ class Optimizer:
 
         def decay(name: str) -> float:
             group = declared[f"params/{name}"].group
-            assert group is not None  # a parameter has one
+            assert group is not None  # only buffers have none
             return getattr(config.weight_decay, group)
 
         self._model = _adamw(config, self._schedule, decay)
-        make = named("optimizer.values_optimizer", config.values_optimizer, TABLE_OPTIMIZERS)
+        make = resolve_name("optimizer.values_optimizer", config.values_optimizer, TABLE_OPTIMIZERS)
         self._store = make(config, self._values_schedule)
 
     def init(self, params: Any, store: ValueStore | None) -> OptimizerState:
-        """Returns the state before the first step."""
+        """Returns the initial optimizer state."""
         return OptimizerState(model=self._model.init(params), store=self._store.init(store))
 
     def update(
@@ -98,7 +99,7 @@ class Optimizer:
         params: Any,
         store: ValueStore | None,
     ) -> tuple[Any, ValueStore | None, OptimizerState, Float[Array, ""]]:
-        """Returns params, store and state after a step, and the gradient norm before clipping."""
+        """Returns the updated params, store and state, and the gradient norm before clipping."""
         squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params_gradient)]
         norm = jnp.sqrt(functools.reduce(jnp.add, [*squares, *table_gradient.squares()]))
         scale = jnp.minimum(1.0, self._clip_norm / norm)
@@ -115,13 +116,13 @@ class Optimizer:
     def map_moments(
         self, function: Callable[[Any], Any], state: OptimizerState, of_weights: Weights, other: Any
     ) -> OptimizerState:
-        """Returns the state with values in place of its arrays.
+        """Maps the optimizer state to a tree of other values, such as shardings.
 
         Args:
-          function: of what stands in `of_weights` for a parameter; its result for each moment.
-          state: abstract or not.
-          of_weights: anything in place of the arrays.
-          other: in place of what belongs to no parameter: step counts.
+          function: maps the value in `of_weights` for a parameter to the value for its moments.
+          state: optimizer state, concrete or abstract.
+          of_weights: weights with arbitrary values in place of arrays.
+          other: value for leaves that belong to no parameter, such as step counts.
         """
 
         def mapped(transformation: Any, part: Any, tree: Any) -> Any:
@@ -139,7 +140,7 @@ class Optimizer:
         )
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """Returns the learning rates of the update that follows `step` updates."""
+        """Returns the learning rates of the next update after `step` updates."""
         return {
             "learning_rate": float(self._schedule(step)),
             "values_learning_rate": float(self._values_schedule(step)),
@@ -147,19 +148,19 @@ class Optimizer:
 
 
 def table_adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW for the value tables, of which every entry has moments."""
+    """Returns dense AdamW for the value tables: every entry has moments."""
     return _adamw(config, schedule, lambda _: config.weight_decay.values)
 
 
-# What `optimizer.values_optimizer` may name: functions of the optimizer's section and the schedule
-# of learning rates that return a transformation of the gradient of a `ValueStore`.
+# Registry for `optimizer.values_optimizer`. Each function maps the optimizer configuration and a
+# learning rate schedule to an optax transformation of gradients of a `ValueStore`.
 TABLE_OPTIMIZERS: dict[
     str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
 ] = {"adamw": table_adamw}
 
 
 def _after_warmup(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Schedule:
-    """Rises linearly from 0 to the start of a schedule, over warmup_steps."""
+    """Prepends a linear warm-up of `warmup_steps` from 0 to the start of a schedule."""
     if config.warmup_steps == 0:
         return schedule
     warmup = optax.linear_schedule(0.0, schedule(0), config.warmup_steps)
@@ -169,7 +170,7 @@ def _after_warmup(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Sc
 def _adamw(
     config: OptimizerConfig, schedule: optax.Schedule, decay: Callable[[str], float]
 ) -> optax.GradientTransformation:
-    """AdamW with the weight decay that `decay` returns for the name of an array."""
+    """Returns AdamW with weight decay `decay(name)` for each array."""
 
     def decayed(path: Any, update: Array, parameter: Array) -> Array:
         return update + decay(path_name(path)) * parameter

@@ -1,4 +1,4 @@
-"""Says what goes on while a person waits: the creation of a state, a compilation, an evaluation."""
+"""Progress reports: bars on a terminal, log lines elsewhere."""
 
 import collections
 import contextlib
@@ -14,21 +14,23 @@ from absl import logging
 
 from umv2.hardware import mesh_peak_flops
 
-_TICK_SECONDS = 1.0  # on a terminal
-_LOG_SECONDS = 30.0  # elsewhere
+_TICK_SECONDS = 1.0  # update interval on a terminal
+_LOG_SECONDS = 30.0  # log interval elsewhere
 
 
 @contextlib.contextmanager
-def working(what: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[], None]]:
-    """Shows work while it lasts: time elapsed, and, given a `total`, how much of it is done.
+def show_progress(
+    what: str, total: int | None = None, unit: str = ""
+) -> Iterator[Callable[[], None]]:
+    """Shows the elapsed time of work in progress and, given a `total`, how much is done.
 
-    On a terminal that is a line which goes when the work ends; elsewhere a log line at the start,
-    and one every half minute. Processes other than the first are silent.
+    On a terminal this is a line that disappears at the end; elsewhere it is a log line at the start
+    and one every 30 seconds. Processes other than the first show nothing.
 
     Args:
-      what: goes on, such as "compiling the training step".
-      total: units of work; None where it has no parts.
-      unit: what they are.
+      what: description of the work, such as "compiling the training step".
+      total: number of units of work; None if unknown.
+      unit: name of the units.
 
     Yields:
       A function to call after each unit.
@@ -83,11 +85,11 @@ def working(what: str, total: int | None = None, unit: str = "") -> Iterator[Cal
             bar.close()
 
 
-class Announced[**P, T]:
-    """A compiled function whose first call, which compiles, is said to do so."""
+class ShowsCompilation[**P, T]:
+    """A jitted function whose first call shows that it compiles."""
 
     def __init__(self, function: Callable[P, T], what: str):
-        """Takes the function and what is compiled."""
+        """Wraps a jitted function, described by `what`."""
         self._function, self._what = function, what
         self._called = False
 
@@ -95,7 +97,7 @@ class Announced[**P, T]:
         """Calls the function."""
         if self._called:
             return self._function(*args, **kwargs)
-        with working(f"compiling {self._what}"):
+        with show_progress(f"compiling {self._what}"):
             result = self._function(*args, **kwargs)
         self._called = True
         return result
@@ -103,7 +105,7 @@ class Announced[**P, T]:
 
 @contextlib.contextmanager
 def logging_above_bars() -> Iterator[None]:
-    """Writes log lines above the bars of a terminal, not through them."""
+    """Writes log lines above the progress bars of a terminal."""
     handler = logging.get_absl_handler().python_handler
     previous = handler.setStream(tqdm.contrib.DummyTqdmFile(sys.stderr))
     try:
@@ -113,10 +115,10 @@ def logging_above_bars() -> Iterator[None]:
 
 
 class Progress:
-    """Shows how far training is: a bar on a terminal, a log line at each log interval elsewhere.
+    """Shows training progress: a bar on a terminal, a log line per log interval elsewhere.
 
-    Rates are those of the last `log_interval_steps` steps, without pauses and without the first
-    step, which compiles. Model FLOPs utilisation (MFU) is against the peak of the mesh's devices.
+    Rates are averages over the last `log_interval_steps` steps, excluding pauses and the first
+    step, which compiles. Model FLOPs utilisation (MFU) is relative to the peak FLOP/s of the mesh.
     """
 
     def __init__(
@@ -157,7 +159,7 @@ class Progress:
         self._open.close()
 
     def update(self, step: int, loss: float) -> None:
-        """Notes that a step is finished."""
+        """Records that a step is finished."""
         self._times.append((step, self._clock()))
         if self._bar is not None:
             self._bar.set_postfix_str(self._line(step, loss), refresh=False)
@@ -166,7 +168,7 @@ class Progress:
             logging.info("step %d/%d: %s", step, self._num_steps, self._line(step, loss))
 
     def rates(self) -> dict[str, float]:
-        """Returns tokens_per_second and mfu (a fraction), each where it is known."""
+        """Returns tokens_per_second and mfu (a fraction), as far as they are known."""
         seconds = self._seconds_per_step()
         if seconds is None:
             return {}
@@ -178,7 +180,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time within out of the rates."""
+        """Excludes the time in this context from the rates."""
         start = time.perf_counter()
         try:
             yield
@@ -202,6 +204,6 @@ class Progress:
             parts.append(f"MFU {100 * rates['mfu']:.1f} %")
         seconds = self._seconds_per_step()
         if seconds is not None:
-            left = seconds * (self._num_steps - step)
-            parts.append(f"{tqdm.tqdm.format_interval(left)} left")
+            remaining = seconds * (self._num_steps - step)
+            parts.append(f"{tqdm.tqdm.format_interval(remaining)} left")
         return ", ".join(parts)

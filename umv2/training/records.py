@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, TensorBoard and Weights & Biases."""
+"""Metric records of a run: metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import contextlib
 import json
@@ -23,15 +23,15 @@ Record = Mapping[str, int | float]
 
 
 class MetricWriter:
-    """Writes records to metrics.jsonl, TensorBoard and Weights & Biases, as the config says.
+    """Writes records to metrics.jsonl and, as configured, to TensorBoard and Weights & Biases.
 
-    Only the first process writes. A run that resumes after `first_step` drops what an earlier
-    attempt wrote about later steps, so that every curve is one curve. What the disk does not take
-    is kept, and written when it does.
+    Only the first process writes. A run that resumes after `first_step` drops the records of later
+    steps, so that each curve is continuous. If the disk is full, lines for metrics.jsonl are
+    buffered and written later.
 
     Raises:
       ConfigError: train.wandb_project is set, but wandb is not installed or cannot start.
-      FileError: the files cannot be made.
+      FileError: the files cannot be created.
     """
 
     def __init__(self, workdir: Path, config: Config, *, first_step: int):
@@ -40,7 +40,7 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         files.make_folder(workdir)
-        with contextlib.ExitStack() as stack:  # closes what is open when a later one fails
+        with contextlib.ExitStack() as stack:  # closes open sinks if a later one fails
             stack.callback(self._open.close)
             self._add_json_lines(workdir / METRICS_FILE, first_step)
             if config.train.tensorboard:
@@ -56,14 +56,14 @@ class MetricWriter:
         self._open.close()
 
     def write(self, step: int, record: Record) -> None:
-        """Adds a record of what was seen after `step` steps."""
+        """Writes the metrics after `step` steps."""
         for sink in self._sinks:
             sink(step, record)
 
     def _add_json_lines(self, path: Path, first_step: int) -> None:
-        """One JSON object a line: step, wall_time (seconds since 1970), and the record.
+        """Adds a sink that writes one JSON object per line: step, wall_time (Unix), and the record.
 
-        Numbers that are not finite become null, which JSON can say.
+        Non-finite numbers become null, since JSON has no NaN or infinity.
         """
         _drop_later_records(path, first_step)
         lines = _Appender(path)
@@ -76,7 +76,8 @@ class MetricWriter:
         self._sinks.append(write)
 
     def _add_tensorboard(self, folder: Path, first_step: int) -> None:
-        # Its thread ends where the disk is full; a queue with a limit would then block training.
+        # TensorBoard's writer thread dies if the disk is full; a bounded queue would then block
+        # training.
         with files.errors(folder):
             writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1, max_queue=0)
         self._open.enter_context(_tensorboard_may_fail(folder))
@@ -97,7 +98,7 @@ class MetricWriter:
                 f"train.wandb_project={project!r}: needs the extra 'wandb' (pip install -e"
                 " '.[wandb]')"
             ) from error
-        # The run keeps its id across restarts, so that they extend one curve.
+        # Keep the run's id across restarts, so that they extend the same curves.
         id_file = workdir / "wandb_run_id"
         if not id_file.exists():
             files.write_text(id_file, uuid.uuid4().hex)
@@ -110,32 +111,32 @@ class MetricWriter:
                 dir=str(workdir),
                 config=to_dict(config),
             )
-        except Exception as error:  # no key, no network, a project that is not theirs
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # no API key, no network, no access to the project
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"train.wandb_project={project!r}: wandb cannot start: {said}"
+                f"train.wandb_project={project!r}: wandb cannot start: {reason}"
             ) from error
         self._open.callback(run.finish)
         self._sinks.append(lambda step, record: run.log(dict(record), step=step))
 
 
 class _Appender:
-    """Appends lines to a file; a disk that is full makes them wait for the next write."""
+    """Appends lines to a file, buffering those that cannot be written until the next write."""
 
     def __init__(self, path: Path):
-        self._path, self._waiting, self._warned = path, b"", False
+        self._path, self._pending, self._warned = path, b"", False
         with files.errors(path):
             self._file = path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
-        self._waiting += line.encode()
+        self._pending += line.encode()
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             if not self._warned:
                 logging.warning(
-                    "%s: cannot be written: %s; records wait in memory",
+                    "%s: cannot be written: %s; records are buffered in memory",
                     self._path,
                     files.reason(error),
                 )
@@ -144,22 +145,22 @@ class _Appender:
         self._warned = False
 
     def close(self) -> None:
-        if self._waiting:
+        if self._pending:
             self.write("")
-        if self._waiting:
+        if self._pending:
             logging.warning(
-                "%s: the last %d records are lost", self._path, self._waiting.count(b"\n")
+                "%s: the last %d records are lost", self._path, self._pending.count(b"\n")
             )
         self._file.close()
 
 
 @contextlib.contextmanager
 def _tensorboard_may_fail(folder: Path) -> Iterator[None]:
-    """Says in one line what ends TensorBoard's thread, or its last write."""
+    """Turns errors of TensorBoard's writer thread and of closing it into one-line warnings."""
 
     def warn(error: BaseException | None) -> None:
         why = files.reason(error) if isinstance(error, OSError) else error
-        logging.warning("%s: cannot be written: %s; metrics.jsonl has it all", folder, why)
+        logging.warning("%s: cannot be written: %s; see metrics.jsonl instead", folder, why)
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if type(args.thread).__module__.startswith("tensorboardX"):
@@ -177,15 +178,15 @@ def _tensorboard_may_fail(folder: Path) -> Iterator[None]:
 
 
 def _drop_later_records(path: Path, last_step: int) -> None:
-    """Keeps records up to `last_step`; the last line may be torn, if its writer was killed."""
+    """Drops records after `last_step`, and lines that a killed writer left incomplete."""
     if not path.exists():
         return
-    with files.replacing(path) as kept, path.open("rb") as old, kept.open("wb") as new:
+    with files.replacing(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
         new.writelines(line for line in old if _step(line) <= last_step)
 
 
 def has_evaluation(workdir: Path, step: int) -> bool:
-    """Tells whether a run has recorded its evaluation after `step` steps."""
+    """Returns whether a run has recorded its evaluation after `step` steps."""
     path = workdir / METRICS_FILE
     if not path.exists():
         return False
@@ -194,9 +195,9 @@ def has_evaluation(workdir: Path, step: int) -> bool:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Returns the record in a line of metrics.jsonl; None for a line that is none.
+    """Returns the record in a line of metrics.jsonl, or None if the line is not a record.
 
-    A writer that was killed leaves such a line, a disk that failed others.
+    Killed writers and failing disks leave such lines.
     """
     try:
         record = json.loads(line)
@@ -206,6 +207,6 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def _step(line: bytes) -> int | float:
-    """Returns the step of a record; infinity for a line that is none."""
+    """Returns the step of a record, or infinity if the line is not a record."""
     step = (parse_record(line) or {}).get("step")
     return step if type(step) is int else math.inf

@@ -1,4 +1,4 @@
-"""The state of training: everything that a checkpoint holds and a step changes."""
+"""The train state: everything that a training step updates and a checkpoint stores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +21,9 @@ from umv2.types import struct
 
 @struct
 class TrainState:
-    """A point in training. A pure tree of arrays: no modules, no functions.
+    """The train state, a pytree of arrays without modules or functions.
 
-    `params`, `store` and `buffers` are those of `weights`. `usage` counts how often each layer
+    `params`, `store` and `buffers` are those of `Weights`. `usage` counts how often each layer
     selected each of its rows ("memory") or experts ("router") since the last log.
     """
 
@@ -36,7 +36,7 @@ class TrainState:
 
     @property
     def weights(self) -> Weights:
-        """The model, without what only training needs."""
+        """The weights of the model."""
         return Weights(params=self.params, buffers=self.buffers, store=self.store)
 
 
@@ -47,11 +47,12 @@ def create_optimizer(config: Config) -> optim.Optimizer:
 
 
 def create_state(config: Config, seed: int | Int[Array, ""] | None = None) -> TrainState:
-    """Draws the state at step 0. Trace it (jit); it is not light.
+    """Initialises the state at step 0. Call it under `jax.jit`: op by op it is slow.
 
     Args:
-      config: of the experiment.
-      seed: `config.seed` as an argument of a program that serves all seeds; None: `config.seed`.
+      config: experiment configuration.
+      seed: seed that replaces `config.seed`. Passing it as a traced argument allows all seeds to
+        share one compiled program.
     """
     key = jax.random.key(config.seed if seed is None else seed)
     return initial_state(config, weights.create(config.model, key))
@@ -72,17 +73,17 @@ def initial_state(config: Config, initial: Weights) -> TrainState:
 
 
 def usage_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns, for each slot whose layers choose, their number and the choices of each."""
-    found = accounting.slots(config)
+    """Returns the (layers, choices) shape of the hit counters of each slot that has any."""
+    slots = accounting.slots(config)
     shapes = {
         name: (count, layer.counters)
-        for name, (count, layer) in (("memory", found.memory), ("router", found.experts))
+        for name, (count, layer) in (("memory", slots.memory), ("router", slots.experts))
     }
     return {name: shape for name, shape in shapes.items() if all(shape)}
 
 
 def abstract_state(config: Config) -> TrainState:
-    """Returns the shapes and dtypes of the state, and its shardings on the mesh in use, if any."""
+    """Returns the shapes and dtypes of the state, and its shardings on the current mesh, if any."""
     mesh = jax.sharding.get_mesh()
     with jax.set_mesh(None):
         state = jax.eval_shape(lambda w: initial_state(config, w), weights.abstract(config.model))
@@ -90,16 +91,16 @@ def abstract_state(config: Config) -> TrainState:
 
 
 def abstract_weights(config: Config) -> Weights:
-    """Returns shapes and dtypes of the weights alone, and their shardings on the mesh in use."""
+    """Returns the shapes and dtypes of the weights, and their shardings on the current mesh."""
     mesh, abstract = jax.sharding.get_mesh(), weights.abstract(config.model)
     if mesh.empty:
         return abstract
-    specs = _of_weights(config, lambda name, found: _partition(config, mesh, name, found))
+    specs = _map_weights(config, lambda name, declared: _partition(config, mesh, name, declared))
     return jax.tree.map(lambda leaf, spec: _placed(leaf, mesh, spec), abstract, specs)
 
 
 def sharded(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
-    """Returns an abstract state with the shardings of a mesh."""
+    """Returns an abstract state with shardings on a mesh."""
 
     def spec(name: str, declared: Declaration) -> PartitionSpec:
         return _partition(config, mesh, name, declared)
@@ -111,17 +112,17 @@ def sharded(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
 def map_declared[T](
     config: Config, state: TrainState, function: Callable[[str, Declaration], T], other: T
 ) -> Any:
-    """Returns the state with values in place of its arrays.
+    """Maps the state to a tree of values that depend on declarations, such as shardings.
 
     Args:
-      config: of the experiment.
-      state: abstract or not.
-      function: of the name and declaration of an array of the weights; an optimizer's moments get
-        the value of their parameter.
-      other: in place of all other arrays.
+      config: experiment configuration.
+      state: train state, concrete or abstract.
+      function: maps the name and declaration of an array of the weights to its value. The moments
+        of a parameter get the parameter's value.
+      other: value for all other arrays.
     """
-    values = _of_weights(config, function)
-    # optax makes step counts on the way, and the devices of a mesh need not be attached.
+    values = _map_weights(config, function)
+    # No mesh: optax creates step counts here, and the devices of the mesh may not be attached.
     with jax.set_mesh(None):
         moments = create_optimizer(config).map_moments(
             lambda value: value, state.optimizer, values, other
@@ -135,13 +136,13 @@ def map_declared[T](
         (state.usage, dict.fromkeys(state.usage, other)),
     )
     leaves: list[Any] = []
-    for part, of in parts:
+    for part, part_values in parts:
         part_structure: Any = jax.tree.structure(part)
-        leaves += part_structure.flatten_up_to(of)
+        leaves += part_structure.flatten_up_to(part_values)
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def _of_weights(config: Config, function: Callable[[str, Declaration], Any]) -> Any:
+def _map_weights(config: Config, function: Callable[[str, Declaration], Any]) -> Any:
     declared = weights.declarations(config.model)
 
     def value(path: Any, _: Any) -> Any:
@@ -152,7 +153,7 @@ def _of_weights(config: Config, function: Callable[[str, Declaration], Any]) -> 
 
 
 def _partition(config: Config, mesh: Mesh, name: str, declared: Declaration) -> PartitionSpec:
-    """Returns how an array of the weights is sharded."""
+    """Returns the PartitionSpec of an array of the weights."""
     rules = sharding.rules(config.resolved_mesh)
     return sharding.partition(declared.axes, rules, mesh.shape, name=name)
 

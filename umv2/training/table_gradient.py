@@ -1,7 +1,7 @@
-"""Gradients of value tables: one type from the derivative to the optimizer.
+"""Gradients of value tables.
 
-A step never asks which representation it holds: accumulation, norm, clip and update are methods of
-it. `Dense` has an entry for every row of every table.
+Accumulation, norm, scaling and update are methods, so that the training step does not depend on the
+representation. `Dense` has an entry for every row of every table.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ from umv2.types import struct
 
 @struct
 class Dense:
-    """A gradient with an entry for each entry of the tables, None where there are no tables."""
+    """A gradient with an entry for each entry of the tables; None if there are no tables."""
 
     tables: ValueStore | None
 
     @classmethod
     def zeros_like(cls, store: ValueStore | None) -> "Dense":
-        """Returns the gradient to accumulate others on."""
+        """Returns a zero gradient, as the start of an accumulation."""
         return cls(jax.tree.map(jnp.zeros_like, store))
 
     def add(self, other: "Dense") -> "Dense":
@@ -35,7 +35,7 @@ class Dense:
         return [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(self.tables)]
 
     def scale(self, factor: Float[Array, ""]) -> "Dense":
-        """Returns the gradient times a number."""
+        """Returns the gradient times a scalar."""
         return Dense(jax.tree.map(lambda leaf: leaf * factor, self.tables))
 
     def apply(
@@ -44,7 +44,7 @@ class Dense:
         state: optax.OptState,
         store: ValueStore | None,
     ) -> tuple[ValueStore | None, optax.OptState]:
-        """Returns the tables after a step of an optimizer, and its state."""
+        """Returns the tables and the optimizer state after one update."""
         update, state = transformation.update(self.tables, state, store)
         updated: Any = optax.apply_updates(store, update)
         return updated, state

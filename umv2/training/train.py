@@ -1,4 +1,4 @@
-"""Training: one optimizer step as a pure function, and the loop around it."""
+"""Training: the train step, a pure function, and the training loop."""
 
 import contextlib
 import dataclasses
@@ -18,26 +18,26 @@ from umv2 import distributed, sharding
 from umv2.config import Config, to_dict
 from umv2.config.schema import UserError
 from umv2.cost import accounting, exchange
-from umv2.data import kept_tokenizer, loader
+from umv2.data import loader, tokenizer_copy
 from umv2.data.corpus import Corpus, open_corpus
 from umv2.model.slots import Observe
 from umv2.model.transformer import ModelStats
 from umv2.model.weights import Weights, refreshed_buffers
 from umv2.training import checkpoint, health, losses, records
 from umv2.training.held_out import evaluate_corpus, make_evaluation_step
-from umv2.training.progress import Announced, Progress, working
+from umv2.training.progress import Progress, ShowsCompilation, show_progress
 from umv2.training.state import TrainState, abstract_state, create_optimizer, create_state
 from umv2.training.table_gradient import Dense, TableGradient
 from umv2.types import Batch, struct
 
 
 class TrainingDiverged(UserError):
-    """The loss or its gradient stopped being finite."""
+    """The loss or the gradient norm is not finite."""
 
 
 @struct
 class StepMetrics:
-    """What one step reports: cross entropy in nats a token, gradient norm before clipping."""
+    """Metrics of one step: cross entropy in nats per token, gradient norm before clipping."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -47,10 +47,10 @@ class StepMetrics:
 def make_train_step(
     config: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the function that takes one optimizer step; jit it with the state donated.
+    """Returns the function for one optimizer step, to be jitted with the state donated.
 
-    Gradients are averaged over `train.gradient_accumulation` microbatches, each token counting the
-    same. Core vectors are recomputed from the updated cores, outside the gradient.
+    Gradients are accumulated over `train.gradient_accumulation` microbatches, with equal weight for
+    every token. Buffers are recomputed from the updated parameters, outside the gradient.
     """
     accumulation = config.train.gradient_accumulation
     optimizer = create_optimizer(config)
@@ -122,26 +122,26 @@ def make_train_step(
 
 
 def train(config: Config, workdir: Path) -> bool:
-    """Trains to `train.num_steps`, or goes on from the newest good checkpoint in `workdir`.
+    """Trains until `train.num_steps`, resuming from the newest valid checkpoint in `workdir`.
 
-    Writes checkpoints, which hold the configuration, `metrics.jsonl` and TensorBoard events there.
-    SIGTERM and Ctrl-C save and return; a second Ctrl-C ends the process. An evaluation that they,
-    or a kill, cut short is made when the run goes on.
+    Writes checkpoints (which include the configuration), `metrics.jsonl` and TensorBoard events to
+    `workdir`. SIGTERM and Ctrl-C save a checkpoint and return; a second Ctrl-C ends the process. An
+    evaluation that was interrupted is repeated when the run resumes.
 
     Returns:
-      Whether the run is complete; False where a signal stopped it.
+      Whether the run is complete; False if a signal stopped it.
 
     Raises:
-      ConfigError: the model and the data do not fit, or the checkpoint has another configuration or
-        was trained on other data.
+      ConfigError: the model does not fit the data, or the checkpoint has a different configuration
+        or was trained on other data.
       DataError: the data cannot be read.
-      FileError: the folder cannot be written to, or another process trains there.
+      FileError: the folder is not writable, or another process is training in it.
       CheckpointError: no checkpoint can be read, or the last one cannot be saved.
-      TrainingDiverged: a loss or gradient that is not finite; the last checkpoint is kept.
+      TrainingDiverged: the loss or gradient norm is not finite; the last checkpoint is kept.
     """
     checkpoint.check_name(workdir)
-    with distributed.only_job(workdir, "training"):
-        data = kept_tokenizer.found(config.data, workdir)
+    with distributed.lock_folder(workdir, "training"):
+        data = tokenizer_copy.resolve(config.data, workdir)
         corpus = open_corpus(data, config.model.vocab_size)
         microbatch_size = config.train.batch_size // config.train.gradient_accumulation
         mesh = sharding.create_mesh(config.mesh, microbatch_size, config.evaluation.batch_size)
@@ -157,11 +157,11 @@ def train(config: Config, workdir: Path) -> bool:
             config=to_dict(config),
             data=dataclasses.asdict(corpus.identity),
         )
-        # The signal is a wish as long as something may be on its way to the disk.
+        # StopSignal exits last, so that signals do not interrupt pending checkpoint writes.
         with distributed.StopSignal() as stop, jax.set_mesh(mesh), checkpointer:
             state = _restore_or_create(config, checkpointer)
-            if jax.process_index() == 0:  # now that the checkpoint, if any, agrees
-                kept_tokenizer.keep(data.tokenizer, workdir)
+            if jax.process_index() == 0:  # only after any checkpoint was found to match
+                tokenizer_copy.save(data.tokenizer, workdir)
             step = int(state.step)
             evaluate_first = _evaluation_is_missing(config, workdir, step)
             if step >= config.train.num_steps and not evaluate_first:
@@ -181,7 +181,7 @@ def train(config: Config, workdir: Path) -> bool:
                 )
             except _Stopped as caught:
                 stopped = caught
-            with working("writing the last checkpoint"):
+            with show_progress("writing the last checkpoint"):
                 checkpointer.wait()
             if stopped is not None:
                 logging.info("stopped by %s after step %s; the state is saved", stop.name, stopped)
@@ -189,15 +189,15 @@ def train(config: Config, workdir: Path) -> bool:
 
 
 class _Stopped(Exception):
-    """A signal asks to end here; the argument is the step that is saved."""
+    """Training stops because of a signal; the argument is the step that was saved."""
 
 
 def _evaluation_is_missing(config: Config, workdir: Path, step: int) -> bool:
-    """Tells whether the evaluation that belongs to a restored step was never finished."""
+    """Returns whether a restored step still lacks its scheduled evaluation."""
     interval = config.train.evaluation_interval_steps
     if step == 0 or (step % interval and step != config.train.num_steps):
         return False
-    return not distributed.of_first_process(lambda: records.has_evaluation(workdir, step))
+    return not distributed.broadcast_from_first(lambda: records.has_evaluation(workdir, step))
 
 
 def _run(
@@ -212,13 +212,15 @@ def _run(
     evaluate_first: bool,
 ) -> None:
     train_config, first_step = config.train, int(state.step)
-    train_step = Announced(jax.jit(make_train_step(config), donate_argnums=0), "the training step")
+    train_step = ShowsCompilation(
+        jax.jit(make_train_step(config), donate_argnums=0), "the training step"
+    )
     optimizer = create_optimizer(config)
     evaluation_step = make_evaluation_step(
         config.model, mask_across_documents=config.data.mask_across_documents
     )
-    health_of = Announced(
-        jax.jit(functools.partial(health.arrays, config.model)), "the health of the layers"
+    compute_health = ShowsCompilation(
+        jax.jit(functools.partial(health.arrays, config.model)), "the health metrics"
     )
     tokens_per_step = train_config.batch_size * config.data.sequence_length
     batches = loader.train_batches(
@@ -258,20 +260,21 @@ def _run(
         for step in range(first_step + 1, train_config.num_steps + 1):
             batch = sharding.local_to_global(mesh, next(batches))
             state, step_metrics = train_step(state, batch)
-            # The device works on this step while the host reads the one before.
+            # Report the previous step while the device runs this one.
             if pending is not None:
                 _report(*pending, progress, workdir)
             pending = (step, step_metrics)
 
-            # Read once a step: a signal that comes later is for the next, which saves.
+            # Read the signal only once per step: one that arrives later takes effect, and saves,
+            # after the next step.
             stopping = stop.requested(step)
             last = step == train_config.num_steps
             if step % train_config.log_interval_steps == 0 or last:
                 loss = _report(*pending, progress, workdir)
                 pending = None
-                with progress.paused():  # to compile it takes longer than many steps
-                    layers = health.fetched(
-                        health_of(step_metrics.stats, state.usage, state.weights)
+                with progress.paused():  # the first call compiles
+                    layers = health.fetch(
+                        compute_health(step_metrics.stats, state.usage, state.weights)
                     )
                 record = {
                     "loss": loss,
@@ -282,10 +285,10 @@ def _run(
                     **layers,
                 }
                 writer.write(step, record)
-                state = _forget_usage(state)
-            # Saved before it is evaluated, so that a kill meanwhile loses nothing.
+                state = _reset_usage(state)
+            # Save before evaluating, so that nothing is lost if the evaluation is killed.
             if step % train_config.checkpoint_interval_steps == 0 or last or stopping:
-                if pending is not None:  # only states that are known to be finite are saved
+                if pending is not None:  # raises if not finite, so that only good states are saved
                     _report(*pending, progress, workdir)
                     pending = None
                 checkpointer.save(step, state)
@@ -299,25 +302,25 @@ def _restore_or_create(
     config: Config,
     checkpointer: checkpoint.Checkpointer,
 ) -> TrainState:
-    """Returns the newest good checkpoint's state, or a new one."""
+    """Restores the newest valid checkpoint, or initialises a new state."""
     if checkpointer.latest_step() is not None:
-        with working("restoring the newest checkpoint"):
+        with show_progress("restoring the newest checkpoint"):
             state = checkpointer.restore(abstract_state(config))
         logging.info("continuing after step %d", int(state.step))
         return state
     start = time.monotonic()
-    with working("creating the state"):
+    with show_progress("initializing the state"):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config))
-        # The seed is an argument, so that runs that differ in it share a compiled program.
+        # Pass the seed as an argument, so that runs with different seeds share a compiled program.
         create = functools.partial(create_state, config)
         state = sharding.create(create, shardings, config.seed)
         jax.block_until_ready(state)
-    logging.info("created the state in %.1f s", time.monotonic() - start)
+    logging.info("initialized the state in %.1f s", time.monotonic() - start)
     return state
 
 
 def _report(step: int, step_metrics: StepMetrics, progress: Progress, workdir: Path) -> float:
-    """Waits for a step, shows its loss, and stops training where it is not finite."""
+    """Waits for a step and reports its loss; raises TrainingDiverged if it is not finite."""
     loss, gradient_norm = float(step_metrics.loss), float(step_metrics.gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         statistics = health.describe(step_metrics.stats)
@@ -330,11 +333,11 @@ def _report(step: int, step_metrics: StepMetrics, progress: Progress, workdir: P
 
 
 def _over_microbatches(stacked: Array) -> Array:
-    """Averages a statistic over microbatches; hits are counts, so they add up."""
+    """Averages a statistic over microbatches; hits are counts, so they are summed."""
     if jnp.issubdtype(stacked.dtype, jnp.integer):
         return stacked.sum(axis=0)
     return stacked.astype(jnp.float32).mean(axis=0)
 
 
-def _forget_usage(state: TrainState) -> TrainState:
+def _reset_usage(state: TrainState) -> TrainState:
     return dataclasses.replace(state, usage=jax.tree.map(jnp.zeros_like, state.usage))

@@ -1,33 +1,34 @@
-"""Product-key top-k on Hopper GPUs in one kernel: only what is chosen leaves the chip.
+"""Product-key top-k on Hopper GPUs, fused into one kernel that only writes the selection.
 
-A block takes a few tokens of one head, four for each of its warpgroups, and does all that is to be
-done for them; neither the scores of all keys nor a grid of pairs reaches device memory.
+A thread block processes a few tokens of one head, four per warpgroup, from products to results.
+Neither the scores of all keys nor a grid of pairs reaches device memory.
 
-    products    For each side, the keys stream through shared memory, 64 at a time, a warpgroup each
-                with a ring of buffers of its own; blocks of a cluster read them together, each a
-                part that is sent to all. Matrix units multiply them with the tokens' queries; S of
-                all keys and ranks of one side stays in shared memory.
-    shortlists  Each warp ranks the keys of its token; `select.py` says how.
-    staircase   As in `xla.py`: row i has its first reach / i columns, exactly. Their scores are put
-                in shared memory one after the other, and the best are selected from there.
-    certificate The pairs outside are compared with the last one selected; if one of them may come
-                before it, the warpgroup selects from the whole grid, whose scores are computed
-                on the way and never stored.
-    results     Score of each core, address, and S of both keys of each chosen pair.
+    products    For each side, keys stream through shared memory in blocks of 64; each warpgroup has
+                its own blocks and ring of buffers. The thread blocks of a cluster share each read:
+                each loads a part and multicasts it. The tensor cores multiply keys with queries; S
+                of all keys and ranks of one side stays in shared memory.
+    shortlists  Each warp ranks the keys of its token; see `select.py`.
+    staircase   As in `xla.py`, but row i has exactly reach / i columns. The scores of the pairs
+                inside are packed into shared memory, from which the best are selected.
+    certificate The pairs outside are compared with the last one selected. If one of them may
+                precede it, the warpgroup selects from the full grid, whose scores are computed on
+                the fly and never stored.
+    results     For each chosen pair: the score of each core, the address, and S of both keys.
 
-    bfloat16    Exact products, added in float32 by the matrix units.
-    float32     Each number is split into three of bfloat16, which hold its 24 bits, and six
-                products of parts are added: what is left out is 2^-24 of a product, so the sums
-                are as good as those of float32. An infinite number makes a NaN, as its parts do;
-                it is reported.
-    other sizes Fewer than 64 keys, a key dim that is no multiple of 16 (of 32 in float32), or
-                tokens that do not fill the blocks, are padded by XLA in a copy of query or keys.
+    bfloat16    Products are exact; the tensor cores accumulate them in float32.
+    float32     Each number is split into three bfloat16 parts, which hold its 24 bits, and six
+                products of parts are added. The omitted products are 2^-24 of the total, so sums
+                are as accurate as in float32. An infinity becomes NaN because its parts do; the
+                NaN is returned.
+    other sizes XLA pads a copy of query or keys if there are fewer than 72 keys, if all keys do not
+                fill tiles of 8, if the key dim is not a multiple of 16 (32 for float32), or if
+                tokens do not fill the thread blocks.
 
-The backward pass is that of `xla.py`: products of matrices, for which XLA calls its library.
+The backward pass is that of `xla.py`: matrix products, for which XLA calls its library.
 
-Compiled for the H200 and interpreted, but never run on a GPU: what is said of speed is reasoned.
-Blackwell has other matrix instructions (`tcgen05`), for which nothing is written. Lane semantics
-are chosen for lowering because the inference of layouts (jax 0.12) does not come to an end here.
+The kernel has been compiled for the H200 and interpreted, but never run on a GPU: statements about
+speed are estimates. Blackwell has other matrix instructions (`tcgen05`) and is not supported. The
+kernel uses lane lowering semantics, because layout inference (jax 0.12) does not terminate on it.
 """
 
 import functools
@@ -42,7 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.array_types import Array
-from kernels_pallas.common import padded, vary_alike
+from kernels_pallas.common import match_vma, padded
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.call import TopK, TopKCall
 from kernels_pallas.product_key_top_k.gpu.keys import key_scores, shortlist
@@ -50,23 +51,25 @@ from kernels_pallas.product_key_top_k.gpu.memory import Blocks, Plan, Scratch
 from kernels_pallas.product_key_top_k.gpu.pairs import Grid, select_pairs, write_results
 from kernels_pallas.product_key_top_k.gpu.select import LANES, TOKENS
 
-_SHARED_BYTES = 227 * 2**10  # that a block may have
+_SHARED_BYTES = 227 * 2**10  # maximum per thread block
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
 backward = xla.backward
 
 
 def heuristic(plan: Plan) -> Blocks:
-    """Blocks by shared memory, multiprocessors and the traffic of keys. Reasoned, not measured.
+    """Blocks by shared memory, number of SMs and key traffic. Estimated, not measured.
 
-    A block reads all keys once: 18 GB together for 8192 tokens in blocks of 8 and the 17 MB of keys
-    of the largest of the paper's models, 3 ms from the L2 cache. So blocks have 16 tokens where
-    shared memory allows, and four of them read each key together; unless tokens are so few that
-    multiprocessors would be idle. With four stages, 64 or 128 KiB are on their way to each.
+    Each thread block reads all keys once. For 8192 tokens in blocks of 8, and the 17 MB of keys of
+    the paper's largest model, that is 18 GB in total, or 3 ms from the L2 cache. So thread blocks
+    have 16 tokens if shared memory allows, and clusters of four share each read of the keys, unless
+    there are so few tokens that SMs would be idle. With four stages, 64 or 128 KiB are in flight
+    per thread block.
 
-    Lists hold what a lane gets of the best, at random for keys, and more evenly for pairs, which
-    lie row by row. With random scores of the paper's sizes (simulated, 800 tokens each), a scan of
-    keys follows for at most 3 in 100 warpgroups, and one of pairs for none.
+    The lists must hold a lane's part of the best candidates: a random number for keys, a more even
+    one for pairs, which are visited row by row. In simulations with random scores at the paper's
+    sizes (800 tokens each), at most 3 in 100 warpgroups needed a scan of keys, and none a scan of
+    pairs.
     """
 
     def depth(count: int, deviations: float) -> int:
@@ -89,7 +92,7 @@ def heuristic(plan: Plan) -> Blocks:
 
 
 def unsupported_reason(call: TopKCall, platform: str) -> str | None:
-    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    """Returns why this implementation does not support these shapes and dtypes, or None."""
     capability = dispatch.compute_capability()
     reasons = [
         (platform != "gpu", f"it compiles for GPU, not for {platform}"),
@@ -109,7 +112,8 @@ def unsupported_reason(call: TopKCall, platform: str) -> str | None:
         (
             needed > _SHARED_BYTES,
             f"{plan.num_keys} keys of rank {plan.rank}, shortlist = {plan.shortlist} and top_m = "
-            f"{plan.top_m} need {needed} bytes of shared memory, there are {_SHARED_BYTES}",
+            f"{plan.top_m} need {needed} bytes of shared memory, "
+            f"only {_SHARED_BYTES} are available",
         )
     )
     return next((reason for holds, reason in reasons if holds), None)
@@ -125,7 +129,7 @@ def forward(call: TopKCall, with_chosen: bool = False) -> TopK:
 
 
 def _launch(plan: Plan, blocks: Blocks, call: TopKCall) -> TopK:
-    """Launches the kernel."""
+    """Pads the arrays and launches the kernel."""
     query, keys, u, v, cores = call.query, call.keys, call.u, call.v, call.cores
     num_tokens = padded(plan.num_tokens, blocks.cluster * blocks.tokens)
     pad_dim = plan.padded_dim - plan.key_dim
@@ -163,36 +167,36 @@ def _launch(plan: Plan, blocks: Blocks, call: TopKCall) -> TopK:
         cost_estimate=_cost(plan, query, num_tokens // blocks.tokens),
     )
     arrays = custom_batching.sequential_vmap(launch)(*operands)
-    # Mosaic GPU forgets over which axes of `shard_map` its arguments vary.
-    arrays = vary_alike(arrays, operands)
+    # Mosaic GPU drops the manual axes of `shard_map` over which its arguments vary.
+    arrays = match_vma(arrays, operands)
     scores, addresses, *chosen = (x[: plan.num_tokens] for x in arrays)
     return TopK(scores, addresses, chosen[0] if chosen else None)
 
 
 def _product_key_top_k_kernel(plan: Plan, blocks: Blocks, *refs: Any) -> None:
-    """All of a block; see the top of this file."""
+    """The program of a thread block; see the module docstring."""
     query, keys, weights, cores, summed_core, places, *refs_left = refs
     num_results = 3 if plan.with_chosen else 2
     results, scratch = refs_left[:num_results], Scratch(*refs_left[num_results:])
     head = lax.axis_index("head")
     tile = lax.axis_index("tiles") * blocks.cluster + lax.axis_index("peer")
     group = lax.axis_index("group")
-    mine = scratch.of(group)
+    local = scratch.of(group)
 
     for side in range(2):
         key_scores(plan, blocks, side, head, tile * blocks.tokens, group, query, keys, scratch)
         plgpu.barrier_arrive_and_wait(scratch.together)
-        shortlist(plan, blocks, side, head, weights, mine)
-        # The next side, and then the candidates, take the place of these scores.
+        shortlist(plan, blocks, side, head, weights, local)
+        # The next side, and then the candidate pairs, overwrite these scores.
         plgpu.barrier_arrive_and_wait(scratch.together)
     core = [[summed_core[head, a, b] for b in range(plan.rank)] for a in range(plan.rank)]
-    select_pairs(plan, blocks, Grid(plan, core, mine), places, mine)
+    select_pairs(plan, blocks, Grid(plan, core, local), places, local)
     first_token = tile * blocks.tokens + group * TOKENS
-    write_results(plan, head, pl.ds(first_token, TOKENS), cores, results, mine)
+    write_results(plan, head, pl.ds(first_token, TOKENS), cores, results, local)
 
 
 def _cost(plan: Plan, query: Array, num_tiles: int) -> pl.CostEstimate:
-    """Operations and bytes as the algorithm has them, for XLA's scheduler."""
+    """FLOPs and bytes of the algorithm, for XLA's scheduler."""
     key_products = 2 * plan.rank * plan.num_keys * plan.key_dim
     pairs = plan.num_heads * plan.top_m
     results = query.shape[3] * pairs * 4 * (1 + max(1, plan.num_cores) + 2 * plan.rank)
@@ -205,5 +209,5 @@ def _cost(plan: Plan, query: Array, num_tiles: int) -> pl.CostEstimate:
 
 
 def _pad(x: Array, *after: int) -> Array:
-    """Zeros after each axis; no operation where there is nothing to add."""
+    """Pads the end of each axis with zeros; a no-op if there is nothing to add."""
     return jnp.pad(x, [(0, n) for n in after]) if any(after) else x

@@ -1,8 +1,8 @@
-"""The keys of one side in the Hopper kernel: their products with the queries, and the shortlist.
+"""The keys of one side in the Hopper kernel: products with the queries, and the shortlist.
 
-Each warpgroup has a ring of buffers, into which bulk copies bring the next columns of its block of
-64 keys, with the same columns of the block's queries, while the matrix units multiply. The blocks
-of a cluster go through the keys in step: each brings a part of a buffer to all of them.
+Each warpgroup has a ring of buffers. While the tensor cores multiply, bulk copies prefetch the next
+columns of a block of 64 keys and the same columns of the queries. The thread blocks of a cluster
+process the keys in lockstep: each loads a part of a buffer and multicasts it to all of them.
 """
 
 import functools
@@ -16,7 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import add_up
 from kernels_pallas.product_key_top_k.gpu import select
-from kernels_pallas.product_key_top_k.gpu.memory import BLOCK_KEYS, Blocks, Mine, Plan, Scratch
+from kernels_pallas.product_key_top_k.gpu.memory import (
+    BLOCK_KEYS,
+    Blocks,
+    GroupScratch,
+    Plan,
+    Scratch,
+)
 from kernels_pallas.product_key_top_k.gpu.select import LANES
 
 
@@ -31,7 +37,7 @@ def key_scores(
     keys: Any,
     scratch: Scratch,
 ) -> None:
-    """S of all keys and ranks of one side: row a * key_rows + key, column token."""
+    """Computes S of all keys and ranks of one side, at row a * key_rows + key and column token."""
     num_groups, stages, width = blocks.groups, blocks.stages, blocks.columns
     num_chunks = plan.padded_dim // width
     num_units = plan.rank * plan.num_blocks  # a unit: a block of keys of one rank
@@ -57,8 +63,8 @@ def key_scores(
             arrived,
         )
         if blocks.cluster > 1 and again:
-            # Pallas lets no warp start a copy before all four have read what it overwrites; so here
-            # they have, and those of the other blocks when they arrive.
+            # Pallas ensures that all four warps have read a buffer before a copy overwrites it. The
+            # cluster barrier ensures the same for the other thread blocks.
             plgpu.barrier_arrive_and_wait(scratch.free.at[group * stages + slot])
         plgpu.copy_gmem_to_smem(
             keys.at[block_rows, columns],
@@ -68,7 +74,8 @@ def key_scores(
         )
 
     if blocks.cluster > 1:
-        # The buffers of the other blocks are filled too: they must be done with the side before.
+        # Copies also fill the buffers of the cluster's other thread blocks, which must be done with
+        # the previous side.
         plgpu.barrier_arrive_and_wait(scratch.begun.at[group])
     for step in range(stages):
         pl.when(step < my_steps)(functools.partial(fetch, jnp.int32(step), again=False))
@@ -95,7 +102,7 @@ def key_scores(
 
 
 def _multiply_add(sums: Any, slot: Array, group: Array, scratch: Scratch) -> None:
-    """Adds keys [64, columns] times query^T [columns, tokens] to sums."""
+    """Accumulates keys [64, columns] times query^T [columns, tokens] into sums."""
     keys, query = scratch.keys.at[group, slot], scratch.query.at[group, slot]
     if scratch.key_part is None:
         plgpu.wgmma(sums, keys, query.T)
@@ -115,15 +122,17 @@ def _multiply_add(sums: Any, slot: Array, group: Array, scratch: Scratch) -> Non
 
 
 def _parts(x: Array, num_parts: int) -> Iterator[Array]:
-    """Numbers of bfloat16 that add up to one of float32, the largest first."""
+    """Splits float32 into bfloat16 parts whose sum approximates it, the largest first."""
     for _ in range(num_parts):
         part = x.astype(jnp.bfloat16)
         yield part
         x = x - part.astype(jnp.float32)
 
 
-def shortlist(plan: Plan, blocks: Blocks, side: int, head: Array, weights: Any, mine: Mine) -> None:
-    """The best keys of one side by rank-1 score: numbers and S go to the lists."""
+def shortlist(
+    plan: Plan, blocks: Blocks, side: int, head: Array, weights: Any, local: GroupScratch
+) -> None:
+    """Selects the best keys of one side by rank-1 score; writes indices and S to the lists."""
     skipped = [plan.first_row(head, side, a)[1] for a in range(plan.rank)]
 
     def visit(body: Any, carry: Any) -> Any:
@@ -131,7 +140,7 @@ def shortlist(plan: Plan, blocks: Blocks, side: int, head: Array, weights: Any, 
             first = index * LANES
             number = select.lane() + first
             words = [
-                select.load(mine.scores(a * plan.key_rows + skipped[a] + first))
+                select.load(local.scores(a * plan.key_rows + skipped[a] + first))
                 for a in range(plan.rank)
             ]
             by_rank = [select.as_float(word) for word in words]
@@ -139,12 +148,12 @@ def shortlist(plan: Plan, blocks: Blocks, side: int, head: Array, weights: Any, 
             if not plan.additive:
                 by_weight = [weights[side, head, a] for a in range(plan.rank)]
                 products = zip(by_rank, by_weight, strict=True)
-                ranking = add_up(s * select.everywhere(w, jnp.float32) for s, w in products)
+                ranking = add_up(s * select.full(w, jnp.float32) for s, w in products)
             exists = number < plan.num_keys
-            image = select.where(exists, select.image(ranking), select.EMPTY)
-            return body(carry, [image, number, *words])
+            sort_key = select.where(exists, select.sort_key(ranking), select.EMPTY)
+            return body(carry, [sort_key, number, *words])
 
         return lax.fori_loop(0, pl.cdiv(plan.num_keys, LANES), visit_keys, carry)
 
-    outputs = [mine.list(side, word) for word in range(1 + plan.rank)]
-    select.best(visit, plan.shortlist, blocks.key_depth, 2 + plan.rank, outputs, mine.flags)
+    outputs = [local.list(side, word) for word in range(1 + plan.rank)]
+    select.best(visit, plan.shortlist, blocks.key_depth, 2 + plan.rank, outputs, local.flags)

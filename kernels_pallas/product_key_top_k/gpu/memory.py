@@ -1,4 +1,4 @@
-"""Sizes of a launch of the Hopper kernel, and what lies where in the shared memory of a block."""
+"""Sizes of a launch of the Hopper kernel, and the shared-memory layout of a thread block."""
 
 import dataclasses
 from typing import Any
@@ -14,31 +14,31 @@ from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.call import TopKCall
 from kernels_pallas.product_key_top_k.gpu.select import LANES, TOKENS
 
-BLOCK_KEYS = 64  # rows of a product of the matrix units
-_TILE_ROWS = 8  # of the tiles in which they read their operands
-_RESERVED_BYTES = 4 * 2**10  # for barriers, alignment and what Mosaic keeps
+BLOCK_KEYS = 64  # rows of a wgmma product
+_TILE_ROWS = 8  # rows of the tiles in which wgmma reads its operands
+_RESERVED_BYTES = 4 * 2**10  # for barriers, alignment and Mosaic's own use
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How the work is cut."""
+    """How the work is partitioned."""
 
-    tokens: int  # of a block, a multiple of 8
-    cluster: int  # blocks that read each key together: 1, 2, 4 or 8
-    stages: int  # buffers of keys of each warpgroup
-    columns: int  # of the keys in a buffer, one of `Plan.widths`
-    key_depth: int  # of the lists of keys in each lane
-    pair_depth: int  # of the lists of pairs in each lane
+    tokens: int  # tokens per thread block, a multiple of 8
+    cluster: int  # thread blocks that share each read of the keys: 1, 2, 4 or 8
+    stages: int  # buffers of keys per warpgroup
+    columns: int  # columns of keys per buffer, one of `Plan.widths`
+    key_depth: int  # length of the list of keys of each lane
+    pair_depth: int  # length of the list of pairs of each lane
 
     @property
     def groups(self) -> int:
-        """Warpgroups of a block."""
+        """Warpgroups per thread block."""
         return self.tokens // TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes of a launch, and what follows from them."""
+    """Sizes of a launch, and derived sizes."""
 
     num_heads: int
     rank: int
@@ -74,49 +74,50 @@ class Plan:
 
     @property
     def additive(self) -> bool:
-        """Whether a score is the sum of those of its keys."""
+        """Whether the score of a pair is the sum of the scores of its keys."""
         return self.num_cores == 0
 
     @property
     def num_parts(self) -> int:
-        """Numbers of bfloat16 that make up one of query or keys."""
+        """Number of bfloat16 parts into which query and keys are split."""
         return 1 if self.dtype == jnp.bfloat16 else 3
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Columns of keys that a buffer may have: a part of the key dim, no more than 128 bytes."""
+        """Allowed columns per buffer of keys: divisors of the key dim, at most 128 bytes."""
         widths = (64, 32) if self.dtype == jnp.bfloat16 else (32,)
         return tuple(width for width in widths if self.padded_dim % width == 0) or (16,)
 
     @property
     def padded_dim(self) -> int:
-        """Key dim as the kernel sees it; float32 is split into its parts by whole rows of lanes."""
+        """Key dim in the kernel; splitting float32 into parts needs a multiple of the lanes."""
         return padded(self.key_dim, 16 if self.dtype == jnp.bfloat16 else LANES)
 
     @property
     def padded_keys(self) -> int:
-        """Keys of a side and rank as the kernel sees them; see `first_row`."""
-        least = BLOCK_KEYS + _TILE_ROWS  # so that the blocks of a rank are no more than there is
+        """Keys of a side and rank in the kernel; see `first_row`."""
+        minimum = BLOCK_KEYS + _TILE_ROWS  # so that the blocks of a rank do not exceed all keys
         in_tiles = 2 * self.num_heads * self.rank * self.num_keys % _TILE_ROWS == 0
-        if in_tiles and self.num_keys >= least:
+        if in_tiles and self.num_keys >= minimum:
             return self.num_keys
-        return padded(max(self.num_keys, least), _TILE_ROWS // 2)
+        return padded(max(self.num_keys, minimum), _TILE_ROWS // 2)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of keys of one rank, which start up to 7 keys early."""
+        """Blocks of keys of one rank, the first of which may start up to 7 keys early."""
         return pl.cdiv(self.padded_keys + _TILE_ROWS - 1, BLOCK_KEYS)
 
     @property
     def key_rows(self) -> int:
-        """Rows of S of one rank, a block of keys after the other."""
+        """Rows of S of one rank."""
         return self.num_blocks * BLOCK_KEYS
 
     def first_row(self, head: Array, side: int, rank: Any) -> tuple[Array, Array]:
-        """Row of the first block among the keys of all heads, sides and ranks, and keys before it.
+        """First row to copy for a head, side and rank, and how many keys to skip from there.
 
-        Keys are copied in whole tiles of 8 rows, wherever those of a side and rank begin. Blocks
-        that would end beyond the last key of all begin earlier.
+        Rows index the keys of all heads, sides and ranks. Keys are copied in full tiles of 8 rows,
+        even if those of a side and rank start within a tile. Blocks that would end after the last
+        key of all start earlier.
         """
         first_key = ((head * 2 + side) * self.rank + rank) * self.padded_keys
         aligned = lax.div(first_key, _TILE_ROWS) * _TILE_ROWS
@@ -126,28 +127,28 @@ class Plan:
 
     @property
     def list_size(self) -> int:
-        """Places for a shortlist: whole rows of lanes."""
+        """Padded length of a shortlist, a multiple of the lanes."""
         return padded(self.shortlist, LANES)
 
     @property
     def reach(self) -> int:
-        """Row i of the staircase, from 1, has reach / i columns."""
+        """The reach of the staircase: row i, from 1, has reach / i columns."""
         return self.top_m * (1 if self.additive else xla.TUCKER_REACH)
 
     @property
     def num_inside(self) -> int:
-        """Pairs of the staircase; 0 if it is not worth while."""
+        """Number of pairs inside the staircase; 0 if the staircase does not pay off."""
         inside = sum(min(self.shortlist, self.reach // i) for i in range(1, self.shortlist + 1))
-        return inside if inside <= xla.MOST_INSIDE * self.shortlist**2 else 0
+        return inside if inside <= xla.MAX_INSIDE_FRACTION * self.shortlist**2 else 0
 
     @property
     def score_rows(self) -> int:
-        """Rows of the buffer for S of one side, and for the candidates after that."""
-        # 32 are read or written at once, however few are left.
+        """Rows of the buffer for S of one side, which the candidate pairs reuse."""
+        # Reads and writes always take 32 rows, so pad for the last one.
         return max(self.rank * self.key_rows, padded(self.num_inside, LANES)) + LANES
 
     def shared_bytes(self, blocks: Blocks) -> int:
-        """Shared memory of a block."""
+        """Shared memory of a thread block."""
         scores = 4 * self.score_rows * (blocks.tokens + 2)
         lists = 4 * blocks.tokens * 2 * (1 + self.rank) * self.list_size
         places = 4 * blocks.tokens * padded(self.top_m, LANES)
@@ -158,7 +159,7 @@ class Plan:
         return scores + lists + places + blocks.groups * (ring + parts) + _RESERVED_BYTES
 
     def places(self) -> Array:
-        """Of each candidate inside the staircase its place in the grid, row by row."""
+        """The row-major index in the grid of each candidate inside the staircase."""
         rows = range(1, self.shortlist + 1)
         size = self.shortlist
         places = [
@@ -169,7 +170,7 @@ class Plan:
 
 
 class Scratch:
-    """The memory of a block, as `types` lists it."""
+    """The scratch refs of a thread block, in the order of `types`."""
 
     def __init__(
         self,
@@ -193,21 +194,22 @@ class Scratch:
 
     @staticmethod
     def types(plan: Plan, blocks: Blocks) -> list[Any]:
-        """What the constructor takes, in that order."""
+        """The types of the constructor's arguments, in order."""
         groups, tokens, columns = blocks.groups, blocks.tokens, blocks.columns
         ring, swizzled = (groups, blocks.stages), _swizzled(columns, plan.dtype)
-        # A query in float32 is read row by row, so it lies row by row.
+        # A float32 query is read row by row, so it is not swizzled.
         query_transforms = swizzled if plan.num_parts == 1 else ()
         types = [
             plgpu.SMEM((*ring, BLOCK_KEYS, columns), plan.dtype, transforms=swizzled),
             plgpu.SMEM((*ring, tokens, columns), plan.dtype, transforms=query_transforms),
-            # Barriers: keys and query have arrived in a buffer; all blocks of the cluster are done
-            # with it; they all begin a side; the warpgroups of this block are all as far.
+            # Barriers: keys and query have arrived in a buffer; all thread blocks of the cluster
+            # have consumed it; all of them begin a side; all warpgroups of this thread block have
+            # reached the same point.
             plgpu.Barrier(num_arrivals=2, num_barriers=groups * blocks.stages),
             plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=groups * blocks.stages),
             plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=groups),
             plgpu.Barrier(num_arrivals=groups),
-            # Two columns more, to spread a column over the banks of the memory.
+            # Two extra columns, to avoid bank conflicts when reading a column.
             plgpu.SMEM((plan.score_rows, tokens + 2), jnp.int32),
             plgpu.SMEM((2, 1 + plan.rank, tokens, plan.list_size), jnp.int32),
             plgpu.SMEM((tokens, padded(plan.top_m, LANES)), jnp.int32),
@@ -223,15 +225,17 @@ class Scratch:
             plgpu.SMEM(query_shape, jnp.bfloat16, transforms=halves),
         ]
 
-    def of(self, group: Array) -> "Mine":
-        """What belongs to the four tokens of a warpgroup."""
+    def of(self, group: Array) -> "GroupScratch":
+        """The scratch of the four tokens of a warpgroup."""
         tokens = pl.ds(group * TOKENS, TOKENS)
-        return Mine(self.scores, self.lists, self.places.at[tokens], self.flags.at[group], tokens)
+        return GroupScratch(
+            self.scores, self.lists, self.places.at[tokens], self.flags.at[group], tokens
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Mine:
-    """What belongs to the four tokens of a warpgroup."""
+class GroupScratch:
+    """The scratch of the four tokens of a warpgroup."""
 
     all_scores: Any
     all_lists: Any
@@ -240,16 +244,16 @@ class Mine:
     tokens: Any
 
     def scores(self, first_row: Any) -> Any:
-        """32 rows of the scores of these tokens, [4, 32]."""
+        """A ref to 32 rows of the scores of these tokens, [4, 32]."""
         return self.all_scores.at[pl.ds(first_row, LANES), self.tokens].T
 
     def list(self, side: int, word: int) -> Any:
-        """Numbers (word 0) or S of a rank (word 1 + rank) of the shortlist, [4, list_size]."""
+        """A ref to indices (word 0) or S of a rank (word 1 + rank) of the shortlist: [4, size]."""
         return self.all_lists.at[side, word, self.tokens]
 
 
 def _swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
-    """How rows of that many columns lie in shared memory for the matrix units."""
-    mosaic: Any = plgpu  # whose transforms mypy takes for abstract classes
+    """The transforms of wgmma operands in shared memory with this many columns."""
+    mosaic: Any = plgpu  # mypy takes its transforms for abstract classes
     row_bytes = columns * jnp.dtype(dtype).itemsize
     return mosaic.TilingTransform((_TILE_ROWS, columns)), mosaic.SwizzleTransform(row_bytes)

@@ -1,4 +1,4 @@
-"""Pairs of shortlisted keys in the Hopper kernel: staircase, certificate, grid, and the results."""
+"""Pairs of shortlisted keys in the Hopper kernel: staircase, certificate, full grid, results."""
 
 import functools
 from typing import Any
@@ -9,49 +9,49 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.common import add_up
 from kernels_pallas.product_key_top_k.gpu import select
-from kernels_pallas.product_key_top_k.gpu.memory import Blocks, Mine, Plan
+from kernels_pallas.product_key_top_k.gpu.memory import Blocks, GroupScratch, Plan
 from kernels_pallas.product_key_top_k.gpu.select import LANES
 
 
 class Grid:
-    """Scores of the pairs of a warpgroup's tokens, from their shortlists."""
+    """Scores of the pairs of a warpgroup's tokens, computed from their shortlists."""
 
-    def __init__(self, plan: Plan, core: list[list[Array]], mine: Mine) -> None:
-        self.plan, self.core, self.mine = plan, core, mine
+    def __init__(self, plan: Plan, core: list[list[Array]], local: GroupScratch) -> None:
+        self.plan, self.core, self.local = plan, core, local
         self.chunks = range(plan.list_size // LANES)
         self.columns = [self._load(1, 1 + a) for a in range(plan.rank)]
 
     def _load(self, side: int, word: int) -> list[Array]:
-        ref = self.mine.list(side, word)
+        ref = self.local.list(side, word)
         return [
             select.as_float(select.load(ref.at[:, pl.ds(LANES * q, LANES)])) for q in self.chunks
         ]
 
     def row(self, i: Array) -> list[Array]:
-        """S of row i times the core, [4, 32] of each rank of the columns."""
+        """S of row i times the core, [4, 32] for each rank of the columns."""
         ranks = range(self.plan.rank)
         first = pl.multiple_of(lax.div(i, LANES) * LANES, LANES)
         values = []
         for a in ranks:
-            word = select.load(self.mine.list(0, 1 + a).at[:, pl.ds(first, LANES)])
+            word = select.load(self.local.list(0, 1 + a).at[:, pl.ds(first, LANES)])
             value = select.in_lane(lax.rem(i, LANES), word)
-            values.append(select.as_float(select.spread(value)))
+            values.append(select.as_float(select.broadcast(value)))
         if self.plan.additive:
             return values
         return [
-            add_up(values[a] * select.everywhere(self.core[a][b], jnp.float32) for a in ranks)
+            add_up(values[a] * select.full(self.core[a][b], jnp.float32) for a in ranks)
             for b in ranks
         ]
 
-    def images(self, row: list[Array], chunk: int) -> Array:
-        """Images of the scores of a row with 32 columns."""
+    def sort_keys(self, row: list[Array], chunk: int) -> Array:
+        """Sort keys of the scores of a row with 32 columns."""
         columns = [by_rank[chunk] for by_rank in self.columns]
         if self.plan.additive:
-            return select.image(row[0] + columns[0])
-        return select.image(add_up(x * y for x, y in zip(row, columns, strict=True)))
+            return select.sort_key(row[0] + columns[0])
+        return select.sort_key(add_up(x * y for x, y in zip(row, columns, strict=True)))
 
     def width(self, i: Array) -> Array:
-        """Columns of row i that are inside the staircase."""
+        """Number of columns of row i inside the staircase."""
         return jnp.minimum(self.plan.shortlist, lax.div(jnp.int32(self.plan.reach), i + 1))
 
     def visit(self, body: Any, carry: Any) -> Any:
@@ -62,14 +62,16 @@ class Grid:
             row = self.row(i)
             for chunk in self.chunks:
                 column = select.lane() + LANES * chunk
-                image = select.where(column < shortlist, self.images(row, chunk), select.EMPTY)
-                carry = body(carry, [image, column + i * shortlist])
+                sort_key = select.where(
+                    column < shortlist, self.sort_keys(row, chunk), select.EMPTY
+                )
+                carry = body(carry, [sort_key, column + i * shortlist])
             return carry
 
         return lax.fori_loop(0, shortlist, visit_row, carry)
 
     def put_staircase(self) -> None:
-        """Puts the images of the pairs inside where the scores of keys were, row by row."""
+        """Overwrites the scores of keys with the sort keys of the pairs inside, row by row."""
 
         def put_row(i: Array, first: Array) -> Array:
             row, width = self.row(i), self.width(i)
@@ -77,50 +79,52 @@ class Grid:
 
                 @pl.when(LANES * chunk < width)
                 def _(chunk: int = chunk) -> None:
-                    # What is beyond the width is overwritten by the next row.
-                    select.store(self.mine.scores(first + LANES * chunk), self.images(row, chunk))
+                    # The next row overwrites what is stored past the width.
+                    select.store(
+                        self.local.scores(first + LANES * chunk), self.sort_keys(row, chunk)
+                    )
 
             return first + width
 
         lax.fori_loop(0, min(self.plan.shortlist, self.plan.reach), put_row, jnp.int32(0))
 
     def visit_staircase(self, places: Any, body: Any, carry: Any) -> Any:
-        """Folds over the pairs inside; `places` are those of `Plan._places`."""
+        """Folds over the pairs inside; `places` is the result of `Plan.places`."""
         num_inside = self.plan.num_inside
 
         def visit_candidates(index: Array, carry: Any) -> Any:
             first = index * LANES
-            image = select.load(self.mine.scores(first))
-            image = select.where(select.lane() + first < num_inside, image, select.EMPTY)
+            sort_key = select.load(self.local.scores(first))
+            sort_key = select.where(select.lane() + first < num_inside, sort_key, select.EMPTY)
             place = select.load_for_all(places.at[pl.ds(first, LANES)])
-            return body(carry, [image, place])
+            return body(carry, [sort_key, place])
 
         return lax.fori_loop(0, pl.cdiv(num_inside, LANES), visit_candidates, carry)
 
     def doubts(self, last: tuple[Array, Array]) -> Array:
-        """Not 0 where a pair outside may precede the last one chosen, an image and a place, [4]."""
+        """Nonzero where a pair outside may precede the last chosen one (sort key, index): [4]."""
         if self.plan.additive:
             return self._not_finite()
-        last_image, last_place = (select.spread(x) for x in last)
+        last_key, last_place = (select.broadcast(x) for x in last)
         shortlist = self.plan.shortlist
 
         def look(i: Array, doubt: Array) -> Array:
             row, width = self.row(i), self.width(i)
             for chunk in self.chunks:
                 column = select.lane() + LANES * chunk
-                image = self.images(row, chunk)
-                earlier = (image == last_image) & (column + i * shortlist < last_place)
-                ahead = (image > last_image) | earlier
+                sort_key = self.sort_keys(row, chunk)
+                earlier = (sort_key == last_key) & (column + i * shortlist < last_place)
+                ahead = (sort_key > last_key) | earlier
                 outside = (column >= width) & (column < shortlist)
                 doubt = select.where(ahead & outside, 1, doubt)
             return doubt
 
-        doubt = lax.fori_loop(0, shortlist, look, select.everywhere(0))
+        doubt = lax.fori_loop(0, shortlist, look, select.full(0))
         return jnp.max(doubt, axis=1)
 
     def _not_finite(self) -> Array:
-        """Rounded sums keep the order of a staircase, but for infinities of both signs."""
-        doubt = select.everywhere(0)
+        """Nonzero where S is not finite: only infinities break the order of rounded sums."""
+        doubt = select.full(0)
         for side in range(2):
             for chunk, scores in enumerate(self._load(side, 1)):
                 exists = select.lane() + LANES * chunk < self.plan.shortlist
@@ -129,57 +133,58 @@ class Grid:
         return jnp.max(doubt, axis=1)
 
 
-def select_pairs(plan: Plan, blocks: Blocks, grid: Grid, places: Any, mine: Mine) -> None:
-    """Places in the grid of the best pairs of each token, best first."""
+def select_pairs(plan: Plan, blocks: Blocks, grid: Grid, places: Any, local: GroupScratch) -> None:
+    """Selects the best pairs of each token, best first; writes their indices in the grid."""
 
     def search(visit: Any) -> tuple[Array, Array]:
-        return select.best(visit, plan.top_m, blocks.pair_depth, 2, [mine.places], mine.flags)
+        return select.best(visit, plan.top_m, blocks.pair_depth, 2, [local.places], local.flags)
 
     if not plan.num_inside:
         search(grid.visit)
         return
     grid.put_staircase()
     last = search(functools.partial(grid.visit_staircase, places))
-    select.store(mine.flags, grid.doubts(last))
+    select.store(local.flags, grid.doubts(last))
 
-    @pl.when(select.any_token(mine.flags))
+    @pl.when(select.any_token(local.flags))
     def _() -> None:
         search(grid.visit)
 
 
 def write_results(
-    plan: Plan, head: Array, tokens: Any, cores: Any, results: Any, mine: Mine
+    plan: Plan, head: Array, tokens: Any, cores: Any, results: Any, local: GroupScratch
 ) -> None:
-    """Scores, addresses and S of the chosen pairs, 32 pairs at a time."""
+    """Writes scores, addresses and S of the chosen pairs, 32 pairs at a time."""
     scores, addresses, *chosen = results
     sides = range(2)
     chunks = range(plan.list_size // LANES)
-    words = [[mine.list(side, word) for word in range(1 + plan.rank)] for side in sides]
+    words = [[local.list(side, word) for word in range(1 + plan.rank)] for side in sides]
 
     def look_up(place: Array, ref: Any) -> Array:
-        """The word of each token's shortlist at a place, [4]."""
-        found = select.everywhere(0)
+        """The word of each token's shortlist at a given index, [4]."""
+        selected = select.full(0)
         for q in chunks:
             word = select.load(ref.at[:, pl.ds(LANES * q, LANES)])
-            found = select.where(select.lane() + LANES * q == place, word, found)
-        return jnp.sum(found, axis=1)
+            selected = select.where(select.lane() + LANES * q == place, word, selected)
+        return jnp.sum(selected, axis=1)
 
     def put(first: Any, count: int) -> None:
-        pair_places = select.load(mine.places.at[:, pl.ds(first, LANES)])
+        pair_places = select.load(local.places.at[:, pl.ds(first, LANES)])
 
         def collect(index: Array, columns: list[Array]) -> list[Array]:
-            place = select.spread(select.in_lane(index, pair_places))
-            row = lax.div(place, select.everywhere(plan.shortlist))
+            place = select.broadcast(select.in_lane(index, pair_places))
+            row = lax.div(place, select.full(plan.shortlist))
             keys = row, place - row * plan.shortlist
-            found = [
+            pair_words = [
                 look_up(key, ref) for key, refs in zip(keys, words, strict=True) for ref in refs
             ]
             here = select.lane() == index
             return [
-                select.where(here, select.spread(x), y) for x, y in zip(found, columns, strict=True)
+                select.where(here, select.broadcast(x), y)
+                for x, y in zip(pair_words, columns, strict=True)
             ]
 
-        nothing = [select.everywhere(0)] * (2 * (1 + plan.rank))
+        nothing = [select.full(0)] * (2 * (1 + plan.rank))
         columns = lax.fori_loop(0, count, collect, nothing)
         row_key, *row_words = columns[: 1 + plan.rank]
         column_key, *column_words = columns[1 + plan.rank :]
@@ -195,28 +200,28 @@ def write_results(
                 at = chosen[0].at[tokens, side, head, a]
                 _put(at, first, select.as_float(word), count)
 
-    num_whole = plan.top_m // LANES
-    lax.fori_loop(0, num_whole, lambda i, _: put(i * LANES, LANES), None)
+    num_full = plan.top_m // LANES
+    lax.fori_loop(0, num_full, lambda i, _: put(i * LANES, LANES), None)
     if plan.top_m % LANES:
-        put(num_whole * LANES, plan.top_m % LANES)
+        put(num_full * LANES, plan.top_m % LANES)
 
 
 def _pair_score(
     plan: Plan, cores: Any, core: int, head: Array, rows: list[Array], columns: list[Array]
 ) -> Array:
-    """The score by one core of pairs whose keys have these S, by rank, as words."""
+    """The scores of one core for pairs of keys with the given S, by rank, as words."""
     rows, columns = ([select.as_float(word) for word in words] for words in (rows, columns))
     if plan.additive:
         return rows[0] + columns[0]
     return add_up(
-        rows[a] * select.everywhere(cores[core, head, a, b], jnp.float32) * columns[b]
+        rows[a] * select.full(cores[core, head, a, b], jnp.float32) * columns[b]
         for a in range(plan.rank)
         for b in range(plan.rank)
     )
 
 
 def _put(ref: Any, first: Any, values: Array, count: int) -> None:
-    """Writes the first `count` lanes of [4, 32] to columns of a reference [4, any]."""
+    """Writes the first `count` lanes of [4, 32] to columns of a ref [4, any]."""
     if count == LANES:
         select.store(ref.at[:, pl.ds(first, LANES)], values)
         return

@@ -1,18 +1,18 @@
-"""The best of many candidates on a Hopper GPU, where each warp of a warpgroup serves one token.
+"""Top-k over many candidates on a Hopper GPU; each warp of a warpgroup processes one token.
 
-Arrays are [4, 32]: a token a warp, a lane each candidate. A maximum or a sum over the lanes is then
-one instruction (`redux.sync` of whole numbers) and asks no other warp. Mosaic GPU has no sort, no
-shuffle and no access to memory at places that differ by lane; a selection gets by without:
+Arrays are [4, 32]: one token per warp, one candidate per lane. A max or sum over the lanes is then
+a single instruction (`redux.sync` on integers) without communication between warps. Mosaic GPU has
+no sort, no shuffle and no per-lane memory addressing, so the selection works without them:
 
-    lists       Each lane keeps the `depth` best of the candidates that it sees, in order, in
-                registers: one of every 32 candidates, so the best ones are spread over the lanes.
-    tournament  As often as one is wanted, the best of the 32 heads wins and leaves its list.
-    scan        A lane whose list has run out while it had to drop candidates may spoil the result.
-                That is noticed, and the tokens of the warpgroup are done again: the best of all
-                candidates after the last one found, as often as one is wanted.
+    lists       Each lane keeps the `depth` best of the candidates that it sees in a sorted list in
+                registers. It sees every 32nd candidate, so the best ones are spread over lanes.
+    tournament  In each of `count` rounds, the best of the 32 list heads wins and is removed.
+    scan        If a lane runs out of entries after it had to drop candidates, the result may be
+                wrong. This is detected, and the tokens of the warpgroup are selected again: in each
+                of `count` rounds, the best of all candidates after the previous winner.
 
-So the result is exact always. Scores are compared as whole numbers in the same order; equal ones
-are taken by rising number of the candidate.
+So the result is always exact. Scores are compared as order-preserving integers; ties go to the
+lower candidate index.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,108 +23,109 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TOKENS, LANES = 4, 32  # of a warpgroup and of a warp
+TOKENS, LANES = 4, 32  # tokens per warpgroup, lanes per warp
 
 # Row i in warp i, column j in lane j mod 32.
 BY_LANE = plgpu.Layout.TILED(
     plgpu.Tiling(((TOKENS, LANES), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
 
-EMPTY = -(2**31)  # below the image of any score
+EMPTY = -(2**31)  # below the sort key of any score
 _LARGEST = 2**31 - 1
-_NAN_IMAGE = 0x7FC00000
+_NAN_KEY = 0x7FC00000
 _INFINITY = 0x7F800000
 
-# A candidate: the image of its score, its number, and other words (int32), all [4, 32].
+# A candidate: the sort key of its score, its index, and other words (int32), all [4, 32].
 Words = list[Array]
-# visit(body, carry): folds body(carry, words) over all candidates; numbers rise in every lane.
+# visit(body, carry): folds body(carry, words) over all candidates; indices ascend in every lane.
 Visit = Callable[[Callable[[Any, Words], Any], Any], Any]
 
 
 def lane() -> Array:
-    """The number of each lane, [4, 32]."""
+    """The index of each lane, [4, 32]."""
     return plgpu.broadcasted_iota(jnp.int32, (TOKENS, LANES), 1, layout=BY_LANE)
 
 
-def everywhere(value: Any, dtype: Any = jnp.int32) -> Array:
-    """One number for all lanes of all tokens, [4, 32]."""
+def full(value: Any, dtype: Any = jnp.int32) -> Array:
+    """Broadcasts a scalar to all lanes of all tokens, [4, 32]."""
     return plgpu.layout_cast(jnp.full((TOKENS, LANES), value, dtype), BY_LANE)
 
 
-def spread(by_token: Array) -> Array:
-    """A number of each token, [4], to all of its lanes, [4, 32]."""
+def broadcast(by_token: Array) -> Array:
+    """Broadcasts one value per token, [4], to its lanes, [4, 32]."""
     return plgpu.layout_cast(lax.broadcast_in_dim(by_token, (TOKENS, LANES), (0,)), BY_LANE)
 
 
 def where(condition: Array, x: Any, y: Any) -> Array:
-    """Selects among [4, 32]; x or y may be one whole number.
+    """`jnp.where` on [4, 32] arrays; x may be an int.
 
-    Mosaic GPU gives `jnp.where` of a constant and an array the sign of the condition: none, so that
-    whole numbers would be compared as unsigned from there on. An array of constants keeps its own.
+    If an operand of `jnp.where` is a constant, Mosaic GPU gives the result the signedness of the
+    condition, which is unsigned, so later comparisons would be wrong. Broadcasting the constant to
+    an array first avoids this.
     """
-    x = everywhere(x) if isinstance(x, int) else x
+    x = full(x) if isinstance(x, int) else x
     return jnp.where(condition, x, y)
 
 
 def load(ref: Any) -> Array:
-    """Reads [4, 32] from shared or device memory."""
+    """Loads [4, 32] from shared or device memory."""
     return plgpu.load(ref, layout=BY_LANE, optimized=False)
 
 
 def load_for_all(ref: Any) -> Array:
-    """Reads [32], a number a lane, the same for all tokens."""
+    """Loads [32], one number per lane, and broadcasts it over tokens: [4, 32]."""
     row = plgpu.load(ref, layout=BY_LANE.reduce(0), optimized=False)
     return plgpu.layout_cast(lax.broadcast_in_dim(row, (TOKENS, LANES), (1,)), BY_LANE)
 
 
 def store(ref: Any, value: Array) -> None:
-    """Writes [4, 32], or [4]."""
+    """Stores [4, 32] or [4]."""
     plgpu.store(ref, value, optimized=False)
 
 
 def as_int(x: Array) -> Array:
-    """The bits of a float32."""
+    """Bitcasts float32 to int32."""
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def as_float(x: Array) -> Array:
-    """The float32 of these bits."""
+    """Bitcasts int32 to float32."""
     return lax.bitcast_convert_type(x, jnp.float32)
 
 
-def image(scores: Array) -> Array:
-    """Whole numbers in the order of float32 scores: -0 equals 0, any NaN is the largest."""
+def sort_key(scores: Array) -> Array:
+    """Maps float32 scores to ints of the same order: -0 equals 0, any NaN is the largest."""
     bits = as_int(scores)
     size = bits & _LARGEST
     ordered = where(bits >= 0, bits, bits ^ _LARGEST)
-    return where(size > _INFINITY, _NAN_IMAGE, where(size == 0, 0, ordered))
+    return where(size > _INFINITY, _NAN_KEY, where(size == 0, 0, ordered))
 
 
 def is_finite(bits: Array) -> Array:
-    """Whether these bits are those of a finite float32."""
+    """Whether the bits represent a finite float32."""
     return (bits & _LARGEST) < _INFINITY
 
 
 def in_lane(wanted: Array, word: Array) -> Array:
-    """The word of each token, [4], that is in the lane of this number."""
+    """Extracts the word in lane `wanted` for each token, [4]."""
     return jnp.sum(where(lane() == wanted, word, 0), axis=1)
 
 
 def best(
     visit: Visit, count: int, depth: int, num_words: int, outputs: Sequence[Any], flags: Any
 ) -> tuple[Array, Array]:
-    """Writes the words but the image of the `count` best candidates, best first.
+    """Writes the words, except the sort key, of the `count` best candidates, best first.
 
     Args:
-        visit: what folds over the candidates.
-        count: how many are wanted, no more than there are.
-        depth: of the lists.
-        num_words: of a candidate.
-        outputs: a reference [4, count or more, in whole 32s] of each word but the image.
-        flags: int32[4] in shared memory, of this warpgroup.
+        visit: folds over the candidates.
+        count: number of candidates to select, at most as many as there are.
+        depth: length of the list of each lane.
+        num_words: words per candidate.
+        outputs: a ref [4, count padded to a multiple of 32] for each word except the sort key.
+        flags: int32[4] in shared memory, private to this warpgroup.
 
     Returns:
-        Image and number of the last of them, [4].
+        Sort key and index of the last selected candidate, [4] each.
     """
     *last, doubt = _tournament(visit, count, depth, num_words, outputs)
     store(flags, doubt)
@@ -136,33 +137,33 @@ def best(
 
 
 def any_token(flags: Any) -> Array:
-    """Whether any of the four is not 0, for all threads of the warpgroup alike."""
+    """Whether any of the four flags is set; uniform over the threads of the warpgroup."""
     return (flags[0] | flags[1] | flags[2] | flags[3]) != 0
 
 
 def _tournament(
     visit: Visit, count: int, depth: int, num_words: int, outputs: Sequence[Any]
 ) -> tuple[Array, Array, Array]:
-    """Like `best`, and whether the result may be wrong."""
-    nothing = [everywhere(EMPTY)] + [everywhere(0)] * (num_words - 1)
+    """Like `best`, but also returns whether the result may be wrong."""
+    nothing = [full(EMPTY)] + [full(0)] * (num_words - 1)
 
     def insert(carry: tuple[list[Words], Array], words: Words) -> tuple[list[Words], Array]:
         entries, dropped = carry
         inserted = []
         for entry in entries:
-            # Of equal ones, the entry came earlier and has the lower number.
+            # In a tie, the existing entry wins: it came earlier and has the lower index.
             ahead = words[0] > entry[0]
             pairs = list(zip(words, entry, strict=True))
             inserted.append([where(ahead, new, old) for new, old in pairs])
             words = [where(ahead, old, new) for new, old in pairs]
         return inserted, jnp.maximum(dropped, words[0])
 
-    entries, dropped = visit(insert, ([nothing] * depth, everywhere(EMPTY)))
+    entries, dropped = visit(insert, ([nothing] * depth, full(EMPTY)))
 
     def play(step: Array, carry: Any) -> Any:
         entries, doubt, _, columns = carry
         won, row = _winner(entries[0])
-        spoiled = (entries[0][0] == EMPTY) & (dropped > EMPTY) & (dropped >= spread(row[0]))
+        spoiled = (entries[0][0] == EMPTY) & (dropped > EMPTY) & (dropped >= broadcast(row[0]))
         doubt = where(spoiled, 1, doubt)
         entries = [
             [where(won, later, now) for now, later in zip(entry, following, strict=True)]
@@ -171,43 +172,43 @@ def _tournament(
         columns = _collect(step, count, row[1:], columns, outputs)
         return entries, doubt, (row[0], row[1]), columns
 
-    carry = (entries, everywhere(0), _before_all(), [everywhere(0)] * len(outputs))
+    carry = (entries, full(0), _before_all(), [full(0)] * len(outputs))
     _, doubt, last, _ = lax.fori_loop(0, count, play, carry)
     return *last, jnp.max(doubt, axis=1)
 
 
 def _scan(visit: Visit, count: int, num_words: int, outputs: Sequence[Any]) -> tuple[Array, Array]:
-    nothing = [everywhere(EMPTY)] + [everywhere(0)] * (num_words - 1)
+    nothing = [full(EMPTY)] + [full(0)] * (num_words - 1)
 
     def find_next(step: Array, carry: Any) -> Any:
         last, columns = carry
-        last_image, last_number = (spread(x) for x in last)
+        last_key, last_number = (broadcast(x) for x in last)
 
-        def keep(found: Words, words: Words) -> Words:
-            later = (words[0] == last_image) & (words[1] > last_number)
-            better = ((words[0] < last_image) | later) & (words[0] > found[0])
-            return [where(better, new, old) for new, old in zip(words, found, strict=True)]
+        def keep(kept: Words, words: Words) -> Words:
+            later = (words[0] == last_key) & (words[1] > last_number)
+            better = ((words[0] < last_key) | later) & (words[0] > kept[0])
+            return [where(better, new, old) for new, old in zip(words, kept, strict=True)]
 
         _, row = _winner(visit(keep, nothing))
         columns = _collect(step, count, row[1:], columns, outputs)
         return (row[0], row[1]), columns
 
-    carry = (_before_all(), [everywhere(0)] * len(outputs))
+    carry = (_before_all(), [full(0)] * len(outputs))
     return lax.fori_loop(0, count, find_next, carry)[0]
 
 
 def _before_all() -> tuple[Array, Array]:
-    """An image and a number that precede those of any candidate, [4]."""
-    return jnp.max(everywhere(_LARGEST), axis=1), jnp.max(everywhere(-1), axis=1)
+    """A sort key and an index that precede those of any candidate, [4] each."""
+    return jnp.max(full(_LARGEST), axis=1), jnp.max(full(-1), axis=1)
 
 
 def _winner(words: Words) -> tuple[Array, list[Array]]:
-    """The lane of the best of 32 candidates, [4, 32], and its words, [4]."""
+    """A mask of the lane with the best of 32 candidates, [4, 32], and its words, [4] each."""
     top = jnp.max(words[0], axis=1)
-    leads = words[0] == spread(top)
-    # The lowest number; there is an instruction for the largest.
+    leads = words[0] == broadcast(top)
+    # The lowest index, by way of a max, for which there is an instruction.
     number = ~jnp.max(where(leads, ~words[1], EMPTY), axis=1)
-    won = leads & (words[1] == spread(number))
+    won = leads & (words[1] == broadcast(number))
     rest = [jnp.sum(where(won, word, 0), axis=1) for word in words[2:]]
     return won, [top, number, *rest]
 
@@ -215,10 +216,10 @@ def _winner(words: Words) -> tuple[Array, list[Array]]:
 def _collect(
     step: Array, count: int, row: list[Array], columns: list[Array], outputs: Sequence[Any]
 ) -> list[Array]:
-    """Keeps the words of one step in one lane; writes them when there are 32, or no more."""
+    """Buffers the words of each step in one lane; writes them after 32 steps or the last one."""
     place = lax.rem(step, LANES)
     here = lane() == place
-    columns = [where(here, spread(x), kept) for x, kept in zip(row, columns, strict=True)]
+    columns = [where(here, broadcast(x), kept) for x, kept in zip(row, columns, strict=True)]
 
     @pl.when((place == LANES - 1) | (step == count - 1))
     def _() -> None:

@@ -1,1 +1,1 @@
-"""On the TensorCores of a TPU."""
+"""Pallas backend for the TensorCores of a TPU."""

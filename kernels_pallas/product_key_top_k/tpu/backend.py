@@ -1,29 +1,29 @@
-"""Product-key top-k on the TensorCores of a TPU: one fused kernel a pass.
+"""Product-key top-k on the TensorCores of a TPU: one fused kernel per pass.
 
-Forward, for a tile of 1024 tokens and a head: tiles of keys stream through VMEM, their products
-with the queries come from the matrix unit, and the shortlist of a side is merged with what the tile
-of keys holds. Then the best pairs are found in the grid of the two shortlists, block by block; see
-`select.py`. Neither [T, n] nor [T, s * s] numbers leave the chip: S of all keys of a
-side stays in VMEM until its shortlist is known.
+The forward kernel, for a tile of 1024 tokens and a head, streams tiles of keys through VMEM. The
+MXU multiplies them with the queries, and the best keys of each tile are merged into the shortlist
+of the side. Then the best pairs are selected from the grid of the two shortlists, block by block;
+see `select.py`. Neither [T, n] nor [T, s * s] arrays reach HBM: S of all keys of a side stays in
+VMEM until its shortlist is complete.
 
-    layouts     S comes from the matrix unit with keys along lanes, [tokens, n], where the numbers
-                of chosen keys are gathered along lanes, 128 at a time. Selection has its tokens
-                along sublanes and lanes, [places, 8, 128]. Queries are read row by row, and results
-                written with tokens along lanes, [.., m, T], which is the layout that the kernels of
-                value aggregation read: no padding whatever m is.
-    precision   Products of float32 arrays are made of six of bfloat16 ones (HIGHEST); bfloat16
-                arrays are multiplied as they are. Sums are float32.
-    padding     s and m are rounded up to powers of two from 16, n to a multiple of the tile of
-                keys, and tokens to one of 1024.
-    limits      S of a side's keys is 4 KiB a key and rank: n up to about 5,000 at rank 2 where keys
-                are narrow, 1,700 at the largest size below. More is refused.
-    residual    S of the chosen is written for a backward pass, 8 r m bytes a token; nothing else is
-                held in HBM beside arguments and results.
+    layouts     The MXU writes S with keys along the lanes, [tokens, n], from which S of the chosen
+                keys is gathered, 128 lanes at a time. The selection has tokens along sublanes and
+                lanes, [places, 8, 128]. Queries are read row-major, and results are written with
+                tokens along the lanes, [.., m, T], the layout that the kernels of value aggregation
+                read: it needs no padding for any m.
+    precision   Products of float32 arrays take six bfloat16 passes (HIGHEST); bfloat16 arrays are
+                multiplied directly. Sums are float32.
+    padding     s and m are rounded up to powers of two, at least 16; n to a multiple of the key
+                tile; the number of tokens to a multiple of 1024.
+    limits      S takes 4 KiB per key and rank: n can be up to about 5,000 at rank 2 if keys are
+                narrow, and 1,700 at the largest size below. Larger n is unsupported.
+    residual    S of the chosen keys is saved for a backward pass, 8 r m bytes per token. Apart from
+                arguments and results, nothing else is in HBM.
 
-What it costs, counted and not measured: vector operations a token in thousands, both sides, and how
-many of the grid's blocks were merged for 1024 tokens of random data, the core's singular values
-2.1 : 0.15 (2.0 : 0.4, or 1.2 : 0.4, which is worse than any that was trained). All blocks are
-compared with the m-th best.
+Cost, counted and not measured: thousands of vector operations per token, for both sides, and the
+number of grid blocks that were merged for 1024 tokens of random data whose core has singular values
+2.1 : 0.15 (in parentheses: 2.0 : 0.4 and 1.2 : 0.4, which is worse than any trained core). All
+blocks are compared with the m-th best.
 
       n,   s,   m    shortlists   a block   merged          of    compare   in all   matrix MFLOP
     360,  32,  32       100          3      10 (14, 25)     32       4        136        0.6
@@ -31,9 +31,9 @@ compared with the m-th best.
     964,  94,  94       338         21       9 (12, 33)     73      35        565        3.9
    1696, 128, 256       591         53       8 (13, 46)     64      66       1082       17.4
 
-A v5e does 6e12 vector operations a second: 0.18 microseconds for the last line, where the products
-of float32 keys take 0.53. Extracting one best after the other would take 4 m s^2 operations, or
-16,777 thousand.
+A v5e does 6e12 vector operations per second: 0.18 microseconds for the last line, whose float32 key
+products take 0.53. Extracting the best pairs one at a time would take 4 m s^2 operations, or 16,777
+thousand.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ from kernels_pallas.product_key_top_k.tpu import backward as pallas_tpu_backward
 from kernels_pallas.product_key_top_k.tpu import select
 
 _SUBLANES, _LANES = 8, 128
-# As many keys fill the matrix unit of v6e and tpu7x, or that of the others; the first that fits.
+# The width of the MXU of v6e and tpu7x, and of the other chips; the first that fits is used.
 _KEYS_PER_TILE = (256, 128)
 _VMEM_BYTES = 56 * 2**20  # of 64 MiB on tpu7x; others have more
 
@@ -65,13 +65,13 @@ backward = pallas_tpu_backward.backward
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How many keys a step of the forward kernel multiplies and sorts."""
+    """The number of keys that a step of the forward kernel multiplies and sorts."""
 
     keys: int
 
 
 def heuristic(call: TopKCall, with_chosen: bool = True) -> Blocks:
-    """The most keys that leave room for the rest in VMEM, and at least a run of the sort."""
+    """As many keys as fit VMEM next to the other buffers, but at least one run of the sort."""
     least = _power_of_two(call.shortlist)
     candidates = [Blocks(max(least, num_keys)) for num_keys in _KEYS_PER_TILE]
     fitting = (x for x in candidates if _fits(_Plan(call, x, with_chosen)))
@@ -79,7 +79,7 @@ def heuristic(call: TopKCall, with_chosen: bool = True) -> Blocks:
 
 
 def unsupported_reason(call: TopKCall, platform: str) -> str | None:
-    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    """Returns why this implementation does not support these shapes and dtypes, or None."""
     reasons = [(platform != "tpu", f"it compiles for TPU, not for {platform}")]
     is_float32 = call.dtype == jnp.float32
     reasons.append((not is_float32, "it accumulates in float32, not in float64"))
@@ -88,7 +88,7 @@ def unsupported_reason(call: TopKCall, platform: str) -> str | None:
         reasons.append((not known, f"{name} must be float32 or bfloat16, got {array.dtype}"))
         reasons.append((0 in array.shape, f"{name} is empty, {array.shape}"))
     plan = _Plan(call, heuristic(call))
-    reason = f"it needs {plan.vmem_bytes} bytes of VMEM, there are {_VMEM_BYTES}"
+    reason = f"it needs {plan.vmem_bytes} bytes of VMEM, only {_VMEM_BYTES} are available"
     reasons.append((not _fits(plan), reason))
     forward_reason = next((reason for holds, reason in reasons if holds), None)
     return forward_reason or pallas_tpu_backward.unsupported_reason(call)
@@ -122,23 +122,23 @@ class _Plan:
         self.query_dtype, self.keys_dtype = query.dtype, keys.dtype
 
         self.tile_tokens = _SUBLANES * _LANES
-        # Products of float32 arrays keep their operands' bfloat16 parts in VMEM too.
+        # Products of float32 arrays also keep the bfloat16 parts of their operands in VMEM.
         self.dot_tokens = 2 * _LANES
         self.tile_keys = blocks.keys
         self.num_tiles = pl.cdiv(self.num_keys, self.tile_keys)
         self.padded = _power_of_two(self.shortlist)
-        rule = f"a multiple of {math.lcm(_LANES, self.padded)}, as runs and registers need it"
+        rule = f"a multiple of {math.lcm(_LANES, self.padded)}, to fill runs and registers"
         check(self.tile_keys % math.lcm(_LANES, self.padded) == 0, "keys", self.tile_keys, rule)
         self.staircase = select.Staircase(
             self.shortlist, self.padded, size=_power_of_two(self.top_m)
         )
-        # Lists are transposed and gathered by whole registers of lanes.
+        # Lists are transposed and gathered by full registers of lanes.
         self.listed = padded(self.padded, _LANES)
         self.places = max(self.listed, padded(self.staircase.size, _LANES))
 
     @property
     def scratch(self) -> dict[str, Any]:
-        """Buffers in VMEM."""
+        """Shapes and dtypes of the scratch buffers in VMEM."""
         tile, runs = (_SUBLANES, _LANES), max(self.padded, self.staircase.size)
         tokens = self.tile_tokens
         return {
@@ -155,7 +155,7 @@ class _Plan:
 
     @property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]]:
-        """Shape, block and dtype of each result; tokens come last."""
+        """Shape, block and dtype of each result; tokens are the last axis."""
         m, rank, cores = self.top_m, self.rank, self.num_cores
         shapes = {
             "scores": ((cores, self.num_heads, m), (cores, 1, m), jnp.float32),
@@ -171,7 +171,7 @@ class _Plan:
 
     @property
     def vmem_bytes(self) -> int:
-        """The scratch buffers, two of each block, and room for temporaries."""
+        """The scratch buffers, two buffers for each block, and space for temporaries."""
         scratch = sum(4 * math.prod(shape) for shape, _ in self.scratch.values())
         blocks = sum(
             4 * math.prod(block[:-2]) * padded(block[-2], 8) * block[-1]
@@ -184,7 +184,10 @@ class _Plan:
         return scratch + 2 * blocks + parts + 4 * 2**20
 
     def run(self, call: TopKCall) -> tuple[Array, ...]:
-        """Calls the kernel; scores [c, H, m, T], addresses [H, m, T], maybe S [2, H, r, m, T]."""
+        """Calls the kernel; returns scores [c, H, m, T], addresses [H, m, T] and, if requested, S.
+
+        S has the shape [2, H, r, m, T].
+        """
         query, keys, u, v, cores = call.query, call.keys, call.u, call.v, call.cores
         per_head, per_rank = self.query_heads > 1, self.query_ranks > 1
         small = {"blocks": jnp.asarray(self.staircase.blocks, jnp.int32).reshape(-1)}
@@ -245,11 +248,11 @@ class _Plan:
             ),
             cost_estimate=self._cost(query, keys),
         )
-        # Blocks of numbers in SMEM cannot be mapped over: vmap becomes a loop of calls.
+        # Pallas cannot batch the scalars in SMEM, so vmap becomes a loop of calls.
         return tuple(custom_batching.sequential_vmap(launch)(*small.values(), *arrays.values()))
 
     def _step(self, refs: dict[str, Any]) -> None:
-        """One tile of keys of one rank, side and head, for one tile of tokens."""
+        """Processes one tile of keys of one rank, side and head, for one tile of tokens."""
         tokens, head, side, rank, tile = (pl.program_id(axis) for axis in range(5))
 
         def multiply(i: Array, _: None) -> None:
@@ -310,12 +313,12 @@ class _Plan:
         lax.fori_loop(0, self.tile_keys // self.padded, merge_run, None)
 
     def _gather_shortlist(self, refs: Any, head: Array, side: Array) -> None:
-        """Ids and S of the shortlisted keys, and the factors of the scores of pairs."""
+        """Gathers ids and S of the shortlisted keys, and computes the factors of pair scores."""
 
         def gather_group(group: Array, _: None) -> None:
             tokens = _tokens_of(group)
             ids = refs["best_ids"][: self.listed, group].T
-            # What is beyond the shortlist repeats its last key.
+            # Pad the list by repeating the last key of the shortlist.
             place = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
             ids = jnp.where(place < self.shortlist, ids, _column(ids, self.shortlist - 1))
             refs["short_ids"][side, tokens] = ids
@@ -330,7 +333,7 @@ class _Plan:
         lax.fori_loop(0, _SUBLANES, gather_group, None)
 
     def _factor(self, refs: Any, head: Array, side: Array, short: list[Array], q: int) -> Array:
-        """What a pair's score sums products of: of rows, S times the sum of cores, of columns S."""
+        """A factor of pair scores: S times the summed cores for rows, S for columns."""
         if self.additive:
             return short[q]
         core = [self._core(refs, head, a, q) for a in range(self.rank)]
@@ -338,7 +341,7 @@ class _Plan:
         return jnp.where(side == 0, times_core, short[q])
 
     def _core(self, refs: Any, head: Array, a: int, b: int, core: int | None = None) -> Array:
-        """An entry of a core, or of the sum of all."""
+        """An entry of a core, or of the sum of all cores."""
         if core is None:
             entries = [self._core(refs, head, a, b, core) for core in range(self.num_cores)]
             return add_up(entries)
@@ -346,7 +349,7 @@ class _Plan:
         return refs["cores"][first + a * self.rank + b]
 
     def _choose_pairs(self, refs: Any, best: select.Items, tokens: Array) -> None:
-        """Fills the list of the best with the best pairs."""
+        """Fills `best` with the best pairs."""
         tile = (_SUBLANES, _LANES)
         sublane, lane = (lax.broadcasted_iota(jnp.int32, tile, axis) for axis in range(2))
         token = tokens * self.tile_tokens + sublane * _LANES + lane
@@ -362,14 +365,14 @@ class _Plan:
         )
 
     def _write(self, refs: Any, head: Array) -> None:
-        """Scores, addresses and S of the chosen pairs."""
+        """Writes scores, addresses and S of the chosen pairs."""
         for start in range(0, self.top_m, _LANES):
             lax.fori_loop(
                 0, _SUBLANES, functools.partial(self._write_group, refs, head, start), None
             )
 
     def _write_group(self, refs: Any, head: Array, start: int, group: Array, _: None) -> None:
-        """The same for a register's lanes of pairs, of a group of tokens."""
+        """Writes the results of up to one register of lanes of pairs, for a group of tokens."""
         tokens = _tokens_of(group)
         kept = min(_LANES, self.top_m - start)
 
@@ -428,16 +431,16 @@ def _dot(query: Array, keys: Array) -> Array:
 
 
 def _gather(tables: list[Any], places: Array) -> Array:
-    """For each token, entries of its row of the tables, [tokens, n] side by side.
+    """Gathers entries of each token's row of the concatenated tables, each [tokens, n].
 
-    A register of lanes is gathered from at once: as many gathers a register of results as there are
-    registers in a row.
+    A gather only reads one register of lanes, so each register of results takes as many gathers as
+    there are registers in a row.
     """
     width = tables[0].shape[1]
     parts = []
     for start in range(0, places.shape[1], _LANES):
         wanted = places[:, start : start + _LANES]
-        found = jnp.zeros(wanted.shape, tables[0].dtype)
+        entries = jnp.zeros(wanted.shape, tables[0].dtype)
         for i, table in enumerate(tables):
             for first in range(0, width, _LANES):
                 near = jnp.take_along_axis(
@@ -447,13 +450,13 @@ def _gather(tables: list[Any], places: Array) -> Array:
                     mode="promise_in_bounds",
                 )
                 here = wanted >> (_LANES.bit_length() - 1) == (i * width + first) // _LANES
-                found = jnp.where(here, near, found)
-        parts.append(found)
+                entries = jnp.where(here, near, entries)
+        parts.append(entries)
     return jnp.concatenate(parts, axis=1)
 
 
 def _tokens_of(group: Array) -> Any:
-    """The tokens of one sublane of a tile, of all tokens of the tile."""
+    """The slice of a tile's tokens that are in one sublane."""
     return pl.ds(pl.multiple_of(group * _LANES, _LANES), _LANES)
 
 
@@ -462,5 +465,5 @@ def _column(x: Array, column: int) -> Array:
 
 
 def _power_of_two(size: int) -> int:
-    """The next power of two, at least what networks sort in registers."""
+    """Rounds up to a power of two, at least the number of items that networks sort in registers."""
     return max(select.RADIX, 1 << (size - 1).bit_length())

@@ -1,16 +1,16 @@
 """The backward pass of product-key top-k on the TensorCores of a TPU, in one kernel.
 
-For a side and some keys of it, the gradients of S of the chosen keys are spread over all keys,
-[n, tokens], by comparing ids: repeated ids sum, in the order of the pairs. Two products of matrices
-make the gradients of queries and keys from it. It is held for 256 keys at a time and never leaves
-VMEM. The keys of a side stay there too, as do their gradients until all tokens have added to them;
-tiles of tokens are added one after the other, so that every sum has one order.
+For each side, the gradients of S of the chosen keys are expanded to a dense [n, tokens] matrix by
+comparing ids; repeated ids sum, in the order of the pairs. Two matrix products with it give the
+gradients of queries and keys. Only the rows of 256 keys are materialized at a time, in VMEM. The
+keys of a side also stay in VMEM, as do their gradients until all tokens have contributed. Token
+tiles are processed sequentially, so the order of every sum is fixed.
 
-Where each rank has queries of its own, spreading takes 3 r m n vector operations a side and token,
-else (1 + 2 r) m n. With the former, both sides, in thousands a token at the sizes of the paper
-(n, m): 138 (360, 32), 811 (528, 128), 1,087 (964, 94), 5,210 (1696, 256). That is 0.87 microseconds
-of a v5e for the last, whose products, twice those of the forward pass and of float32, take 1.06.
-Counted and not measured.
+If each rank has its own queries, the expansion takes 3 r m n vector operations per side and token,
+else (1 + 2 r) m n. In the former case, thousands of operations per token for both sides, at the
+paper's sizes (n, m): 138 (360, 32), 811 (528, 128), 1,087 (964, 94), 5,210 (1696, 256). The last
+takes 0.87 microseconds on a v5e, and its products, twice those of the forward pass and in float32,
+take 1.06. Counted, not measured.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from kernels_pallas.common import add_up, check, padded
 from kernels_pallas.product_key_top_k.call import TopKCall
 
 _SUBLANES, _LANES = 8, 128
-_REGISTERS = 16  # of sums of a rank, while all chosen keys are compared with some
+_REGISTERS = 16  # registers of sums, over ranks, in a pass over all chosen keys
 _KEYS_PER_PRODUCT = 256
 _TOKENS_PER_TILE = (512, 256, 128)  # the first that fits
 _VMEM_BYTES = 56 * 2**20  # of 64 MiB on tpu7x; others have more
@@ -38,13 +38,13 @@ _VMEM_BYTES = 56 * 2**20  # of 64 MiB on tpu7x; others have more
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How many tokens a step of the backward kernel takes."""
+    """The number of tokens per step of the backward kernel."""
 
     tokens: int
 
 
 def heuristic(call: TopKCall) -> Blocks:
-    """The most tokens that fit: each step reads and writes all gradients of keys once."""
+    """As many tokens as fit: each step reads and writes all key gradients once."""
     candidates = [Blocks(num_tokens) for num_tokens in _TOKENS_PER_TILE]
     fitting = (x for x in candidates if _Plan(call, x).fits)
     return next(fitting, candidates[-1])
@@ -55,7 +55,8 @@ def unsupported_reason(call: TopKCall) -> str | None:
     plan = _Plan(call, heuristic(call))
     if plan.fits:
         return None
-    return f"the backward pass needs {plan.vmem_bytes} bytes of VMEM, there are {_VMEM_BYTES}"
+    needed = f"the backward pass needs {plan.vmem_bytes} bytes of VMEM"
+    return f"{needed}, only {_VMEM_BYTES} are available"
 
 
 def backward(
@@ -103,19 +104,19 @@ class _Plan:
         self.tile_tokens = blocks.tokens
         rule = f"a multiple of {_LANES}, the lanes of a register"
         check(self.tile_tokens % _LANES == 0, "tokens", self.tile_tokens, rule)
-        # Ranks that share a query add to one gradient, so they are taken together.
+        # Ranks that share a query add to the same gradient, so a step processes them together.
         self.step_ranks = self.rank if self.query_ranks == 1 else 1
         self.product_keys = min(_KEYS_PER_PRODUCT, padded(self.num_keys, _SUBLANES))
         self.listed = padded(self.top_m, _SUBLANES)
 
     @property
     def scratch(self) -> dict[str, Any]:
-        """Buffers in VMEM."""
+        """Shapes and dtypes of the scratch buffers in VMEM."""
         tokens = self.tile_tokens
         buffers = {
             "ids": ((self.listed, tokens), jnp.int32),
             "grads": ((self.step_ranks, self.listed, tokens), jnp.float32),
-            "spread": ((self.step_ranks, self.product_keys, tokens), jnp.float32),
+            "dense": ((self.step_ranks, self.product_keys, tokens), jnp.float32),
             "query_sums": ((tokens, self.key_dim), jnp.float32),
         }
         if self.keys_dtype != jnp.float32:
@@ -125,20 +126,20 @@ class _Plan:
 
     @property
     def vmem_bytes(self) -> int:
-        """The scratch buffers, two of each block, and room for temporaries."""
+        """The scratch buffers, one or two buffers for each block, and space for temporaries."""
         width, tokens = padded(self.key_dim, _LANES), self.tile_tokens
         query_bytes, keys_bytes = self.query_dtype.itemsize, self.keys_dtype.itemsize
         scratch = sum(4 * math.prod(shape) for shape, _ in self.scratch.values())
         keys = padded(self.num_keys, _SUBLANES) * width * self.step_ranks * 2 * keys_bytes
         queries = tokens * width * (query_bytes + 4)
         pairs = 4 * tokens * self.listed * (1 + 2 * self.rank + self.num_cores)
-        # Operands of products in float32, and in three parts of bfloat16.
+        # Operands of products, in float32 and as three bfloat16 parts.
         parts = 10 * (width * (tokens + self.product_keys) + tokens * self.product_keys)
         return scratch + keys + 2 * (queries + pairs) + parts + 5 * 2**20
 
     @property
     def fits(self) -> bool:
-        """Whether VMEM has room for it."""
+        """Whether everything fits VMEM."""
         return self.vmem_bytes <= _VMEM_BYTES
 
     def run(
@@ -150,10 +151,10 @@ class _Plan:
         chosen: Array,
         grads: Array,
     ) -> tuple[Array, ...]:
-        """Calls the kernel; the gradients of queries, [H, ...], and keys.
+        """Calls the kernel; returns the gradients of queries, [H, ...], and keys.
 
-        Those of queries that serve several heads are float32. With cores, also their gradients in
-        parts, [H, 2, steps, c r r, tokens of a tile].
+        Gradients of queries that several heads share are float32. With cores, also returns partial
+        sums of their gradients, [H, 2, steps, c r r, tokens of a tile].
         """
         per_head = self.query_heads > 1
         ranks, tokens, key_dim = self.step_ranks, self.tile_tokens, self.key_dim
@@ -168,7 +169,7 @@ class _Plan:
             "keys": keys,
         }
         query_block = (1, 1, 1, tokens, key_dim)
-        # One buffer is enough for what most steps neither read nor write anew.
+        # A single buffer is enough, because the block changes only when the token tiles restart.
         keys_block = pl.BlockSpec(
             (1, 1, ranks, self.num_keys, key_dim),
             lambda h, s, a, t: (h, s, a, 0, 0),
@@ -223,16 +224,16 @@ class _Plan:
                 + 4 * self.rank * sum(x.size for x in (addresses, chosen, grads)),
             ),
         )
-        # Blocks of numbers in SMEM cannot be mapped over: vmap becomes a loop of calls.
+        # Pallas cannot batch the scalars in SMEM, so vmap becomes a loop of calls.
         return tuple(custom_batching.sequential_vmap(launch)(*small.values(), *arrays.values()))
 
     def _step(self, refs: dict[str, Any]) -> None:
-        """One tile of tokens, for one side of a head and one rank, or all that share a query."""
+        """Processes one tile of tokens, for a head, a side, and the ranks of the step."""
         head, side, rank_step, tile = (pl.program_id(axis) for axis in range(4))
         is_token = tile * self.tile_tokens + _iota((1, self.tile_tokens), 1) < self.num_tokens
         self._list_gradients(refs, head, side, rank_step, is_token)
 
-        # Where keys are float32, their gradients are summed where they are written from.
+        # If keys are float32, accumulate their gradients directly in the output block.
         keys_sums = refs["keys_sums"] if "keys_sums" in refs else refs["keys_grad"].at[0, 0]
 
         @pl.when(tile == 0)
@@ -247,27 +248,27 @@ class _Plan:
             def _sum_cores() -> None:
                 self._sum_cores(refs, is_token)
 
-        # Beyond the last token, a block holds anything: zero times that need not be zero.
+        # Mask rows after the last token: they are uninitialized, and zero times NaN is NaN.
         is_row = tile * self.tile_tokens + _iota((self.tile_tokens, 1), 0) < self.num_tokens
         query = jnp.where(is_row, refs["query"][0, 0, 0].astype(jnp.float32), 0)
         query_sums = refs["query_sums"]
         query_sums[...] = jnp.zeros_like(query_sums)
 
         def multiply(first: Array | int, num_keys: int) -> None:
-            self._spread(refs, first, num_keys)
+            self._expand(refs, first, num_keys)
             here = pl.ds(first, num_keys)
             for a in range(self.step_ranks):
-                spread = refs["spread"][a, :num_keys]
-                keys_sums[a, here] += _dot(spread, query, (1, 0))
+                dense = refs["dense"][a, :num_keys]
+                keys_sums[a, here] += _dot(dense, query, (1, 0))
                 keys = refs["keys"][0, 0, a, here].astype(jnp.float32)
-                query_sums[...] += _dot(spread, keys, (0, 0))
+                query_sums[...] += _dot(dense, keys, (0, 0))
 
         num_products, rest = divmod(self.num_keys, self.product_keys)
 
-        def multiply_whole(i: Array, _: None) -> None:
+        def multiply_full(i: Array, _: None) -> None:
             multiply(pl.multiple_of(i * self.product_keys, _SUBLANES), self.product_keys)
 
-        lax.fori_loop(0, num_products, multiply_whole, None)
+        lax.fori_loop(0, num_products, multiply_full, None)
         if rest:
             multiply(num_products * self.product_keys, rest)
         refs["query_grad"][0, 0, 0] = query_sums[...].astype(refs["query_grad"].dtype)
@@ -281,7 +282,7 @@ class _Plan:
     def _list_gradients(
         self, refs: Any, head: Array, side: Array, rank_step: Array, is_token: Array
     ) -> None:
-        """Ids of the chosen keys of the side, and the gradients of their S, rank by rank."""
+        """Writes the ids of the chosen keys of the side, and the gradients of their S by rank."""
         addresses = refs["addresses"][0]
         rows = lax.div(addresses, jnp.full_like(addresses, self.num_keys))
         refs["ids"][...] = jnp.full_like(refs["ids"], -1)
@@ -299,7 +300,7 @@ class _Plan:
             refs["grads"][a, : self.top_m] = jnp.where(is_token, grads, 0)
 
     def _other_side(self, refs: Any, head: Array, side: Array, rank: Array, core: int) -> Array:
-        """What a score of that core is S of this side and rank times: the core times the others."""
+        """The derivative of a core's score by S of a side and rank: the core times the other S."""
         first = (head * self.num_cores + core) * self.rank**2
         terms = []
         for other in range(self.rank):
@@ -308,7 +309,7 @@ class _Plan:
         return add_up(terms)
 
     def _sum_cores(self, refs: Any, is_token: Array) -> None:
-        """Adds the gradients of the cores, of each token of the tile apart."""
+        """Adds to the gradients of the cores, separately for each token of the tile."""
         ranks = range(self.rank)
         entries = itertools.product(range(self.num_cores), ranks, ranks)
         for i, (core, a, b) in enumerate(entries):
@@ -317,11 +318,11 @@ class _Plan:
             sums = jnp.sum(products, axis=0, keepdims=True)
             refs["cores_grad"][0, 0, 0, pl.ds(i, 1)] += jnp.where(is_token, sums, 0)
 
-    def _spread(self, refs: Any, first: Array | int, num_keys: int) -> None:
-        """The gradients of S of some keys, those that were not chosen included."""
+    def _expand(self, refs: Any, first: Array | int, num_keys: int) -> None:
+        """Expands the gradients of S to a range of keys, with zeros for keys not chosen."""
         rows = _REGISTERS * _SUBLANES // self.step_ranks
 
-        def spread(start: int, height: int, group: Array) -> None:
+        def expand(start: int, height: int, group: Array) -> None:
             tokens = pl.ds(pl.multiple_of(group * _LANES, _LANES), _LANES)
             ids = first + start + _iota((height, _LANES), 0)
 
@@ -340,13 +341,13 @@ class _Plan:
             zeros = tuple(jnp.zeros((height, _LANES)) for _ in range(self.step_ranks))
             sums = lax.fori_loop(0, self.listed // _SUBLANES, add, zeros)
             for a, x in enumerate(sums):
-                refs["spread"][a, pl.ds(start, height), tokens] = x
+                refs["dense"][a, pl.ds(start, height), tokens] = x
 
-        def spread_group(group: Array, _: None) -> None:
+        def expand_group(group: Array, _: None) -> None:
             for start in range(0, num_keys, rows):
-                spread(start, min(rows, padded(num_keys - start, _SUBLANES)), group)
+                expand(start, min(rows, padded(num_keys - start, _SUBLANES)), group)
 
-        lax.fori_loop(0, self.tile_tokens // _LANES, spread_group, None)
+        lax.fori_loop(0, self.tile_tokens // _LANES, expand_group, None)
 
 
 def _dot(a: Array, b: Array, contracted: tuple[int, int]) -> Array:

@@ -1,14 +1,13 @@
-"""Exact selection on a TPU's vector unit: sorting networks whose items are tiles of tokens.
+"""Exact selection on the VPU of a TPU: sorting networks whose items are tiles of tokens.
 
-A list has one item a place, and an item is a whole register of tokens, [8, 128]: every lane of it
-belongs to another token, which has a list of its own. So a comparator orders the lists of 1024
-tokens at once, no number ever moves between lanes, and any order of memory accesses is as good as
-another. Items are pairs of a key, an int32 that is ordered as the score is, and an id; equal keys
-are ordered by id, the lower one first, so that no two items are equal and networks, none of which
-is stable, give one answer.
+An item of a list is a full register, [8, 128], in which every element belongs to a different token,
+which has its own list. So a comparator acts on the lists of 1024 tokens at once, no data moves
+between lanes, and no memory access order is slower than another. Items are pairs of a key, an int32
+with the same order as the score, and an id. Equal keys are ordered by id, the lower one first, so
+no two items are equal, and the result is unique although the networks are not stable.
 
-A comparator is 9 vector operations. Networks run in registers on 16 items, 32 registers, at a time,
-and pass through VMEM in between: 4 stages a pass.
+A comparator takes 9 vector operations. Networks run in registers on 16 items (32 registers) at a
+time, four stages per pass over VMEM.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from jax.experimental import pallas as pl
 
 RADIX = 16  # items of a list in registers at a time
 
-NOTHING = jnp.iinfo(jnp.int32).min  # the key of no score: it comes after all of them
+NOTHING = jnp.iinfo(jnp.int32).min  # the key of an empty item: ranks below every score
 _NAN = jnp.iinfo(jnp.int32).max
 
 
@@ -37,21 +36,21 @@ Item = tuple[Array, Array]  # key and id
 
 
 def key_of(scores: Array) -> Array:
-    """Integers in the order of float32 scores: -0 equals 0, and NaN comes before all numbers."""
+    """Maps float32 scores to ints of the same order; -0 equals 0, NaN ranks above all numbers."""
     bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores), jnp.int32)
     keys = bits ^ ((bits >> 31) & _NAN)
     return jnp.where(jnp.isnan(scores), _NAN, keys)
 
 
 def score_of(keys: Array) -> Array:
-    """The scores whose keys these are; that of NOTHING is not a number."""
+    """The inverse of `key_of`; maps NOTHING to NaN."""
     return lax.bitcast_convert_type(keys ^ ((keys >> 31) & _NAN), jnp.float32)
 
 
 def sort(items: Items, size: int, source: Callable[[Array], list[Item]]) -> None:
-    """Fills the first `size` places, a power of two from RADIX, with a sorted list, best first.
+    """Fills the first `size` places, a power of two >= RADIX, with a sorted list, best first.
 
-    `source(place)` computes the RADIX unsorted items from that place on.
+    `source(place)` computes the RADIX unsorted items that start at a place.
     """
 
     def sort_in_registers(i: Array, _: None) -> None:
@@ -66,7 +65,7 @@ def sort(items: Items, size: int, source: Callable[[Array], list[Item]]) -> None
 
 
 def keep_best(best: Items, others: Items, size: int) -> None:
-    """Merges two sorted lists of that size, and keeps the better half in `best`."""
+    """Merges two sorted lists of `size` items and keeps the better half in `best`."""
     stride = size // RADIX
 
     def merge_in_registers(offset: Array, _: None) -> None:
@@ -80,7 +79,7 @@ def keep_best(best: Items, others: Items, size: int) -> None:
 
 
 def clear(items: Items, size: int) -> None:
-    """Fills the first `size` places with nothing."""
+    """Fills the first `size` places with empty items."""
     shape = (size, *items.keys.shape[1:])
     items.keys[:size] = jnp.full(shape, NOTHING, jnp.int32)
     items.ids[:size] = jnp.zeros(shape, jnp.int32)
@@ -88,21 +87,21 @@ def clear(items: Items, size: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Staircase:
-    """The s x s grid of a token's candidate pairs, in blocks of which the first hold its best ones.
+    """The s x s grid of a token's candidate pairs, in blocks ordered so that the best come first.
 
-    Rows and columns stand in their shortlists best first, and s is padded to a power of two. Each
-    block has `size` pairs. Those from row 2^k to 2^(k+1) - 1 are 2^k high, so that the blocks of
-    lowest (row + 1) (column + 1) cover the staircase (i + 1) (j + 1) <= reach, of which
-    shared/spec/retrieval-cost.md tells, for one reach after the other.
+    Rows and columns are in the order of their shortlists, best first, and s is padded to a power of
+    two. Each block has `size` pairs. Blocks in rows 2^k to 2^(k+1) - 1 are at most 2^k high, so
+    that, in ascending order of (row + 1) (column + 1) of their first pair, blocks cover the
+    staircase (i + 1) (j + 1) <= reach for every reach; see `_Staircase` in `../xla.py`.
 
-    Blocks are visited in this order. One in which no token has a pair that precedes its m-th best
-    so far is passed over: this is the certificate, and it is proved block by block, so a doubt
-    costs one block and not the whole grid.
+    Blocks are visited in this order. A block is skipped if no token has a pair in it that precedes
+    its m-th best so far. This proves the result block by block, so a failed check costs one block,
+    not the full grid.
 
     Attributes:
         shortlist: s.
         padded: a power of two, at least RADIX and s.
-        size: a power of two from RADIX to padded squared, not less than m.
+        size: a power of two from RADIX to padded squared, at least m.
     """
 
     shortlist: int
@@ -111,9 +110,9 @@ class Staircase:
 
     @property
     def blocks(self) -> list[tuple[int, int, int]]:
-        """First row, first column and binary logarithm of the width of each block, in order."""
+        """First row, first column and log2 of the width of each block, in visiting order."""
         lowest = max(1, self.size // self.padded)
-        # Half of RADIX neighbouring pairs of a block always lie in one row.
+        # RADIX / 2 adjacent pairs of a block are always in the same row.
         starts = [0, *(lowest << k for k in range((self.padded // lowest).bit_length() - 1))]
         blocks = []
         for start in starts:
@@ -138,19 +137,19 @@ def best_pairs(
     best: Items,
     work: Items,
 ) -> None:
-    """Fills `best` with the pairs of highest score; a pair's id is row * padded + column.
+    """Fills `best` with the pairs of highest score; the id of a pair is row * padded + column.
 
     Args:
         staircase: the grid.
-        table: its blocks, int32 in SMEM, one number after another.
-        factors: [2, rank, places, 8, 128] float32; a pair scores the sum over ranks of the product
-            of its row's and its column's, or the sum of the two if additive. Columns beyond the
-            shortlist repeat the last.
+        table: its blocks, flattened, int32 in SMEM.
+        factors: [2, rank, places, 8, 128] float32. The score of a pair is the sum over ranks of its
+            row factor times its column factor, or the sum of the two if additive. Columns after the
+            shortlist repeat its last one.
         additive: whether scores are sums.
-        top_m: how many of the best are wanted: the others need not be the next best.
-        is_token: which lanes hold a token, [8, 128].
+        top_m: number of best pairs that must be exact; later places may hold other pairs.
+        is_token: mask of the elements that hold a token, [8, 128].
         best: has staircase.size places.
-        work: as many, for the pairs of a block.
+        work: has as many, for the pairs of a block.
     """
     padded, size = staircase.padded, staircase.size
     rank, width = factors.shape[1], RADIX // 2
@@ -177,18 +176,18 @@ def best_pairs(
             return functools.reduce(jnp.maximum, scores_of(*corner(width * i)), highest)
 
         def items(start: Array) -> list[Item]:
-            found = []
+            block_items = []
             for pair in (start, start + width):
                 row, column = corner(pair)
                 for k, scores in enumerate(scores_of(row, column)):
                     inside = (row < staircase.shortlist) & (column + k < staircase.shortlist)
                     keys = jnp.where(inside, key_of(scores), NOTHING)
-                    found.append((keys, jnp.full_like(keys, row * padded + column + k)))
-            return found
+                    block_items.append((keys, jnp.full_like(keys, row * padded + column + k)))
+            return block_items
 
         most = lax.fori_loop(0, size // width, highest, jnp.full(is_token.shape, -jnp.inf))
         last, last_id = score_of(best.keys[top_m - 1]), best.ids[top_m - 1]
-        # What is not a number is neither less nor equal.
+        # Comparisons with NaN are false, so a NaN makes the block doubtful.
         later = (most == last) & (first_row * padded + first_column > last_id)
         doubt = jnp.where((most < last) | later | ~is_token, 0.0, 1.0)
 
@@ -201,7 +200,7 @@ def best_pairs(
 
 
 def _merge_neighbours(items: Items, size: int, length: int) -> None:
-    """Merges the sorted runs of half that length into runs of that length."""
+    """Merges pairs of sorted runs of `length` / 2 into runs of `length`."""
     half, stride = length // 2, length // RADIX
 
     def merge_in_registers(i: Array, _: None) -> None:
@@ -218,13 +217,13 @@ def _merge_neighbours(items: Items, size: int, length: int) -> None:
 
 
 def _clean_runs(items: Items, size: int, length: int) -> None:
-    """Sorts the bitonic runs of that length."""
+    """Sorts the bitonic runs of `length`."""
     while length > 1:
         length = _clean_stages(items, size, length)
 
 
 def _clean_stages(items: Items, size: int, length: int) -> int:
-    """Splits bitonic runs of that length into ordered runs, which are bitonic too; their length."""
+    """Splits bitonic runs of `length` into shorter bitonic runs in order; returns their length."""
     radix = min(RADIX, length)
     stride = length // radix
 
@@ -246,7 +245,7 @@ def _sorted(items: Sequence[Item]) -> list[Item]:
 
 
 def _odd_even_merged(items: Sequence[Item]) -> list[Item]:
-    """Sorts two sorted halves."""
+    """Merges two sorted halves."""
     if len(items) == 2:
         return list(_exchanged(*items))
     even, odd = _odd_even_merged(items[::2]), _odd_even_merged(items[1::2])
@@ -255,14 +254,14 @@ def _odd_even_merged(items: Sequence[Item]) -> list[Item]:
 
 
 def _merged(items: Sequence[Item]) -> list[Item]:
-    """The first stages of merging two sorted runs, of which these are equally spaced items."""
+    """The first stages of merging two sorted runs, on equally spaced items of both."""
     half = len(items) // 2
     pairs = [_exchanged(items[k], items[-1 - k]) for k in range(half)]
     return [*_cleaned([a for a, _ in pairs]), *_cleaned([b for _, b in reversed(pairs)])]
 
 
 def _cleaned(items: Sequence[Item]) -> list[Item]:
-    """The stages of a bitonic merge, from a distance of half the number of items on."""
+    """The stages of a bitonic merge, starting at a distance of half the number of items."""
     if len(items) == 1:
         return list(items)
     half = len(items) // 2
@@ -271,7 +270,7 @@ def _cleaned(items: Sequence[Item]) -> list[Item]:
 
 
 def _exchanged(a: Item, b: Item) -> tuple[Item, Item]:
-    """The better item and the other one."""
+    """A comparator: returns the better item and the other one."""
     in_order = _precedes(a, b)
     better = jnp.where(in_order, a[0], b[0]), jnp.where(in_order, a[1], b[1])
     other = jnp.where(in_order, b[0], a[0]), jnp.where(in_order, b[1], a[1])

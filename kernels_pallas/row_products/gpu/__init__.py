@@ -1,1 +1,1 @@
-"""On Hopper GPUs, in Pallas Mosaic GPU."""
+"""Pallas Mosaic GPU backend, for Hopper GPUs."""

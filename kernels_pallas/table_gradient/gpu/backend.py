@@ -1,13 +1,14 @@
-"""Gradients of tables on Hopper and newer GPUs: selections sorted by row, summed slice by slice.
+"""Gradients of tables on Hopper and newer GPUs: a segmented sum of selections sorted by row.
 
-A block of one warpgroup takes a slice of the sorted selections and adds weight x factor in
-registers as long as the row stays the same; then it writes the row, once. What two slices share,
-because a row's selections begin in one and go on in the next, they leave to a second kernel, which
-adds such parts from left to right. So a row that very many selections share is summed by many
-blocks; the order of its sum depends on the sizes of the slices alone, and no atomics are needed.
+A thread block of one warpgroup processes a slice of the sorted selections. It accumulates
+weight x factor in registers while the row stays the same, then writes the row once. If the
+selections of a row span several slices, each slice stores a partial sum, and a second kernel adds
+the partial sums from left to right. So a row with very many selections is summed by many thread
+blocks, without atomics, in an order that only depends on the slice size.
 
-Factors are read again for every selection. They have a row a token, [T, D] float32: at the paper's
-sizes they fit into the L2 cache of 50 MB, whose bandwidth, not that of device memory, they take.
+Factors are read again for every selection. There is one float32 row per token, [T, D], which fits
+the 50 MB L2 cache at the paper's sizes, so these reads take L2 bandwidth, not device memory
+bandwidth.
 """
 
 import dataclasses
@@ -24,23 +25,23 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float, Int32
-from kernels_pallas.common import accumulation_dtype, check, vary_alike
+from kernels_pallas.common import accumulation_dtype, check, match_vma
 from kernels_pallas.table_gradient.call import TableGradientCall, TableRows, Term
 from kernels_pallas.table_gradient.gpu import fetch
 from kernels_pallas.table_gradient.selections import sort_selections, unique_ids
 
-_THREADS = 128  # of a warpgroup, which share the columns of a row
-_UNROLLED = 8  # parts of other slices that are fetched together
+_THREADS = 128  # threads of a warpgroup, over which the columns of a row are distributed
+_UNROLLED = 8  # partial sums of other slices that are fetched together
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a sum of selections is cut into blocks of the grid.
+    """How the sum over selections is partitioned into thread blocks.
 
     Attributes:
-        slice_size: selections of a block, a multiple of slice_rows.
-        slice_rows: selections a step, a multiple of four; their factors arrive together.
-        slice_stages: steps whose factors are on their way or in use.
+        slice_size: selections per thread block, a multiple of slice_rows.
+        slice_rows: selections per step, a multiple of four; their factors share a barrier.
+        slice_stages: steps whose factors are in flight or in use.
     """
 
     slice_size: int
@@ -49,11 +50,11 @@ class Blocks:
 
 
 def heuristic(num_selections: int, row_bytes: int) -> Blocks:
-    """Blocks for factors of `row_bytes`.
+    """Blocks for factors whose rows have `row_bytes` bytes.
 
-    Four blocks for each of 132 multiprocessors, if slices of 32 to 256 selections allow it: longer
-    ones leave fewer parts to be added, but a single row's sum is that much more serial. The ring
-    has about 24 KB, so that seven or more blocks share a multiprocessor. Reasoned, not measured.
+    Four thread blocks for each of 132 SMs, if slices of 32 to 256 selections allow it: longer
+    slices leave fewer partial sums to add, but make the sum of a single row more serial. The ring
+    has about 24 KB, so that seven or more thread blocks fit on an SM. Estimated, not measured.
     """
     size = max(32, min(256, num_selections // (4 * 132)))
     rows = 8 if 8 * row_bytes <= 12 * 2**10 else 4
@@ -64,7 +65,7 @@ def heuristic(num_selections: int, row_bytes: int) -> Blocks:
 def _choose_blocks(
     num_selections: int, num_cores: int, factors: Any, num_rows: int, dtype: DTypeLike
 ) -> Blocks:
-    """Measured blocks, where there are some for these very sizes, else those of `heuristic`."""
+    """The tuned blocks for exactly these sizes if there are any, else those of `heuristic`."""
     num_tokens, dim = factors.shape
     blocks = heuristic(num_selections, 4 * dim)
     shape = {
@@ -79,7 +80,7 @@ def _choose_blocks(
 
 
 def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
-    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    """Returns why this implementation does not support these shapes and dtypes, or None."""
     dim = call.factors.shape[1]
     known = call.dtype in (jnp.float32, jnp.bfloat16)
     size = dim * min(4, call.dtype.itemsize)
@@ -100,14 +101,14 @@ def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
         (
             needed > fetch.SHARED_BYTES,
             f"rows of {dim} elements need {needed} bytes of shared memory, "
-            f"there are {fetch.SHARED_BYTES}",
+            f"only {fetch.SHARED_BYTES} are available",
         ),
     ]
     return next((reason for holds, reason in reasons if holds), None)
 
 
 def shared_bytes(dim: int) -> int:
-    """The least shared memory that the kernel needs: two stages of four rows, and a single row."""
+    """The minimum shared memory of the kernel: two stages of four rows, and a single row."""
     sums = (2 * fetch.QUAD * 4 + 4) * (fetch.padded(dim) + fetch.COLUMNS)
     return sums + fetch.OTHER_SHARED_BYTES
 
@@ -119,16 +120,16 @@ def forward(call: TableGradientCall) -> Float[Array, "num_values dim"]:
 
 
 def rows(call: TableGradientCall, max_rows: int) -> TableRows:
-    """Computes the same row by row."""
-    return rows_of_tables(call.indices, call.num_values, max_rows, [call.term])[0]
+    """Computes the row-sparse gradient."""
+    return row_sparse_gradients(call.indices, call.num_values, max_rows, [call.term])[0]
 
 
-def of_tables(
+def dense_gradients(
     tables: Sequence[Any],
     indices: Int32[Array, "num_tokens num_selected"],
     terms: list[Term],
 ) -> list[Array]:
-    """The gradient of each table, in its own dtype, from what it is a sum of; sorted once."""
+    """Computes the dense gradient of each table, in its dtype; sorts the selections once."""
     ids, order, _ = sort_selections(indices)
     return [
         sum_by_row(ids, order, term.weights, term.factors, table.shape[0], table.dtype)
@@ -136,13 +137,13 @@ def of_tables(
     ]
 
 
-def rows_of_tables(
+def row_sparse_gradients(
     indices: Int32[Array, "num_tokens num_selected"],
     num_values: int,
     max_rows: int,
     terms: list[Term],
 ) -> list[TableRows]:
-    """The same in float32, row by row."""
+    """Computes the row-sparse gradient of each table, in float32; sorts the selections once."""
     selections = sort_selections(indices)
     ids, num_rows = unique_ids(selections.ids, num_values, max_rows)
     rows, order = selections.rows, selections.order
@@ -164,14 +165,14 @@ def sum_by_row(
     """Sums weight x factor by row, in float32; the i-th slice of a factor has the i-th weight.
 
     Args:
-        rows: where each selection adds, rising: the ids for a dense gradient, the numbers of the
-            different ids for a row-sparse one. Selections of rows from `num_rows` on are left out.
-        order: which selection that is, in the flattened weights.
+        rows: the row of the result to which each selection adds, ascending: ids for a dense
+            gradient, their ranks for a row-sparse one. Rows >= `num_rows` are dropped.
+        order: index of each selection in the flattened weights.
         weights: of the selections, not sorted.
-        factors: of the tokens.
+        factors: one row per token.
         num_rows: rows of the result.
         dtype: of the result.
-        blocks: in place of the measured ones, or those of `heuristic`.
+        blocks: overrides the tuned or heuristic blocks.
     """
     blocks = blocks or _choose_blocks(rows.size, weights.shape[2], factors, num_rows, dtype)
     size, step = blocks.slice_size, blocks.slice_rows
@@ -181,7 +182,7 @@ def sum_by_row(
     num_cores, dim = weights.shape[2], factors.shape[1]
     factors = factors.astype(jnp.float32)
     if num_rows == 0:
-        return vary_alike(jnp.zeros((0, dim), dtype), (rows, weights, factors))
+        return match_vma(jnp.zeros((0, dim), dtype), (rows, weights, factors))
     padding = (0, -rows.size % size)
     tokens = jnp.pad(order // weights.shape[1], padding)
     weights = jnp.pad(weights.astype(jnp.float32).reshape(-1, num_cores)[order], (padding, (0, 0)))
@@ -197,7 +198,7 @@ def sum_by_row(
 def _add_rows(
     rows: Array, tokens: Array, weights: Array, factors: Array, zeros: Array, blocks: Blocks
 ) -> Array:
-    """Adds to rows of `zeros`, in place."""
+    """Sums weight x factor into the rows of `zeros`, in place."""
     num_slices = rows.size // blocks.slice_size
     dim = factors.shape[1]
     width = _padded(dim)
@@ -241,9 +242,9 @@ def _sum_slice_kernel(
     weights: Any,  # [slices * slice_size, cores]
     factors: Any,  # [T, D]
     table: Any,  # [num_rows, D], written in place
-    # Outputs: parts of rows that slices share, uninitialized where there are none.
-    heads: Any,  # [slices, width]: the rest of a row that began in an earlier slice
-    tails: Any,  # [slices, width]: the beginning of a row that goes on in the next slice
+    # Outputs: partial sums of rows that span slices, uninitialized where there are none.
+    heads: Any,  # [slices, width]: sum of a row that began in an earlier slice
+    tails: Any,  # [slices, width]: sum of a row that begins here and continues in the next slice
     # Scratch.
     buffer: Any,  # [stages, slice_rows, width]
     arrived: Any,
@@ -251,7 +252,7 @@ def _sum_slice_kernel(
     *,
     blocks: Blocks,
 ) -> None:
-    """Sums the rows of a slice; see the module."""
+    """Sums the rows of a slice; see the module docstring."""
     index = lax.axis_index("slice")
     start = index * blocks.slice_size
     ends = _slice_ends(rows, index, blocks.slice_size)
@@ -266,11 +267,11 @@ def _sum_slice_kernel(
         return lambda place: tokens[first + place]
 
     def finish(row: Array, total: Array, is_first: Array) -> None:
-        """Writes a row that the slice has seen the last of."""
+        """Writes the sum of a row after its last selection in the slice."""
         is_head = is_first & ends.began_before
 
         @pl.when(is_head)
-        def leave_to_the_slice_it_began_in() -> None:
+        def store_head() -> None:
             heads[index] = total
 
         @pl.when(~is_head & (row < num_rows))
@@ -301,10 +302,10 @@ def _sum_slice_kernel(
         0, steps, add_step, (zeros, ends.first_row, jnp.bool_(True))
     )
 
-    is_tail = ends.goes_on & ~(is_first & ends.began_before)
+    is_tail = ends.continues & ~(is_first & ends.began_before)
 
     @pl.when(is_tail)
-    def leave_to_be_joined() -> None:
+    def store_tail() -> None:
         tails[index] = total
 
     pl.when(~is_tail)(lambda: finish(row, total, is_first))
@@ -322,7 +323,7 @@ def _join_slices_kernel(
     *,
     slice_size: int,
 ) -> None:
-    """Writes the row that begins in a slice and goes on in later ones, if there is such a row."""
+    """Writes the row that begins in a slice and continues in later ones, if there is one."""
     index = lax.axis_index("slice")
     ends = _slice_ends(rows, index, slice_size)
     num_slices, width = heads.shape
@@ -334,7 +335,7 @@ def _join_slices_kernel(
         first = rows[jnp.minimum(other, num_slices - 1) * slice_size]
         return (other < num_slices) & (first == ends.last_row)
 
-    @pl.when(ends.goes_on & begins_here & (ends.last_row < num_rows))
+    @pl.when(ends.continues & begins_here & (ends.last_row < num_rows))
     def join() -> None:
         def add(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             other, total = carry
@@ -356,12 +357,12 @@ def _join_slices_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _SliceEnds:
-    """How a slice of selections meets its neighbours."""
+    """How a slice of selections connects to its neighbours."""
 
     first_row: Array
     last_row: Array
-    began_before: Array  # whether the slice before ends with first_row
-    goes_on: Array  # whether the slice after begins with last_row
+    began_before: Array  # whether the previous slice ends with first_row
+    continues: Array  # whether the next slice begins with last_row
 
 
 def _slice_ends(rows: Any, index: Array, slice_size: int) -> _SliceEnds:
@@ -378,24 +379,24 @@ def _slice_ends(rows: Any, index: Array, slice_size: int) -> _SliceEnds:
 
 
 def _write_row(total: Array, row: Any, staged: Any) -> None:
-    """Starts to write a row to device memory, of which `staged` has the padded width."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for the row before
+    """Starts to write a row to device memory, through `staged`, which has the padded width."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for the previous row
     staged[...] = total.astype(staged.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, row.shape[0])], row)
 
 
 def _by_core(weights: list[Array], width: int, core_dim: int) -> Array:
-    """The weight of each core on the columns of its slice."""
-    *others, spread = weights
+    """Broadcasts the weight of each core over the columns of its slice."""
+    *others, by_column = weights
     position = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=_columns(width))
     for core, weight in reversed(list(enumerate(others))):
-        spread = jnp.where(position < (core + 1) * core_dim, weight, spread)
-    return spread
+        by_column = jnp.where(position < (core + 1) * core_dim, weight, by_column)
+    return by_column
 
 
 def _where(condition: Array, row: Array, other: Array) -> Array:
-    """One row or the other; Mosaic GPU broadcasts no condition by itself."""
+    """Selects one of two rows; Mosaic GPU does not broadcast scalar conditions implicitly."""
     return jnp.where(lax.broadcast_in_dim(condition, row.shape, ()), row, other)
 
 
@@ -404,7 +405,7 @@ def _zeros(width: int) -> Array:
 
 
 def _columns(width: int) -> Any:
-    """The layout of a row over the threads of a warpgroup."""
+    """The layout of a row, strided over the threads of a warpgroup."""
     return plgpu.Layout.WG_STRIDED((width,), vec_size=1)
 
 

@@ -1,22 +1,22 @@
-"""Gradients of tables on TPU: selections are added up in VMEM, where a row of a table has its sum.
+"""Gradients of tables on TPU: the selections of each block of rows are accumulated in VMEM.
 
-Sorted by id, the selections of a block of rows lie side by side. The grid walks over blocks and
-over chunks of selections, both in order, as one walks along two rulers: a visit adds what its chunk
-holds for its block, and a block goes to HBM once, when the last selection of its rows is added. So
-nothing is read back, nobody writes where another does, sums have the order of the selections and no
-block is carried over into another; rows that nobody selected are written as zeros by the same pass,
-in the dtype of the table. Of a row-sparse gradient the rows are numbered without gaps: the same.
+Once sorted by id, the selections of a block of rows are adjacent. The grid merges two ordered
+sequences, blocks of rows and chunks of selections. Each step is a "visit" of a chunk to a block: it
+adds the chunk's selections that belong to the block. A block is written to HBM once, after the last
+selection of its rows. So nothing is read back, no two steps write the same rows, and sums follow
+the order of the selections. The same pass writes zeros to rows without selections and converts to
+the dtype of the table. A row-sparse gradient works the same way, with rows numbered without gaps.
 
-    traffic     The factors, a row a token, are fetched into VMEM once, not once for each of the K
-                selections of a token: [T, D] is small beside the [T*K, D] products. Where they do
-                not fit, the columns are cut into groups that are swept one after the other.
-    layout      In VMEM a row of 128 * S columns is S sublanes of its own, so that any row can be
-                addressed and an addition costs one register up to 1024 columns. Blocks are turned
-                into the tiles of HBM, eight rows a register, as they leave.
-    cost        The compiler's bundles for v5e: 7 for a selection, which the scalar unit bounds, of
-                any width up to 1024; 1 to 3 for a row of the result; about 250 for a visit. Counted
-                in its schedule, not measured on a chip.
-    precision   float32 on the vector unit; the matrix unit is not used.
+    traffic     The factors, one row per token, are fetched into VMEM once, not once for each of the
+                K selections of a token: [T, D] is small compared with the [T*K, D] products. If
+                they do not fit, the columns are split into groups, with one sweep per group.
+    layout      In VMEM a row of 128 * S columns takes S full sublanes, so that any row can be
+                addressed and an addition takes one register for up to 1024 columns. Blocks are
+                converted to the tiled layout of HBM, eight rows per register, when written.
+    cost        In bundles of the compiler for v5e: 7 per selection of any width up to 1024, bound
+                by the scalar unit; 1 to 3 per row of the result; about 250 per visit. Counted in
+                the schedule, not measured on a chip.
+    precision   All arithmetic is float32 on the VPU; the MXU is not used.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float, Int32
-from kernels_pallas.common import accumulation_dtype, vary_alike
+from kernels_pallas.common import accumulation_dtype, match_vma
 from kernels_pallas.table_gradient.call import TableGradientCall, TableRows, Term
 from kernels_pallas.table_gradient.selections import number_ids, unique_ids
 
 _LANES, _SUBLANES = 128, 8
 _UNROLL = 8
 _TILE_ROWS = 16  # of a bfloat16 tile; a float32 tile has half as many
-_FACTOR_BYTES = 40 * 2**20  # of VMEM, for the factors of one group of columns
+_FACTOR_BYTES = 40 * 2**20  # VMEM budget for the factors of one group of columns
 _VMEM_BYTES = 56 * 2**20  # of 64 MiB on tpu7x; v5e, v5p and v6e have more
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What a step of the grid holds.
+    """Block sizes of a grid step.
 
     Attributes:
-        rows: of the result, a multiple of 16.
+        rows: rows of the result, a multiple of 16.
         chunk: selections, a multiple of 128.
-        sublanes: of 128 columns each; a power of two up to 8.
+        sublanes: sublanes per row, of 128 columns each; a power of two up to 8.
     """
 
     rows: int
@@ -60,11 +60,11 @@ class Blocks:
 
 
 def heuristic(num_factors: int, dim: int) -> Blocks:
-    """Blocks for factors of `num_factors` rows of `dim` columns.
+    """Blocks for factors of `num_factors` rows and `dim` columns.
 
-    A visit costs as much as 30 selections, so a block and a chunk should hold many more. A block
-    has 2 MiB, and is in VMEM three times; the visits of a million rows take at most 24 kB of SMEM.
-    Reasoned from the compiler's schedule, not measured.
+    A visit costs as much as 30 selections, so a block and a chunk should hold many more than that.
+    A block takes 2 MiB and is in VMEM three times. The visits of a million rows take at most 24 kB
+    of SMEM. Estimated from the compiler's schedule, not measured.
     """
     needed = pl.cdiv(dim, _LANES)
     sublanes = min(_SUBLANES, 1 << (needed - 1).bit_length())
@@ -76,7 +76,7 @@ def heuristic(num_factors: int, dim: int) -> Blocks:
 def _choose_blocks(
     num_selections: int, num_cores: int, factors: Any, num_rows: int, dtype: DTypeLike
 ) -> Blocks:
-    """Measured blocks, where there are some for these very sizes, else those of `heuristic`."""
+    """The tuned blocks for exactly these sizes if there are any, else those of `heuristic`."""
     num_tokens, dim = factors.shape
     blocks = heuristic(num_tokens, dim)
     shape = {
@@ -95,14 +95,14 @@ def _factor_bytes(num_factors: int, sublanes: int) -> int:
 
 
 def too_many_tokens(num_tokens: int) -> tuple[bool, str]:
-    """Whether the factors of so many tokens do not fit, and the words for it."""
+    """Whether the factors of this many tokens do not fit VMEM, and the reason in words."""
     needed = _factor_bytes(num_tokens, 1)
-    reason = f"{num_tokens} tokens need {needed} bytes of VMEM, there are {_FACTOR_BYTES}"
+    reason = f"{num_tokens} tokens need {needed} bytes of VMEM, only {_FACTOR_BYTES} are available"
     return needed > _FACTOR_BYTES, reason
 
 
 def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
-    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    """Returns why this implementation does not support these shapes and dtypes, or None."""
     known = call.dtype in (jnp.float32, jnp.bfloat16)
     reasons = [
         (platform != "tpu", f"it compiles for TPU, not for {platform}"),
@@ -125,16 +125,16 @@ def forward(call: TableGradientCall) -> Float[Array, "num_values dim"]:
 
 
 def rows(call: TableGradientCall, max_rows: int) -> TableRows:
-    """Computes the same row by row."""
-    return rows_of_tables(call.indices, call.num_values, max_rows, [call.term])[0]
+    """Computes the row-sparse gradient."""
+    return row_sparse_gradients(call.indices, call.num_values, max_rows, [call.term])[0]
 
 
-def of_tables(
+def dense_gradients(
     tables: Sequence[Any],
     indices: Int32[Array, "num_tokens num_selected"],
     terms: list[Term],
 ) -> list[Array]:
-    """The gradient of each table, in its own dtype, from what it is a sum of; sorted once."""
+    """Computes the dense gradient of each table, in its dtype; sorts the selections once."""
     ids, tokens, weights = _sort_selections(indices, terms)
     return [
         sum_by_row(ids, tokens, columns, term.factors, table.shape[0], table.dtype)
@@ -142,13 +142,13 @@ def of_tables(
     ]
 
 
-def rows_of_tables(
+def row_sparse_gradients(
     indices: Int32[Array, "num_tokens num_selected"],
     num_values: int,
     max_rows: int,
     terms: list[Term],
 ) -> list[TableRows]:
-    """The same in float32, row by row."""
+    """Computes the row-sparse gradient of each table, in float32; sorts the selections once."""
     ids, tokens, weights = _sort_selections(indices, terms)
     rows = number_ids(ids)
     sums = [
@@ -160,11 +160,11 @@ def rows_of_tables(
 
 
 def _sort_selections(indices: Array, terms: list[Term]) -> tuple[Array, Array, list[list[Array]]]:
-    """Rising ids of all selections; for each the token and, for each term and core, the weight.
+    """Sorts selections by id; returns ids, tokens, and the weights for each term and core.
 
-    Equal ids are in order of k, then of tokens. Weights travel through the sort because to gather
-    them afterwards would take a TPU a step for each. The position is a second key because a stable
-    sort has one more column and takes the compiler half as long again.
+    Equal ids are in order of k, then of tokens. The weights are operands of the sort because
+    gathering them afterwards would take a TPU one step per selection. The position is a second sort
+    key: a stable sort has one more operand and takes half as long again to compile.
     """
     position = lax.iota(jnp.int32, indices.size)
     weights = [column.reshape(-1) for term in terms for column in term.weights.T]
@@ -187,14 +187,14 @@ def sum_by_row(
     """Sums weight x factor by row, in float32, and rounds to `dtype`, float32 or bfloat16.
 
     Args:
-        rows: where each selection adds, rising: the ids for a dense gradient, their numbers for a
-            row-sparse one. Selections of rows from `num_rows` on are left out.
-        tokens: whose factor each selection multiplies.
+        rows: the row of the result to which each selection adds, ascending: ids for a dense
+            gradient, their ranks for a row-sparse one. Rows >= `num_rows` are dropped.
+        tokens: the token whose factor each selection uses.
         weights: of each selection, for each of the equal slices of a factor.
-        factors: a row a token.
+        factors: one row per token.
         num_rows: rows of the result.
         dtype: of the result.
-        blocks: in place of the measured ones, or those of `heuristic`.
+        blocks: overrides the tuned or heuristic blocks.
     """
     num_factors, dim = factors.shape
     blocks = blocks or _choose_blocks(rows.size, len(weights), factors, num_rows, dtype)
@@ -222,7 +222,7 @@ def sum_by_row(
     per_selection = pl.BlockSpec((1, chunk), chunk_index, memory_space=pltpu.SMEM)
     group_shape = (1, num_factors, blocks.sublanes, _LANES)
     width = dim if num_groups == 1 else blocks.sublanes * _LANES
-    operands = vary_alike(operands)
+    operands = match_vma(operands)
     launch = pl.pallas_call(
         _row_sums_kernel(dim // len(weights), chunk),
         name="value_aggregation_row_sums",
@@ -231,7 +231,7 @@ def sum_by_row(
             grid=(num_parts, num_groups, num_visits),
             in_specs=[
                 *[per_selection] * (2 + len(weights)),
-                # One buffer: it changes with the group alone.
+                # A single buffer: the block only changes with the group.
                 pl.BlockSpec(
                     group_shape,
                     lambda part, group, *_: (group, 0, 0, 0),
@@ -257,15 +257,15 @@ def sum_by_row(
             + 4 * (factors.size + num_groups * rows.size * (2 + len(weights))),
         ),
     )
-    # Pallas cannot map over prefetched scalars: vmap becomes a loop of calls.
+    # Pallas cannot batch prefetched scalars, so vmap becomes a loop of calls.
     return custom_batching.sequential_vmap(launch)(*jax.tree.leaves(operands))
 
 
 class _Visits(NamedTuple):
-    """Which block of rows and which chunk of selections each step of the grid brings together.
+    """The block of rows and the chunk of selections of each grid step.
 
-    Blocks are split in parts, for the two TensorCores of a device (v5p); one takes them in turn.
-    Steps beyond the last visit of a part stay where they are, and do nothing.
+    Blocks are split into two parts, for the two TensorCores of a device (v5p); a single core runs
+    both in turn. Steps after the last visit of a part repeat its indices and do nothing.
     """
 
     counts: Int32[Array, "num_parts"]
@@ -278,10 +278,10 @@ class _Visits(NamedTuple):
         num_blocks, num_chunks = pl.cdiv(num_rows, block_rows), pl.cdiv(rows.size, chunk)
         starts = lax.iota(jnp.int32, num_blocks) * block_rows
         starts = jnp.concatenate([starts, jnp.full(1, num_rows, jnp.int32)])
-        bounds = jnp.searchsorted(rows, starts).astype(jnp.int32)  # of the selections of a block
+        bounds = jnp.searchsorted(rows, starts).astype(jnp.int32)  # first selection of each block
         first = jnp.minimum(bounds[:-1] // chunk, num_chunks - 1)
         last = jnp.maximum((bounds[1:] - 1) // chunk, first)
-        # A block without selections is visited too, to be zeroed.
+        # Blocks without selections are also visited, to write zeros.
         ends = jnp.cumsum(last - first + 1, dtype=jnp.int32)
         begins = ends - (last - first + 1)
 
@@ -299,10 +299,10 @@ class _Visits(NamedTuple):
 def _row_sums_kernel(core_dim: int, chunk: int) -> Any:
     def kernel(*refs: Any) -> None:
         # prefetch  the visits, in SMEM
-        # inputs    rows, counted from the block's first, tokens and weights [1, chunk] in SMEM;
+        # inputs    rows relative to their block, tokens and weights [1, chunk] in SMEM;
         #           factors [1, T, S, 128] in VMEM
         # outputs   a block of rows [B, columns] in VMEM
-        # scratch   their sums [B, S, 128] in VMEM
+        # scratch   their sums [B * S, 128] in VMEM
         visits, (rows, tokens, *weights, factors, output, sums) = _Visits(*refs[:4]), refs[4:]
         part, group, visit = (pl.program_id(axis) for axis in range(3))
         num_visits = pl.num_programs(2)
@@ -331,8 +331,8 @@ def _row_sums_kernel(core_dim: int, chunk: int) -> Any:
             weight = jnp.full(shape, weights[0][0, selection])
             for mask, core_weight in zip(in_core, weights[1:], strict=True):
                 weight = jnp.where(mask, core_weight[0, selection], weight)
-            # Rows are compared as vectors because the scalar unit has more to do. The sum of a row
-            # so far is stored each time, which costs less than to find out whether it is complete.
+            # Compare rows as vectors, because the scalar unit is the bottleneck. Store the partial
+            # sum of the row every time, which is cheaper than detecting whether it is complete.
             here = jnp.full(shape, row)
             total = jnp.where(here == previous, total, 0.0)
             total += weight * factors[0, tokens[0, selection]]

@@ -1,23 +1,23 @@
-"""Value aggregation on Hopper and newer GPUs, where rows travel to shared memory and no further.
+"""Value aggregation on Hopper and newer GPUs; fetched rows are never written to device memory.
 
-A block of one warpgroup computes one token, or a share of its selections: bulk copies bring the
-selected rows into a ring of buffers in shared memory, and rows that have arrived are weighted and
-summed in registers while later ones are on their way. See `tokens.py` for the pipeline, and
-`fetch.py` of `table_gradient/gpu` for rows and registers.
+A thread block of one warpgroup computes one token, or a split of its selections. Bulk copies bring
+the selected rows into a ring of buffers in shared memory; rows that have arrived are weighted and
+summed in registers while later copies are in flight. See `tokens.py` for the pipeline, and
+`table_gradient/gpu/fetch.py` for the ring and the register layouts.
 
-    tables      Read row by row where they lie: no copy, no padding in device memory. A bulk copy
-                moves whole 16 bytes, so a row must be a multiple of that: 8 bfloat16, 4 float32.
-                A row's sums stay in registers: beyond 4,000 elements some are spilled.
-    precision   Everything is float32 on the ordinary units; the matrix units are not used. Scores
-                and pre-inputs in another dtype are converted outside of the kernel first.
-    order       The sum over k is fixed by K, and for few tokens by their number, on which it
-                depends into how many shares the selections of a token are split.
+    tables      Rows are read in place: no copy and no padding in device memory. A bulk copy moves
+                multiples of 16 bytes, so the size of a row must be one: 8 bfloat16, 4 float32.
+                The sums of a row stay in registers; beyond 4,000 elements some are spilled.
+    precision   All arithmetic is float32 on the CUDA cores; the tensor cores are not used. Scores
+                and pre-inputs of another dtype are converted before the kernel.
+    order       The order of the sum over k depends on K only, and, for small batches, on the number
+                of tokens, because it determines how many splits a token has.
 
-The backward kernel fetches the rows again and computes the gradients of scores and pre-inputs; the
-tables' gradients are summed from its weights by `table_gradient/gpu`. Both are deterministic.
+The backward kernel fetches the rows again and computes the gradients of scores and pre-inputs;
+`table_gradient/gpu` sums the tables' gradients from its weights. Both are deterministic.
 
-Compiled for the H200 down to machine code and interpreted, but never run on a GPU: the block sizes
-are reasoned, from the report of the compiler and the latency and bandwidth of the memory.
+The kernels have been compiled to H200 machine code and interpreted, but never run on a GPU. Block
+sizes are estimates, based on the compiler's report and on memory latency and bandwidth.
 """
 
 import jax.numpy as jnp
@@ -37,11 +37,11 @@ from kernels_pallas.value_aggregation.gpu.tokens import Blocks, Kernel, Quad, by
 def heuristic(num_tokens: int, num_selected: int, selection_bytes: int) -> Blocks:
     """Blocks for tokens that each fetch `num_selected` rows, `selection_bytes` each.
 
-    At 4.8 TB/s and a latency of about 1 microsecond, each of 132 multiprocessors has to have some
-    36 KB of rows on their way. A block has a ring of about 36 KB, so that five or more share a
-    multiprocessor (228 KB), and while one waits, starts or ends, the others fetch. A step should
-    be long enough to pay for its barriers, yet few rows wait for a step to be complete. A batch
-    of few tokens is split until there are four blocks for each multiprocessor.
+    At 4.8 TB/s and a latency of about 1 microsecond, each of 132 SMs needs about 36 KB of rows in
+    flight. A thread block has a ring of about 36 KB, so that five or more of them fit on an SM
+    (228 KB): while one waits, starts or ends, the others fetch. A step should be long enough to
+    amortize its barriers, but not so long that rows wait for the step to complete. Tokens of small
+    batches are split until there are four thread blocks per SM.
     """
     rows = (
         2 * QUAD if 2 * QUAD * selection_bytes <= 12 * 2**10 and num_selected >= 2 * QUAD else QUAD
@@ -53,7 +53,7 @@ def heuristic(num_tokens: int, num_selected: int, selection_bytes: int) -> Block
 
 
 def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
-    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    """Returns why this implementation does not support these shapes and dtypes, or None."""
     reasons = fetch.device_reasons(platform)
     reasons.append(
         (call.slots is not None, f"slots are not implemented (num_slots = {call.num_slots})")
@@ -73,7 +73,7 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
         (
             needed > fetch.SHARED_BYTES,
             f"rows of {widths} elements need {needed} bytes of shared memory, "
-            f"there are {fetch.SHARED_BYTES}",
+            f"only {fetch.SHARED_BYTES} are available",
         )
     )
     return next((reason for holds, reason in reasons if holds), None)
@@ -103,26 +103,20 @@ def backward(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"]
 ) -> dict[str, Array]:
     """Computes the gradients of the tables, scores and pre-inputs, each in its own dtype."""
-    of_tokens = token_gradients(call, output_grad)
-    tables = list(call.tables.values())
-    gradients = table_gradient_gpu.of_tables(tables, call.indices, of_tokens.terms)
-    return of_tokens.with_tables(call, gradients)
+    return token_gradients(call, output_grad).backward(call, table_gradient_gpu)
 
 
 def row_gradients(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"], max_rows: int
 ) -> RowGradients:
-    """Computes the same gradients in float32, those of the tables row by row."""
-    of_tokens = token_gradients(call, output_grad)
-    num_values = call.values.shape[0]
-    rows = table_gradient_gpu.rows_of_tables(call.indices, num_values, max_rows, of_tokens.terms)
-    return of_tokens.with_rows(rows)
+    """Computes the same gradients in float32, with row-sparse gradients of the tables."""
+    return token_gradients(call, output_grad).row_gradients(call, max_rows, table_gradient_gpu)
 
 
 def token_gradients(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"]
 ) -> TokenGradients:
-    """The gradients of scores and pre-inputs, and what those of the tables are sums of."""
+    """Computes the gradients of scores and pre-inputs, and the terms of the table gradients."""
     pre_inputs = call.pre_inputs
     kernel = Kernel(call, _choose_blocks("backward", call))
     cores = range(kernel.num_cores)
@@ -171,7 +165,7 @@ def token_gradients(
 
 
 def _choose_blocks(pass_name: tuned.Pass, call: AggregationCall) -> Blocks:
-    """Measured blocks, where there are some for these very sizes, else those of `heuristic`."""
+    """The tuned blocks for exactly these sizes if there are any, else those of `heuristic`."""
     num_tokens, num_selected = call.indices.shape
     blocks = heuristic(num_tokens, num_selected, row_bytes(*call.tables.values()))
     dtype = call.values.dtype
@@ -180,7 +174,7 @@ def _choose_blocks(pass_name: tuned.Pass, call: AggregationCall) -> Blocks:
 
 
 def _shared_bytes(call: AggregationCall) -> int:
-    """The least shared memory that a token needs: two stages of four rows, and single rows."""
+    """The minimum shared memory of a token: two stages of four rows, and its own rows."""
     tokens = sum(
         (2 * QUAD * table.dtype.itemsize + 2 * 4) * fetch.padded(table.shape[1])
         for table in call.tables.values()

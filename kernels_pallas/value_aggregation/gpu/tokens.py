@@ -1,7 +1,8 @@
-"""Tokens of value aggregation on a GPU: a block computes one, from rows that keep arriving.
+"""The pipeline of value aggregation on a GPU: one thread block per token, or per split of a token.
 
-A step of a token is a few of its selections. Their rows are copied to a ring in shared memory, so
-that those of later steps are on their way while a step is computed, four selections at a time.
+The selections of a token are processed in steps of a few selections. Their rows are prefetched into
+a ring in shared memory: while a step is computed, four selections at a time, the copies of later
+steps are in flight.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from kernels_pallas.value_aggregation.call import AggregationCall
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a kernel divides its work.
+    """How a kernel partitions its work.
 
     Attributes:
-        rows: selections a step, a multiple of four; their rows arrive together.
-        stages: steps whose rows are on their way or in use.
-        splits: blocks that share the selections of a token.
+        rows: selections per step, a multiple of four; their rows share a barrier.
+        stages: steps whose rows are in flight or in use.
+        splits: thread blocks among which the selections of a token are split.
     """
 
     rows: int
@@ -37,7 +38,7 @@ class Blocks:
 
 
 class Kernel:
-    """Shapes, blocks and the pipeline that the two kernels have in common."""
+    """Shapes, blocks and the pipeline of the forward and the backward kernel."""
 
     def __init__(self, call: AggregationCall, blocks: Blocks) -> None:
         values, pre_values, pre_inputs = call.values, call.pre_values, call.pre_inputs
@@ -45,7 +46,7 @@ class Kernel:
         self.value_dim = values.shape[1]
         self.core_dim = self.value_dim // self.num_cores
         self.pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
-        # Fewer selections than a quad has are filled up with copies that count for nothing.
+        # Pad to at least one quad of selections; the padding is masked out.
         padding = ((0, 0), (0, max(0, QUAD - self.num_selected)))
         self.ids = jnp.pad(call.indices, padding, mode="edge")
         self.scores = jnp.pad(call.scores.astype(jnp.float32), (*padding, (0, 0)))
@@ -56,7 +57,7 @@ class Kernel:
         self.rows = min(blocks.rows, self.padded_selected // QUAD * QUAD)
         self.stages = blocks.stages
         self.steps = pl.cdiv(self.padded_selected, self.rows)
-        # The last step reaches back to rows of the one before, which must be of the same block.
+        # The last step overlaps the one before, so both must belong to the same split.
         self.is_ragged = self.steps * self.rows != self.num_selected
         self.splits = max(1, min(blocks.splits, self.steps // 2 if self.is_ragged else self.steps))
 
@@ -67,7 +68,7 @@ class Kernel:
             self.token_rows["pre_inputs"] = pre_inputs.astype(jnp.float32)
 
     def selections(self, *trailing: int) -> jax.ShapeDtypeStruct:
-        """An output with a number a selection: [T, K, ...]."""
+        """An output with one entry per selection: [T, K, ...]."""
         return _output((self.num_tokens, self.padded_selected, *trailing))
 
     def run(
@@ -82,10 +83,10 @@ class Kernel:
 
         Args:
             name: of the kernel.
-            compute: returns the sums over the selections of a token so far; puts other outputs.
-            inputs: with a row a token, beside the pre-inputs.
+            compute: returns the updated sums over a token's selections; stores other outputs.
+            inputs: further inputs with one row per token, besides the pre-inputs.
             sums_dim: width of the sums; 0 if there are none.
-            outputs: with numbers a selection.
+            outputs: outputs with entries per selection, by name.
 
         Returns:
             The sums, [T, sums_dim], and the outputs by name.
@@ -124,16 +125,16 @@ class Kernel:
             kernel_name=name,
             out_type=list(results.values()),
             scratch_types=list(scratch.values()),
-            # The last dimension may be larger than 65535.
+            # Only the last grid dimension may exceed 65535.
             grid=(self.splits, self.num_tokens),
             grid_names=("split", "token"),
             cost_estimate=self._cost([*operands.values(), *results.values()]),
         )
-        found = dict(zip(results, fetch.call_kernels(launch, *operands.values()), strict=True))
-        sums = found.pop("sums", None)
+        arrays = dict(zip(results, fetch.call_kernels(launch, *operands.values()), strict=True))
+        sums = arrays.pop("sums", None)
         if sums is not None:
             sums = sums[0] if self.splits == 1 else jnp.sum(sums, axis=0)
-        return sums, {key: array[:, : self.num_selected] for key, array in found.items()}
+        return sums, {key: array[:, : self.num_selected] for key, array in arrays.items()}
 
     def _pipeline(
         self,
@@ -175,7 +176,7 @@ class Kernel:
         def step_of_token(step: Array, sums: list[Array]) -> list[Array]:
             quads = range(self.rows // QUAD)
             places = [first_selection(step) + quad * QUAD for quad in quads]
-            # Scores come straight from device memory: asked for before the wait for the rows.
+            # Load the scores from device memory before waiting for the rows, to overlap the two.
             scores = [
                 [
                     fetch.load_column_of_tile(refs["scores"].at[token, pl.ds(place, QUAD), core])
@@ -184,7 +185,7 @@ class Kernel:
                 for place in places
             ]
             stage = ring.wait(step)
-            # Selections from `counted` to num_selected have not been taken before.
+            # Only selections from `counted` to num_selected are new in this step.
             counted = step * self.rows if self.is_ragged else None
             for quad in quads:
                 selected = (token, places[quad], counted, scores[quad])
@@ -202,7 +203,7 @@ class Kernel:
         plgpu.commit_smem()
         target = refs["sums"].at[split, token]
         plgpu.copy_smem_to_gmem(refs["sums_row"].at[pl.ds(0, sums_dim)], target)
-        # Shared memory must stay until it is read; the end of the kernel completes the writes.
+        # Wait until the copy has read shared memory; the end of the kernel completes the writes.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _cost(self, arrays: list[Any]) -> pl.CostEstimate:
@@ -218,25 +219,25 @@ class Kernel:
 
 
 class Quad(NamedTuple):
-    """Four selections of a token whose rows have arrived, one for each warp."""
+    """Four selections of a token whose rows have arrived, one per warp."""
 
     kernel: Kernel
     refs: dict[str, Any]
     ring: fetch.Ring
     rows: dict[str, list[Array]]  # of the token, in tiles
     stage: Array
-    place: int  # among the quads of the step
+    place: int  # index of the quad in its step
     token: Array
     selection: Array  # the first of the four
-    counted: Array | None  # the first that has not been taken before, where some have
-    scores: list[Array]  # [QUAD] of each core
+    counted: Array | None  # the first new selection, if the step may overlap the one before
+    scores: list[Array]  # [QUAD] for each core
 
     def tile(self, table: str, columns: Columns) -> Array:
         """Columns of the selected rows of a table: [QUAD, COLUMNS]."""
         return self.ring.tile(table, self.stage, self.place, columns)
 
     def dot(self, table: str, row: str, start: int = 0, end: int | None = None) -> Array:
-        """Inner products of the selected rows with a row of the token, from column to column."""
+        """Inner products of the selected rows with a row of the token, columns start to end."""
         width = self.kernel.tables[table].shape[1]
         end = width if end is None else end
         products = fetch.zeros_tile()
@@ -252,7 +253,7 @@ class Quad(NamedTuple):
         return jnp.sum(products, axis=1)
 
     def valid(self, tile: Array) -> Array:
-        """Zero in the rows of selections that have been taken before, or do not exist."""
+        """Masks the rows of selections that an earlier step has counted or that are padding."""
         if self.counted is None:
             return tile
         selection = self.selection + fetch.row_positions()
@@ -260,10 +261,10 @@ class Quad(NamedTuple):
         return jnp.where(is_valid, tile, 0.0)
 
     def put(self, output: str, numbers: Array, *trailing: int) -> None:
-        """Writes a number for each of the four selections."""
+        """Writes one entry for each of the four selections."""
         selections = pl.ds(self.selection, QUAD)
         target = self.refs[output].at[self.token, selections, *trailing]
-        plgpu.store(target, numbers, optimized=False)  # 16 bytes, of which each warp writes 4
+        plgpu.store(target, numbers, optimized=False)  # 16 bytes; each warp writes 4
 
 
 def _output(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -271,17 +272,17 @@ def _output(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def by_core(weights: list[Array], columns: Columns, core_dim: int) -> Array:
-    """The weight [QUAD] of each core, on the columns of its slice: [QUAD, COLUMNS]."""
+    """Broadcasts the weight [QUAD] of each core over the columns of its slice: [QUAD, COLUMNS]."""
     first = columns.start // core_dim
     last = (columns.start + columns.width - 1) // core_dim
-    spread = fetch.across_columns(weights[last])
+    by_column = fetch.across_columns(weights[last])
     for core in reversed(range(first, last)):
         before = columns.before((core + 1) * core_dim)
-        spread = jnp.where(before, fetch.across_columns(weights[core]), spread)
-    return spread
+        by_column = jnp.where(before, fetch.across_columns(weights[core]), by_column)
+    return by_column
 
 
 def row_bytes(*tables: Any) -> int:
-    """Bytes that a selection fetches."""
+    """Bytes fetched per selection."""
     present = [table for table in tables if table is not None]
     return sum(table.shape[1] * table.dtype.itemsize for table in present)

@@ -1,1 +1,1 @@
-"""On the SparseCores of a TPU."""
+"""Pallas backend for the SparseCores of a TPU."""

@@ -1,14 +1,14 @@
-"""What a vector subcore of a SparseCore computes on rows that lie in its local memory.
+"""Arithmetic of a SparseCore vector subcore on rows in its local memory.
 
-A register holds 8 numbers of 32 bits (v5p, v6e) or 16 (tpu7x): `lanes`. There are no wider vectors
-and no matrix unit, so a row is a sequence of chunks of lanes. One vector of bfloat16 has twice as
-many columns: it is read as words, whose halves, each the upper half of a float32, make two
-registers: even columns and odd ones. What is multiplied with them or added to them is split, and
-sums are merged again, by permutations: once for all rows of a window, not once a row.
+A register holds 8 (v5p, v6e) or 16 (tpu7x) 32-bit numbers: `lanes`. There are no wider vectors and
+no matrix unit, so a row is processed in chunks of lanes. A vector of bfloat16 has twice as many
+columns. It is read as 32-bit words and split into two registers, even and odd columns, by moving
+each half into the upper half of a float32. Permutations reorder factors and sums to match, and
+restore the order of sums: once per window, not once per row.
 
-The last chunk of columns whose number is no multiple of a chunk begins earlier and shares columns
-with the chunk before. Sums then compute and store these columns twice, equally; inner products
-multiply them with zero the second time, so that a row with infinities may give NaN there instead.
+If the width is not a multiple of the chunk, the last chunk starts early and overlaps the one
+before. Sums compute and store the overlapping columns twice, with the same result. Inner products
+multiply them by zero the second time, so infinities in these columns can turn into NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
-# Sums, or factors, that a block of columns keeps in registers. More save loads of weights, fewer
-# save registers; 16 sums and as many rows in flight fit 64 registers. Reasoned, not measured.
+# Sums, or factors, that a block of columns keeps in registers. More registers mean fewer loads of
+# weights; 16 sums and the row chunks in flight fit 64 registers. Estimated, not measured.
 _BLOCK_REGISTERS = 16
 _UNROLLED_ROWS = 4
 
@@ -34,17 +34,17 @@ class Columns(NamedTuple):
 
 
 def columns_per_chunk(dtype: Any, lanes: int) -> int:
-    """How many columns of a row of that dtype one vector holds."""
+    """Number of columns of a row of this dtype in one vector."""
     return lanes * 4 // jnp.dtype(dtype).itemsize
 
 
 def for_rows(count: Any, body: Callable[[Any], None]) -> None:
-    """Calls `body(k)` for each row; what it reads and writes must not concern other rows."""
+    """Calls `body(k)` for each row; iterations must be independent of each other."""
     plsc.parallel_loop(0, count, unroll=_UNROLLED_ROWS)(body)
 
 
 def fold_rows(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Folds `body(k, carry)` over rows, unrolled, which the compiler leaves to us if we carry."""
+    """Folds `body(k, carry)` over rows, unrolled by hand: the compiler does not unroll carries."""
 
     def several(group: Any, carry: Any) -> Any:
         for i in range(_UNROLLED_ROWS):
@@ -59,7 +59,7 @@ def fold_rows(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 def multiply_rows(
     rows: Any, count: Any, columns: Columns, factor: Any, sums: Any, lanes: int
 ) -> None:
-    """Sets sums[k] to a vector whose lanes add up to the inner product of row k with a factor.
+    """Sets sums[k] to a vector whose lanes sum to the inner product of row k with a factor.
 
     Refs: rows [>= count, D] of a table, factor [D] float32, sums [>= count, lanes].
     """
@@ -79,7 +79,7 @@ def multiply_rows(
         def add_row(k: Any) -> None:
             parts = _load_row(rows, k, columns.start, starts, chunk, lanes)
             total = _tree_sum([x * y for x, y in zip(factors, parts, strict=True)])
-            # Before the first block there is nothing yet, not even zero.
+            # The first block must overwrite sums[k], which is uninitialized.
             sums[k] = total if is_first is True else total + jnp.where(is_first, 0, sums[k])
 
         for_rows(count, add_row)
@@ -90,7 +90,7 @@ def multiply_rows(
 def add_weighted_rows(
     rows: Any, count: Any, columns: Columns, weights: Any, total: Any, is_first: Any, lanes: int
 ) -> None:
-    """Adds to total [D] the columns of each row k times weights[k]; starts from 0 if is_first.
+    """Adds weights[k] times the columns of each row k to total [D]; starts from 0 if is_first.
 
     Refs: rows [>= count, D] of a table, weights [>= count, lanes], all lanes equal.
     """
@@ -98,7 +98,7 @@ def add_weighted_rows(
     num_parts = chunk // lanes
 
     def add_block(starts: Sequence[Any], num_shared: int, is_first_block: Any) -> None:
-        # Chunks that share columns are in one block, which is read before it is written.
+        # Overlapping chunks are in the same block, which is read before it is written.
         del num_shared, is_first_block
         sums: list[Array] = []
         for start in starts:
@@ -118,13 +118,16 @@ def add_weighted_rows(
     _for_blocks(columns.width, chunk, lanes, add_block)
 
 
-def spread(ref: Any, index: Any, lanes: int) -> Array:
-    """The number at `index` of a vector ref, in all lanes; ref has `lanes` - 1 numbers more."""
+def broadcast_entry(ref: Any, index: Any, lanes: int) -> Array:
+    """Broadcasts the entry at `index` of a vector ref to all lanes.
+
+    The ref must extend at least `lanes` - 1 entries beyond `index`.
+    """
     return _permute(ref[pl.ds(index, lanes)], jnp.zeros(lanes, jnp.int32))
 
 
-def spread_sum(x: Array) -> Array:
-    """The sum of the lanes, in all lanes."""
+def broadcast_sum(x: Array) -> Array:
+    """Sums over the lanes and broadcasts the result to all lanes."""
     lane = lax.iota(jnp.int32, x.size)
     distance = x.size // 2
     while distance:
@@ -136,10 +139,10 @@ def spread_sum(x: Array) -> Array:
 def _for_blocks(
     width: int, chunk: int, lanes: int, body: Callable[[Sequence[Any], int, Any], None]
 ) -> None:
-    """Calls `body` for blocks of chunks that fill the registers.
+    """Calls `body` for each block of chunks, as many as fit in registers.
 
-    Its arguments are where the chunks start, how many columns the last one of them shares with the
-    one before it, and whether this is the first block.
+    Its arguments are the start columns of the chunks, the number of columns by which the last chunk
+    overlaps the one before, and whether this is the first block.
     """
     num_chunks, num_left = divmod(width, chunk)
     num_blocks = pl.cdiv(num_chunks, max(1, _BLOCK_REGISTERS * lanes // chunk))
@@ -164,7 +167,7 @@ def _for_blocks(
 def _load_row(
     rows: Any, k: Any, first_column: int, starts: Sequence[Any], chunk: int, lanes: int
 ) -> list[Array]:
-    """The chunks of row k, float32: one register each, or for bfloat16 two."""
+    """The chunks of row k in float32: one register each, or two for bfloat16."""
     parts: list[Array] = []
     for start in starts:
         row = rows[k, pl.ds(first_column + start, chunk)]
@@ -178,7 +181,7 @@ def _load_row(
 
 
 def _load_split(ref: Any, start: Any, num_parts: int, lanes: int) -> list[Array]:
-    """Columns of a float32 vector ref in the order in which `_load_row` has those of a row."""
+    """Loads columns of a float32 vector ref, in the order in which `_load_row` returns a row."""
     vectors = [ref[pl.ds(start + i * lanes, lanes)] for i in range(num_parts)]
     if num_parts == 1:
         return vectors
@@ -193,7 +196,7 @@ def _load_split(ref: Any, start: Any, num_parts: int, lanes: int) -> list[Array]
 
 
 def _store_merged(ref: Any, start: Any, parts: Sequence[Array], lanes: int) -> None:
-    """The reverse of `_load_split`."""
+    """The inverse of `_load_split`."""
     if len(parts) == 1:
         ref[pl.ds(start, lanes)] = parts[0]
         return
@@ -210,7 +213,7 @@ def _permute(x: Array, lane: Array) -> Array:
 
 
 def _tree_sum(terms: Sequence[Array]) -> Array:
-    """Adds neighbours, then sums of neighbours: few additions wait for one another."""
+    """Sums pairwise, as a tree, to shorten the chain of dependent additions."""
     while len(terms) > 1:
         pairs = [x + y for x, y in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + list(terms[2 * len(pairs) :])

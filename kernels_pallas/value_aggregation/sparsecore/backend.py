@@ -1,43 +1,46 @@
-"""Value aggregation on the SparseCores of a TPU, beside which the TensorCore computes other things.
+"""Value aggregation on the SparseCores of a TPU, which leaves the TensorCore free for other work.
 
-A SparseCore has 16 vector subcores, each with a local memory of its own. Each subcore takes every
-n-th token: it fetches the rows of some selections, a window, by one indirect stream a table from
-HBM into a ring of buffers, and weights and sums a window while the next ones are on their way. Only
-token-sized results go back to HBM. XLA starts such a kernel asynchronously, so that whatever does
-not depend on it, the FFN for one, runs on the TensorCore meanwhile.
+A SparseCore has 16 vector subcores, each with its own local memory. Each of the n subcores
+processes every n-th token. It fetches the rows of a window of selections from HBM into a ring of
+buffers, with one indirect stream per table, and weights and sums a window while the next ones are
+in flight. Only per-token results are written back to HBM. XLA launches such a kernel
+asynchronously, so independent work, such as the FFN, overlaps with it on the TensorCore.
 
-    chips       v5p (4 SparseCores), v6e (2) and tpu7x (2 a device); v5e has none. Lanes, cores and
-                the size of the local memory depend on the chip, which must therefore be known when
-                the call is traced: attached devices, or a mesh in context (`jax.set_mesh`).
-    layouts     Streams want rows that are contiguous: the kernels read tables without the TPU's
-                usual tiles of 8 x 128, each row padded to 32 bytes. XLA copies a table that it
-                holds otherwise, for every call. Place it with
+    chips       v5p (4 SparseCores), v6e (2) and tpu7x (2 per device); v5e has none. The number of
+                lanes and cores and the size of the local memory depend on the chip, so it must be
+                known at trace time: attached devices, or a mesh in context (`jax.set_mesh`).
+    layouts     Streams need contiguous rows: the kernels read tables without the usual 8 x 128
+                tiling of a TPU, each row padded to 32 bytes. XLA copies a table in another layout,
+                at every call. To avoid that, place it with
                 `jax.device_put(table, Format(Layout((0, 1), tiling=((n,),)), sharding))`, n = 8 for
-                float32 and 16 for bfloat16, and name the same format among the `in_shardings` of
-                the jitted function. A float32 array [N * D / 128, 128] in the default layout has
-                the same bytes if 8 divides D: reshaped to [N, D] it needs no copy either. Ids,
-                scores as [T, c, K], and what else is a row a token are read, and results written,
-                in the same way; XLA converts them if need be, a few per cent of the rows' bytes.
-    bfloat16    Rows are fetched as they are, half the bytes of float32, and split into two vectors
-                of float32 by shifts. A pair of columns must not belong to two cores.
-    padding     An indirect stream steps by the length of a row. Rows that are no multiple of 32
-                bytes, bfloat16 ones of 216 columns say, are padded and copied one by one instead.
-    narrow rows A core's slice of a row must fill a vector: 8 columns, 16 on tpu7x, twice as many of
-                bfloat16.
-    precision   Everything is float32; erf, which does not lower, is a polynomial (`activation.py`).
-    order       The sum over k is fixed by K and the chip: it does not depend on the other tokens.
-    cost        In the compiler's schedule of the forward kernel a selection of 192 + 192 columns
-                takes about 73 bundles of a subcore of v6e and 43 on tpu7x in float32, of which 48
-                and 24 load rows; in bfloat16, whose splitting takes as long, 70 and 42. HBM would
-                be the bound at a clock above 2.4 GHz (v6e, float32). Counted, not measured.
+                float32 and 16 for bfloat16, and pass the same format in the `in_shardings` of the
+                jitted function. If 8 divides D, a float32 array [N * D / 128, 128] in the default
+                layout has the same bytes: reshaping it to [N, D] needs no copy either. Ids, scores
+                as [T, c, K], other per-token inputs and the results use the same layout; XLA
+                converts them if needed, which costs a few per cent of the bytes of the rows.
+    bfloat16    Rows are fetched as bfloat16, half the bytes of float32, and split into two float32
+                vectors by shifts. A pair of columns must not straddle two cores.
+    padding     An indirect stream has the row length as its stride. Rows whose size is not a
+                multiple of 32 bytes, for example 216 columns of bfloat16, are padded and copied one
+                by one instead.
+    narrow rows A core's slice of a row must fill a vector: 8 columns, 16 on tpu7x, twice as many
+                in bfloat16.
+    precision   All arithmetic is float32; erf does not lower and is replaced by a polynomial
+                (`activation.py`).
+    order       The order of the sum over k depends on K and the chip, not on the other tokens.
+    cost        In the compiler's schedule of the forward kernel, a selection of 192 + 192 float32
+                columns takes about 73 bundles of a v6e subcore and 43 on tpu7x, of which 48 and 24
+                load rows; bfloat16 takes 70 and 42, because splitting costs as much as it saves.
+                The kernel would be HBM-bound at a clock above 2.4 GHz (v6e, float32). Counted in
+                the schedule, not measured.
 
-The backward kernel fetches the rows again, on the SparseCores too, and computes the gradients of
-scores and pre-inputs. Those of the tables are made from its weights on the TensorCore, as in
+The backward kernel also fetches the rows on the SparseCores and computes the gradients of scores
+and pre-inputs. The TensorCore sums the gradients of the tables from its weights, as in
 `pallas_tpu`.
 
-The kernels have been compiled for these chips and interpreted; they have run on none. JAX's
-interpreter has no indirect streams: in the tests the copies of single rows stand for them. Whether
-streams address tables of more than 2^31 elements cannot be seen in either.
+The kernels have been compiled for these chips and interpreted, but not run on any. JAX's
+interpreter has no indirect streams; the tests use copies of single rows instead. Neither way can
+show whether streams address tables of more than 2^31 elements correctly.
 """
 
 from typing import Any
@@ -58,7 +61,7 @@ from kernels_pallas.value_aggregation.sparsecore.arithmetic import Columns
 
 
 def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
-    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    """Returns why this implementation does not support these shapes and dtypes, or None."""
     kind = tuned.device_kind(platform)
     reasons = [
         (platform != "tpu", f"it compiles for TPU, not for {platform}"),
@@ -68,21 +71,21 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
         too_many_tokens(call.indices.shape[0]),
         (
             kind is None,
-            "the chip is unknown, on which the numbers of SparseCores and of lanes depend: compile "
+            "the chip is unknown, which determines the numbers of SparseCores and lanes: compile "
             "with its devices attached or with their mesh in context (jax.set_mesh)",
         ),
     ]
     reason = next((reason for holds, reason in reasons if holds), None)
     if reason is not None:
         return reason
-    chip = pipeline.chip_at_hand()
+    chip = pipeline.target_chip()
     if chip is None:
         return f"{kind} has no SparseCores"
     return _reason_of_rows(call, chip)
 
 
 def _reason_of_rows(call: AggregationCall, chip: pipeline.Chip) -> str | None:
-    """Why rows do not fit the registers or the local memory of a chip, or None."""
+    """Why the rows do not fit the vectors or the local memory of a chip, or None."""
     tables = {
         name: (table, call.scores.shape[2] if name == "values" else 1)
         for name, table in call.tables.items()
@@ -107,7 +110,7 @@ def _reason_of_rows(call: AggregationCall, chip: pipeline.Chip) -> str | None:
 
 def forward(call: AggregationCall) -> Float[Array, "num_tokens value_dim"]:
     """Computes the output of `value_aggregation` without slots."""
-    chip = pipeline.chip_at_hand()
+    chip = pipeline.target_chip()
     assert chip is not None
     kernel = _Kernel(call, chip)
 
@@ -138,27 +141,21 @@ def backward(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"]
 ) -> dict[str, Array]:
     """Computes the gradients of the tables, scores and pre-inputs, each in its own dtype."""
-    of_tokens = token_gradients(call, output_grad)
-    tables = list(call.tables.values())
-    gradients = table_gradient_tpu.of_tables(tables, call.indices, of_tokens.terms)
-    return of_tokens.with_tables(call, gradients)
+    return token_gradients(call, output_grad).backward(call, table_gradient_tpu)
 
 
 def row_gradients(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"], max_rows: int
 ) -> RowGradients:
-    """Computes the same gradients in float32, those of the tables row by row."""
-    of_tokens = token_gradients(call, output_grad)
-    num_values = call.values.shape[0]
-    rows = table_gradient_tpu.rows_of_tables(call.indices, num_values, max_rows, of_tokens.terms)
-    return of_tokens.with_rows(rows)
+    """Computes the same gradients in float32, with row-sparse gradients of the tables."""
+    return token_gradients(call, output_grad).row_gradients(call, max_rows, table_gradient_tpu)
 
 
 def token_gradients(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"]
 ) -> TokenGradients:
-    """The gradients of scores and pre-inputs, and what those of the tables are sums of."""
-    chip = pipeline.chip_at_hand()
+    """Computes the gradients of scores and pre-inputs, and the terms of the table gradients."""
+    chip = pipeline.target_chip()
     assert chip is not None
     pre_values, pre_inputs = call.pre_values, call.pre_inputs
     kernel = _Kernel(call, chip)
@@ -174,12 +171,12 @@ def token_gradients(
         if pre_values is not None:
             kernel.multiply_pre_rows(refs, count)
 
-        # A number is stored as a vector of equal lanes, of which the next one overwrites all but
-        # the first: this loop must keep its order.
+        # A scalar is stored as a vector of equal lanes, and the next store overwrites all but its
+        # first lane, so this loop must run in order.
         @pl.loop(0, count)
         def _differentiate(k: Array) -> None:
             here = pl.ds(first_k + k, chip.lanes)
-            weights_grad = [arithmetic.spread_sum(products[core, k]) for core in cores]
+            weights_grad = [arithmetic.broadcast_sum(products[core, k]) for core in cores]
             if pre_values is None:
                 for core in cores:
                     refs["scores_grad"][core, here] = weights_grad[core]
@@ -213,7 +210,7 @@ def token_gradients(
 
 
 class _Kernel:
-    """Sizes of a call, its arrays in the kernels' layouts, and what both kernels compute."""
+    """Sizes of a call, its arrays in the layouts of the kernels, and their common computations."""
 
     def __init__(self, call: AggregationCall, chip: pipeline.Chip) -> None:
         values, pre_values = call.values, call.pre_values
@@ -232,11 +229,11 @@ class _Kernel:
         self.sizes = call.sizes
 
     def token_rows(self, width: int) -> jax.ShapeDtypeStruct:
-        """A row a token: [T, width]."""
+        """One row per token: [T, width]."""
         return self._per_token(width)
 
     def selections(self, count: int) -> jax.ShapeDtypeStruct:
-        """Numbers a selection: [T, count, K]."""
+        """`count` entries per selection: [T, count, K]."""
         return self._per_token(count, self.num_selected)
 
     def _per_token(self, *shape: int) -> jax.ShapeDtypeStruct:
@@ -281,14 +278,14 @@ class _Kernel:
         return Columns(core * width, width)
 
     def score(self, refs: dict[str, Any], core: int, k: Any) -> Array:
-        return arithmetic.spread(refs["scores"].at[core], k, self.chip.lanes)
+        return arithmetic.broadcast_entry(refs["scores"].at[core], k, self.chip.lanes)
 
     def multiply_pre_rows(self, refs: dict[str, Any], count: Any) -> None:
-        """Leaves the summands of the pre-scores in the last scratch of the window."""
+        """Writes the lane-wise partial sums of the pre-scores to the last scratch of the window."""
         columns, product = Columns(0, self.pre_value_dim), refs["scratch"].at[self.num_cores]
         arithmetic.multiply_rows(
             refs["pre_values"], count, columns, refs["pre_inputs"], product, self.chip.lanes
         )
 
     def pre_score(self, refs: dict[str, Any], k: Any) -> Array:
-        return arithmetic.spread_sum(refs["scratch"][self.num_cores, k])
+        return arithmetic.broadcast_sum(refs["scratch"][self.num_cores, k])

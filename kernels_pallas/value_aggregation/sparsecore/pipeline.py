@@ -1,8 +1,8 @@
-"""How rows pass through the local memories of SparseCores: windows, rings of buffers, streams.
+"""The pipeline of rows through the local memories of SparseCores: windows, rings, streams.
 
-Subcore w of W takes tokens w, w + W, ... A window is the rows of up to `Blocks.rows` selections of
-one token. Each step of a subcore starts the streams of a window `Blocks.slots` - 1 steps ahead,
-awaits its own window and computes on it; the last window of a token sends the token's results.
+Subcore w of W processes tokens w, w + W, ... A window is the rows of up to `Blocks.rows` selections
+of one token. Each step of a subcore prefetches the window `Blocks.slots` - 1 steps ahead, awaits
+its own window and computes on it. After the last window of a token, the token's results are sent.
 """
 
 import dataclasses
@@ -17,26 +17,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
-_GROUP_ROWS = 8  # a window of a list of ids has to begin at a multiple of it
-_STREAM_GROUPS = 16  # of one indirect stream
+_GROUP_ROWS = 8  # a window must start at a multiple of this many ids
+_STREAM_GROUPS = 16  # maximum groups per indirect stream
 _MAX_SLOTS = 8  # a subcore has 32 semaphores
-_GRANULE_BYTES = 32  # of HBM, to which rows are padded
-_NUM_RESULTS = 2  # buffers of results: one is sent while the next is computed
-# The compiler keeps some of the local memory to itself.
-_USABLE_SHARE = 0.9
+_GRANULE_BYTES = 32  # HBM granule to which rows are padded
+_NUM_RESULTS = 2  # double-buffered results: one is sent while the next is computed
+# The compiler reserves some of the local memory.
+_USABLE_FRACTION = 0.9
 
 
 class Chip(NamedTuple):
-    """What of a chip the kernels depend on."""
+    """The properties of a chip that the kernels depend on."""
 
     num_cores: int
     num_subcores: int
     lanes: int
-    local_bytes: int  # of a subcore
+    local_bytes: int  # per subcore
 
 
-def chip_at_hand() -> Chip | None:
-    """The SparseCores that a call is compiled for, whose device kind must be known, or None."""
+def target_chip() -> Chip | None:
+    """The SparseCores of the chip that a call is compiled for, or None if it has none.
+
+    The device kind must be known: see `tuned.device_kind`.
+    """
     info = pltpu.get_tpu_info().sparse_core
     if info is None:
         return None
@@ -47,36 +50,37 @@ def chip_at_hand() -> Chip | None:
 class Blocks:
     """How the rows of a token pass through local memory."""
 
-    groups: int  # of 8 selections, whose rows are fetched by one stream: a window
-    slots: int  # windows in local memory, of which all but one are in flight
+    groups: int  # groups of 8 selections per window, fetched by one stream per table
+    slots: int  # windows in local memory; all but one are in flight
 
     @property
     def rows(self) -> int:
-        """Selections of a window."""
+        """Selections per window."""
         return self.groups * _GROUP_ROWS
 
 
 class Arrays(NamedTuple):
-    """Shapes of what a kernel holds in local memory, for one token or window."""
+    """Shapes of the arrays of a kernel that pass through local memory."""
 
     tables: dict[str, Any]
     token_inputs: dict[str, Any]  # [T, ...]
     outputs: dict[str, Any]  # [T, ...]
-    num_scratch: int  # numbers for each selection of a window, in all lanes
+    num_scratch: int  # scratch vectors for each selection of a window
 
 
 def heuristic(arrays: Arrays, chip: Chip) -> Blocks | None:
-    """Fills local memory with three windows or more, as large as they can be; None if none fit.
+    """The longest windows of which three (or two) fit in local memory, and as many as fit.
 
-    The rows in flight should cover latency x bandwidth: at 1.6 TB/s over 32 subcores (v6e) and one
-    or two microseconds, 50 to 100 kB each, which is all that the memory holds. Long windows waste
-    less on the start of loops and streams. Reasoned, not measured.
+    Returns None if not even two windows of 8 rows fit. The rows in flight should cover latency x
+    bandwidth: at 1.6 TB/s over 32 subcores (v6e) and one or two microseconds, 50 to 100 kB per
+    subcore, which is all of its memory. Longer windows amortize the startup of loops and streams.
+    Estimated, not measured.
     """
     num_groups = pl.cdiv(arrays.token_inputs["ids"].shape[1], _GROUP_ROWS)
 
     def fits(groups: int, slots: int) -> bool:
         held = _local_arrays(arrays, Blocks(groups, slots), chip).values()
-        return sum(map(_padded_bytes, held)) <= _USABLE_SHARE * chip.local_bytes
+        return sum(map(_padded_bytes, held)) <= _USABLE_FRACTION * chip.local_bytes
 
     lengths = range(min(num_groups, _STREAM_GROUPS), 0, -1)
     longest = next((n for slots in (3, 2) for n in lengths if fits(n, slots)), None)
@@ -87,7 +91,7 @@ def heuristic(arrays: Arrays, chip: Chip) -> Blocks | None:
 
 
 class _Rows(NamedTuple):
-    """Rows of a table on their way: those of `ids` from `first` on, into `target` [count, D]."""
+    """A transfer of table rows: those of `ids` from `first` on, into `target` [count, D]."""
 
     table: Any
     ids: Any
@@ -98,14 +102,14 @@ class _Rows(NamedTuple):
 
 
 class IndirectStream(_Rows):
-    """One stream for all rows, which steps by the length of a row: there can be no padding."""
+    """One stream for all rows. Its stride is the row length, so rows must not be padded."""
 
     def start(self) -> None:
         """Starts the stream."""
         self._stream().start()
 
     def wait(self) -> None:
-        """Awaits it."""
+        """Waits for the stream."""
         self._stream().wait()
 
     def _stream(self) -> Any:
@@ -114,7 +118,7 @@ class IndirectStream(_Rows):
 
 
 class RowCopies(_Rows):
-    """A copy for each row."""
+    """One copy per row."""
 
     def start(self) -> None:
         """Starts all copies."""
@@ -125,7 +129,7 @@ class RowCopies(_Rows):
             self._copy(k, row).start()
 
     def wait(self) -> None:
-        """Awaits them."""
+        """Waits for all copies."""
 
         @pl.loop(0, self.target.shape[0])
         def _(k: Array) -> None:
@@ -136,12 +140,12 @@ class RowCopies(_Rows):
 
 
 def has_padded_rows(table: Any) -> bool:
-    """Whether rows of this table lie further apart than they are long."""
+    """Whether the rows of this table are padded in HBM."""
     return table.shape[1] * table.dtype.itemsize % _GRANULE_BYTES != 0
 
 
 def push(result: Any, row: Any, sent: Any) -> Any:
-    """A stream from local memory to HBM; `wait_read` until the former may be overwritten."""
+    """A stream from local memory to HBM; after `wait_read`, the source may be overwritten."""
     return pltpu.make_async_copy(result, row, src_sem=sent)
 
 
@@ -156,7 +160,7 @@ def subcores(chip: Chip) -> plsc.VectorSubcoreMesh:
 
 
 def this_subcore() -> Array:
-    """Which of all vector subcores runs this."""
+    """The index of this vector subcore among all of them."""
     return lax.axis_index(("core", "subcore"))
 
 
@@ -168,10 +172,10 @@ def run(
     blocks: Blocks,
     chip: Chip,
 ) -> dict[str, Array]:
-    """Calls `compute(refs, number of rows, first selection)` for every window of every token.
+    """Calls `compute(refs, num_rows, first_selection)` for every window of every token.
 
-    `refs` are those of the window and its token in local memory, by the names of the arrays, and
-    "scratch".
+    `refs` maps the names of the arrays, and "scratch", to the buffers of the window and its token
+    in local memory.
     """
     local = _local_arrays(arrays, blocks, chip)
     names = (*operands, *arrays.outputs, *(f"local_{key}" for key in local), *_SEMAPHORES)
@@ -191,12 +195,12 @@ def run(
             *(pltpu.VMEM(x.shape, x.dtype) for x in local.values()),
             *(pltpu.SemaphoreType.DMA(shape) for shape in semaphores),
         ],
-        # Rows must be contiguous in HBM.
+        # The kernels need contiguous rows in HBM.
         compiler_params=pltpu.CompilerParams(use_tc_tiling_on_sc=False),
         cost_estimate=_cost(arrays),
         name=name,
     )
-    # Pallas cannot map over an array that it leaves in HBM: vmap becomes a loop of calls.
+    # Pallas cannot batch arrays that it leaves in HBM, so vmap becomes a loop of calls.
     results = custom_batching.sequential_vmap(launch)(*operands.values())
     return dict(zip(arrays.outputs, results, strict=True))
 
@@ -253,7 +257,7 @@ class _Subcore:
                 self.send_results(self.num_tokens - back, lambda stream: stream.wait())
 
     def turn_and_window(self, step: Array) -> tuple[Array, Array]:
-        """Which of the subcore's tokens a step belongs to, and which of its windows it is."""
+        """The index of a step's token among those of the subcore, and of its window."""
         return lax.div(step, self.num_windows), lax.rem(step, self.num_windows)
 
     def refs_of(self, step: Array) -> dict[str, Any]:
@@ -265,7 +269,7 @@ class _Subcore:
         return refs | {"scratch": self.refs["local_scratch"]}
 
     def start_frame(self, turn: Array) -> None:
-        """Starts the copies of a token's own inputs."""
+        """Starts the copies of the per-token inputs."""
 
         @pl.when(turn < self.num_tokens)
         def _() -> None:
@@ -283,7 +287,7 @@ class _Subcore:
                 yield pltpu.make_async_copy(source, target, arrived)
 
     def start_rows(self, step: Array) -> None:
-        """Starts the streams of a window, for the first one of a token when its ids are there."""
+        """Starts the streams of a window; for the first one of a token, first awaits its ids."""
 
         @pl.when(step < self.num_steps)
         def _() -> None:
@@ -326,19 +330,19 @@ class _Subcore:
 
 
 def _leading(array: Any) -> list[tuple[int, ...]]:
-    """The indices between token and last axis: a copy is of one vector."""
+    """The indices between the token axis and the last axis: each copy moves one vector."""
     return [()] if len(array.shape) == 2 else [(i,) for i in range(array.shape[1])]
 
 
 def _local_arrays(arrays: Arrays, blocks: Blocks, chip: Chip) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a subcore holds."""
+    """The buffers in the local memory of a subcore."""
     num_selected = arrays.token_inputs["ids"].shape[1]
-    # Tokens whose windows are started ahead, the one that is computed, and one to come.
+    # Frames for tokens with prefetched windows, the current token, and one to prefetch.
     ahead = pl.cdiv(blocks.slots - 1, pl.cdiv(num_selected, blocks.rows))
 
     def vectors(copies: int, array: Any) -> jax.ShapeDtypeStruct:
         *lead, width = array.shape[1:]
-        # A number is read as the first of a vector, and written so too: the last one needs room.
+        # A scalar is read and written as the first lane of a vector, so pad by one vector.
         width = _round_up(width, chip.lanes) + chip.lanes
         return jax.ShapeDtypeStruct((copies, *lead, width), array.dtype)
 
@@ -352,7 +356,7 @@ def _local_arrays(arrays: Arrays, blocks: Blocks, chip: Chip) -> dict[str, jax.S
 
 
 def _padded_bytes(array: Any) -> int:
-    """Bytes in local memory, where the last axis is padded to 64 bytes at most."""
+    """Bytes in local memory, where the last axis is padded to at most 64 bytes."""
     return math.prod(array.shape[:-1]) * _round_up(array.shape[-1] * array.dtype.itemsize, 64)
 
 

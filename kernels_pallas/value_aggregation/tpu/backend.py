@@ -1,24 +1,25 @@
-"""Value aggregation on the TensorCores of a TPU, where rows travel from HBM to VMEM and no further.
+"""Value aggregation on the TensorCores of a TPU; fetched rows are never written back to HBM.
 
-Each selected row is copied by a DMA of its own into a ring of buffers, one buffer a token, while
-the rows that arrived before are weighted and summed. Step s of the grid starts the copies of block
-s of tokens and computes block s - 1, token by token: a buffer is refilled as soon as it is used up,
-so that the rows of all tokens of a block but one are on their way at any time.
+Each selected row is copied by its own DMA into a ring of buffers, one buffer per token, while rows
+that arrived earlier are weighted and summed. Grid step s starts the copies of token block s and
+computes block s - 1, token by token. A buffer is refilled as soon as it has been consumed, so the
+rows of all but one token of a block are in flight at any time.
 
-    layouts     The kernels read tables row by row (lanes padded to 128 in HBM), and ids and scores
-                with tokens along the lanes, [K, T] and [c, K, T]: no padding whatever K is. XLA
-                copies what it holds otherwise. It holds a table whose rows are no multiple of 128
-                wide, [N, 192] say, transposed, so every call would copy the whole table: place it
-                with `jax.device_put(table, Format(Layout(major_to_minor=(0, 1)), sharding))`, and
-                name the same format among the `in_shardings` of the jitted function.
-    bfloat16    Two rows share each 32-bit word of a tile, and a DMA cannot split a word. A pair of
-                rows is fetched and the wanted one picked, so bfloat16 tables take half the memory
-                but as many bytes of traffic as float32 ones.
-    precision   Everything is float32 on the vector unit; the matrix unit is not used.
-    order       The sum over k is fixed by K alone: the result does not depend on the other tokens.
+    layouts     The kernels read tables row-major (lanes padded to 128 in HBM), and ids and scores
+                with tokens along the lanes, [K, T] and [c, K, T], which needs no padding for any K.
+                XLA inserts a copy for every array in another layout. By default, a table whose row
+                width is not a multiple of 128, say [N, 192], is stored transposed, so every call
+                would copy the table. To avoid that, place it with
+                `jax.device_put(table, Format(Layout(major_to_minor=(0, 1)), sharding))`, and pass
+                the same format in the `in_shardings` of the jitted function.
+    bfloat16    Two rows share each 32-bit word of a tile, and a DMA cannot split a word. The kernel
+                fetches the pair and picks one row, so bfloat16 tables take half the memory of
+                float32 tables, but as much bandwidth.
+    precision   All arithmetic is float32 on the VPU; the MXU is not used.
+    order       The order of the sum over k depends on K only, not on the other tokens.
 
 The backward kernel fetches the rows again and computes the gradients of scores and pre-inputs. The
-tables' gradients are made from its weights by the kernel of `table_gradient/tpu`.
+kernel of `table_gradient/tpu` sums the tables' gradients from its weights.
 """
 
 import math
@@ -40,21 +41,21 @@ from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.call import AggregationCall, RowGradients, TokenGradients
 from kernels_pallas.value_aggregation.tpu.blocks import (
     SUBLANES,
-    chosen,
+    choose_blocks,
     heuristic,
     rows_per_copy,
     vmem_bytes,
 )
 
 _LANES = 128
-# Arrays with a number a selection, [..., K, T]; the others have a row a token.
+# Arrays with one entry per selection, [..., K, T]; the others have one row per token.
 _SELECTIONS = ("smem_ids", "ids", "scores", "scores_grad", "weights", "pre_scores_grad")
 _VMEM_BYTES = 56 * 2**20  # of 64 MiB on v5p and tpu7x; v5e and v6e have 128
 _SMEM_BYTES = 896 * 2**10  # of 1 MiB
 
 
 def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
-    """Returns why this implementation cannot take a call of these shapes and dtypes, or None."""
+    """Returns why this implementation does not support these shapes and dtypes, or None."""
     num_selected = call.indices.shape[1]
     reasons = [(platform != "tpu", f"it compiles for TPU, not for {platform}")]
     reasons.append(
@@ -76,7 +77,7 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
         ("VMEM", needed_vmem, _VMEM_BYTES),
     ):
         what = f"num_selected = {num_selected} needs {needed} bytes of {memory}"
-        reasons.append((needed > available, f"{what}, there are {available}"))
+        reasons.append((needed > available, f"{what}, only {available} are available"))
     return next((reason for holds, reason in reasons if holds), None)
 
 
@@ -105,20 +106,14 @@ def backward(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"]
 ) -> dict[str, Array]:
     """Computes the gradients of the tables, scores and pre-inputs, each in its own dtype."""
-    of_tokens = token_gradients(call, output_grad)
-    tables = list(call.tables.values())
-    gradients = table_gradient_tpu.of_tables(tables, call.indices, of_tokens.terms)
-    return of_tokens.with_tables(call, gradients)
+    return token_gradients(call, output_grad).backward(call, table_gradient_tpu)
 
 
 def row_gradients(
     call: AggregationCall, output_grad: Float[Array, "num_tokens value_dim"], max_rows: int
 ) -> RowGradients:
-    """Computes the same gradients in float32, those of the tables row by row."""
-    of_tokens = token_gradients(call, output_grad)
-    num_values = call.values.shape[0]
-    rows = table_gradient_tpu.rows_of_tables(call.indices, num_values, max_rows, of_tokens.terms)
-    return of_tokens.with_rows(rows)
+    """Computes the same gradients in float32, with row-sparse gradients of the tables."""
+    return token_gradients(call, output_grad).row_gradients(call, max_rows, table_gradient_tpu)
 
 
 def token_gradients(
@@ -172,7 +167,7 @@ def token_gradients(
 
 
 class _Kernel:
-    """Shapes, blocks and the grid that the two kernels have in common."""
+    """Shapes, blocks and the grid of the forward and the backward kernel."""
 
     def __init__(self, pass_name: tuned.Pass, call: AggregationCall) -> None:
         values, scores = call.values, call.scores
@@ -180,10 +175,10 @@ class _Kernel:
         self.num_tokens, self.num_selected, self.num_cores = scores.shape
         self.value_dim = values.shape[1]
         self.pre_value_dim = 0 if pre_values is None else pre_values.shape[1]
-        blocks = chosen(pass_name, call, _LANES)
+        blocks = choose_blocks(pass_name, call, _LANES)
         self.block_tokens = blocks.tokens
         self.lane_tokens = min(_LANES, self.num_tokens)
-        # Two TensorCores of one device (v5p) take one half each; one takes them in turn.
+        # The two TensorCores of a device (v5p) get one half each; a single core runs both in turn.
         lane_blocks = pl.cdiv(self.num_tokens, _LANES)
         self.num_parts = min(2, lane_blocks)
         self.part_blocks = pl.cdiv(lane_blocks, self.num_parts) * (_LANES // self.block_tokens)
@@ -197,17 +192,17 @@ class _Kernel:
         self.inputs = {name: x.astype(jnp.float32) for name, x in self.inputs.items()}
         self.ids = call.indices.T
         if any(rows_per_copy(table) > 1 for table in self.tables.values()):
-            self.inputs["ids"] = self.ids  # as vectors, to tell the rows of a pair
+            self.inputs["ids"] = self.ids  # in VMEM, to pick rows from pairs
 
         # Inside shard_map, results vary as the arguments do.
         self.axis_type = jax.typeof(values).manual_axis_type
 
     def token_rows(self, width: int) -> jax.ShapeDtypeStruct:
-        """An output with a row a token: [T, width]."""
+        """An output with one row per token: [T, width]."""
         return self._output((self.num_tokens, width))
 
     def selections(self, *leading: int) -> jax.ShapeDtypeStruct:
-        """An output with a number a selection: [..., K, T]."""
+        """An output with one entry per selection: [..., K, T]."""
         return self._output((*leading, self.num_selected, self.num_tokens))
 
     def _output(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -252,19 +247,19 @@ class _Kernel:
             ),
             cost_estimate=self._cost(operands, outputs),
         )
-        # Pallas cannot map over an array that it leaves in HBM: vmap becomes a loop of calls.
+        # Pallas cannot batch arrays that it leaves in HBM, so vmap becomes a loop of calls.
         results = custom_batching.sequential_vmap(launch)(*operands.values())
         return dict(zip(outputs, results, strict=True))
 
     def _block(self, name: str, array: Any) -> pl.BlockSpec:
-        """The part of an array that a step sees: of the block it starts, or that it computes."""
+        """The BlockSpec of an array: that of the block being started for ids, else computed."""
         started = name == "smem_ids"
         last_block = pl.cdiv(self.num_tokens, self.block_tokens) - 1
 
         def block_index(part: Array, step: Array) -> Array:
             step = step if started else jnp.maximum(step - 1, 0)
             first = part * self.part_blocks
-            # The last step of a part starts nothing.
+            # The last step of a part starts no copies.
             step = jnp.minimum(step, self.part_blocks - 1)
             return jnp.minimum(first + step, last_block)
 
@@ -300,11 +295,11 @@ class _Kernel:
         lax.fori_loop(0, self.block_tokens, visit, None)
 
     def _copy_rows(self, refs: Any, slot: Array, lane: Array | None) -> None:
-        """Starts the copies of the rows of the token in `lane`, or awaits those of a slot."""
+        """Starts the copies for the token in `lane`; if `lane` is None, awaits those of a slot."""
 
         def copy(k: Array, _: None) -> None:
             for i, (name, table) in enumerate(self.tables.items()):
-                # Awaiting takes the size of a copy alone: any row does.
+                # Waiting only uses the size of the copy, so any row will do.
                 row = jnp.int32(0) if lane is None else refs["smem_ids"][k, lane]
                 size = rows_per_copy(table)
                 row = row & -size
@@ -347,7 +342,7 @@ def _rows(refs: Any, name: str, slot: Array, lane: Array, lanes: slice) -> Array
     rows = refs[f"{name}_ring"][slot, :, lanes]
     if rows.dtype == jnp.float32:
         return rows
-    # A bfloat16 is the upper half of a float32; the even row of a pair lies in the lower half.
+    # A bfloat16 is the upper half of a float32; the even row of a pair is in the lower halves.
     is_even = _column(refs["ids"], lane) & 1 == 0
     pairs = pltpu.bitcast(rows, jnp.uint32)
     words = jnp.where(is_even, pairs << 16, pairs & jnp.uint32(0xFFFF0000))
@@ -368,7 +363,7 @@ def _put_column(ref: Any, lane: Array, column: Array) -> None:
 
 
 def _row(ref: Any, token: Array, lanes: slice) -> Array:
-    """Row `token` of a [T, D] block: [1, lanes]. Only whole tiles can be read at a variable row."""
+    """Row `token` of a [T, D] block: [1, lanes]. Dynamic row indices must address full tiles."""
     block = ref[_tile_of(token), lanes]
     here = lax.broadcasted_iota(jnp.int32, block.shape, 0) == token & (SUBLANES - 1)
     return jnp.sum(jnp.where(here, block, 0), axis=0, keepdims=True)
@@ -386,13 +381,13 @@ def _tile_of(token: Array) -> Any:
 
 
 def _lane_chunks(width: int) -> Iterator[slice]:
-    """Slices of at most one register's lanes, so that few registers are live at a time."""
+    """Slices of at most one register of lanes, which keeps the number of live registers low."""
     for start in range(0, width, _LANES):
         yield slice(start, min(start + _LANES, width))
 
 
 def _cores_in(lanes: slice, width: int, num_cores: int) -> Iterator[tuple[int, Array | None]]:
-    """The cores whose slice of a row meets these lanes; a mask where others do so too."""
+    """The cores whose slice of a row overlaps these lanes, with a mask if there are several."""
     core_dim = width // num_cores
     first, last = lanes.start // core_dim, (lanes.stop - 1) // core_dim
     if first == last:
@@ -404,10 +399,10 @@ def _cores_in(lanes: slice, width: int, num_cores: int) -> Iterator[tuple[int, A
 
 
 def _by_core(weights: list[Array], lanes: slice, width: int) -> Array:
-    """The weight [K, 1] of each core, on the lanes of its slice: [K, lanes] or [K, 1]."""
+    """Broadcasts the weight [K, 1] of each core over the lanes of its slice: [K, lanes or 1]."""
     (first, _), *others = _cores_in(lanes, width, len(weights))
-    spread = weights[first]
+    by_column = weights[first]
     for core, mask in others:
         assert mask is not None
-        spread = jnp.where(mask, weights[core], spread)
-    return spread
+        by_column = jnp.where(mask, weights[core], by_column)
+    return by_column

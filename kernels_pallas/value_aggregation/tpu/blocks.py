@@ -1,4 +1,4 @@
-"""How many tokens a step of the TPU kernels takes, and the VMEM that it needs for them."""
+"""The number of tokens per grid step of the TPU kernels, and the VMEM they need."""
 
 import dataclasses
 from typing import Any
@@ -10,27 +10,27 @@ from kernels_pallas.common import check, padded
 from kernels_pallas.value_aggregation.call import AggregationCall
 
 SUBLANES = 8
-# The rows of a block are in flight together, and 12 MiB of them cover the latency of the memory
-# several times over. Reasoned, not measured.
+# The rows of a block are in flight at the same time; 12 MiB cover the memory latency several times
+# over. Estimated, not measured.
 _RING_BYTES = 12 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Tokens a grid step: a power of two from 8 to 128, the lanes of a register."""
+    """Tokens per grid step: a power of two from 8 to 128, the lanes of a register."""
 
     tokens: int
 
 
 def heuristic(call: AggregationCall, lanes: int) -> Blocks:
-    """As many tokens as have their rows in the ring of buffers."""
+    """As many tokens as fit their rows in the ring of buffers."""
     tokens = _RING_BYTES // _token_bytes(call, lanes)
     tokens = max(SUBLANES, min(lanes, tokens))
     return Blocks(1 << (tokens.bit_length() - 1))
 
 
-def chosen(pass_name: tuned.Pass, call: AggregationCall, lanes: int) -> Blocks:
-    """The blocks of a call: those that were measured for it, or the heuristic's."""
+def choose_blocks(pass_name: tuned.Pass, call: AggregationCall, lanes: int) -> Blocks:
+    """The blocks of a call: the tuned ones if there are any, else those of `heuristic`."""
     blocks = heuristic(call, lanes)
     dtype = call.values.dtype
     key = tuned.Key.of("value_aggregation", "pallas_tpu/tokens", pass_name, call.sizes, dtype)
@@ -41,7 +41,7 @@ def chosen(pass_name: tuned.Pass, call: AggregationCall, lanes: int) -> Blocks:
 
 
 def vmem_bytes(blocks: Blocks, call: AggregationCall, lanes: int) -> int:
-    """The ring, two buffers of every block of the backward kernel, and 4 MiB for temporaries."""
+    """The ring, two buffers for every block of the backward kernel, and 4 MiB for temporaries."""
     _, num_selected, num_cores = call.scores.shape
     widths = [table.shape[1] for table in call.tables.values()]
     row_blocks = 4 * blocks.tokens * sum(padded(width, lanes) for width in widths)
@@ -51,12 +51,12 @@ def vmem_bytes(blocks: Blocks, call: AggregationCall, lanes: int) -> int:
 
 
 def _token_bytes(call: AggregationCall, lanes: int) -> int:
-    """VMEM that the rows of a token take: sublanes and lanes padded to whole tiles of words."""
+    """VMEM for the rows of a token, with sublanes and lanes padded to full 32-bit tiles."""
     widths = [table.shape[1] for table in call.tables.values()]
     num_selected = call.scores.shape[1]
     return 4 * padded(num_selected, SUBLANES) * sum(padded(width, lanes) for width in widths)
 
 
 def rows_per_copy(table: Any) -> int:
-    """bfloat16 rows share their words in pairs."""
+    """Rows per DMA: two for bfloat16, because a pair of rows shares 32-bit words."""
     return 2 if table.dtype == jnp.bfloat16 else 1

@@ -1,4 +1,4 @@
-"""Documents of the suite: answers stand in the context, and nowhere else."""
+"""Documents of the suite: answers follow from the context, and from nothing else."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ TEXTS = [f"line {i} of a text\n" * 40 for i in range(10)]
 
 
 class Words:
-    """A tokenizer of whole words, so that pieces and tokens differ."""
+    """A word-level tokenizer, so that pieces and tokens differ."""
 
     def __init__(self) -> None:
         self.ids: dict[str, int] = {}
@@ -38,18 +38,18 @@ def example(name: str, index: int = 0, length: int = 512, split: Split = "train"
 
 
 def asked(example: Example) -> list[tuple[str, str, str]]:
-    """(all text before the question's line, the question, its answer) of every answer."""
-    found = []
+    """Returns (all text before the line of the question, the question, its answer) per answer."""
+    questions = []
     for answer in example.answers:
         before = TOKENIZER.decode(example.tokens[: answer.start])
         context, _, prompt = before.rpartition("\n")
-        found.append(
+        questions.append(
             (context + "\n", prompt, TOKENIZER.decode(example.tokens[answer.start : answer.stop]))
         )
-    return found
+    return questions
 
 
-# --- solvers that read text, each of which knows its task alone ---
+# --- text solvers, one per task ---
 
 
 def solve_key_value(context: str, prompt: str) -> str:
@@ -117,7 +117,7 @@ SOLVERS: dict[str, Callable[[str, str], str]] = {
 }
 
 
-def test_the_configuration_knows_every_task() -> None:
+def test_the_configuration_lists_every_task() -> None:
     assert list(TASKS) == list(get_args(LongContextTask)) == list(SOLVERS)
 
 
@@ -132,26 +132,26 @@ def test_answers_follow_from_the_context(name: str) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_do_not_follow_from_the_question(name: str) -> None:
     answers: dict[str, set[str]] = {}
-    length = 256 if name == "key_value" else 512  # of one-letter keys, which are few
+    length = 256 if name == "key_value" else 512  # there are few one-letter keys
     for index in range(60):
         for context, prompt, answer in asked(example(name, index, length)):
             question = context.splitlines()[-1] if name == "multi_round" else prompt
             answers.setdefault(question, set()).add(answer)
-    repeated = [found for question, found in answers.items()]
-    # The same question has another answer elsewhere: of as many as chance says, nearly.
-    assert np.mean([len(found) > 1 for found in repeated]) > 0.5
+    repeated = [answers_given for question, answers_given in answers.items()]
+    # The same question has other answers in other documents, nearly as many as chance implies.
+    assert np.mean([len(answers_given) > 1 for answers_given in repeated]) > 0.5
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_question_is_asked_once_between_changes(name: str) -> None:
     for index in range(5):
-        found = [
+        questions = [
             (context.splitlines()[-1] if name == "multi_round" else "", prompt, answer)
             for context, prompt, answer in asked(example(name, index, split="evaluation"))
         ]
-        if name != "multi_round":  # where news come between
-            assert len(set(found)) == len(found)
-        assert found
+        if name != "multi_round":  # there, updates come between the questions
+            assert len(set(questions)) == len(questions)
+        assert questions
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -178,12 +178,12 @@ def test_no_document_of_one_split_is_in_the_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("length", [64, 256, 2048, 32768])
-def test_a_document_is_nearly_as_long_as_allowed(name: str, length: int) -> None:
-    found = example(name, length=length)
-    assert len(found.tokens) <= length
-    assert len(found.tokens) > (0.7 if length > 64 else 0.5) * length
-    for answer in found.answers:
-        assert 0 < answer.start < answer.stop <= len(found.tokens)
+def test_documents_nearly_fill_the_allowed_length(name: str, length: int) -> None:
+    document = example(name, length=length)
+    assert len(document.tokens) <= length
+    assert len(document.tokens) > (0.7 if length > 64 else 0.5) * length
+    for answer in document.answers:
+        assert 0 < answer.start < answer.stop <= len(document.tokens)
         assert 0 <= answer.depth < 1
         assert 0 < answer.chance < 1
 
@@ -191,18 +191,18 @@ def test_a_document_is_nearly_as_long_as_allowed(name: str, length: int) -> None
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_begin_and_end_with_a_token_of_any_tokenizer(name: str) -> None:
     words = Words()
-    found = make_example(TASKS[name], "train", 0, 3, length=400, tokenizer=words, texts=TEXTS)
-    text = words.decode(found.tokens)
-    assert len(found.tokens) < len(text)
-    for answer in found.answers:
-        before = words.decode(found.tokens[: answer.start])
+    document = make_example(TASKS[name], "train", 0, 3, length=400, tokenizer=words, texts=TEXTS)
+    text = words.decode(document.tokens)
+    assert len(document.tokens) < len(text)
+    for answer in document.answers:
+        before = words.decode(document.tokens[: answer.start])
         context, _, prompt = before.rpartition("\n")
-        answered = words.decode(found.tokens[answer.start : answer.stop])
+        answered = words.decode(document.tokens[answer.start : answer.stop])
         assert SOLVERS[name](context + "\n", prompt) == answered
 
 
 @pytest.mark.parametrize("name", ["key_value", "in_context"])
-def test_practice_asks_between_and_evaluation_at_the_end(name: str) -> None:
+def test_training_asks_throughout_and_evaluation_at_the_end(name: str) -> None:
     for index in range(5):
         practice, evaluation = example(name, index), example(name, index, split="evaluation")
         assert len(practice.answers) >= len(evaluation.answers)
@@ -215,23 +215,23 @@ def test_practice_asks_between_and_evaluation_at_the_end(name: str) -> None:
 
 def test_recall_asks_for_the_partner_of_a_symbol() -> None:
     for length in (12, 40, 300):
-        found = make_example(
+        document = make_example(
             recall.write, "train", 0, length, length=length, tokenizer=TOKENIZER, texts=()
         )
-        assert 0.7 * length < len(found.tokens) <= length
-        for context, prompt, answer in asked(found):
+        assert 0.7 * length < len(document.tokens) <= length
+        for context, prompt, answer in asked(document):
             (partner,) = set(re.findall(rf"^{prompt}(\w)$", context, re.M))
             assert partner == answer
-        assert len(found.answers) == min(length // 6, 62)
+        assert len(document.answers) == min(length // 6, 62)
 
 
-def test_needles_lie_at_all_depths() -> None:
+def test_needles_are_placed_at_all_depths() -> None:
     depths = [example("needle", index, 1024).answers[0].depth for index in range(200)]
     counts, _ = np.histogram(depths, bins=5, range=(0, 1))
     assert counts.min() > 15
 
 
-def test_chance_is_that_of_a_guess_among_the_candidates() -> None:
+def test_chance_is_the_accuracy_of_guessing_among_the_candidates() -> None:
     pairs = example("key_value", split="evaluation")
     text = TOKENIZER.decode(pairs.tokens[: pairs.answers[0].start])
     values = re.findall(r"^\w+:(\w)$", text, re.M)
@@ -242,8 +242,8 @@ def test_chance_is_that_of_a_guess_among_the_candidates() -> None:
     assert facts.answers[0].chance == pytest.approx(1 / num_facts)
 
 
-def test_names_are_different_and_as_short_as_can_be() -> None:
+def test_names_are_distinct_and_as_short_as_possible() -> None:
     for count, length in [(62, 1), (63, 2), (3844, 2), (3845, 3)]:
-        found = names(count)
-        assert len(set(found)) == len(found) >= count
-        assert {len(name) for name in found} == {length}
+        chosen = names(count)
+        assert len(set(chosen)) == len(chosen) >= count
+        assert {len(name) for name in chosen} == {length}

@@ -1,4 +1,4 @@
-"""The catalogue of ablations: every arm is a configuration, of equal cost, as the paper has it."""
+"""The catalogue of ablations: every arm is valid, of equal cost, and as in the paper."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from umv2.cost import matching
 
 ROOT = Path(__file__).parents[3]
 EVERYTHING = [(name, scale) for name in ABLATIONS for scale in scales.SCALES]
-# A dense model has no rows to match; the published rows of Table 3 are not of equal cost.
+# A dense model has no table rows to match; the published models of Table 3 differ in cost.
 UNMATCHED = {
     ("families", "dense"): {"total"},
     ("multi_hop", "dense"): {"total"},
@@ -26,9 +26,7 @@ UNMATCHED = {
 
 
 @pytest.mark.parametrize(("name", "scale"), EVERYTHING)
-def test_every_arm_is_a_configuration_that_differs_from_what_it_is_compared_with(
-    name: str, scale: str
-) -> None:
+def test_every_arm_differs_from_the_arm_that_it_is_compared_with(name: str, scale: str) -> None:
     built = {arm: from_config_dict(configuration(name, arm, scale)) for arm in ABLATIONS[name].arms}
     for arm, config in built.items():
         versus = ABLATIONS[name].versus(arm)
@@ -40,7 +38,7 @@ def test_every_arm_is_a_configuration_that_differs_from_what_it_is_compared_with
     "scale",
     ["smoke", "cpu", *(pytest.param(scale, marks=pytest.mark.slow) for scale in ("gpu", "paper"))],
 )
-def test_stored_sizes_are_those_that_the_solver_finds(name: str, scale: str) -> None:
+def test_stored_sizes_match_the_solver(name: str, scale: str) -> None:
     stored = json.loads(catalogue.SIZES_FILE.read_text())[scale]
     arms = [f"{name}/{arm}" for arm in ABLATIONS[name].arms]
     assert sizes.solve(name, scale) == {arm: stored[arm] for arm in arms if arm in stored}
@@ -48,17 +46,17 @@ def test_stored_sizes_are_those_that_the_solver_finds(name: str, scale: str) -> 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])  # smoke is too small to be equal
 @pytest.mark.parametrize("name", [name for name in ABLATIONS if ABLATIONS[name].fixed])
-def test_what_is_held_fixed_is_equal_within_one_per_cent(name: str, scale: str) -> None:
-    for arm, found in sizes.deviations(name, scale).items():
+def test_fixed_quantities_are_equal_within_one_per_cent(name: str, scale: str) -> None:
+    for arm, deviations in sizes.deviations(name, scale).items():
         if ABLATIONS[name].is_published(arm, scale) and name == "families":
             continue
         allowed = UNMATCHED.get((name, arm), set())
         unequal = {
             rule
-            for rule, deviation in found.items()
+            for rule, deviation in deviations.items()
             if not math.isnan(deviation) and abs(deviation) > matching.TOLERANCE
         }
-        assert unequal == allowed, f"{arm}: {found}"
+        assert unequal == allowed, f"{arm}: {deviations}"
 
 
 def test_stored_sizes_belong_to_arms() -> None:
@@ -87,7 +85,7 @@ def test_the_deviations_of_all_arms_are_shown() -> None:
         ("27.5", 880),
     ],
 )
-def test_the_fractions_of_compute_are_those_of_table_4(arm: str, key_dim: int) -> None:
+def test_the_fractions_of_compute_match_table_4(arm: str, key_dim: int) -> None:
     assert configuration("compute_share", arm, "paper").model.memory.key_dim == key_dim
 
 
@@ -104,14 +102,14 @@ def test_rows_are_split_as_in_table_5(arm: str, split: tuple[int, int]) -> None:
 )
 def test_value_processing_has_the_published_sizes(arm: str, sizes: tuple[int, ...]) -> None:
     memory = configuration("value_processing", arm, "paper").model.memory
-    found = (memory.num_keys, memory.value_dim, memory.pre_value_dim, memory.top_m)
-    assert found == sizes
+    actual = (memory.num_keys, memory.value_dim, memory.pre_value_dim, memory.top_m)
+    assert actual == sizes
 
 
 @pytest.mark.parametrize(
     ("arm", "count"), [("every", 20), ("half", 10), ("quarter", 5), ("tenth", 2)]
 )
-def test_fewer_layers_select_as_many_values_together(arm: str, count: int) -> None:
+def test_fewer_layers_select_the_same_total_of_values(arm: str, count: int) -> None:
     config = from_config_dict(configuration("number_of_layers", arm, "paper")).model
     assert len(config.placements) == count
     assert count * config.memory.top_m == 20 * 48
@@ -120,12 +118,12 @@ def test_fewer_layers_select_as_many_values_together(arm: str, count: int) -> No
 @pytest.mark.parametrize(
     ("arm", "keys"), [("none", 964), ("s4_ring", 1928), ("s9_ring", 2892), ("s16_ring", 3856)]
 )
-def test_a_layer_that_sees_g_tables_has_sqrt_g_as_many_keys(arm: str, keys: int) -> None:
+def test_a_layer_that_sees_g_tables_has_sqrt_g_times_the_keys(arm: str, keys: int) -> None:
     config = from_config_dict(configuration("sharing", arm, "paper"))
     assert config.model.memory.keys_per_side == keys
 
 
-def test_a_function_of_a_diff_sees_the_configuration_before_it() -> None:
+def test_functions_in_a_diff_see_the_original_configuration() -> None:
     config = base.get_config()
     apply(config, {"model.memory.key_dim": times(1 / 2), **top_m(2)})
     memory = config.model.memory
@@ -138,7 +136,7 @@ def test_a_function_of_a_diff_sees_the_configuration_before_it() -> None:
         apply(config, {"model.memory.top": 1})
 
 
-def test_a_row_keeps_its_width_however_it_is_split() -> None:
+def test_splitting_a_row_keeps_its_width() -> None:
     config = base.get_config()  # 48 + 16
     apply(config, row_split(1, 8))
     memory = config.model.memory
@@ -162,7 +160,7 @@ def test_memory_layers_are_placed_evenly() -> None:
     ("num_layers", "read", "write"),
     [(4, (1, 3), (2, 4)), (20, (1, 6, 11, 16), (5, 10, 15, 20))],
 )
-def test_memories_that_skip_cover_the_model(
+def test_memories_with_skips_cover_the_model(
     num_layers: int, read: tuple[int, ...], write: tuple[int, ...]
 ) -> None:
     config = base.get_config()
@@ -197,7 +195,7 @@ def test_an_arm_is_named_with_its_scale() -> None:
         ("heads/two/cpu/0", "must be ABLATION/ARM"),
     ],
 )
-def test_a_name_that_there_is_not_is_refused(name: str, message: str) -> None:
+def test_an_unknown_name_is_rejected(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         catalogue.get_config(name)
 

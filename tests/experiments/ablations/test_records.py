@@ -1,4 +1,4 @@
-"""Stored runs are found by their configurations, whatever becomes of fields, arms and files."""
+"""Stored runs are found by configuration, even if fields, arms or files change."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def heads() -> ConfigDict:
 
 
 def extended(monkeypatch: pytest.MonkeyPatch, default: int) -> None:
-    """Gives the base configuration a field and a section that it did not have."""
+    """Adds a field and a section to the base configuration."""
     get_config = base.get_config
 
     def with_more() -> ConfigDict:
@@ -64,7 +64,7 @@ def extended(monkeypatch: pytest.MonkeyPatch, default: int) -> None:
     monkeypatch.setattr(base, "get_config", with_more)
 
 
-def test_a_field_that_is_added_orphans_no_run(
+def test_adding_a_field_orphans_no_run(
     heads: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(tmp_path, "heads/two", heads)
@@ -77,7 +77,7 @@ def test_a_field_that_is_added_orphans_no_run(
     assert not stored.find(now)
 
 
-def test_a_run_of_a_newer_configuration_is_an_older_ones_too(
+def test_a_run_of_a_newer_configuration_matches_an_older_one(
     heads: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extended(monkeypatch, default=3)
@@ -108,19 +108,19 @@ def test_another_value_is_another_run(
     assert difference.startswith(f"{path}: ")
 
 
-def test_a_field_that_is_removed_keeps_the_runs_with_the_value_that_remains(
+def test_removing_a_field_keeps_the_runs_with_its_fixed_value(
     heads: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed, value in enumerate((7, 8)):
         old = heads.copy_and_resolve_references()
         old.model.removed = value
         store(tmp_path, "heads/two", old, seed)
-    assert not records.Stored(tmp_path).find(heads)  # what the field did is not known
+    assert not records.Stored(tmp_path).find(heads)  # the effect of the field is unknown
     monkeypatch.setattr(records, "_REMOVED", {"model.removed": 7})
     assert list(records.Stored(tmp_path).find(heads)) == [0]
 
 
-def test_a_run_is_found_wherever_it_lies(heads: ConfigDict, tmp_path: Path) -> None:
+def test_a_run_is_found_wherever_it_is_stored(heads: ConfigDict, tmp_path: Path) -> None:
     store(tmp_path, "an_old_name/of_the_arm", heads, 0)
     store(tmp_path, "runs/610a7282cc0a", heads, 1)
     assert list(records.Stored(tmp_path).find(heads)) == [0, 1]
@@ -132,7 +132,7 @@ def test_two_files_of_one_run_are_named(heads: ConfigDict, tmp_path: Path) -> No
         records.Stored(tmp_path)
 
 
-def test_every_committed_run_is_an_arms_and_lies_where_a_sweep_would_store_it() -> None:
+def test_every_committed_run_belongs_to_an_arm_and_is_where_a_sweep_stores_it() -> None:
     for folder in COMMITTED.iterdir():
         if folder.is_dir():
             stored = records.Stored(folder)
@@ -158,14 +158,14 @@ GOOD = [json.dumps(record) for record in (HEAD, HELD_OUT, END)]
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "0 lines of kind 'run' in place of one"),
+        ([], "0 lines of kind 'run' instead of one"),
         (["not JSON"], "line 1 is not JSON"),
         (["[1]"], "line 1 is not a JSON object"),
         (["[" * 100_000], "line 1 is not JSON"),
         (["\udce9\udcff"], "line 1 is not JSON"),
         ([GOOD[0], GOOD[1], GOOD[2][:30]], "line 3 is not JSON"),
-        (GOOD[:2], "0 lines of kind 'end' in place of one"),
-        ([*GOOD, GOOD[0]], "2 lines of kind 'run' in place of one"),
+        (GOOD[:2], "0 lines of kind 'end' instead of one"),
+        ([*GOOD, GOOD[0]], "2 lines of kind 'run' instead of one"),
         ([GOOD[0], GOOD[2]], "no line of kind 'held_out'"),
         (['{"loss": 1}'], "line 1: kind=None: must be one of run, step"),
         ([without(HEAD, "config"), *GOOD[1:]], "line 1: config: missing"),
@@ -187,7 +187,7 @@ def test_damaged_records_are_named(tmp_path: Path, lines: list[str], message: st
     assert message in text
 
 
-def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_are_null(tmp_path: Path) -> None:
     path = tmp_path / "a" / "results.jsonl"
     measurements.append(
         path, [{"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": -float("inf")}}]

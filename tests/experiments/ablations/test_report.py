@@ -1,4 +1,4 @@
-"""Pages and pictures from stored runs: every number on them is one of the files'."""
+"""Pages and figures from stored runs: every number on them comes from the files."""
 
 import filecmp
 import shutil
@@ -22,10 +22,10 @@ def store(
     held_out: float,
     corpus: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the records of a run that never was."""
+    """Writes the records of a made-up run."""
     values = configuration(ablation, arm, "smoke")
     if corpus is not None:
-        corpora.take(values, **corpus)
+        corpora.use(values, **corpus)
     head = HEAD | {
         "arms": [f"{ablation}/{arm}"],
         "seed": seed,
@@ -65,7 +65,7 @@ def arms(results: Path) -> Any:
     return compare(ABLATIONS["heads"], runs)
 
 
-def test_a_page_holds_what_the_runs_say(results: Path) -> None:
+def test_a_page_shows_the_results_of_the_runs(results: Path) -> None:
     text = report.page("heads", "smoke", arms(results), "Looked into: nothing.")
     # Differences 0.2, 0.21, 0.19; t = 4.303, s = 0.01.
     row = "| two | 3     | 4.2000 ± 0.1100           | one           | +0.0008 loss, -0.2 points"
@@ -74,30 +74,30 @@ def test_a_page_holds_what_the_runs_say(results: Path) -> None:
     assert "same sign" in text
     assert "`model.memory.num_heads` 1 -> 2" in text
     assert "1.234" in text  # million active parameters
-    assert "4,096 tokens a run of standard_library (corpus c0ffee)" in text
+    assert "4,096 tokens per run of standard_library (corpus c0ffee)" in text
     assert "| one | 0.5 " in text  # mean coverage
     assert text.rstrip().endswith("Looked into: nothing.")
     assert "section 4.2.3" in text
 
 
-def test_tables_line_up() -> None:
+def test_tables_are_aligned() -> None:
     lines = report.markdown_table([["a", "long name"], ["1", "x"]]).splitlines()
     assert lines == ["| a | long name |", "| - | --------- |", "| 1 | x         |"]
 
 
-def test_the_index_counts_what_no_arm_has_any_more(results: Path) -> None:
+def test_the_index_counts_runs_without_an_arm(results: Path) -> None:
     runs = list(records.Stored(results / "smoke").runs.values())
     scale = report.Scale({"heads": arms(results)}, {"selection": "1"}, runs, 2)
     text = report.index({"smoke": scale})
     assert "6 runs, 12.00 PFLOP, 0.1 hours" in text
-    assert "median half width of an interval 0.0248" in text
-    assert "2 stored runs are of configurations that no arm has any more." in text
+    assert "median half-width of an interval 0.0248" in text
+    assert "2 stored runs have configurations that no arm has any longer." in text
     assert "[heads](smoke/heads.md)" in text
-    assert "One arm alone has runs, and nothing to be compared with: selection (1)." in text
+    assert "Only one arm has runs, with nothing to compare it to: selection (1)." in text
     assert "Not run at this scale: value_processing," in text
 
 
-def test_pictures_are_drawn(results: Path) -> None:
+def test_figures_are_drawn(results: Path) -> None:
     figures.draw_ablation(ABLATIONS["heads"], arms(results), results / "heads.png")
     figures.draw_overview({"heads": arms(results)}, results / "overview.png")
     for name in ("heads.png", "overview.png"):
@@ -110,7 +110,7 @@ def test_all_pages_are_written(results: Path) -> None:
     written = {
         str(path.relative_to(results)) for path in results.rglob("*.*") if path.suffix != ".jsonl"
     }
-    # The base of heads is that of others too; those with a second arm that has runs get a page.
+    # Other ablations share the baseline of heads; those with runs of a second arm get a page.
     assert written == {
         "README.md",
         "smoke/heads.md",
@@ -126,19 +126,19 @@ def test_runs_on_another_corpus_are_a_scale_of_their_own(results: Path) -> None:
     folder = results / "smoke_site_packages_bpe_8192"
     for arm in ("one", "two"):
         store(folder, "heads", arm, 0, 3.0, corpus)
-    store(folder, "heads", "one", 1, 3.0)  # of the scale's own corpus: it belongs elsewhere
+    store(folder, "heads", "one", 1, 3.0)  # on the scale's own corpus, so in the wrong folder
     measurements.write(folder / records.CORPUS, [corpus])
     text = report.write_all(results)
     assert "## Scale smoke_site_packages_bpe_8192" in text
     assert (folder / "heads.md").exists()
-    assert "1 stored runs are of configurations that no arm has any more." in text
+    assert "1 stored runs have configurations that no arm has any longer." in text
 
 
 def test_one_arm_of_two_with_one_seed(tmp_path: Path) -> None:
     store(tmp_path / "smoke", "heads", "two", 0, 4.2)
     text = report.write_all(tmp_path)
     assert "1 runs, 2.00 PFLOP" in text
-    assert "nothing to be compared with: heads (two)." in text
+    assert "nothing to compare it to: heads (two)." in text
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -151,7 +151,7 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     assert "nan" not in page
 
 
-def test_pages_of_runs_that_diverged_or_are_no_numbers(tmp_path: Path) -> None:
+def test_pages_of_runs_that_diverged_or_have_non_finite_values(tmp_path: Path) -> None:
     store(tmp_path / "smoke", "heads", "one", 0, 4.2)
     store(tmp_path / "smoke", "heads", "two", 0, float("nan"))
     report.write_all(tmp_path)
@@ -160,7 +160,7 @@ def test_pages_of_runs_that_diverged_or_are_no_numbers(tmp_path: Path) -> None:
     assert "too few seeds" in page
 
 
-def test_pictures_are_drawn_again_only_where_what_they_show_has_changed(results: Path) -> None:
+def test_figures_are_redrawn_only_if_their_data_changed(results: Path) -> None:
     report.write_all(results)
     pictures = {path: path.read_bytes() for path in results.rglob("*.png")}
     for path, content in pictures.items():
@@ -176,7 +176,7 @@ def test_pictures_are_drawn_again_only_where_what_they_show_has_changed(results:
 
 
 @pytest.mark.parametrize("content", [None, "seed_0.json"])
-def test_no_index_is_written_where_there_are_no_runs(tmp_path: Path, content: str | None) -> None:
+def test_no_index_is_written_without_runs(tmp_path: Path, content: str | None) -> None:
     if content:
         (tmp_path / content).write_text("")
     (tmp_path / "README.md").write_text("committed")
@@ -185,7 +185,7 @@ def test_no_index_is_written_where_there_are_no_runs(tmp_path: Path, content: st
     assert (tmp_path / "README.md").read_text() == "committed"
 
 
-def test_no_index_is_written_where_no_run_is_an_arms(
+def test_no_index_is_written_if_no_run_belongs_to_an_arm(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (results / "README.md").write_text("committed")
@@ -202,7 +202,7 @@ def test_no_index_is_written_where_no_run_is_an_arms(
     assert (results / "README.md").read_text() == "committed"
 
 
-def test_a_folder_of_runs_is_named_after_a_scale(results: Path) -> None:
+def test_a_folder_of_runs_must_be_named_after_a_scale(results: Path) -> None:
     (results / "smoke").rename(results / "smok")
     with pytest.raises(
         measurements.RecordsError, match=r"smok: .* must begin with one of smoke, cpu"
@@ -218,8 +218,8 @@ def test_a_damaged_corpus_is_named(results: Path, text: str) -> None:
         report.write_all(results)
 
 
-def test_the_committed_pages_are_those_of_the_committed_runs(tmp_path: Path) -> None:
-    """Where this fails, `python -m experiments.ablations.report` writes what is to be committed."""
+def test_the_committed_pages_match_the_committed_runs(tmp_path: Path) -> None:
+    """If this fails, run `python -m experiments.ablations.report` and commit the pages."""
     committed = Path(records.__file__).parents[1] / "results" / "ablations"
     copy = tmp_path / "ablations"
     shutil.copytree(committed, copy)

@@ -1,4 +1,4 @@
-"""Sweeps: what is run, what is not run again, and what is stored of it."""
+"""Sweeps: what is run, what is not repeated, and what is stored."""
 
 import json
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def test_a_run_is_stored_once_it_is_complete_and_not_repeated(
+def test_a_complete_run_is_stored_and_not_repeated(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = values(paths)
@@ -78,21 +78,21 @@ def test_a_run_is_stored_once_it_is_complete_and_not_repeated(
     assert len(first.held_out_losses) == 2
     assert first.diverged is None
     assert 0 < first.end["health"]["coverage/layer_1"] <= 1
-    # A seed is of the parameters and of the data.
+    # The seed is that of the parameters and of the data.
     assert first.losses[0] != second.losses[0]
     assert not list((tmp_path / "work").glob("*/*/seed_*"))  # checkpoints are gone
 
     def never(*_: object) -> None:
-        raise AssertionError("a finished run is run again")
+        raise AssertionError("a finished run was repeated")
 
     monkeypatch.setattr(modes, "train", never)
     sweep(tmp_path, [config], seeds=2).run()
 
 
-def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(
+def test_an_interrupted_run_resumes_from_its_checkpoint(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after training, before its records are written: nothing is trained again."""
+    """Stopped after training, before its records are written: training is not repeated."""
     swept = sweep(tmp_path, [values(paths)])
 
     def stop(*_: object) -> None:
@@ -113,7 +113,7 @@ def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint(
     assert not swept.unfinished()
 
 
-def test_a_run_that_a_signal_stops_is_not_taken_for_finished(
+def test_a_run_stopped_by_a_signal_is_not_finished(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modes, "train", lambda config, workdir: False)
@@ -123,7 +123,7 @@ def test_a_run_that_a_signal_stops_is_not_taken_for_finished(
     assert len(swept.unfinished()) == 2
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_prints_how_to_resume(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(_: object) -> None:
@@ -140,25 +140,25 @@ def test_ctrl_c_says_how_to_go_on(
         flags.FLAGS.mark_as_parsed()
         with pytest.raises(KeyboardInterrupt):
             run.main([])
-    assert capsys.readouterr().out == "0/6 runs; the same command goes on with the rest\n"
+    assert capsys.readouterr().out == "0/6 runs; run the same command again to resume\n"
 
 
-def test_an_arm_that_another_process_runs_is_left_to_it(
+def test_an_arm_locked_by_another_process_is_skipped(
     paths: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    taken, free = values(paths), values(paths, model__ffn_size=17)
-    swept = sweep(tmp_path, [taken, free])
+    locked, free = values(paths), values(paths, model__ffn_size=17)
+    swept = sweep(tmp_path, [locked, free])
     with files.locked(tmp_path / "work" / "test" / "arm_0" / "lock", "another sweep"):
         swept.run()
     assert swept.unfinished() == [(swept.jobs[0], 0)]
     assert "test/arm_0: " in capsys.readouterr().out
 
 
-def test_results_that_cannot_be_written_end_a_sweep_before_it_trains(
+def test_a_sweep_fails_before_training_if_results_cannot_be_written(
     paths: str, tmp_path: Path
 ) -> None:
     (tmp_path / "results").write_text("")
-    with pytest.raises(files.FileError, match=f"{tmp_path / 'results'}: cannot be made a folder"):
+    with pytest.raises(files.FileError, match=f"{tmp_path / 'results'}: cannot be created"):
         sweep(tmp_path, [values(paths)])
 
 
@@ -183,15 +183,15 @@ def test_a_full_disk_loses_no_training(
     assert not swept.unfinished()
 
 
-def test_a_run_that_diverges_has_a_result(paths: str, tmp_path: Path) -> None:
+def test_a_diverged_run_has_a_result(paths: str, tmp_path: Path) -> None:
     sweep(tmp_path, [values(paths, optimizer__learning_rate=1e30)]).run()
-    (found,) = stored(tmp_path).runs.values()
-    assert found.diverged is not None
-    assert "loss nan" in found.diverged or "gradient norm nan" in found.diverged
-    assert found.end["answers"] is None
+    (result,) = stored(tmp_path).runs.values()
+    assert result.diverged is not None
+    assert "loss nan" in result.diverged or "gradient norm nan" in result.diverged
+    assert result.end["answers"] is None
 
 
-def test_bookkeeping_does_not_make_another_configuration(paths: str) -> None:
+def test_bookkeeping_fields_do_not_change_the_identity(paths: str) -> None:
     config = values(paths)
     assert records.identity(config) == records.identity(
         values(paths, train__log_interval_steps=3, train__checkpoint_interval_steps=5)
@@ -199,22 +199,22 @@ def test_bookkeeping_does_not_make_another_configuration(paths: str) -> None:
     assert records.identity(config) != records.identity(values(paths, train__num_steps=13))
 
 
-def test_arms_of_equal_configuration_are_one_job() -> None:
+def test_arms_with_equal_configurations_share_a_job() -> None:
     jobs = run.arms_to_run(["families", "heads"], [], "smoke")
     assert "families/ultramem_v2" in jobs[0].names
     assert "heads/one" in jobs[0].names
-    # The first of the catalogue, whichever ablation asks: two sweeps meet at one file.
+    # The first arm in the catalogue, for any ablation: two sweeps use the same file.
     assert jobs[0].names[0] == run.arms_to_run(["heads"], ["one"], "smoke")[0].names[0]
     assert len(jobs) == len(ABLATIONS["heads"].arms) + len(ABLATIONS["families"].arms) - 1
     (only,) = run.arms_to_run(["heads"], ["two"], "smoke")
     assert only.names == ["heads/two"]
-    everything = run.arms_to_run(["heads", "all"], [], "smoke")
-    assert sum(len(job.names) for job in everything) == sum(
+    all_jobs = run.arms_to_run(["heads", "all"], [], "smoke")
+    assert sum(len(job.names) for job in all_jobs) == sum(
         len(entry.arms) for entry in ABLATIONS.values()
     )
 
 
-def test_an_arm_that_is_asked_questions_anywhere_is_asked_them_at_its_end() -> None:
+def test_a_job_answers_questions_if_any_of_its_arms_does() -> None:
     jobs = run.jobs_of("smoke")
     assert jobs["multi_hop/moe"].answers
     assert not jobs["heads/two"].answers
@@ -228,6 +228,6 @@ def test_an_arm_that_is_asked_questions_anywhere_is_asked_them_at_its_end() -> N
         (["heads"], ["tow"], r"--arms=tow: must be one of one, two \(nearest: two\)"),
     ],
 )
-def test_what_there_is_not_is_refused(ablations: list[str], arms: list[str], message: str) -> None:
+def test_unknown_names_are_rejected(ablations: list[str], arms: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run.arms_to_run(ablations, arms, "cpu")

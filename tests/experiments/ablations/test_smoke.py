@@ -34,7 +34,7 @@ def command(module: str, *flags: str) -> str:
 
 
 def interrupt(folder: Path, *flags: str) -> None:
-    """Starts a sweep, and stops it by Ctrl-C in its first run."""
+    """Starts a sweep, and stops it with Ctrl-C in its first run."""
     started = subprocess.Popen(
         [sys.executable, "-m", "experiments.ablations.run", *flags],
         cwd=ROOT,
@@ -48,7 +48,7 @@ def interrupt(folder: Path, *flags: str) -> None:
     started.send_signal(signal.SIGINT)
     output, errors = started.communicate()
     assert started.returncode == 130
-    assert output.splitlines()[-1] == "0/4 runs; the same command goes on with the rest"
+    assert output.splitlines()[-1] == "0/4 runs; run the same command again to resume"
     assert errors.splitlines()[-1] == "interrupted"
     assert "Traceback" not in errors
 

@@ -1,4 +1,4 @@
-"""Measurements that tests make: how they are collected, stored and shown."""
+"""Measurements made by tests: how they are collected, stored and shown."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def tests(tmp_path: Path) -> str:
     return str(tmp_path / "test_it.py")
 
 
-def test_what_tests_measured_is_collected_whether_they_pass_or_not(tests: str) -> None:
+def test_measurements_are_collected_from_passing_and_failing_tests(tests: str) -> None:
     outcome = checks.run(tests, parts=[])
     assert [record["case"] for record in outcome.records] == ["one", "two", "refused"]
     assert {"command", "date", "versions"} <= outcome.records[0].keys()
@@ -48,11 +48,11 @@ def test_what_tests_measured_is_collected_whether_they_pass_or_not(tests: str) -
         outcome.require_passed()
 
 
-def test_parts_of_names_choose_cases(tests: str) -> None:
+def test_parts_of_names_select_cases(tests: str) -> None:
     outcome = checks.run(tests, parts=["one", "refu"])
     assert [record["case"] for record in outcome.records] == ["one", "refused"]
     outcome.require_passed()
-    with pytest.raises(UserError, match=r"pytest ended with 5: .*none_such"):
+    with pytest.raises(UserError, match=r"pytest exited with status 5: .*none_such"):
         checks.run(tests, parts=["none_such"])
 
 
@@ -65,7 +65,7 @@ def test_new_records_replace_those_of_the_same_case(tmp_path: Path) -> None:
     assert measurements.merged(path, new, "ab") == [new[1], old[1], new[0]]
 
 
-def test_a_measurement_says_where_it_comes_from() -> None:
+def test_a_measurement_records_where_it_comes_from() -> None:
     about = measurements.about() | measurements.device()
     assert about["command"].startswith("python ")
     assert about["versions"].keys() >= {"python", "jax", "jaxlib", "flax"}
@@ -74,7 +74,7 @@ def test_a_measurement_says_where_it_comes_from() -> None:
 
 
 @pytest.mark.parametrize("name", ["conformance", "compile_matrix"])
-def test_tables_of_kernels_are_those_of_what_is_stored(name: str) -> None:
+def test_tables_of_kernels_match_the_stored_records(name: str) -> None:
     folder = RESULTS / "kernels"
     stored = measurements.read(folder / f"{name}.jsonl")
     module = {"conformance": conformance, "compile_matrix": compile_matrix}[name]
@@ -88,7 +88,7 @@ def test_lines_of_the_compile_matrix_are_ordered_by_case() -> None:
     assert compile_matrix.ordered(stored[::-1]) == ordered
 
 
-def test_stored_layouts_are_shown_as_the_page_has_them() -> None:
+def test_stored_layouts_match_the_page() -> None:
     stored = measurements.read(RESULTS / "meshes" / "layouts.jsonl")
     page = (RESULTS / "README.md").read_text()
     for row in meshes.table("layouts", stored).splitlines()[2:]:

@@ -1,4 +1,4 @@
-"""The campaign of the long-context suite: what stops it, and what it does not take for a result."""
+"""Runs of the long-context suite: errors, and files that are not results."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def end_with(
     monkeypatch: pytest.MonkeyPatch, folder: Path, *, status: int = 0, errors: str = "", step: int
 ) -> list[str]:
-    """Makes every mode end so, after some steps; returns the modes that are started."""
+    """Makes every mode end with a status, errors and step; returns the list of started modes."""
     started = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def end_with(
     return started
 
 
-def test_a_run_that_a_signal_stopped_is_not_asked(
+def test_a_run_stopped_by_a_signal_is_not_evaluated(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = long_context_tiny.get_config("moe").train.num_steps
@@ -71,7 +71,7 @@ def test_a_run_that_a_signal_stopped_is_not_asked(
         ("Traceback ...\nKeyError: 'a'\n", RuntimeError, "Traceback"),
     ],
 )
-def test_an_error_of_a_run_is_the_campaigns(
+def test_an_error_of_a_run_stops_the_suite(
     results: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -96,7 +96,7 @@ def test_an_error_of_a_run_is_the_campaigns(
         ([{"step": 1}, CELL, CELL | {"length": 512}], "not of the same tasks and lengths"),
     ],
 )
-def test_a_file_of_something_else_is_named(
+def test_a_file_with_other_content_is_named(
     results: Path, lines: list[dict[str, Any]], message: str
 ) -> None:
     (results / "README.md").write_text("committed")

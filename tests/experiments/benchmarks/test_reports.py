@@ -1,4 +1,4 @@
-"""The reports of the long-context campaign and of decode latency, from made-up measurements."""
+"""Reports of the long-context suite and of decode latency, from made-up measurements."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def write_answers(path: Path, accuracy: float) -> None:
     measurements.write(path, [heading, *cells])
 
 
-def test_a_campaign_is_reported_as_mean_and_range_over_seeds(
+def test_results_are_reported_as_mean_and_range_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long_context, "RESULTS", tmp_path)
@@ -65,7 +65,7 @@ def test_a_campaign_is_reported_as_mean_and_range_over_seeds(
     assert images == [(tmp_path / name).read_bytes() for name in ("accuracy.png", "moe.png")]
 
 
-def test_runs_of_a_family_are_not_those_of_one_whose_name_begins_the_same(
+def test_families_with_a_common_prefix_are_not_confused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long_context, "RESULTS", tmp_path)
@@ -76,7 +76,7 @@ def test_runs_of_a_family_are_not_those_of_one_whose_name_begins_the_same(
     assert not long_context._stored("pkm")
 
 
-def test_a_campaign_without_a_run_is_one_line(
+def test_a_report_without_runs_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long_context, "RESULTS", tmp_path)
@@ -85,7 +85,7 @@ def test_a_campaign_without_a_run_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_likelihood_that_is_not_finite_is_null_in_a_sum() -> None:
+def test_a_non_finite_likelihood_makes_the_sum_null() -> None:
     assert long_context._sum([1.0, None]) is None
     assert long_context._sum([1.0, -2.0, 0.0]) == -1.0
 
@@ -105,19 +105,19 @@ def record(family: str, seconds: list[float], **changes: Any) -> dict[str, Any]:
 
 
 def test_ratios_of_a_step_are_taken_round_by_round() -> None:
-    # A machine that became slower in the last rounds, for both.
+    # The machine became slower in the last rounds, for both.
     reference = record("ultramem_v2", [1.0, 1.0, 4.0, 4.0])
     other = record("moe", [2.0, 2.0, 8.0, 8.0], traffic_bytes=6e9)
     assert latency_report.ratio(other, reference) == (2.0, 2.0, 2.0)
     cells = latency_report.decode_cells([reference, other, record("moe", [9.0])])
     rows = latency_report.table(cells["227m_1b2", 256])[2:]
     assert rows[1].split(" | ")[2:4] == ["2.00 (2.00 to 2.00)", "1.50"]
-    # 4 GB in 2.5 s where a pass over memory brings 8 GB a second.
+    # 4 GB in 2.5 s, where a pass over memory reads 8 GB/s.
     assert rows[0].split(" | ")[4:] == ["2500.0", "3", "1.6", "20 % |"]
 
 
 def written(folder: Path, records: list[dict[str, Any]]) -> str:
-    """The report of records."""
+    """Returns the report of records."""
     path = folder / "latency.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
     with flagsaver.flagsaver(latency_file=str(path)):
@@ -128,13 +128,13 @@ def written(folder: Path, records: list[dict[str, Any]]) -> str:
 MACHINE = {"device": "cpu", "platform": "cpu", "versions": {"jax": "1"}, "date": "today"}
 
 
-def test_a_sweep_is_drawn_and_drawn_the_same_again(tmp_path: Path) -> None:
+def test_a_sweep_is_drawn_reproducibly(tmp_path: Path) -> None:
     records = [
         record(family, [seconds * batch], batch=batch, **MACHINE)
         for batch in (1, 8)
         for family, seconds in (("ultramem_v2", 1.0), ("moe", 2.0), ("$x_$", 2.0))
     ]
-    records.append(record("dense", [1.0], batch=64, **MACHINE))  # without the reference beside it
+    records.append(record("dense", [1.0], batch=64, **MACHINE))  # without the reference
     assert "![ratios](latency.png)" in written(tmp_path, records)
     image = (tmp_path / "latency.png").read_bytes()
     written(tmp_path, records)
@@ -142,7 +142,7 @@ def test_a_sweep_is_drawn_and_drawn_the_same_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_a_report_of_one_measurement_has_no_picture(kind: str, tmp_path: Path) -> None:
+def test_a_report_of_one_measurement_has_no_figure(kind: str, tmp_path: Path) -> None:
     text = written(tmp_path, [record("moe", [1.0], kind=kind, **MACHINE)])
     assert "latency.png" not in text
     assert "| moe |" in text
@@ -154,10 +154,10 @@ def test_a_report_of_one_measurement_has_no_picture(kind: str, tmp_path: Path) -
     [
         ("", "has no measurements"),
         ('{"kind": "dec', "line 1 is not JSON"),
-        ('{"kind": "run"}', "line 1 is no measurement .*: has no 'size'"),
+        ('{"kind": "run"}', "line 1 is not a record .*: no 'size'"),
     ],
 )
-def test_a_file_without_measurements_is_one_line(
+def test_a_file_without_measurements_is_a_one_line_error(
     content: str, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "latency.jsonl"
@@ -168,41 +168,41 @@ def test_a_file_without_measurements_is_one_line(
         latency_report.read(tmp_path / "missing.jsonl")
 
 
-def test_what_is_drawn_again_is_what_is_stored(
+def test_redrawing_reproduces_the_stored_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = redraw.RESULTS.absolute()
+    stored = redraw.RESULTS.absolute()
     for name in ("cpu_small", "kernels"):
-        shutil.copytree(kept / name, tmp_path / name)
+        shutil.copytree(stored / name, tmp_path / name)
     images = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     redraw.loss(tmp_path / "cpu_small")
     redraw.rooflines(tmp_path / "kernels" / "cpu")
     assert images.keys() == set(tmp_path.rglob("*.png"))
-    # Other versions of matplotlib draw a little differently.
+    # Versions of matplotlib draw slightly differently.
     for path, content in images.items():
         assert imread(path).shape == imread(io.BytesIO(content)).shape
     redraw.cost("227m_1b2", tmp_path / "cost")
     table = (tmp_path / "cost" / "table.txt").read_text()
-    assert table == (kept / "cost_227m_1b2" / "table.txt").read_text()
+    assert table == (stored / "cost_227m_1b2" / "table.txt").read_text()
     monkeypatch.setattr(redraw, "RESULTS", tmp_path / "none")
-    with pytest.raises(UserError, match="none: is no folder here"):
+    with pytest.raises(UserError, match="none: no such folder here"):
         redraw.main([])
 
 
-def test_a_case_that_is_none_is_refused_before_anything_is_written(
+def test_an_unknown_case_is_rejected_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ARITHMETIC", "RESULTS", "DOCUMENT"):
         monkeypatch.setattr(plans, name, tmp_path / name)
     with (
         flagsaver.flagsaver(only=["paper_1b_7b@v6e:8x9"]),
-        pytest.raises(UserError, match=r"--only=paper_1b_7b@v6e:8x9: is no case"),
+        pytest.raises(UserError, match=r"--only=paper_1b_7b@v6e:8x9: unknown case"),
     ):
         plans.main([])
     assert not list(tmp_path.iterdir())
 
 
-def test_stored_plans_are_read_back_or_named(tmp_path: Path) -> None:
+def test_stored_plans_are_read_and_invalid_lines_named(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "plans.jsonl"
     assert plans.stored(path) == {}
     records: list[dict[str, Any]] = [{"case": "a", "x": 1}, {"case": "b"}, {"case": "a", "x": 2}]
@@ -210,10 +210,10 @@ def test_stored_plans_are_read_back_or_named(tmp_path: Path) -> None:
     measurements.append(path, records[1:])
     assert plans.stored(path) == {"a": [records[0], records[2]], "b": [records[1]]}
     measurements.append(path, [{"other": 1}])
-    with pytest.raises(UserError, match=r"plans\.jsonl: line 4 names no case"):
+    with pytest.raises(UserError, match=r"plans\.jsonl: line 4 has no 'case'"):
         plans.stored(path)
 
 
-def test_the_document_of_plans_is_that_of_what_is_stored() -> None:
+def test_the_document_of_plans_matches_the_stored_plans() -> None:
     document = plans.document(plans.stored(plans.RESULTS), plans.stored(plans.ARITHMETIC))
     assert document == plans.DOCUMENT.read_text()

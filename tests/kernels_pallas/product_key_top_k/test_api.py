@@ -30,20 +30,20 @@ def make_inputs(
     query_heads: int | None = None,
     query_ranks: int | None = None,
     second_value: float = 0.15,
-    whole: bool = False,
+    integers: bool = False,
     seed: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Any]:
-    """Random arrays of the operator, by argument; no cores: additive scores.
+    """Random arguments of the operator, by name; without cores, scores are additive.
 
-    The cores of a head sum to singular values of 2 and, for the others, `second_value`; u and v are
-    the singular vectors of the first. `whole` numbers instead make every sum exact, so that scores
-    do not depend on how they are computed, and many are equal.
+    The sum of a head's cores has the singular value 2, to which u and v belong; its other singular
+    values are `second_value`. With `integers`, every sum is exact, so scores do not depend on how
+    they are computed, and many of them are equal.
     """
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
-        return rng.integers(-3, 4, shape) if whole else rng.normal(size=shape)
+        return rng.integers(-3, 4, shape) if integers else rng.normal(size=shape)
 
     query_shape = (query_heads or num_heads, 2, query_ranks or rank, num_tokens, key_dim)
     arrays: dict[str, Any] = {
@@ -59,7 +59,7 @@ def make_inputs(
         arrays["u"], arrays["v"] = left[..., 0], right[..., 0]
         parts = rng.normal(size=(num_cores, num_heads, rank, rank))
         arrays["cores"] = parts + (core - parts.sum(axis=0)) / num_cores
-        if whole:
+        if integers:
             for name in ("u", "v", "cores"):
                 arrays[name] = np.round(2 * arrays[name])
     return {name: None if x is None else jnp.asarray(x, dtype) for name, x in arrays.items()}
@@ -68,7 +68,7 @@ def make_inputs(
 def results_and_grads(
     function: Callable[..., Any], inputs: dict[str, Any], **options: Any
 ) -> dict[str, Array]:
-    """Scores, addresses and the gradients of a weighted sum of scores, by argument name."""
+    """Scores, addresses and the gradients of a weighted sum of scores, by name."""
     arrays = {name: inputs[name] for name in DIFFERENTIABLE if inputs[name] is not None}
     others = {name: value for name, value in inputs.items() if name not in arrays}
 
@@ -115,10 +115,10 @@ def assert_matches_reference(
 def staircase_and_grid(
     inputs: dict[str, Any], *, top_m: int, shortlist: int
 ) -> tuple[Array, Array, Array]:
-    """Places that the staircase finds, which of them it doubts, and places of the whole grid."""
+    """Selections by staircase, which tokens of these are doubtful, and selections by full grid."""
     additive = inputs["cores"] is None
     staircase = xla._Staircase(shortlist, top_m * (1 if additive else xla.TUCKER_REACH))
-    assert len(staircase.places) < xla.MOST_INSIDE * shortlist**2
+    assert len(staircase.places) < xla.MAX_INSIDE_FRACTION * shortlist**2
 
     @jax.jit
     def run(inputs: dict[str, Any]) -> tuple[Array, Array, Array]:
@@ -128,13 +128,13 @@ def staircase_and_grid(
         _, columns = xla._shortlist(scores[:, 1], inputs["v"], shortlist)
         rows = rows if additive else xla._times_core(rows, inputs["cores"])
         found, doubtful = xla._search(staircase, rows, columns, additive, top_m)
-        return found, doubtful, xla.best(xla._whole_grid(rows, columns, additive), top_m)
+        return found, doubtful, xla.best(xla._full_grid(rows, columns, additive), top_m)
 
     return run(inputs)
 
 
 def test_additive_scores_of_two_tokens_by_hand() -> None:
-    # Keys score 1, 2, 4 as rows and 10, 20, 25 as columns; the second token has them negated.
+    # Row keys score 1, 2, 4 and column keys 10, 20, 25; the second token negates them.
     keys = jnp.array([[1.0, 2.0, 4.0], [10.0, 20.0, 25.0]])[None, :, None, :, None]
     query = jnp.array([[1.0, -1.0], [1.0, -1.0]])[None, :, None, :, None]
     scores, addresses = product_key_top_k(query, keys, None, None, None, top_m=3, shortlist=2)
@@ -143,18 +143,18 @@ def test_additive_scores_of_two_tokens_by_hand() -> None:
 
 
 def test_tucker_scores_by_hand() -> None:
-    # Row keys are (1, 0), (0, 1), (1, 1) over the ranks, column keys (1, 0), (0, 1), (2, 0).
+    # By rank, row keys are (1, 0), (0, 1), (1, 1) and column keys (1, 0), (0, 1), (2, 0).
     rows = jnp.array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     columns = jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
     keys = jnp.stack([rows, columns])[None, ..., None]
     cores = jnp.array([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 5.0]]])[:, None]
     first = jnp.array([[1.0, 0.0]])
     query = jnp.ones((1, 2, 2, 1, 1))
-    # u and v drop row 1 and column 1, whose pair would be among the best.
+    # u and v exclude row 1 and column 1, whose pair would be among the best.
     scores, addresses = product_key_top_k(query, keys, first, first, cores, top_m=2, shortlist=2)
     np.testing.assert_array_equal(addresses, [[0 * 3 + 2, 2 * 3 + 2]])
     np.testing.assert_array_equal(scores, [[[2.0, 0.0], [2.0, 0.0]]])
-    # With both ranks in the shortlist, pair (2, 1) leads by its second core, then (1, 1).
+    # With both ranks in the shortlist, pair (2, 1) wins by its second core, followed by (1, 1).
     both = jnp.array([[1.0, 1.0]])
     scores, addresses = product_key_top_k(query, keys, both, both, cores, top_m=3, shortlist=3)
     np.testing.assert_array_equal(addresses, [[2 * 3 + 1, 1 * 3 + 1, 2 * 3 + 2]])
@@ -179,7 +179,7 @@ def test_tucker_scores_by_hand() -> None:
 )
 def test_every_shape_matches_the_reference(shape: dict[str, Any], sizes: dict[str, int]) -> None:
     assert_matches_reference(make_inputs(**shape), **sizes, chunk_size=3)
-    assert_matches_reference(make_inputs(**shape, whole=True), **sizes)
+    assert_matches_reference(make_inputs(**shape, integers=True), **sizes)
 
 
 @pytest.mark.usefixtures("x64")
@@ -191,9 +191,9 @@ def test_float64_matches_the_reference_to_float64_precision() -> None:
 
 
 def test_bfloat16_arrays_match_the_reference_in_float32() -> None:
-    inputs = make_inputs(whole=True)
+    inputs = make_inputs(integers=True)
     halves = {name: inputs[name].astype(jnp.bfloat16) for name in ("query", "keys")}
-    # Gradients are rounded once to bfloat16, from float32 sums that may differ in the last bit.
+    # Gradients are rounded to bfloat16 once, from float32 sums that may differ in the last bit.
     sizes: dict[str, Any] = {"top_m": 8, "shortlist": 10}
     assert_matches_reference(inputs | halves, **sizes, chunk_size=2, tolerance=2**-7)
     scores, addresses = product_key_top_k(**inputs | halves, **sizes)
@@ -204,10 +204,10 @@ def test_bfloat16_arrays_match_the_reference_in_float32() -> None:
 
 
 @pytest.mark.parametrize("num_cores", [0, 2])
-def test_ties_go_where_the_reference_sends_them(num_cores: int) -> None:
+def test_ties_match_the_reference(num_cores: int) -> None:
     rank = 2 if num_cores else 1
     sizes: dict[str, Any] = {"top_m": 9, "shortlist": 12}
-    inputs = make_inputs(3, 15, 1, rank, num_cores, key_dim=1, whole=True)
+    inputs = make_inputs(3, 15, 1, rank, num_cores, key_dim=1, integers=True)
     numbers = 2 * rank * (3 + 15)
 
     @jax.jit
@@ -231,7 +231,7 @@ def test_ties_go_where_the_reference_sends_them(num_cores: int) -> None:
     check()
 
 
-def test_all_scores_equal_gives_the_first_pairs_without_a_second_look() -> None:
+def test_equal_scores_select_the_first_pairs_without_a_fallback() -> None:
     inputs = make_inputs(num_keys=40) | {"query": jnp.zeros((2, 2, 2, 7, 4))}
     scores, addresses = product_key_top_k(**inputs, top_m=40, shortlist=30)
     expected = [*range(30), *range(40, 50)]
@@ -249,42 +249,42 @@ def test_zeros_of_both_signs_are_equal() -> None:
 
 
 @pytest.mark.parametrize("second_value", [0.15, 1.0, 8.0])
-def test_doubted_tokens_are_selected_from_the_whole_grid(second_value: float) -> None:
+def test_doubtful_tokens_are_selected_from_the_full_grid(second_value: float) -> None:
     sizes = {"top_m": 20, "shortlist": 30}
     inputs = make_inputs(64, 50, second_value=second_value)
-    found, doubtful, whole = staircase_and_grid(inputs, **sizes)
-    wrong = np.any(np.asarray(found != whole), axis=1)
+    found, doubtful, full = staircase_and_grid(inputs, **sizes)
+    wrong = np.any(np.asarray(found != full), axis=1)
     assert not np.any(wrong & ~np.asarray(doubtful))
     assert wrong.mean() < 0.1 if second_value < 1 else wrong.mean() > 0.1
     for chunk_size in (64, 4):
         assert_matches_reference(inputs, **sizes, chunk_size=chunk_size)
 
 
-def test_one_doubted_token_is_selected_anew_among_many() -> None:
-    # Two ranks: token 3 alone has a second rank, which the shortlist does not see.
+def test_a_single_doubtful_token_is_selected_again() -> None:
+    # Only token 3 has a component in the second rank, which the shortlist ignores.
     sizes = {"top_m": 4, "shortlist": 16}
     inputs = make_inputs(40, 24, num_heads=1, num_cores=1, key_dim=1, query_ranks=2, seed=1)
     query = inputs["query"].at[:, :, 1].set(0.0).at[:, :, 1, 3].set(3.0)
     first = jnp.array([[1.0, 0.0]])
     inputs |= {"query": query, "u": first, "v": first, "cores": jnp.eye(2)[None, None]}
-    found, doubtful, whole = staircase_and_grid(inputs, **sizes)
+    found, doubtful, full = staircase_and_grid(inputs, **sizes)
     np.testing.assert_array_equal(np.flatnonzero(doubtful), [3])
-    np.testing.assert_array_equal(np.flatnonzero((found != whole).any(axis=1)), [3])
+    np.testing.assert_array_equal(np.flatnonzero((found != full).any(axis=1)), [3])
     assert_matches_reference(inputs, **sizes, chunk_size=40)
 
 
 def test_a_tie_outside_the_staircase_goes_to_the_earlier_pair() -> None:
-    # Whole numbers, and two equal singular values: many ties, anywhere in the grid.
+    # Integers and two equal singular values give many ties, anywhere in the grid.
     sizes = {"top_m": 4, "shortlist": 16}
-    inputs = make_inputs(32, 24, num_heads=1, key_dim=1, whole=True, seed=3, second_value=2.0)
-    found, _, whole = staircase_and_grid(inputs, **sizes)
-    assert np.any(found != whole)
+    inputs = make_inputs(32, 24, num_heads=1, key_dim=1, integers=True, seed=3, second_value=2.0)
+    found, _, full = staircase_and_grid(inputs, **sizes)
+    assert np.any(found != full)
     assert_matches_reference(inputs, **sizes)
 
 
 @pytest.mark.parametrize("num_cores", [0, 2])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan])
-def test_a_key_that_scores_nan_is_chosen_and_reported(num_cores: int, bad: float) -> None:
+def test_a_key_that_scores_nan_is_chosen_and_its_nan_returned(num_cores: int, bad: float) -> None:
     rank = 2 if num_cores else 1
     inputs = make_inputs(num_keys=40, rank=rank, num_cores=num_cores)
     inputs["keys"] = inputs["keys"].at[0, 0, 0, 17, 0].set(bad)
@@ -293,12 +293,12 @@ def test_a_key_that_scores_nan_is_chosen_and_reported(num_cores: int, bad: float
     expected = product_key_top_k_reference(**inputs, **sizes)
     np.testing.assert_array_equal(addresses, expected[1])
     np.testing.assert_array_equal(np.isnan(scores), np.isnan(expected[0]))
-    assert np.isnan(scores[:, :20]).all()  # of the first head, pairs of row key 17
+    assert np.isnan(scores[:, :20]).all()  # first head: pairs of row key 17
     assert np.isfinite(scores[:, 20:]).all()
     np.testing.assert_array_equal(addresses[:, :20] // 40, 17)
 
 
-def test_infinities_of_both_signs_make_a_nan_that_is_reported() -> None:
+def test_infinities_of_both_signs_give_a_nan_that_is_returned() -> None:
     keys = np.stack([np.arange(12.0), np.arange(12.0)])
     keys[0, 3], keys[1, 5] = np.inf, -np.inf
     table = jnp.asarray(keys[None, :, None, :, None], jnp.float32)
@@ -324,7 +324,7 @@ def test_gradients_match_finite_differences(num_cores: int) -> None:
     check_grads(function, arrays, order=1, modes=["rev"], rtol=1e-6, eps=1e-5)
 
 
-def test_selection_vectors_have_no_gradient() -> None:
+def test_singular_vectors_have_no_gradient() -> None:
     inputs = make_inputs()
 
     def total(u: Array, v: Array) -> Array:
@@ -419,7 +419,7 @@ def test_inside_shard_map_replicated_keys_get_the_gradient_of_all_tokens(
     assert_all_close(got, results_and_grads(product_key_top_k, inputs, **sizes))
 
 
-def test_memory_stays_far_below_that_of_scores_and_grids() -> None:
+def test_memory_is_far_below_that_of_scores_and_grids() -> None:
     num_tokens, num_keys, shortlist = 8192, 360, 32
     inputs = {
         "query": jax.ShapeDtypeStruct((1, 2, 2, num_tokens, 8), jnp.float32),
@@ -453,9 +453,9 @@ def test_memory_stays_far_below_that_of_scores_and_grids() -> None:
             {"query": jnp.ones((3, 2, 2, 7, 4))},
             r"query.shape: got \(3, .*must be \[2 or 1, 2, 2 or",
         ),
-        ({"query": jnp.ones((2, 2, 2, 7, 5))}, "query.shape: .*, 4], as keys have it"),
+        ({"query": jnp.ones((2, 2, 2, 7, 5))}, "query.shape: .*, 4] to match keys"),
         ({"keys": jnp.ones((2, 2, 2, 20, 4), int)}, "keys.dtype: got int32, must be a floating"),
-        ({"keys": jnp.ones((2, 3, 2, 20, 4))}, r"keys.shape\[1\]: got 3, must be 2, rows and"),
+        ({"keys": jnp.ones((2, 3, 2, 20, 4))}, r"keys.shape\[1\]: got 3, must be 2 \(rows and"),
         ({"u": None}, "u absent, v given, cores given, must be all or none"),
         ({"u": None, "v": None, "cores": None}, r"keys.shape\[2\]: got 2, must be 1 without cores"),
         ({"v": jnp.ones((2, 3))}, r"v.shape: got \(2, 3\), must be .* = \(2, 2\)"),
@@ -471,14 +471,14 @@ def test_memory_stays_far_below_that_of_scores_and_grids() -> None:
         ({"chunk_size": 0}, "chunk_size: got 0, must be at least 1"),
     ],
 )
-def test_a_wrong_argument_is_named_with_its_value_and_rule(
+def test_a_wrong_argument_is_reported_with_name_value_and_rule(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         product_key_top_k(**make_inputs() | {"top_m": 4, "shortlist": 5} | changes)
 
 
-def test_keys_beyond_int32_addresses_are_refused() -> None:
+def test_keys_beyond_int32_addresses_are_rejected() -> None:
     inputs = make_inputs(num_cores=0, rank=1)
 
     def function(keys: Array) -> Any:

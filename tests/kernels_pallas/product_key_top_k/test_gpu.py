@@ -1,4 +1,4 @@
-"""The Hopper kernel of product-key top-k: in the interpreter, and compiled for a GPU elsewhere."""
+"""The Hopper kernel of product-key top-k: interpreted, and compiled for an absent GPU."""
 
 import dataclasses
 import functools
@@ -37,14 +37,14 @@ from tests.kernels_pallas.product_key_top_k.test_api import (
 
 ON_GPU: dict[str, Any] = {"implementation": "pallas_gpu", "platform": "gpu"}
 PAPER_SHAPES = [shape for shape in SHAPES if shape.name in PAPER]
-# Key numbers and row starts that are no multiple of 4, so that keys are padded; no paper shape.
+# Numbers of keys and row offsets that are not multiples of 4, so that keys are padded.
 ODD = Shape("odd", "model", 1001, 203, 21, 30, 24, num_heads=3)
 ADDITIVE = Shape("additive", "model", 1024, 300, 20, 40, 64, rank=1, num_cores=0)
 
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    """Runs GPU kernels on CPU; a race, or a read of nothing, shows."""
+    """Runs GPU kernels on CPU; detects races and reads of uninitialized memory."""
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with plgpu.force_gpu_interpret_mode(params):
         yield
@@ -60,7 +60,7 @@ def assert_matches_reference(
 
 
 def best_by_kernel(scores: np.ndarray, count: int, depth: int) -> tuple[Array, Array]:
-    """Places of the best of [4, n] scores, and whether the tournament alone was in doubt."""
+    """Indices of the best of [4, n] scores, and whether the tournament result was doubtful."""
     num_candidates = scores.shape[1]
     padded = np.pad(scores, ((0, 0), (0, -num_candidates % select.LANES)))
 
@@ -69,9 +69,9 @@ def best_by_kernel(scores: np.ndarray, count: int, depth: int) -> tuple[Array, A
             def visit_some(index: Array, carry: Any) -> Any:
                 first = index * select.LANES
                 number = select.lane() + first
-                image = select.image(select.load(scores.at[:, pl.ds(first, select.LANES)]))
-                image = select.where(number < num_candidates, image, select.EMPTY)
-                return body(carry, [image, number])
+                sort_key = select.sort_key(select.load(scores.at[:, pl.ds(first, select.LANES)]))
+                sort_key = select.where(number < num_candidates, sort_key, select.EMPTY)
+                return body(carry, [sort_key, number])
 
             return lax.fori_loop(0, padded.shape[1] // select.LANES, visit_some, carry)
 
@@ -96,14 +96,14 @@ def best_by_kernel(scores: np.ndarray, count: int, depth: int) -> tuple[Array, A
 
 
 def best_by_sorting(scores: np.ndarray, count: int) -> np.ndarray:
-    """NaN first, then by falling score; equal ones by place."""
+    """NaN first, then in descending order of scores; ties by index."""
     keys = np.where(np.isnan(scores), np.inf, scores)
     order = [np.lexsort((-row, ~np.isnan(one))) for row, one in zip(keys, scores, strict=True)]
     return np.array(order)[:, :count]
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_best_of_many_equals_sorting_with_ties_nan_and_zeros_of_both_signs() -> None:
+def test_best_matches_sorting_with_ties_nan_and_signed_zeros() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4, 70))
     scores[1] = rng.integers(-2, 3, 70) * rng.choice([-1.0, 1.0], 70)
@@ -115,9 +115,9 @@ def test_best_of_many_equals_sorting_with_ties_nan_and_zeros_of_both_signs() -> 
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_the_best_of_one_lane_alone_are_noticed_and_found() -> None:
+def test_an_overflowing_lane_list_is_detected_and_corrected() -> None:
     scores = np.random.default_rng(0).normal(size=(4, 128))
-    scores[2, 5::32] += 10  # the four best, all in lane 5, of which the list holds two
+    scores[2, 5::32] += 10  # the four best are all in lane 5, whose list holds two
     places, doubts = best_by_kernel(scores, 5, depth=2)
     np.testing.assert_array_equal(places, best_by_sorting(scores, 5))
     assert doubts[2] == 1
@@ -125,9 +125,9 @@ def test_the_best_of_one_lane_alone_are_noticed_and_found() -> None:
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
-    ("shape", "sizes", "whole"),
+    ("shape", "sizes", "integers"),
     [
-        # Two tiles of 8 tokens, the last one ragged; keys of each side and rank begin anywhere.
+        # Two tiles of 8 tokens, the last one ragged; keys of sides and ranks are not tile-aligned.
         (
             {"num_tokens": 9, "num_keys": 74, "num_heads": 1, "key_dim": 20},
             {"top_m": 5, "shortlist": 7},
@@ -144,14 +144,14 @@ def test_the_best_of_one_lane_alone_are_noticed_and_found() -> None:
     ids=["ragged", "one_token", "additive"],
 )
 def test_kernel_matches_the_reference(
-    shape: dict[str, Any], sizes: dict[str, int], whole: bool
+    shape: dict[str, Any], sizes: dict[str, int], integers: bool
 ) -> None:
-    assert_matches_reference(make_inputs(**shape, whole=whole), **sizes)
+    assert_matches_reference(make_inputs(**shape, integers=integers), **sizes)
 
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_products_of_keys_are_as_good_as_in_float32(dtype: Any) -> None:
+def test_key_products_have_float32_accuracy(dtype: Any) -> None:
     shape = Shape("products", "ci", 2, 80, 4, 4, 96, query_ranks=1)
     inputs = shape.inputs(dtype=dtype)
     query, keys = (np.asarray(inputs[name], np.float64) for name in ("query", "keys"))
@@ -166,8 +166,8 @@ def test_products_of_keys_are_as_good_as_in_float32(dtype: Any) -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_doubted_tokens_are_selected_from_the_whole_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two ranks: token 2 alone has a second rank, which the shortlist does not see.
+def test_doubtful_tokens_are_selected_from_the_full_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only token 2 has a component in the second rank, which the shortlist ignores.
     sizes: dict[str, Any] = {"top_m": 4, "shortlist": 12}
     inputs = make_inputs(4, 20, num_heads=1, num_cores=1, key_dim=1, query_ranks=2, seed=1)
     query = inputs["query"].at[:, :, 1].set(0.0).at[:, :, 1, 2].set(3.0)
@@ -179,19 +179,21 @@ def test_doubted_tokens_are_selected_from_the_whole_grid(monkeypatch: pytest.Mon
 
     def no_doubts(grid: Any, last: Any) -> Array:
         del grid, last
-        return jnp.max(select.everywhere(0), axis=1)
+        return jnp.max(select.full(0), axis=1)
 
     monkeypatch.setattr(pallas_gpu_pairs.Grid, "doubts", no_doubts)
-    _, undoubted = product_key_top_k(**inputs, **sizes, **ON_GPU)
-    np.testing.assert_array_equal(np.flatnonzero((undoubted != want).any(axis=-1)), [2])
+    _, unchecked = product_key_top_k(**inputs, **sizes, **ON_GPU)
+    np.testing.assert_array_equal(np.flatnonzero((unchecked != want).any(axis=-1)), [2])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("num_cores", "bad"), [(0, np.nan), (2, np.nan), (0, np.inf)])
-def test_a_key_that_is_not_finite_is_chosen_and_reported(num_cores: int, bad: float) -> None:
+def test_a_key_with_a_nonfinite_score_is_chosen_and_its_score_returned(
+    num_cores: int, bad: float
+) -> None:
     rank = 2 if num_cores else 1
-    inputs = make_inputs(3, 40, 1, rank, num_cores, whole=True)
+    inputs = make_inputs(3, 40, 1, rank, num_cores, integers=True)
     halves = {name: inputs[name].astype(jnp.bfloat16) for name in ("query", "keys")}
     inputs |= halves
     inputs["keys"] = inputs["keys"].at[0, :, 0, 17, 0].set(bad)
@@ -205,14 +207,14 @@ def test_a_key_that_is_not_finite_is_chosen_and_reported(num_cores: int, bad: fl
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
-def test_a_list_too_short_for_its_lane_costs_a_scan_and_no_exactness(
+def test_short_lane_lists_fall_back_to_an_exact_scan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def shallow(plan: Plan, heuristic: Callable[[Plan], Any] = pallas_gpu.heuristic) -> Any:
         return dataclasses.replace(heuristic(plan), key_depth=1, pair_depth=1)
 
     monkeypatch.setattr(pallas_gpu, "heuristic", shallow)
-    inputs = make_inputs(2, 96, num_heads=1, whole=True)
+    inputs = make_inputs(2, 96, num_heads=1, integers=True)
     assert_matches_reference(inputs, top_m=9, shortlist=14)
 
 
@@ -226,9 +228,9 @@ from kernels_pallas.product_key_top_k.gpu.memory import Blocks, Plan
 from kernels_pallas.product_key_top_k.reference import product_key_top_k_reference
 from kernels_pallas.product_key_top_k.shapes import Shape
 
-# Two blocks of two warpgroups; ten blocks of keys for the two, of two columns of buffers.
+# Two thread blocks of two warpgroups; ten blocks of keys, each in two buffers of columns.
 shape = Shape("clusters", "ci", 9, 300, 3, 4, 32)
-inputs = shape.inputs(dtype=jnp.bfloat16, numbers="whole")
+inputs = shape.inputs(dtype=jnp.bfloat16, numbers="integer")
 call = TopKCall(**inputs, top_m=4, shortlist=3)
 params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 with plgpu.force_gpu_interpret_mode(params):
@@ -241,11 +243,11 @@ np.testing.assert_array_equal(got[0], want[0])
 
 
 @pytest.mark.slow
-def test_blocks_of_a_cluster_share_what_they_read() -> None:
+def test_thread_blocks_of_a_cluster_share_reads() -> None:
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[3]),
         "JAX_PLATFORMS": "cpu",
-        # Warpgroups that wait hold threads of the interpreter; with one a core it would not go on.
+        # Waiting warpgroups block interpreter threads; with one thread per core, it would deadlock.
         "NPROC": "16",
     }
     process = subprocess.run(
@@ -274,7 +276,7 @@ def test_vmap_equals_a_python_loop() -> None:
         np.testing.assert_array_equal(got, jnp.stack(want))
 
 
-def test_the_forward_pass_is_one_kernel_that_a_profile_names() -> None:
+def test_the_forward_pass_is_one_named_kernel() -> None:
     inputs = make_inputs()
     sizes: dict[str, Any] = {"top_m": 5, "shortlist": 6}
 
@@ -292,12 +294,12 @@ def test_the_forward_pass_is_one_kernel_that_a_profile_names() -> None:
     ("shape", "options", "reason"),
     [
         ({"dtype": jnp.float16}, {}, "query must be float32 or bfloat16, is float16"),
-        ({"num_keys": 4000}, {}, "4000 keys of rank 2, .* need .* bytes of shared memory, there"),
+        ({"num_keys": 4000}, {}, "4000 keys of rank 2, .* need .* bytes of shared memory, only"),
         ({}, {"platform": "tpu"}, "it compiles for GPU, not for tpu"),
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
+def test_unsupported_calls_raise_if_named_and_fall_back_to_xla_otherwise(
     shape: dict[str, Any], options: dict[str, Any], reason: str
 ) -> None:
     inputs = make_inputs(**shape)
@@ -309,7 +311,7 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
 
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0"])
-def test_gpus_without_hoppers_matrix_instructions_are_refused(
+def test_gpus_without_hopper_matrix_instructions_are_unsupported(
     monkeypatch: pytest.MonkeyPatch, capability: str
 ) -> None:
     monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
@@ -318,7 +320,7 @@ def test_gpus_without_hoppers_matrix_instructions_are_refused(
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64_is_refused() -> None:
+def test_float64_is_unsupported() -> None:
     inputs = make_inputs(dtype=jnp.float64)
     with pytest.raises(UnsupportedError, match="it accumulates in float32, not in float64"):
         product_key_top_k(**inputs, top_m=5, shortlist=6, **ON_GPU)
@@ -340,12 +342,12 @@ def compile_case(shape: Shape, dtype: str, what: str = "forward", **more: Any) -
 
 
 def assert_fused(shape: Shape, result: dict[str, Any]) -> None:
-    """No temporaries and no spills."""
+    """Checks that there are no temporaries and no spills."""
     assert result["temporaries"] < FUSED_BYTES, shape
     assert result["kernels"]["product_key_top_k_forward"]["spilled"] == 0, shape
 
 
-def test_kernel_compiles_for_an_h200_without_temporaries_or_spilled_registers() -> None:
+def test_kernel_compiles_for_an_h200_without_temporaries_or_spills() -> None:
     shapes = [PAPER_SHAPES[0], ADDITIVE]
     results = run_cases(
         "gpu_compile.py", *(compile_case(shape, "bfloat16") for shape in shapes), compiler="h200"
@@ -355,7 +357,7 @@ def test_kernel_compiles_for_an_h200_without_temporaries_or_spilled_registers() 
 
 
 @pytest.mark.slow
-def test_gradients_compile_alone_over_a_mesh_and_mapped() -> None:
+def test_gradients_compile_on_one_device_on_a_mesh_and_under_vmap() -> None:
     heads = ["query", "keys"]
     cases = [
         compile_case(ODD, "bfloat16", "grads"),
@@ -374,7 +376,7 @@ def test_gradients_compile_alone_over_a_mesh_and_mapped() -> None:
 
 
 @pytest.mark.slow
-def test_papers_sizes_need_no_temporaries() -> None:
+def test_paper_sizes_need_no_temporaries() -> None:
     shapes = [(shape, dtype) for shape in PAPER_SHAPES for dtype in ("float32", "bfloat16")]
     results = run_cases(
         "gpu_compile.py", *(compile_case(shape, dtype) for shape, dtype in shapes), compiler="h200"
@@ -388,7 +390,7 @@ def test_papers_sizes_need_no_temporaries() -> None:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map_results_vary_as_the_arguments_do(check_vma: bool) -> None:
-    # A mesh of one device: the interpreter frees shared memory of one that another still runs on.
+    # One device only: with more, the interpreter frees shared memory that is still in use.
     devices = jax.devices()[:1]
     mesh = jax.make_mesh((1,), ("data",), devices=devices, axis_types=(AxisType.Auto,))
     inputs = make_inputs(2, 12, num_heads=1)

@@ -1,4 +1,4 @@
-"""The TPU kernels of product-key top-k: in the interpreter, and compiled for chips elsewhere."""
+"""The TPU kernels of product-key top-k: interpreted, and compiled for absent chips."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ PAPER_SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 8 tokens and networks of 4 items: few tokens and keys make several of each."""
+    """Uses tiles of 8 tokens and networks of 4 items, so that small cases have several of each."""
     monkeypatch.setattr(select, "RADIX", 4)
     monkeypatch.setattr(pallas_tpu, "_KEYS_PER_TILE", (8,))
     monkeypatch.setattr(pallas_tpu_backward, "_KEYS_PER_PRODUCT", 8)
@@ -61,7 +61,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interpreter(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Runs TPU kernels on CPU, on two cores; a race, a read out of bounds or of nothing shows."""
+    """Runs TPU kernels on two CPU cores; detects races, out-of-bounds and uninitialized reads."""
     params = pltpu.InterpretParams(
         num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
     )
@@ -72,7 +72,7 @@ def interpreter(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one program that is not optimized: of a network, that would take longer."""
+    """Compiles without optimizations, which take longer than they save for sorting networks."""
     options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
     return jax.jit(function, compiler_options=options)
 
@@ -96,7 +96,7 @@ def assert_same_selection(got: Any, want: Any) -> None:
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        # 11 tokens are two tiles, 21 keys three; lists of 6 and 7 are padded to 8.
+        # 11 tokens make two tiles, 21 keys three; lists of 6 and 7 are padded to 8.
         ({"num_tokens": 11, "num_keys": 21}, {"top_m": 7, "shortlist": 6}),
         (
             {"num_tokens": 1, "num_keys": 1, "rank": 1, "query_ranks": 1},
@@ -105,11 +105,11 @@ def assert_same_selection(got: Any, want: Any) -> None:
     ],
     ids=["ragged", "one"],
 )
-def test_selections_and_gradients_are_those_of_the_reference(
+def test_selections_and_gradients_match_the_reference(
     shape: dict[str, Any], sizes: dict[str, Any]
 ) -> None:
-    # Whole numbers, so that many scores are equal and none depends on the order of a sum.
-    inputs = make_inputs(**shape, whole=True)
+    # Integers give many ties and make scores independent of the order of summation.
+    inputs = make_inputs(**shape, integers=True)
     want = results_and_grads(product_key_top_k_reference, inputs, **sizes)
     assert_all_close(kernel_results_and_grads(inputs, sizes), want)
 
@@ -131,20 +131,18 @@ def test_selections_and_gradients_are_those_of_the_reference(
     ],
     ids=["additive", "shared_query", "bfloat16"],
 )
-def test_other_shapes_are_those_of_the_reference_too(
-    shape: dict[str, Any], sizes: dict[str, Any]
-) -> None:
-    inputs = make_inputs(**shape, whole=True)
+def test_other_shapes_match_the_reference(shape: dict[str, Any], sizes: dict[str, Any]) -> None:
+    inputs = make_inputs(**shape, integers=True)
     want = results_and_grads(product_key_top_k_reference, inputs, **sizes)
     got = kernel_results_and_grads(inputs, sizes)
-    # One bfloat16 rounding of the gradients; the selection is exact in both.
+    # Gradients are rounded to bfloat16 once; the selection is exact in both.
     np.testing.assert_array_equal(got["addresses"], want["addresses"])
     halves = shape.get("dtype") == jnp.bfloat16
     assert_all_close(got, want, 2**-7 if halves else 1e-5)
 
 
 @pytest.mark.usefixtures("interpreter", "small_tiles")
-def test_pairs_outside_the_staircase_nan_zeros_and_infinities_are_where_they_belong() -> None:
+def test_pairs_outside_the_staircase_and_special_values_match_the_reference() -> None:
     sizes: dict[str, Any] = {"top_m": 4, "shortlist": 8}
     shape: dict[str, Any] = {
         "num_tokens": 8,
@@ -156,7 +154,7 @@ def test_pairs_outside_the_staircase_nan_zeros_and_infinities_are_where_they_bel
     inputs = make_inputs(**shape, query_ranks=2, seed=1)
     run = top_k_of(sizes)
 
-    # Token 3 alone has a second rank, of which the shortlist and the order of blocks know nothing.
+    # Only token 3 has a component in the second rank, which shortlist and block order ignore.
     query = inputs["query"].at[:, :, 1].set(0.0).at[:, :, 1, 3].set(3.0)
     first = jnp.array([[1.0, 0.0]])
     inputs |= {"query": query, "u": first, "v": first, "cores": jnp.eye(2)[None, None]}
@@ -184,7 +182,7 @@ def test_pairs_outside_the_staircase_nan_zeros_and_infinities_are_where_they_bel
 
 
 def blocks_ahead(inputs: dict[str, Any], addresses: Any, *, top_m: int, shortlist: int) -> Any:
-    """For each token, the number of the last block of the staircase that holds a chosen pair."""
+    """For each token, the index of the last block of the staircase with a chosen pair."""
     num_keys = inputs["keys"].shape[3]
     padded = 1 << (shortlist - 1).bit_length()
     blocks = Staircase(shortlist, padded, max(select.RADIX, top_m)).blocks
@@ -203,13 +201,13 @@ def blocks_ahead(inputs: dict[str, Any], addresses: Any, *, top_m: int, shortlis
 
 
 def test_networks_sort_every_sequence_of_zeros_and_ones() -> None:
-    # By the zero-one principle they then sort everything.
+    # By the zero-one principle, the networks then sort any sequence.
     keys = jnp.asarray(np.array(list(itertools.product([0, 1], repeat=16))).T, jnp.int32)
     assert keys.shape == (16, 2**16)
     items = [(key, jnp.full_like(key, i)) for i, key in enumerate(keys)]
     found = jnp.stack([key for key, _ in select._sorted(items)])
     np.testing.assert_array_equal(found, -jnp.sort(-keys, axis=0))
-    # And of equal keys the lower id comes first.
+    # Ties go to the lower id.
     ids = jnp.stack([id_ for _, id_ in select._sorted(items)])
     np.testing.assert_array_equal(ids, jnp.argsort(-keys, axis=0, stable=True))
 
@@ -221,7 +219,7 @@ def test_networks_sort_every_sequence_of_zeros_and_ones() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 def test_lists_longer_than_the_registers_are_sorted_and_merged() -> None:
-    # Few different keys, so that ids decide.
+    # Few distinct keys, so that ids decide.
     size = 256
     keys = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, size, 2, 4)), jnp.int32)
 
@@ -248,7 +246,7 @@ def test_lists_longer_than_the_registers_are_sorted_and_merged() -> None:
     np.testing.assert_array_equal(best_keys, np.take_along_axis(both, order, axis=0))
 
 
-def test_keys_have_the_order_of_scores_with_nan_first() -> None:
+def test_sort_keys_have_the_order_of_scores_with_nan_first() -> None:
     scores = jnp.array([-jnp.inf, -3.5, -1e-30, -0.0, 0.0, 1e-30, 2.0, 1e30, jnp.inf, jnp.nan])
     keys = select.key_of(scores)
     steps = np.diff(np.asarray(keys, np.int64))
@@ -262,9 +260,7 @@ def test_keys_have_the_order_of_scores_with_nan_first() -> None:
 @pytest.mark.parametrize(
     ("shortlist", "top_m"), [(1, 1), (3, 9), (20, 30), (32, 32), (94, 94), (128, 256), (100, 7)]
 )
-def test_blocks_make_up_the_grid_and_come_in_the_order_of_staircases(
-    shortlist: int, top_m: int
-) -> None:
+def test_blocks_tile_the_grid_in_the_order_of_staircases(shortlist: int, top_m: int) -> None:
     padded, size = pallas_tpu._power_of_two(shortlist), pallas_tpu._power_of_two(top_m)
     visits = np.full((padded, padded), -1)
     for number, (row, column, log_width) in enumerate(Staircase(shortlist, padded, size).blocks):
@@ -274,14 +270,14 @@ def test_blocks_make_up_the_grid_and_come_in_the_order_of_staircases(
         assert (block == -1).all()
         block[...] = number
     assert (visits[:shortlist, :shortlist] >= 0).all()
-    # For every reach, the blocks that meet (i + 1) (j + 1) <= reach come before the others.
+    # For every reach, blocks that overlap (i + 1) (j + 1) <= reach come before the others.
     numbers = np.arange(1, padded + 1)
     reach = np.full(visits.max() + 1, padded**2)
     np.minimum.at(reach, visits[visits >= 0], np.outer(numbers, numbers)[visits >= 0])
     assert (np.diff(reach) >= 0).all()
 
 
-def test_each_pass_is_one_kernel_that_a_profile_names() -> None:
+def test_each_pass_is_one_named_kernel() -> None:
     inputs = make_inputs()
     sizes: dict[str, Any] = {"top_m": 5, "shortlist": 6}
     forward = str(jax.make_jaxpr(lambda: product_key_top_k(**inputs, **sizes, **ON_TPU))())
@@ -298,15 +294,15 @@ def test_each_pass_is_one_kernel_that_a_profile_names() -> None:
     ("shape", "reason"),
     [
         ({"dtype": jnp.float16}, "query must be float32 or bfloat16, got float16"),
-        ({"num_keys": 9000}, "it needs .* bytes of VMEM, there are 58720256"),
+        ({"num_keys": 9000}, "it needs .* bytes of VMEM, only 58720256 are available"),
         (
             {"num_keys": 2000, "key_dim": 2048, "num_heads": 1, "query_ranks": 1},
-            "the backward pass needs .* bytes of VMEM, there are 58720256",
+            "the backward pass needs .* bytes of VMEM, only 58720256 are available",
         ),
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
+def test_unsupported_calls_raise_if_named_and_fall_back_to_xla_otherwise(
     shape: dict[str, Any], reason: str
 ) -> None:
     inputs = make_inputs(**shape)
@@ -318,12 +314,12 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
     assert "pallas_call" not in str(automatic)
 
 
-def test_no_tokens_are_refused() -> None:
+def test_empty_batches_are_unsupported() -> None:
     with pytest.raises(UnsupportedError, match=r"query is empty, \(2, 2, 2, 0, 4\)"):
         product_key_top_k(**make_inputs(num_tokens=0), top_m=3, shortlist=3, **ON_TPU)
 
 
-def test_blocks_that_do_not_fit_registers_are_refused() -> None:
+def test_blocks_that_do_not_fill_registers_are_rejected() -> None:
     call = TopKCall(**make_inputs(), top_m=3, shortlist=20)
     with pytest.raises(ValueError, match="keys: got 64, must be a multiple of 128"):
         pallas_tpu._Plan(call, pallas_tpu.Blocks(keys=64))
@@ -332,7 +328,7 @@ def test_blocks_that_do_not_fit_registers_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64_is_refused() -> None:
+def test_float64_is_unsupported() -> None:
     inputs = make_inputs(dtype=jnp.float64)
     with pytest.raises(UnsupportedError, match="it accumulates in float32, not in float64"):
         product_key_top_k(**inputs, top_m=3, shortlist=3, **ON_TPU)
@@ -366,7 +362,7 @@ def test_kernels_compile_for_every_chip_without_temporaries() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_gradients_compile_alone_over_a_mesh_and_mapped(chip: str) -> None:
+def test_gradients_compile_on_one_device_on_a_mesh_and_under_vmap(chip: str) -> None:
     kinds = ("grads", "sharded", "mapped")
     cases = [
         {"topology": chip, "what": kind, "dtype": "bfloat16", "shape": SMALL} for kind in kinds
@@ -379,9 +375,9 @@ def test_gradients_compile_alone_over_a_mesh_and_mapped(chip: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_papers_sizes_need_no_temporaries(chip: str) -> None:
+def test_paper_sizes_need_no_temporaries(chip: str) -> None:
     shapes = [(shape, "float32") for shape in PAPER_SHAPES.values()]
-    # Ranks that share a query, and the conversions of bfloat16, take the most memory.
+    # Shared queries and bfloat16 conversions take the most memory.
     largest = PAPER_SHAPES["120B"] | {"query_ranks": 1}
     shapes += [(largest, "float32"), (largest, "bfloat16")]
     cases: list[dict[str, Any]] = [

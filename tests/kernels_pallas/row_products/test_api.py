@@ -1,4 +1,4 @@
-"""Row products against numpy, their reference and value aggregation; kernels in interpreters."""
+"""Row products against NumPy, the reference and value aggregation; kernels are interpreted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +58,7 @@ def arguments(
 def results(
     function: Callable[..., Array], arrays: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """The output and the gradients of a weighted sum of it, by argument."""
+    """The output, and the gradients of a weighted sum of it by argument name."""
     indices = arrays["indices"]
 
     def loss(chosen: dict[str, Any]) -> tuple[Array, Array]:
@@ -122,7 +122,7 @@ def test_bfloat16_products_and_gradients_are_summed_in_float32() -> None:
     expected = row_products_reference(**arrays | {"table": table})
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
 
-    # A sum in bfloat16 would stop at 256.
+    # A bfloat16 sum would saturate at 256.
     ones = {"table": jnp.ones((2, 1), jnp.bfloat16), "inputs": jnp.ones((320, 1), jnp.bfloat16)}
     indices = jnp.zeros((320, 1), jnp.int32)
     grads = jax.grad(lambda ones: row_products(**ones, indices=indices, chunk_size=16).sum())(ones)
@@ -130,8 +130,8 @@ def test_bfloat16_products_and_gradients_are_summed_in_float32() -> None:
     np.testing.assert_array_equal(grads["table"].astype(jnp.float32), [[320.0], [0.0]])
 
 
-def test_columns_on_their_own_add_up_to_the_pre_scores_of_value_aggregation() -> None:
-    """What a table whose columns are divided over devices needs it for."""
+def test_column_shards_sum_to_the_pre_scores_of_value_aggregation() -> None:
+    """This is how a table that is sharded by columns uses the operator."""
     inputs = make_inputs(pre_value_dim=6, num_cores=1)
     table, indices, x = (inputs[name] for name in ("pre_values", "indices", "pre_inputs"))
     parts = [row_products(table[:, at : at + 3], indices, x[:, at : at + 3]) for at in (0, 3)]
@@ -142,7 +142,7 @@ def test_columns_on_their_own_add_up_to_the_pre_scores_of_value_aggregation() ->
     assert not np.allclose(wrong, divided)
 
 
-def test_a_gradient_that_nobody_asks_for_is_not_computed() -> None:
+def test_unused_gradients_are_not_computed() -> None:
     arrays = arguments()
 
     def compiled(name: str) -> str:
@@ -155,7 +155,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed() -> None:
     assert "scatter" not in compiled("inputs")
 
 
-def test_memory_stays_far_below_that_of_the_gathered_rows() -> None:
+def test_memory_is_far_below_that_of_the_gathered_rows() -> None:
     shapes = {
         "table": jax.ShapeDtypeStruct((4096, 192), jnp.bfloat16),
         "indices": jax.ShapeDtypeStruct((8192, 32), jnp.int32),
@@ -187,10 +187,10 @@ def test_vmap_and_checkpoint_equal_a_python_loop() -> None:
 @pytest.mark.parametrize(
     ("axis_type", "check_vma"), [(AxisType.Explicit, True), (AxisType.Auto, False)]
 )
-def test_inside_shard_map_tokens_and_columns_are_divided(
+def test_tokens_and_columns_can_be_sharded_in_shard_map(
     axis_type: AxisType, check_vma: bool
 ) -> None:
-    """Tokens over one axis; over the other the columns, whose products are summed."""
+    """Shards tokens over one axis, and columns over the other, which sums the products."""
     mesh = jax.make_mesh((2, 4), ("data", "memory"), axis_types=(axis_type,) * 2)
     arrays = arguments(num_tokens=10, dim=12)
     specs = {
@@ -216,14 +216,14 @@ def test_inside_shard_map_tokens_and_columns_are_divided(
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_match_the_reference(backend: str) -> None:
     arrays = arguments(num_tokens=5, num_selected=3, dim=16, num_values=10)
-    arrays["indices"] = arrays["indices"].at[0].set(9)  # the last row, three times
+    arrays["indices"] = arrays["indices"].at[0].set(9)  # select the last row three times
     with interpreter(backend):
         got = results(row_products, arrays, implementation=backend, platform=PLATFORMS[backend])
     assert_all_close(got, results(row_products_reference, arrays))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_compute_what_is_asked_for_alone(backend: str) -> None:
+def test_kernels_only_compute_what_is_used(backend: str) -> None:
     arrays = arguments(num_tokens=5, dim=16, num_values=10)
     options: dict[str, Any] = {"implementation": backend, "platform": PLATFORMS[backend]}
 
@@ -236,10 +236,10 @@ def test_kernels_compute_what_is_asked_for_alone(backend: str) -> None:
         names = ("forward", "backward", "row_sums", "sum_slices")
         return {name for name in names if f"value_aggregation_{name}" in str(used)}
 
-    device = AbstractDevice("TPU v6 lite", 1, "tpu")  # tells the number of SparseCores
+    device = AbstractDevice("TPU v6 lite", 1, "tpu")  # sets the number of SparseCores
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         assert kernels(lambda x: row_products(**arrays | {"inputs": x}, **options)) == {"backward"}
-        # The value is not asked for either: the gradient of a sum does without it.
+        # The value is not used either: the gradient of a sum does not need it.
         assert kernels(jax.grad(loss)) == {"forward"}
 
 
@@ -295,7 +295,7 @@ def test_kernels_compile_for_the_h200() -> None:
         assert result["temporaries"] < FUSED_BYTES, case
 
 
-def test_the_implementation_is_chosen_as_that_of_value_aggregation() -> None:
+def test_the_implementation_is_chosen_as_for_value_aggregation() -> None:
     arrays = arguments()
     default, named = (
         str(jax.make_jaxpr(lambda name=name: row_products(**arrays, **name))())
@@ -325,6 +325,6 @@ def test_the_implementation_is_chosen_as_that_of_value_aggregation() -> None:
         ({"chunk_size": 0}, "chunk_size: got 0, must be at least 1"),
     ],
 )
-def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_reported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         row_products(**arguments() | changes)

@@ -1,4 +1,4 @@
-"""The public operator, dense and row by row, against numpy; kernels in interpreters."""
+"""The public operators, dense and row-sparse, against NumPy; kernels are interpreted."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def dense(rows: Any) -> Array:
 
 def test_two_tokens_by_hand() -> None:
     indices = jnp.array([[0, 1], [0, 2]], jnp.int32)
-    weights = jnp.array([[[1.0, 10.0], [2.0, 0.0]], [[3.0, -1.0], [0.0, 1.0]]])  # of two cores
+    weights = jnp.array([[[1.0, 10.0], [2.0, 0.0]], [[3.0, -1.0], [0.0, 1.0]]])  # two cores
     factors = jnp.array([[1.0, 2.0], [5.0, 7.0]])
     gradient = table_gradient(indices, weights, factors, num_values=4)
     np.testing.assert_array_equal(gradient, [[16.0, 13.0], [2.0, 0.0], [0.0, 7.0], [0.0, 0.0]])
@@ -65,7 +65,9 @@ def test_two_tokens_by_hand() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_dense_and_by_row_equal_numpy(shape: dict[str, Any], chunk_size: int | None) -> None:
+def test_dense_and_row_sparse_gradients_match_numpy(
+    shape: dict[str, Any], chunk_size: int | None
+) -> None:
     arrays = arguments(**shape)
     want = by_numpy(arrays)
     options: dict[str, Any] = {"num_values": NUM_VALUES, "chunk_size": chunk_size}
@@ -89,7 +91,7 @@ def test_float64_is_summed_in_float64() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_equal_numpy(backend: str, dtype: DTypeLike) -> None:
+def test_kernels_match_numpy(backend: str, dtype: DTypeLike) -> None:
     arrays = arguments(num_tokens=5)
     options: dict[str, Any] = {"implementation": backend, "platform": PLATFORMS[backend]}
     with interpreter(backend):
@@ -104,7 +106,7 @@ def test_kernels_equal_numpy(backend: str, dtype: DTypeLike) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_rows_of_kernels_equal_those_of_plain_xla(backend: str) -> None:
+def test_row_sparse_kernels_match_xla(backend: str) -> None:
     arrays = arguments(num_tokens=5)
     options: dict[str, Any] = {"implementation": backend, "platform": PLATFORMS[backend]}
     want = table_gradient_rows(**arrays, num_values=NUM_VALUES, max_rows=4)
@@ -117,7 +119,7 @@ def test_rows_of_kernels_equal_those_of_plain_xla(backend: str) -> None:
     np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-5)
 
 
-def test_an_id_outside_counts_as_the_nearest_row() -> None:
+def test_an_id_out_of_range_is_clamped_to_the_nearest_row() -> None:
     arrays = arguments()
     outside = jnp.where(arrays["indices"] == 0, -3, arrays["indices"])
     outside = jnp.where(outside == NUM_VALUES - 1, NUM_VALUES + 5, outside)
@@ -127,7 +129,7 @@ def test_an_id_outside_counts_as_the_nearest_row() -> None:
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
-def test_inside_shard_map_a_device_has_the_gradient_of_its_tokens(axis_type: AxisType) -> None:
+def test_inside_shard_map_the_gradient_is_that_of_the_local_tokens(axis_type: AxisType) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     arrays = arguments(num_tokens=16)
     specs = {name: PartitionSpec("data") for name in arrays}
@@ -155,7 +157,7 @@ def test_inside_shard_map_a_device_has_the_gradient_of_its_tokens(axis_type: Axi
         ("pallas_gpu", {"platform": "cpu"}, "it compiles for GPU, not for cpu"),
     ],
 )
-def test_a_kernel_says_why_it_cannot_take_a_call(
+def test_a_kernel_says_why_a_call_is_unsupported(
     backend: Any, changes: dict[str, Any], reason: str
 ) -> None:
     options = {"num_values": NUM_VALUES, "platform": PLATFORMS[backend]}
@@ -173,12 +175,12 @@ def test_a_kernel_says_why_it_cannot_take_a_call(
         ({"factors": jnp.ones((6, 8))}, r"factors.shape: got \(6, 8\), must be as many rows as"),
         ({"num_values": 0}, "table rows: got 0, must be at least 1"),
         ({"num_values": -1}, "num_values: got -1, must be at least 0"),
-        ({"num_values": 2.0}, "num_values: got 2.0, must be a whole number"),
+        ({"num_values": 2.0}, "num_values: got 2.0, must be an integer"),
         ({"dtype": jnp.int32}, "dtype: got int32, must be a floating-point dtype"),
         ({"chunk_size": 0}, "chunk_size: got 0, must be at least 1"),
         ({"implementation": "best"}, "implementation: got 'best', must be None or one of xla, "),
     ],
 )
-def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_reported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         table_gradient(**arguments() | {"num_values": NUM_VALUES} | changes)

@@ -1,4 +1,4 @@
-"""Row-sparse gradients of value aggregation, and the TPU kernel that sums gradients of tables."""
+"""Row-sparse gradients of value aggregation, and the TPU kernel that sums table gradients."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +32,7 @@ from tests.kernels_pallas.value_aggregation.test_tpu import ON_TPU, PAPER, SMALL
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    """Runs TPU kernels on CPU, on two cores; a race, a read out of bounds or of nothing shows."""
+    """Runs TPU kernels on two CPU cores; detects races, out-of-bounds and uninitialized reads."""
     params = pltpu.InterpretParams(
         num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
     )
@@ -42,7 +42,7 @@ def interpreter() -> Iterator[None]:
 
 
 def output_gradient(inputs: dict[str, Any]) -> Array:
-    """Some gradient of the output, in float32 or the wider dtype of the scores."""
+    """An arbitrary output gradient, in the dtype of the scores."""
     width = inputs["values"].shape[1] * inputs.get("num_slots", 1)
     shape = (inputs["indices"].shape[0], width)
     elements = np.cos(np.arange(np.prod(shape))).reshape(shape)
@@ -52,7 +52,7 @@ def output_gradient(inputs: dict[str, Any]) -> Array:
 def reference_gradients(
     inputs: dict[str, Any], activation: Activation | None = None
 ) -> dict[str, Array]:
-    """Dense gradients by argument, with float32 or float64 tables whatever the table's dtype."""
+    """Dense reference gradients by argument name, computed in the dtype of the scores."""
     dtype = inputs["scores"].dtype
     arrays = {name: inputs[name].astype(dtype) for name in DIFFERENTIABLE if name in inputs}
     others = {name: value for name, value in inputs.items() if name not in arrays}
@@ -64,7 +64,7 @@ def reference_gradients(
 
 
 def rows_of(inputs: dict[str, Any], **options: Any) -> RowGradients:
-    """The operator under test, compiled as a whole: its operations one by one take far longer."""
+    """The operator under test, under jit, because eager execution takes far longer."""
     arrays = {name: x for name, x in inputs.items() if name != "num_slots"}
     options["num_slots"] = inputs.get("num_slots", 1)
     arrays["output_grad"] = output_gradient(inputs)
@@ -76,15 +76,15 @@ def sums_of(arguments: dict[str, Any], num_rows: int, **options: Any) -> Array:
 
 
 def dense(gradients: RowGradients, num_values: int) -> dict[str, Array]:
-    """The same by argument, with whole tables."""
+    """Row-sparse gradients, by argument name, with table gradients made dense."""
 
-    def whole(rows: Array) -> Array:
+    def to_dense(rows: Array) -> Array:
         table = jnp.zeros((num_values, rows.shape[1]), rows.dtype)
         return table.at[gradients.ids].add(rows, mode="drop")
 
     grads = {name: getattr(gradients, name) for name in DIFFERENTIABLE}
     grads = {name: grad for name, grad in grads.items() if grad is not None}
-    return {name: whole(grad) if name in TABLES else grad for name, grad in grads.items()}
+    return {name: to_dense(grad) if name in TABLES else grad for name, grad in grads.items()}
 
 
 def assert_matches_reference(
@@ -118,7 +118,7 @@ def assert_matches_reference(
     ],
     ids=str,
 )
-def test_rows_are_those_of_the_references_dense_gradient(
+def test_rows_match_the_dense_reference_gradient(
     shape: dict[str, Any], activation: Activation | None
 ) -> None:
     assert_matches_reference(make_inputs(**shape), activation, chunk_size=2)
@@ -131,7 +131,7 @@ def test_float64_rows_have_float64_precision() -> None:
 
 
 @pytest.mark.parametrize("row", [0, 10])
-def test_equal_ids_at_either_end_of_the_table_share_one_row(row: int) -> None:
+def test_equal_ids_at_either_end_of_the_table_give_one_row(row: int) -> None:
     inputs = make_inputs(indices=np.full((7, 3), row))
     assert_matches_reference(inputs, chunk_size=2)
     got = rows_of(inputs)
@@ -141,7 +141,7 @@ def test_equal_ids_at_either_end_of_the_table_share_one_row(row: int) -> None:
     assert not np.any(got.values[1:])
 
 
-def test_any_ids_give_rising_ids_once_each_and_the_references_rows() -> None:
+def test_any_ids_give_ascending_distinct_ids_and_the_reference_rows() -> None:
     inputs = make_inputs(num_tokens=5, num_values=6)
 
     @jax.jit
@@ -161,7 +161,7 @@ def test_any_ids_give_rising_ids_once_each_and_the_references_rows() -> None:
 
 
 @pytest.mark.parametrize("max_rows", [1, 3])
-def test_rows_beyond_max_rows_are_those_of_the_largest_ids_and_are_reported(max_rows: int) -> None:
+def test_max_rows_drops_the_largest_ids_and_num_rows_reports_it(max_rows: int) -> None:
     inputs = make_inputs()
     every = rows_of(inputs)
     got = rows_of(inputs, max_rows=max_rows)
@@ -171,7 +171,7 @@ def test_rows_beyond_max_rows_are_those_of_the_largest_ids_and_are_reported(max_
     np.testing.assert_array_equal(got.scores, every.scores)
 
 
-def test_more_rows_than_are_selected_are_empty() -> None:
+def test_rows_beyond_the_distinct_ids_are_padding() -> None:
     inputs = make_inputs(num_tokens=2)
     got = rows_of(inputs, max_rows=20)
     assert got.num_rows <= 6
@@ -183,7 +183,7 @@ def test_more_rows_than_are_selected_are_empty() -> None:
     assert_all_close(dense(got, 11), reference_gradients(inputs))
 
 
-def test_rows_that_nobody_selected_are_never_touched() -> None:
+def test_unselected_rows_are_never_read() -> None:
     inputs = make_inputs(indices=np.full((7, 3), 4))
     infinite = jnp.full_like(inputs["values"], jnp.inf).at[4].set(inputs["values"][4])
     got = rows_of(inputs | {"values": infinite}, chunk_size=2)
@@ -206,7 +206,7 @@ def test_vmap_equals_a_python_loop() -> None:
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_inside_shard_map_each_device_has_the_rows_of_its_tokens(check_vma: bool) -> None:
+def test_inside_shard_map_rows_are_those_of_the_local_tokens(check_vma: bool) -> None:
     num_devices = jax.device_count()
     mesh = jax.make_mesh((num_devices,), ("data",))
     inputs = make_inputs(num_tokens=4 * num_devices, num_slots=2)
@@ -230,7 +230,7 @@ def test_inside_shard_map_each_device_has_the_rows_of_its_tokens(check_vma: bool
     assert_all_close(dense(got, 11), want)
 
 
-def test_memory_holds_neither_a_table_nor_the_products_of_all_selections() -> None:
+def test_neither_a_table_nor_all_products_are_materialized() -> None:
     num_tokens, num_selected, width, num_values = 8192, 32, 192, 2**20
     shapes = {
         "values": jax.ShapeDtypeStruct((num_values, width), jnp.bfloat16),
@@ -261,7 +261,7 @@ def test_memory_holds_neither_a_table_nor_the_products_of_all_selections() -> No
     ids=["shape", "dtype", "max_rows", "activation"],
 )
 @pytest.mark.usefixtures("no_runtime_shape_checks")
-def test_a_wrong_argument_is_named_with_its_value_and_rule(
+def test_a_wrong_argument_is_reported_with_name_value_and_rule(
     changes: dict[str, Any], message: str
 ) -> None:
     inputs = make_inputs()
@@ -276,7 +276,7 @@ def test_a_wrong_argument_is_named_with_its_value_and_rule(
 def drawn_selections(
     num_selections: int, num_tokens: int, num_rows: int, dim: int, num_cores: int
 ) -> dict[str, Any]:
-    """Arguments of `sum_by_row` without those that are no arrays."""
+    """The array arguments of `sum_by_row`."""
     rng = np.random.default_rng(0)
     return {
         "rows": jnp.asarray(np.sort(rng.integers(0, num_rows, num_selections)), jnp.int32),
@@ -299,19 +299,19 @@ def sums_by_numpy(arguments: dict[str, Any], num_rows: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("shape", "num_rows", "dtype", "blocks"),
     [
-        # Five blocks in two parts, the last one ragged; four chunks; three cores share two
-        # registers' lanes unevenly, in two groups of columns of which the second is ragged.
+        # Five blocks in two parts, the last one ragged; four chunks; three cores divide two
+        # registers of lanes unevenly; two groups of columns, the second one ragged.
         ((50, 5, 70, 150, 3), 70, jnp.float32, Blocks(16, 16, 1)),
         ((50, 5, 70, 300, 1), 70, jnp.bfloat16, Blocks(32, 8, 2)),
-        # Rows from 40 on are left out, though a block of others holds some of them.
+        # Rows >= 40 are dropped, although they share a block with rows that are not.
         ((50, 5, 70, 12, 2), 40, jnp.float32, Blocks(16, 64, 1)),
-        # Runs over several chunks; a block of most of the rows is empty.
+        # Runs of equal rows span several chunks; a block with most of the rows is empty.
         ((40, 3, 1, 8, 1), 50, jnp.float32, Blocks(16, 8, 1)),
         ((1, 1, 1, 1, 1), 1, jnp.float32, None),
     ],
     ids=["ragged", "bfloat16", "left_out", "one_row", "one"],
 )
-def test_kernel_adds_what_numpy_adds(
+def test_kernel_matches_numpy(
     shape: tuple[int, int, int, int, int], num_rows: int, dtype: DTypeLike, blocks: Blocks | None
 ) -> None:
     arguments = drawn_selections(*shape)
@@ -323,7 +323,7 @@ def test_kernel_adds_what_numpy_adds(
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_blocks_change_no_bit_of_a_sum() -> None:
+def test_sums_are_bitwise_independent_of_the_blocks() -> None:
     arguments = drawn_selections(30, 4, 20, 16, 2)
 
     def sums(arguments: dict[str, Any], blocks: Blocks) -> Array:
@@ -342,7 +342,7 @@ def test_blocks_change_no_bit_of_a_sum() -> None:
     backwards["weights"] = [weight[::-1] for weight in arguments["weights"]]
     other_order = sums(arguments | backwards, large)[::-1]
     np.testing.assert_allclose(other_order, want, rtol=1e-5, atol=1e-5)
-    assert not np.array_equal(other_order, want)  # so bits do tell orders apart
+    assert not np.array_equal(other_order, want)  # so the bits do depend on the order
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -354,7 +354,7 @@ def test_blocks_change_no_bit_of_a_sum() -> None:
     ],
     ids=["ragged", "one_token"],
 )
-def test_rows_on_tpu_are_those_of_plain_xla(
+def test_rows_on_tpu_match_xla(
     shape: dict[str, Any], activation: Activation | None, max_rows: int | None
 ) -> None:
     inputs = make_inputs(**shape)
@@ -384,15 +384,15 @@ def test_vmap_of_the_kernel_equals_a_python_loop() -> None:
     ("num_tokens", "dim", "sublanes"),
     [(8192, 72, 1), (8192, 192, 2), (8192, 320, 4), (8192, 960, 8), (2**14, 960, 4), (1, 4096, 8)],
 )
-def test_groups_of_columns_are_as_wide_as_their_factors_fit(
+def test_column_groups_are_as_wide_as_their_factors_fit(
     num_tokens: int, dim: int, sublanes: int
 ) -> None:
     assert heuristic(num_tokens, dim).sublanes == sublanes
 
 
-def test_more_tokens_than_fit_are_refused() -> None:
+def test_too_many_tokens_are_unsupported() -> None:
     inputs = make_inputs(num_tokens=81_921, num_selected=1)
-    reason = "81921 tokens need 41943552 bytes of VMEM, there are 41943040"
+    reason = "81921 tokens need 41943552 bytes of VMEM, only 41943040 are available"
     with pytest.raises(UnsupportedError, match=reason):
         jax.eval_shape(lambda: value_aggregation(**inputs, **ON_TPU))
 
@@ -411,7 +411,7 @@ def test_gradients_compile_for_every_chip(chip: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_sums_of_the_papers_sizes_need_neither_products_nor_another_table(chip: str) -> None:
+def test_sums_at_paper_sizes_need_neither_products_nor_a_second_table(chip: str) -> None:
     cases: list[dict[str, Any]] = [
         {
             "topology": chip,
@@ -428,6 +428,6 @@ def test_sums_of_the_papers_sizes_need_neither_products_nor_another_table(chip: 
     for case, result in zip(cases, run_cases("table_gradient_compile.py", *cases), strict=True):
         products = 4 * 8192 * case["num_selected"] * case["dim"]
         table = 2 * case["num_values"] * case["dim"]
-        # What was padded: factors, and selections for their way to the scalar unit.
+        # Padded arrays: factors, and selections on their way to SMEM.
         assert result["temporaries"] < 80 * 2**20 < products, case
         assert result["temporaries"] < table / 2, case

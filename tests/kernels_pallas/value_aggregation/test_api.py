@@ -34,7 +34,7 @@ def make_inputs(
     dtype: DTypeLike = jnp.float32,
     table_dtype: DTypeLike | None = None,
 ) -> dict[str, Any]:
-    """Random arguments of the operator, as a dictionary of its keyword arguments."""
+    """Random arguments of the operator, by name."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
@@ -64,7 +64,7 @@ def make_inputs(
 def output_and_grads(
     function: Callable[..., Array], inputs: dict[str, Any], **options: Any
 ) -> dict[str, Array]:
-    """The output of `function` and the gradients of a weighted sum of it, by argument name."""
+    """The output of `function`, and the gradients of a weighted sum of it by argument name."""
     arrays = {name: inputs[name] for name in DIFFERENTIABLE if name in inputs}
     others = {name: value for name, value in inputs.items() if name not in arrays}
 
@@ -108,7 +108,7 @@ def gradient_jaxpr(inputs: dict[str, Any], chunk_size: int) -> str:
 
 
 def temporary_bytes(function: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> int:
-    """Memory that the compiled function needs beside its arguments and results."""
+    """Bytes of temporaries of the compiled function."""
     compiled = jax.jit(lambda inputs: function(**inputs, **options)).lower(inputs).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -123,7 +123,7 @@ def test_two_tokens_by_hand() -> None:
     np.testing.assert_array_equal(output, [[301.0, 804.0], [10.0, 20.0]])
 
 
-def test_pre_values_gate_and_slots_place_by_hand() -> None:
+def test_pre_values_and_slots_by_hand() -> None:
     values = jnp.array([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
     pre_values = jnp.array([[1.0], [-1.0], [0.5]])
     indices = jnp.array([[0, 1, 2]], jnp.int32)
@@ -179,7 +179,7 @@ def test_float64_matches_the_reference_to_float64_precision() -> None:
 def test_bfloat16_rows_match_the_reference() -> None:
     activation: Activation = "silu"
     inputs = make_inputs(table_dtype=jnp.bfloat16)
-    # One bfloat16 rounding of the table gradients, whose float32 sums may differ in the last bit.
+    # Table gradients are rounded to bfloat16 once; their float32 sums may differ in the last bit.
     assert_matches_reference(inputs, activation=activation, chunk_size=2, tolerance=2**-7)
     float32_tables = {name: inputs[name].astype(jnp.float32) for name in TABLES}
     output = value_aggregation(**inputs, activation=activation)
@@ -189,7 +189,7 @@ def test_bfloat16_rows_match_the_reference() -> None:
 
 
 def test_bfloat16_table_gradient_is_summed_in_float32() -> None:
-    # Each of 256 + 64 contributions is 1; a bfloat16 sum would stop at 256.
+    # Each of the 256 + 64 contributions is 1; a bfloat16 sum would saturate at 256.
     num_tokens = 320
     values = jnp.ones((2, 1), jnp.bfloat16)
     indices = jnp.zeros((num_tokens, 1), jnp.int32)
@@ -237,7 +237,7 @@ def test_chunked_equals_unchunked_though_only_one_loops(chunk_size: int) -> None
     assert_all_close(chunked, unchunked)
 
 
-def test_rows_that_nobody_selected_are_never_touched() -> None:
+def test_unselected_rows_are_never_read() -> None:
     inputs = make_inputs(indices=np.full((7, 3), 4))
     infinite = jnp.full_like(inputs["values"], jnp.inf).at[4].set(inputs["values"][4])
     grads = output_and_grads(value_aggregation, inputs | {"values": infinite}, chunk_size=2)
@@ -331,7 +331,7 @@ def test_inside_shard_map_a_replicated_table_gets_the_gradient_of_all_tokens(
     assert_all_close(got, want)
 
 
-def test_memory_stays_far_below_that_of_the_gathered_rows() -> None:
+def test_memory_is_far_below_that_of_the_gathered_rows() -> None:
     num_tokens, num_selected, width, num_values = 8192, 32, 192, 4096
     shapes = {
         "values": jax.ShapeDtypeStruct((num_values, width), jnp.bfloat16),
@@ -347,14 +347,14 @@ def test_memory_stays_far_below_that_of_the_gathered_rows() -> None:
 
     assert temporary_bytes(value_aggregation, shapes, chunk_size=num_tokens) > gathered_bytes
     assert temporary_bytes(value_aggregation, shapes, chunk_size=128) < gathered_bytes / 10
-    # Includes the float32 gradients of both tables and the output, about 20 MB.
+    # This includes the float32 gradients of both tables and the output, about 20 MB.
     assert temporary_bytes(grads, shapes, chunk_size=128) < gathered_bytes / 4
     if jax.default_backend() == "cpu":
         assert temporary_bytes(value_aggregation, shapes) < gathered_bytes / 10
         assert temporary_bytes(grads, shapes, chunk_size=None) < gathered_bytes / 4
 
 
-def test_a_bfloat16_table_is_never_converted_as_a_whole() -> None:
+def test_a_bfloat16_table_is_never_converted_in_full() -> None:
     inputs = make_inputs(num_values=50_000, table_dtype=jnp.bfloat16)
     float32_table_bytes = 50_000 * 12 * 4
     assert temporary_bytes(value_aggregation, inputs) < float32_table_bytes / 10
@@ -387,14 +387,14 @@ def test_a_bfloat16_table_is_never_converted_as_a_whole() -> None:
         ({"chunk_size": 0}, "chunk_size: got 0, must be at least 1"),
     ],
 )
-def test_a_wrong_argument_is_named_with_its_value_and_rule(
+def test_a_wrong_argument_is_reported_with_name_value_and_rule(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         value_aggregation(**make_inputs() | changes)
 
 
-def test_a_table_beyond_int32_ids_is_refused() -> None:
+def test_a_table_beyond_int32_ids_is_rejected() -> None:
     inputs = make_inputs(pre_value_dim=0)
     largest = jax.eval_shape(
         lambda inputs: value_aggregation(**inputs),

@@ -1,9 +1,9 @@
-"""The GPU kernels of value aggregation: in the interpreter, and compiled for an absent H200.
+"""The GPU kernels of value aggregation: interpreted, and compiled for an absent H200.
 
-The interpreter shows races, also between the units that copy and those that compute, and reads of
-memory that nobody wrote. It runs one device: with several it (jax 0.12) takes the barriers of one
-that still runs for those of another that has ended, so `shard_map` is interpreted on a mesh of one
-device and compiled for four.
+The interpreter detects races, including those with asynchronous copies, and reads of uninitialized
+memory. It only works on one device: with several (jax 0.12), it confuses the barriers of a device
+that has finished with those of one that is still running. So `shard_map` is interpreted on a mesh
+of one device, and compiled for four.
 """
 
 import functools
@@ -48,7 +48,7 @@ BACKWARD = {
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a few selections fill the rings several times and be shared by blocks and slices."""
+    """Uses small blocks, so that a few selections fill the rings several times and are split."""
     monkeypatch.setattr(pallas_gpu, "heuristic", lambda *sizes: Blocks(4, 2, 2))
     monkeypatch.setattr(
         table_gradient_gpu, "heuristic", lambda *sizes: table_gradient_gpu.Blocks(16, 4, 2)
@@ -57,7 +57,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    """Runs GPU kernels on CPU; a race, a read out of bounds or of nothing shows."""
+    """Runs GPU kernels on CPU; detects races, out-of-bounds and uninitialized reads."""
     params = plgpu.InterpretGPUParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
     )
@@ -77,11 +77,11 @@ def assert_matches_reference(
 @pytest.mark.parametrize(
     ("shape", "activation"),
     [
-        # Eight steps in two shares, the last step reaching back; rows narrower than a tile.
+        # Eight steps in two splits, the last step overlapping; rows narrower than a tile.
         ({"num_tokens": 2, "num_selected": 30, "value_dim": 24, "pre_value_dim": 16}, "gelu"),
-        # Three cores share the three tiles of a row unevenly; the last tile has padding.
+        # Three cores divide the three tiles of a row unevenly; the last tile is padded.
         ({"num_tokens": 2, "num_cores": 3, "value_dim": 132, "pre_value_dim": 68}, "silu"),
-        # Fewer selections than a quad has.
+        # Fewer selections than a quad.
         (
             {
                 "num_tokens": 1,
@@ -110,7 +110,7 @@ def test_bfloat16_rows_and_both_ends_of_the_table() -> None:
         pre_value_dim=8,
         table_dtype=jnp.bfloat16,
     )
-    # In float32 the reference does not round each contribution to a table's gradient.
+    # In float32, the reference does not round each contribution to a table gradient.
     tables = {name: inputs[name].astype(jnp.float32) for name in TABLES}
     want = output_and_grads(value_aggregation_reference, inputs | tables, activation="relu")
     got = output_and_grads(value_aggregation, inputs, activation="relu", **ON_GPU)
@@ -135,15 +135,15 @@ def test_one_token_equal_ids_and_any_number_of_selections(num_selected: int) -> 
     assert_matches_reference(inputs)
 
 
-def test_few_tokens_are_split_and_many_are_not() -> None:
+def test_tokens_are_split_only_in_small_batches() -> None:
     assert pallas_gpu.heuristic(1, 256, 2560).splits == 64
     assert pallas_gpu.heuristic(8192, 256, 2560).splits == 1
 
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("infinite", [0, 29])
-def test_a_row_that_is_fetched_twice_counts_once(infinite: int) -> None:
-    # Of 30 selections the last step of four or eight takes some again, with a weight of nothing.
+def test_a_row_fetched_twice_counts_once(infinite: int) -> None:
+    # With 30 selections, the last step of four or eight repeats some, which must be masked.
     inputs = make_inputs(num_tokens=1, num_selected=30, value_dim=8, pre_value_dim=0, num_values=40)
     inputs["indices"] = jnp.arange(30, dtype=jnp.int32)[None]
     inputs["scores"] = jnp.abs(inputs["scores"])
@@ -172,11 +172,11 @@ def test_runs_of_equal_rows_are_summed_across_slices() -> None:
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     size = num_tokens * num_selected
     for rows in (
-        np.zeros(size),  # one row in all twelve slices
-        np.repeat([1, 2, 6], [3, 41, 1]),  # begins within a slice, ends at a boundary
-        np.repeat([0, 3, 4, 5], [4, 4, 9, 28]),  # begins at a boundary, one slice alone
+        np.zeros(size),  # one row spans all twelve slices
+        np.repeat([1, 2, 6], [3, 41, 1]),  # begins inside a slice, ends at a boundary
+        np.repeat([0, 3, 4, 5], [4, 4, 9, 28]),  # begins at a boundary, fills exactly one slice
         np.sort(rng.integers(0, num_rows, size)),
-        np.sort(rng.integers(0, 2 * num_rows, size)),  # the larger ones are left out
+        np.sort(rng.integers(0, 2 * num_rows, size)),  # rows >= num_rows are dropped
     ):
         want = np.zeros((2 * num_rows, dim))
         np.add.at(want, rows.astype(int), products)
@@ -187,7 +187,7 @@ def test_runs_of_equal_rows_are_summed_across_slices() -> None:
 
 @pytest.mark.usefixtures("interpreter", "small_blocks")
 @pytest.mark.parametrize("max_rows", [None, 4])
-def test_row_sparse_gradients_are_the_rows_of_the_dense_ones(max_rows: int | None) -> None:
+def test_row_sparse_gradients_match_the_dense_ones(max_rows: int | None) -> None:
     inputs = make_inputs(num_tokens=3, num_selected=5, value_dim=16, pre_value_dim=8)
     output_grad = jnp.cos(jnp.arange(48.0)).reshape(3, 16)
     want = output_and_grads(value_aggregation_reference, inputs)
@@ -231,7 +231,7 @@ def test_vmap_equals_a_python_loop() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter", "small_blocks")
-def test_within_shard_map_arrays_may_vary_differently() -> None:
+def test_inside_shard_map_arrays_may_vary_over_different_axes() -> None:
     inputs = make_inputs(num_tokens=2, value_dim=8, pre_value_dim=8)
     specs = {name: PartitionSpec("data" if name in PER_TOKEN else None) for name in inputs}
     devices = jax.devices()[:1]
@@ -249,7 +249,7 @@ def test_within_shard_map_arrays_may_vary_differently() -> None:
     assert_all_close(output_and_grads(sharded, inputs), want)
 
 
-def test_each_pass_is_one_kernel_that_a_profile_names() -> None:
+def test_each_pass_is_one_named_kernel() -> None:
     inputs = make_inputs(value_dim=8, pre_value_dim=8, num_cores=1)
     forward = str(jax.make_jaxpr(lambda: value_aggregation(**inputs, **ON_GPU))())
     both = str(jax.make_jaxpr(lambda: output_and_grads(value_aggregation, inputs, **ON_GPU))())
@@ -259,7 +259,7 @@ def test_each_pass_is_one_kernel_that_a_profile_names() -> None:
         assert both.count(f"name=value_aggregation_{name}\n") == count, name
 
 
-def test_gelu_and_its_slope_need_no_error_function() -> None:
+def test_gelu_and_its_slope_without_erf_match_jax() -> None:
     x = jnp.linspace(-14, 14, 10001)
     exact = functools.partial(jax.nn.gelu, approximate=False)
     gelu, slope = activation_and_slope(x, "gelu")
@@ -284,7 +284,7 @@ def test_gelu_and_its_slope_need_no_error_function() -> None:
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
+def test_unsupported_calls_raise_if_named_and_fall_back_to_xla_otherwise(
     shape: dict[str, Any], reason: str
 ) -> None:
     inputs = make_inputs(**{"value_dim": 16, "pre_value_dim": 8} | shape)
@@ -294,7 +294,7 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
     assert "mpmd_map" not in str(automatic)
 
 
-def test_other_platforms_and_older_cards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_platforms_and_older_gpus_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(value_dim=16, pre_value_dim=8)
     with pytest.raises(UnsupportedError, match="it compiles for GPU, not for tpu"):
         value_aggregation(**inputs, implementation="pallas_gpu", platform="tpu")
@@ -304,7 +304,7 @@ def test_other_platforms_and_older_cards_are_refused(monkeypatch: pytest.MonkeyP
             value_aggregation(**inputs, **ON_GPU)
 
 
-def test_blocks_that_a_file_may_hold_but_no_kernel_can_take_are_refused(
+def test_invalid_tuned_blocks_are_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs = make_inputs(value_dim=8, pre_value_dim=8)
@@ -321,7 +321,7 @@ def test_blocks_that_a_file_may_hold_but_no_kernel_can_take_are_refused(
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64_is_refused() -> None:
+def test_float64_is_unsupported() -> None:
     with pytest.raises(UnsupportedError, match="it accumulates in float32, not in float64"):
         value_aggregation(**make_inputs(dtype=jnp.float64), **ON_GPU)
 
@@ -351,7 +351,7 @@ def test_forward_compiles_for_an_h200_without_temporaries() -> None:
 
 
 @pytest.mark.slow
-def test_gradients_compile_alone_over_a_mesh_mapped_and_rematerialized() -> None:
+def test_gradients_compile_on_a_mesh_under_vmap_and_with_remat() -> None:
     token_grads = gpu_case(SMALL, "bfloat16", "grads", wrt=["scores", "pre_inputs"])
     remat = gpu_case(SMALL, "bfloat16", "grads", remat=True)
     grads, mapped, sharded = (
@@ -373,7 +373,7 @@ def test_gradients_compile_alone_over_a_mesh_mapped_and_rematerialized() -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_papers_sizes_compile_without_spills_and_temporaries(dtype: str) -> None:
+def test_paper_sizes_compile_without_spills_or_temporaries(dtype: str) -> None:
     shapes = [shape for shape in SHAPES if shape.name in PAPER]
     cases = [gpu_case(shape, dtype, what) for shape in shapes for what in ("forward", "grads")]
     results = iter(run_cases("gpu_compile.py", *cases, compiler="h200"))
@@ -382,7 +382,7 @@ def test_papers_sizes_compile_without_spills_and_temporaries(dtype: str) -> None
         selections = shape.num_tokens * shape.num_selected
         rows = 4 * selections * (shape.value_dim + shape.pre_value_dim)
         assert forward["temporaries"] < FUSED_BYTES < rows / 100, shape
-        # Numbers of each selection, and parts of rows that slices share; not rows of selections.
+        # Arrays per selection and partial sums of slices, but no gathered rows.
         numbers = 4 * selections * (4 + 3 * shape.num_cores)
         assert grads["temporaries"] < numbers + rows / 20 < rows / 4, shape
         assert grads["kernels"].keys() == FORWARD | BACKWARD, shape
@@ -390,6 +390,6 @@ def test_papers_sizes_compile_without_spills_and_temporaries(dtype: str) -> None
             assert kernel["spilled"] == 0, shape
 
 
-def test_slices_leave_few_parts_and_many_blocks() -> None:
+def test_slices_give_few_partial_sums_and_many_thread_blocks() -> None:
     assert table_gradient_gpu.heuristic(8192 * 32, 768).slice_size == 256
     assert table_gradient_gpu.heuristic(32, 768).slice_size == 32

@@ -1,4 +1,4 @@
-"""The SparseCore kernels of value aggregation: interpreted, and compiled for chips elsewhere."""
+"""The SparseCore kernels of value aggregation: interpreted, and compiled for absent chips."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,20 +35,20 @@ SMALL: dict[str, Any] = {
     "pre_value_dim": 136,
     "num_cores": 2,
 }
-# More steps than buffers. Slices of 20 columns are two and a half chunks of lanes.
+# More steps than buffers. A slice of 20 columns is two and a half chunks of lanes.
 RAGGED = {"num_tokens": 3, "num_selected": 11, "num_cores": 3, "value_dim": 60, "pre_value_dim": 20}
 MANY_WINDOWS = {"num_tokens": 9, "num_selected": 19, "value_dim": 16, "num_cores": 2}
 PAPER: dict[str, dict[str, Any]] = {
     "227M": {"num_values": 360**2, "num_selected": 32, "value_dim": 192, "pre_value_dim": 192},
     "1B": {"num_values": 528**2, "num_selected": 128, "value_dim": 768, "pre_value_dim": 384},
     "500M": {"num_values": 964**2, "num_selected": 94, "value_dim": 216, "pre_value_dim": 72},
-    # Its table of values has more than 2^31 elements.
+    # The table of values has more than 2^31 elements.
     "120B": {"num_values": 1696**2, "num_selected": 256, "value_dim": 960, "pre_value_dim": 320},
 }
 
 
 def mesh_of(kind: str) -> AbstractMesh:
-    """A mesh in whose context a kind of device is known."""
+    """A mesh that tells JAX the device kind when it is in context."""
     return AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, 1, "tpu"))
 
 
@@ -61,7 +61,7 @@ def interpreter() -> Iterator[None]:
 def assert_kernels_match_the_reference(
     inputs: dict[str, Any], activation: Activation | None = None, tolerance: float = 1e-5
 ) -> None:
-    """The output, the gradients of scores and pre-inputs, and what weights those of the tables."""
+    """Compares output, gradients of scores and pre-inputs, and terms of the table gradients."""
 
     def reference(scores: jax.Array, pre_inputs: jax.Array | None) -> jax.Array:
         tables = {n: x for n, x in inputs.items() if n not in ("scores", "pre_inputs")}
@@ -122,7 +122,7 @@ def test_tests_use_every_buffer_more_than_once(shape: dict[str, Any], local_byte
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
-def test_all_gradients_match_the_reference_dense_and_row_by_row() -> None:
+def test_dense_and_row_sparse_gradients_match_the_reference() -> None:
     inputs = make_inputs(num_tokens=4, num_selected=3, value_dim=24, pre_value_dim=16)
     want = output_and_grads(value_aggregation_reference, inputs, activation="gelu")
     got = output_and_grads(value_aggregation, inputs, activation="gelu", **ON_TPU)
@@ -140,7 +140,7 @@ def test_all_gradients_match_the_reference_dense_and_row_by_row() -> None:
 
 @pytest.mark.parametrize("lanes", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_bfloat16_columns_are_split_and_merged(lanes: int) -> None:
-    # Both ends of the table. A chunk is 16 or 32 columns, a core's slice 36.
+    # Selects both ends of the table. A chunk is 16 or 32 columns, a core's slice 36.
     indices = np.array([[0, 1, 10], [10, 0, 0]])
     inputs = make_inputs(
         num_tokens=2, indices=indices, value_dim=72, pre_value_dim=40, table_dtype=jnp.bfloat16
@@ -153,11 +153,11 @@ def test_bfloat16_columns_are_split_and_merged(lanes: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "chip"),
     [
-        # 7 and 3 chunks by blocks of 2: several equal blocks and one of 1.
+        # 7 and 3 chunks in blocks of 2: several full blocks and one of 1.
         ({"num_tokens": 2, "num_selected": 9, "value_dim": 56, "pre_value_dim": 24}, {}),
-        # 6 1/2 and 4 1/2 chunks: the last one begins early.
+        # 6 1/2 and 4 1/2 chunks: the last one starts early.
         ({"num_tokens": 2, "num_selected": 9, "value_dim": 52, "pre_value_dim": 36}, {}),
-        # The same with windows of 8 rows: sums are read, added to and written by block.
+        # The same with windows of 8 rows: sums are loaded, updated and stored per block.
         ({"num_tokens": 3, "num_selected": 19, "value_dim": 52}, {"local_bytes": 10_000}),
         (MANY_WINDOWS, {"local_bytes": 6_000}),
     ],
@@ -185,7 +185,7 @@ def test_vmap_equals_a_python_loop() -> None:
     np.testing.assert_allclose(jax.vmap(output)(indices), want, rtol=1e-6)
 
 
-def test_each_pass_is_one_kernel_that_a_profile_names_under_remat_too() -> None:
+def test_each_pass_is_one_named_kernel_also_under_remat() -> None:
     inputs = make_inputs(value_dim=16, pre_value_dim=8)
 
     def forward(**arrays: Any) -> jax.Array:
@@ -220,7 +220,7 @@ def test_each_pass_is_one_kernel_that_a_profile_names_under_remat_too() -> None:
     ids=str,
 )
 @pytest.mark.usefixtures("interpreter")
-def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
+def test_unsupported_calls_raise_if_named_and_fall_back_to_xla_otherwise(
     shape: dict[str, Any], reason: str
 ) -> None:
     inputs = make_inputs(**{"num_cores": 1, "pre_value_dim": 8} | shape)
@@ -231,12 +231,12 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64_is_refused() -> None:
+def test_float64_is_unsupported() -> None:
     with pytest.raises(UnsupportedError, match="it accumulates in float32, not in float64"):
         value_aggregation(**make_inputs(dtype=jnp.float64), **ON_TPU)
 
 
-def test_the_chip_decides_and_must_be_known() -> None:
+def test_support_depends_on_the_chip_which_must_be_known() -> None:
     inputs = make_inputs(value_dim=16, pre_value_dim=8)
 
     def trace(kind: str) -> str:
@@ -257,7 +257,7 @@ def test_the_chip_decides_and_must_be_known() -> None:
 
 
 @pytest.mark.parametrize(("width", "padded"), [(216, True), (208, False), (72, True)])
-def test_streams_fetch_rows_without_padding_only(width: int, padded: bool) -> None:
+def test_only_unpadded_rows_are_fetched_by_streams(width: int, padded: bool) -> None:
     table = jax.ShapeDtypeStruct((8, width), jnp.bfloat16)
     assert sparsecore_pipeline.has_padded_rows(table) == padded
     assert not sparsecore_pipeline.has_padded_rows(table.update(dtype=jnp.float32))
@@ -278,11 +278,11 @@ def test_kernels_compile_for_every_chip_without_temporaries() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_gradients_compile_alone_over_a_mesh_and_mapped_and_overlap_other_work(chip: str) -> None:
+def test_gradients_compile_on_a_mesh_and_under_vmap_and_overlap_other_work(chip: str) -> None:
     kinds = ("grads", "sharded", "mapped", "beside_products", "packed")
     case = {"topology": chip, "table_dtype": "float32", "activation": "silu", **SMALL}
     cases = [{"what": kind, **case} for kind in kinds]
-    # Rows of 128: their default layout is the one that the kernels read.
+    # With rows of 128, the default layout is the one that the kernels read.
     cases[-1] |= PAPER["227M"] | {"num_tokens": 1024}
     results = dict(zip(kinds, run_cases("sparsecore_compile.py", *cases), strict=True))
     for kind in ("grads", "sharded"):
@@ -295,7 +295,7 @@ def test_gradients_compile_alone_over_a_mesh_and_mapped_and_overlap_other_work(c
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["forward", "token_grads"])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_papers_sizes_need_no_temporaries(chip: str, what: str) -> None:
+def test_paper_sizes_need_no_temporaries(chip: str, what: str) -> None:
     cases: list[dict[str, Any]] = [
         {
             "topology": chip,

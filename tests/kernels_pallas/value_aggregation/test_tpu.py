@@ -1,4 +1,4 @@
-"""The TPU kernels of value aggregation: in the interpreter, and compiled for chips elsewhere."""
+"""The TPU kernels of value aggregation: interpreted, and compiled for absent chips."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,20 +33,20 @@ PAPER: dict[str, dict[str, Any]] = {
     "227M": {"num_values": 360**2, "num_selected": 32, "value_dim": 192, "pre_value_dim": 192},
     "1B": {"num_values": 528**2, "num_selected": 128, "value_dim": 768, "pre_value_dim": 384},
     "500M": {"num_values": 964**2, "num_selected": 94, "value_dim": 216, "pre_value_dim": 72},
-    # Its table of values has more than 2^31 elements.
+    # The table of values has more than 2^31 elements.
     "120B": {"num_values": 1696**2, "num_selected": 256, "value_dim": 960, "pre_value_dim": 320},
 }
 
 
 @pytest.fixture
 def few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a few tokens and a narrow row span several blocks; the interpreter has no registers."""
+    """Reduces the lanes, so that few tokens and narrow rows span several blocks."""
     monkeypatch.setattr(pallas_tpu, "_LANES", 8)
 
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    """Runs TPU kernels on CPU, on two cores; a race, a read out of bounds or of nothing shows."""
+    """Runs TPU kernels on two CPU cores; detects races, out-of-bounds and uninitialized reads."""
     params = pltpu.InterpretParams(
         num_cores_or_threads=2, detect_races=True, uninitialized_memory="nan"
     )
@@ -67,8 +67,8 @@ def assert_matches_reference(
 @pytest.mark.parametrize(
     ("shape", "activation"),
     [
-        # 19 tokens are three blocks of 8, the last one ragged, in two parts; rows are two or three
-        # chunks of 8 lanes, which three cores share unevenly.
+        # 19 tokens make three blocks of 8, the last one ragged, in two parts; rows are two or three
+        # chunks of 8 lanes, which three cores divide unevenly.
         ({"num_tokens": 19, "num_cores": 3, "value_dim": 21, "pre_value_dim": 10}, "silu"),
         ({"num_tokens": 1, "num_selected": 1, "num_cores": 1, "pre_value_dim": 0}, None),
         ({"num_tokens": 3, "num_selected": 5, "indices": np.full((3, 5), 10)}, "gelu"),
@@ -81,8 +81,8 @@ def test_kernels_match_the_reference(shape: dict[str, Any], activation: Activati
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("pre_value_dim", [0, 5])
-def test_bfloat16_rows_are_picked_from_their_pairs(pre_value_dim: int) -> None:
-    # Both ends of the table, both rows of a pair.
+def test_bfloat16_rows_are_picked_from_pairs(pre_value_dim: int) -> None:
+    # Selects both ends of the table and both rows of a pair.
     indices = np.array([[0, 1, 11], [10, 0, 0]])
     inputs = make_inputs(
         num_tokens=2,
@@ -91,7 +91,7 @@ def test_bfloat16_rows_are_picked_from_their_pairs(pre_value_dim: int) -> None:
         pre_value_dim=pre_value_dim,
         table_dtype=jnp.bfloat16,
     )
-    # One bfloat16 rounding of the table gradients; the output is float32.
+    # Table gradients are rounded to bfloat16 once; the output is float32.
     assert_matches_reference(inputs, "relu" if pre_value_dim else None, tolerance=2**-7)
     want = value_aggregation_reference(**inputs)
     got = value_aggregation(**inputs, **ON_TPU)
@@ -129,7 +129,7 @@ def test_vmap_equals_a_python_loop() -> None:
     np.testing.assert_allclose(jax.vmap(output)(indices), want, rtol=1e-6)
 
 
-def test_each_pass_has_kernels_that_a_profile_names() -> None:
+def test_each_pass_has_named_kernels() -> None:
     inputs = make_inputs()
     forward = str(jax.make_jaxpr(lambda: value_aggregation(**inputs, **ON_TPU))())
     both = str(jax.make_jaxpr(lambda: output_and_grads(value_aggregation, inputs, **ON_TPU))())
@@ -148,14 +148,14 @@ def test_each_pass_has_kernels_that_a_profile_names() -> None:
         ({"table_dtype": jnp.bfloat16}, "bfloat16 rows are fetched in pairs, values has 11"),
         (
             {"num_selected": 1000},
-            "num_selected = 1000 needs 1024000 bytes of SMEM, there are 917504",
+            "num_selected = 1000 needs 1024000 bytes of SMEM, only 917504 are available",
         ),
         ({"num_selected": 800, "value_dim": 2048}, "num_selected = 800 needs .* bytes of VMEM"),
         ({"num_tokens": 0}, r"indices is empty, \(0, 3\)"),
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
+def test_unsupported_calls_raise_if_named_and_fall_back_to_xla_otherwise(
     shape: dict[str, Any], reason: str
 ) -> None:
     inputs = make_inputs(**shape)
@@ -166,7 +166,7 @@ def test_what_is_not_supported_is_refused_by_name_and_left_to_xla_otherwise(
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64_is_refused() -> None:
+def test_float64_is_unsupported() -> None:
     with pytest.raises(UnsupportedError, match="it accumulates in float32, not in float64"):
         value_aggregation(**make_inputs(dtype=jnp.float64), **ON_TPU)
 
@@ -184,7 +184,7 @@ def test_kernels_compile_for_every_chip_without_temporaries() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_gradients_compile_alone_over_a_mesh_and_mapped(chip: str) -> None:
+def test_gradients_compile_on_one_device_on_a_mesh_and_under_vmap(chip: str) -> None:
     kinds = ("token_grads", "grads", "sharded", "mapped")
     cases: list[dict[str, Any]] = [
         {
@@ -206,7 +206,7 @@ def test_gradients_compile_alone_over_a_mesh_and_mapped(chip: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_papers_sizes_need_no_temporaries(chip: str) -> None:
+def test_paper_sizes_need_no_temporaries(chip: str) -> None:
     cases: list[dict[str, Any]] = [
         {
             "topology": chip,

@@ -1,4 +1,4 @@
-"""Tables divided over devices give the outputs and the gradients of tables that are not."""
+"""Sharded tables give the same outputs and gradients as replicated ones."""
 
 import functools
 import re
@@ -31,7 +31,7 @@ def _mesh(size: int) -> Mesh:
 def _arrays(
     *, num_tokens: int, top_m: int = 6, num_cores: int = 1, num_slots: int = 1, pre: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random arguments: those to be differentiated, and the integers."""
+    """Returns random arguments: the differentiable ones, and the integers."""
     random = np.random.default_rng(0)
     shape = (num_tokens, top_m)
     tables = (_NUM_TABLES, _NUM_ROWS)
@@ -70,7 +70,7 @@ def _pool(
 
 
 def _place(layout: exchange.Layout, mesh: Mesh, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Divides tables as the layout says, and everything else by tokens."""
+    """Shards tables according to the layout, and everything else by tokens."""
     return {
         name: jax.device_put(
             array, NamedSharding(mesh, _TABLES[layout] if "values" in name else _TOKENS)
@@ -80,7 +80,7 @@ def _place(layout: exchange.Layout, mesh: Mesh, arrays: dict[str, Any]) -> dict[
 
 
 def _on_devices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a function of one device's (floats, integers) on all devices of the mesh."""
+    """Maps a function of one device's (floats, integers) over all devices of the mesh."""
     return jax.shard_map(function, out_specs=_TOKENS)
 
 
@@ -123,25 +123,25 @@ _CASES = [
 
 @pytest.mark.parametrize("layout", ["columns", "rows"])
 @pytest.mark.parametrize(("size", "sizes", "activation"), _CASES)
-def test_divided_tables_give_the_same_output_and_gradients(
+def test_sharded_tables_give_the_same_output_and_gradients(
     layout: exchange.Layout, size: int, sizes: dict[str, Any], activation: str | None
 ) -> None:
     floats, integers = _arrays(**({"num_tokens": 48} | sizes))
     options: dict[str, Any] = {"activation": activation, "num_slots": sizes.get("num_slots", 1)}
     expected = _output_and_gradients("replicated", floats, integers, **options)
     assert all(np.any(grad) for grad in expected[1].values())
-    divided = _output_and_gradients(layout, floats, integers, size, **options)
-    _assert_same(divided, expected, 2e-6)
+    sharded = _output_and_gradients(layout, floats, integers, size, **options)
+    _assert_same(sharded, expected, 2e-6)
 
 
 @pytest.mark.parametrize("layout", ["columns", "rows"])
-def test_in_float64_they_are_the_same_to_its_precision(x64: None, layout: exchange.Layout) -> None:
+def test_sharded_tables_agree_to_float64_precision(x64: None, layout: exchange.Layout) -> None:
     floats, integers = _arrays(num_tokens=24, num_cores=2, num_slots=2)
     assert floats["values"].dtype == jnp.float64
     options: dict[str, Any] = {"activation": "gelu", "num_slots": 2}
     expected = _output_and_gradients("replicated", floats, integers, **options)
-    divided = _output_and_gradients(layout, floats, integers, 4, **options)
-    _assert_same(divided, expected, 1e-13)
+    sharded = _output_and_gradients(layout, floats, integers, 4, **options)
+    _assert_same(sharded, expected, 1e-13)
 
 
 # --- rounds ---
@@ -161,15 +161,15 @@ def _num_rounds(rows: jax.Array, size: int) -> int:
 @pytest.mark.parametrize(
     ("size", "skew", "rounds"),
     [
-        # Of 12 tokens x 6 rows, 24 fit into a round.
-        pytest.param(8, lambda rows: 0 * rows + 29, 3, id="all want one row"),
-        # Of 48 tokens x 3 pairs of rows, 136: only the first device needs a second round.
+        # 24 of 12 tokens x 6 rows fit into a round.
+        pytest.param(8, lambda rows: 0 * rows + 29, 3, id="all select one row"),
+        # 136 of 48 tokens x 3 pairs of rows fit: only the first device needs a second round.
         pytest.param(
             2, lambda rows: jnp.where(jnp.arange(96)[:, None] < 48, rows % 12, rows), 2, id="half"
         ),
     ],
 )
-def test_what_does_not_fit_is_sent_in_further_rounds(
+def test_overflow_is_sent_in_further_rounds(
     size: int,
     skew: Callable[[jax.Array], jax.Array],
     rounds: int,
@@ -181,12 +181,12 @@ def test_what_does_not_fit_is_sent_in_further_rounds(
     assert _num_rounds(integers["rows"], size) == rounds
     options: dict[str, Any] = {"activation": "silu", "num_slots": 1}
     expected = _output_and_gradients("replicated", floats, integers, **options)
-    divided = _output_and_gradients("rows", floats, integers, size, **options)
-    _assert_same(divided, expected, 2e-6)
+    sharded = _output_and_gradients("rows", floats, integers, size, **options)
+    _assert_same(sharded, expected, 2e-6)
 
     monkeypatch.setattr(exchange_rows, "_later_rounds", lambda num_rounds, add, first: first)
     output, grads = _output_and_gradients("rows", floats, integers, size, **options)
-    for some, every in ((output, divided[0]), *((grads[name], divided[1][name]) for name in grads)):
+    for some, every in ((output, sharded[0]), *((grads[name], sharded[1][name]) for name in grads)):
         assert np.abs(some - every).max() > 0.01 * np.abs(every).max()
 
 
@@ -194,8 +194,8 @@ def test_what_does_not_fit_is_sent_in_further_rounds(
 
 
 @pytest.mark.parametrize("layout", ["columns", "rows"])
-def test_tokens_may_be_divided_further_and_layers_scanned(layout: exchange.Layout) -> None:
-    # Two replicas and two devices along `tensor` have tokens of their own, and the same tables.
+def test_tokens_may_be_sharded_over_more_axes_and_layers_scanned(layout: exchange.Layout) -> None:
+    # Two replicas and two devices along `tensor` have different tokens and the same tables.
     floats, integers = _arrays(num_tokens=48, num_cores=2, num_slots=2)
     mesh = jax.make_mesh(
         (2, 2, 2), ("replica", "memory", "tensor"), axis_types=(AxisType.Explicit,) * 3
@@ -226,9 +226,9 @@ def test_tokens_may_be_divided_further_and_layers_scanned(layout: exchange.Layou
             }
             for arrays in (floats, integers)
         ]
-        divided = jax.jit(jax.value_and_grad(lambda f, i: loss(f, i, layout, pool)))(*placed)
-    assert "memory" in jax.typeof(divided[1]["values"]).sharding.spec
-    _assert_same(jax.device_get(divided), jax.device_get(expected), 2e-6)
+        sharded = jax.jit(jax.value_and_grad(lambda f, i: loss(f, i, layout, pool)))(*placed)
+    assert "memory" in jax.typeof(sharded[1]["values"]).sharding.spec
+    _assert_same(jax.device_get(sharded), jax.device_get(expected), 2e-6)
 
 
 @pytest.mark.parametrize("layout", ["columns", "rows"])
@@ -258,19 +258,19 @@ def test_floating_point_arrays_are_exchanged_in_the_compute_dtype(layout: exchan
 @pytest.mark.parametrize(
     ("num_tokens", "top_m", "size"), [(4096, 128, 64), (4096, 32, 4), (256, 128, 16), (8, 128, 16)]
 )
-def test_rows_chosen_at_random_take_one_round(num_tokens: int, top_m: int, size: int) -> None:
+def test_random_rows_take_one_round(num_tokens: int, top_m: int, size: int) -> None:
     groups = exchange.groups(num_tokens, top_m, 1, size)
     random = np.random.default_rng(0)
     for _ in range(4):
         owners = random.integers(size, size=(num_tokens, top_m))
         counts = np.stack([np.sum(owners == owner, axis=1) for owner in range(size)])
         assert np.max(np.sum(-(-counts // groups.size), axis=1)) <= groups.capacity
-    # Places for selections, in groups that are not all full, and capacity for uneven loads.
+    # Slots for selections, in groups that are not all full, with capacity for uneven loads.
     even = num_tokens * top_m / size
     assert 1.25 * even < groups.capacity * groups.size < 1.8 * even or even < 400
 
 
-def test_sizes_that_do_not_divide_the_tables_are_named_with_one_that_does() -> None:
+def test_sizes_that_do_not_divide_the_tables_are_rejected_with_a_suggestion() -> None:
     assert exchange.column_fault(768, 384, 2, 64) is None
     assert exchange.column_fault(768, 384, 2, 1) is None
     assert exchange.column_fault(768, 0, 1, 256) is None

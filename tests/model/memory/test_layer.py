@@ -1,4 +1,4 @@
-"""The memory layer: what it reads, what it adds up, and how large it is at the start."""
+"""The memory layer: which rows it reads, its output, and its initial variance."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ def _assert_close(left: jax.Array, right: np.ndarray | jax.Array) -> None:
 
 
 def _rows_read(config: ModelConfig, start: int = 0) -> set[int]:
-    """Rows of the store that the output of the layer depends on."""
+    """Returns the rows of the store that affect the output of the layer."""
     layer, store = _layer(config), _store(config)
     x = _inputs(config, num_tokens=200)
     gradient = jax.grad(
@@ -162,8 +162,10 @@ _KINDS: dict[str, dict[str, Any]] = {
 def _tucker_grid(
     row: np.ndarray, column: np.ndarray, u: np.ndarray, v: np.ndarray, cores: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    kept = [np.argsort(-(w @ s))[:4] for w, s in ((u, row), (v, column))]
-    return kept, np.einsum("ri,crq,qj->ijc", row[:, kept[0]], cores, column[:, kept[1]])
+    shortlists = [np.argsort(-(w @ s))[:4] for w, s in ((u, row), (v, column))]
+    return shortlists, np.einsum(
+        "ri,crq,qj->ijc", row[:, shortlists[0]], cores, column[:, shortlists[1]]
+    )
 
 
 def _normalised(
@@ -183,7 +185,7 @@ def _literal(
     store: ValueStore,
     start: int,
 ) -> np.ndarray:
-    """The layer's output by the equations, token by token and value by value."""
+    """Computes the layer's output from the equations, token by token and value by value."""
     sizes, rank = config.memory, config.memory.tucker_rank
     flat = np.asarray(x.reshape(-1, x.shape[-1]))
     weights = {name: np.asarray(value[...]) for name, value in nnx.state(layer).items()}
@@ -213,10 +215,10 @@ def _literal(
         row, column = np.einsum("srq,srnq->srn", query, keys[head])
         if sizes.scoring == "tucker":
             u, v = weights["core_u"][head], weights["core_v"][head]
-            kept, grid = _tucker_grid(row, column, u, v, weights["cores"][:, head])
+            shortlists, grid = _tucker_grid(row, column, u, v, weights["cores"][:, head])
         else:
-            kept = [np.argsort(-s[0])[:4] for s in (row, column)]
-            grid = (row[0, kept[0]][:, None] + column[0, kept[1]][None, :])[..., None]
+            shortlists = [np.argsort(-s[0])[:4] for s in (row, column)]
+            grid = (row[0, shortlists[0]][:, None] + column[0, shortlists[1]][None, :])[..., None]
         best = np.argsort(-grid.sum(-1).reshape(-1))[:4]
         scores = grid.reshape(16, -1)[best]
         if sizes.score_activation == "softmax":
@@ -225,7 +227,7 @@ def _literal(
             scores = np.maximum(scores, 0)
         for flat_index, score in zip(best, scores, strict=True):
             i, j = divmod(int(flat_index), 4)
-            address = int(kept[0][i]) * sizes.keys_per_side + int(kept[1][j])
+            address = int(shortlists[0][i]) * sizes.keys_per_side + int(shortlists[1][j])
             address = int(weights["shuffle"][address]) if sizes.shuffle else address
             table_row = (address + start) % store.num_rows
             gate = 1.0
@@ -244,7 +246,7 @@ def _literal(
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_output_is_the_sum_over_selected_rows(kind: str) -> None:
+def test_output_is_the_weighted_sum_of_selected_rows(kind: str) -> None:
     config = _config(num_heads=2, **_KINDS[kind])
     layer, store, x = _layer(config), _store(config), _inputs(config, num_tokens=3)
     if not config.memory.pre_value_dim:
@@ -276,8 +278,8 @@ def test_peer_is_a_loop_over_experts_of_one_neuron() -> None:
     _assert_close(y, expected.reshape(x.shape))
 
 
-def test_scores_compete_under_softmax_alone() -> None:
-    """The weights of a head sum to 1, whatever the scores."""
+def test_only_softmax_weights_sum_to_one() -> None:
+    """The softmax weights of a head sum to 1 for any scores."""
     x = _inputs(_config(), num_tokens=3)
     tops = {}
     for name in ("softmax", "relu"):
@@ -306,7 +308,7 @@ def test_layers_read_the_tables_of_their_window(
     for start, window in zip(starts.tolist(), tables, strict=True):
         rows = _rows_read(config, start)
         assert rows <= {(start + row) % 64 for row in range(sizes.num_visible)}
-        if group in (1, 4):  # n sqrt(g) is whole: every table of the window is read
+        if group in (1, 4):  # n sqrt(g) is an integer: every table of the window is read
             assert {row // sizes.num_values for row in rows} == set(window)
             assert len(rows) > 0.9 * sizes.num_visible
         else:
@@ -321,14 +323,14 @@ def test_statistics_count_what_was_selected() -> None:
     assert float(stats.top_score) > float(stats.last_score)
 
 
-def test_output_variance_is_that_of_the_output() -> None:
+def test_output_variance_matches_the_output() -> None:
     config = _config()
     y, stats = _apply(_layer(config), _inputs(config), _store(config))
     np.testing.assert_allclose(stats.output_variance, np.var(y), rtol=1e-5)
 
 
 @pytest.mark.parametrize("operator", ["product_key_top_k", "value_aggregation"])
-def test_an_implementation_for_other_hardware_is_one_error_that_names_the_field(
+def test_an_implementation_for_other_hardware_is_an_error_that_names_the_field(
     operator: str,
 ) -> None:
     named: dict[str, Any] = {operator: "pallas_tpu"}
@@ -370,7 +372,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 64, "num_keys": 24, "key_dim": 32, "top_m": 16, "shortlist": 16},
     "larger": {"hidden_size": 128, "num_keys": 32, "key_dim": 64, "top_m": 32, "shortlist": 32},
 }
-# The cores alone, eight numbers a layer, spread a layer's variance by 30 % of its mean.
+# The cores alone, eight numbers per layer, give a layer's variance a deviation of 30 % of its mean.
 _LAYERS = 40
 _SEEDS = 10
 
@@ -384,7 +386,7 @@ def _principled(size: str, **overrides: Any) -> ModelConfig:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _initial(config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Variances of memory and FFN outputs and mean per-core scores, over seeds and layers."""
+    """Returns variances of memory and FFN outputs and mean per-core scores, by seed and layer."""
     std = layers.linear_std(config.hidden_size)
     down_std = std * layers.residual_scale(config.num_layers)
     sizes = config.memory
@@ -439,7 +441,7 @@ def _record_scores(patch: pytest.MonkeyPatch) -> list[jax.Array]:
     ],
     ids=str,
 )
-def test_initial_variances_are_those_of_the_formulas(size: str, overrides: dict[str, Any]) -> None:
+def test_initial_variances_match_the_formulas(size: str, overrides: dict[str, Any]) -> None:
     config = _principled(size, **overrides)
     memory_variances, ffn_variances, scores = _initial(config)
     weight_square = initialization.calibrate(config.memory).weight_square
@@ -456,7 +458,7 @@ def test_initial_variances_are_those_of_the_formulas(size: str, overrides: dict[
         np.testing.assert_allclose(scores.mean(), 1, rtol=0.05)
 
 
-def test_arms_differ_in_what_they_name() -> None:
+def test_initializations_differ_as_documented() -> None:
     def start(arm: str) -> initialization.MemoryInitialization:
         return initialization.memory_initialization(_principled("small", initialization=arm))
 
@@ -471,7 +473,7 @@ def test_arms_differ_in_what_they_name() -> None:
 
 
 @pytest.mark.parametrize("expansion", [1, 2])
-def test_the_store_has_the_drawn_deviation_and_one_table_for_each_layer(expansion: int) -> None:
+def test_the_store_has_the_initial_deviation_and_one_table_per_layer(expansion: int) -> None:
     config = _config(num_layers=3, num_keys=20, key_expansion=expansion, initialization="released")
     store = MemoryLayer.create_store(config, init=Initializer(jax.random.key(1)))
     assert store.values.shape == (3, 400, 12)

@@ -1,4 +1,4 @@
-"""Retrieval by hand: a table of four rows is two row keys by two column keys."""
+"""Retrieval by hand: a table of four rows has two row keys and two column keys."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def _random(seed: int, *shape: int) -> jax.Array:
 
 
 def test_four_rows_by_hand() -> None:
-    # Token 0 asks for (1, 0) on the row side and (1, 1) on the column side, for both ranks.
+    # The query is (1, 0) on the row side and (1, 1) on the column side, for both ranks.
     query = jnp.asarray([[[1.0, 0.0]], [[1.0, 1.0]]])[None, :, None]  # [1, 2, 1, t, q]
     keys = jnp.asarray(
         [
@@ -54,10 +54,10 @@ def test_four_rows_by_hand() -> None:
 
 
 def test_a_shortlist_of_one_hides_the_best_pair() -> None:
-    # Two keys a side; of rank 0 the first is the best, of rank 1 the second, by far.
+    # Two keys per side; the first is best for rank 0, the second, by far, for rank 1.
     query = jnp.ones((1, 2, 1, 1, 1))
     keys = jnp.asarray([[[[1.0], [0.0]], [[0.0], [9.0]]]] * 2)[None]
-    u = v = jnp.asarray([[1.0, 0.0]])  # sees rank 0 alone
+    u = v = jnp.asarray([[1.0, 0.0]])  # sees only rank 0
     chosen = [
         kernels.product_key_top_k(
             query, keys, u, v, jnp.eye(2)[None, None], top_m=1, shortlist=shortlist
@@ -79,11 +79,11 @@ def test_softmax_is_over_the_selection_of_each_head() -> None:
 
 
 def test_query_layouts_by_hand() -> None:
-    chunks = jnp.arange(4.0)[None, :, None]  # one token; the only entry of a chunk is its number
+    chunks = jnp.arange(4.0)[None, :, None]  # one token; the only entry of a chunk is its index
 
     def arranged(layout: retrieval.QueryLayout, count: int, heads: int) -> list:
         query = retrieval.arrange_query(chunks[:, :count], layout, num_heads=heads, tucker_rank=2)
-        # Heads and ranks that share a query have size 1.
+        # Axes of heads or ranks that share a query have size 1.
         return jnp.broadcast_to(query, (heads, 2, 2, 1, 1))[..., 0, 0].tolist()
 
     assert arranged("per_rank", 4, 2) == [[[0, 1], [2, 3]]] * 2
@@ -97,7 +97,7 @@ def test_query_layouts_by_hand() -> None:
     ("layout", "count"),
     [("per_rank", 6), ("shared", 2), ("per_head", 10), ("released", 6)],
 )
-def test_query_chunks_is_what_the_layout_reads(layout: retrieval.QueryLayout, count: int) -> None:
+def test_query_chunks_matches_the_layout(layout: retrieval.QueryLayout, count: int) -> None:
     assert retrieval.query_chunks(layout, num_heads=5, tucker_rank=3) == count
 
 
@@ -113,7 +113,7 @@ _FOUR_OF_24 = {
 
 
 @pytest.mark.parametrize("sharing", _FOUR_OF_24)
-def test_windows_are_those_of_the_paper(sharing: Any) -> None:
+def test_windows_match_the_paper(sharing: Any) -> None:
     starts = retrieval.window_starts(24, sharing, 1 if sharing == "none" else 4)
     assert {layer: starts[layer - 1] + 1 for layer in _FOUR_OF_24[sharing]} == _FOUR_OF_24[sharing]
     assert starts.shape == (24,)
@@ -162,24 +162,24 @@ def test_balance_loss_by_hand() -> None:
     np.testing.assert_allclose(retrieval.balance_loss(mass, counts), 2.5, rtol=1e-6)
 
 
-def test_balance_loss_at_perfect_balance_is_one_a_side() -> None:
+def test_balance_loss_at_perfect_balance_is_one_per_side() -> None:
     shortlisting = 0.1 * jnp.stack([jnp.eye(4), jnp.eye(4)[::-1]])[None]
     statistics = retrieval.balance_statistics(shortlisting, 1)
     np.testing.assert_array_equal(statistics[1], jnp.ones((2, 4)))
     np.testing.assert_allclose(retrieval.balance_loss(*statistics), 2.0, rtol=1e-6)
 
 
-def test_balance_loss_of_summed_statistics_is_that_of_all_tokens() -> None:
+def test_balance_loss_of_summed_statistics_matches_all_tokens() -> None:
     shortlisting = _random(0, 2, 2, 6, 5)
     parts = [retrieval.balance_statistics(shortlisting[:, :, i : i + 3], 2) for i in (0, 3)]
     summed = jax.tree.map(jnp.add, *parts)
-    whole = retrieval.balance_statistics(shortlisting, 2)
+    full = retrieval.balance_statistics(shortlisting, 2)
     np.testing.assert_allclose(
-        retrieval.balance_loss(*summed), retrieval.balance_loss(*whole), rtol=1e-6
+        retrieval.balance_loss(*summed), retrieval.balance_loss(*full), rtol=1e-6
     )
 
 
-def test_balance_loss_falls_along_its_gradient(x64: None) -> None:
+def test_balance_loss_decreases_along_its_gradient(x64: None) -> None:
     shortlisting = _random(0, 1, 2, 4, 6).astype(jnp.float64)
 
     @jax.jit
@@ -224,18 +224,18 @@ def test_core_vectors_are_the_leading_singular_pair() -> None:
     assert (u.sum(axis=-1) >= 0).all()
 
 
-def test_core_vectors_keep_the_sign_of_the_pair_before() -> None:
+def test_core_vectors_keep_the_sign_of_the_previous_pair() -> None:
     cores = _random(0, 1, 2, 2, 2)
     none = jnp.zeros((2, 2))
     u, v = retrieval.core_vectors(cores, none, none)
-    sign = jnp.asarray([[1.0], [-1.0]])  # one head as it was, one turned round
+    sign = jnp.asarray([[1.0], [-1.0]])  # one head unchanged, one flipped
     nearby = cores + 1e-3
     new_u, new_v = retrieval.core_vectors(nearby, u * sign, v * sign)
     np.testing.assert_allclose(new_u, u * sign, atol=1e-2)
     np.testing.assert_allclose(new_v, v * sign, atol=1e-2)
 
 
-def test_core_vectors_follow_a_turning_core_without_a_jump() -> None:
+def test_core_vectors_follow_a_rotating_core_without_a_jump() -> None:
     def core(angle: jax.Array) -> jax.Array:
         u = jnp.asarray([jnp.cos(angle), jnp.sin(angle)])
         return (3 * jnp.outer(u, u) + 0.5 * jnp.eye(2))[None, None]
@@ -247,4 +247,4 @@ def test_core_vectors_follow_a_turning_core_without_a_jump() -> None:
         if before is not None:
             assert float(jnp.abs(pair[0] - before[0]).max()) < 0.3
         before = pair
-    np.testing.assert_allclose(pair[0], [[1, 0]], atol=1e-4)  # a whole turn, not a half
+    np.testing.assert_allclose(pair[0], [[1, 0]], atol=1e-4)  # a full turn, not a half

@@ -1,4 +1,4 @@
-"""The mixture of experts: what it adds up, at every skew, and how its gradients come about."""
+"""The mixture of experts: its output at any load skew, and how its gradients are computed."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def _layer(config: ModelConfig) -> MixtureOfExperts:
 
 
 def _inputs(batch: int = 2, length: int = 7, seed: int = 1) -> jax.Array:
-    """Normal, but for a feature that is always 1: its row of the router is a bias."""
+    """Normal inputs with one feature that is always 1, so that its router row acts as a bias."""
     x = np.random.default_rng(seed).normal(size=(batch, length, _HIDDEN))
     x[..., 0] = 1
     return jnp.asarray(x, jnp.float32)
@@ -51,7 +51,7 @@ def _apply(layer: MixtureOfExperts, x: jax.Array) -> tuple[jax.Array, Any]:
 
 
 def _objective(layer: MixtureOfExperts, x: jax.Array) -> jax.Array:
-    """Of the output and both losses."""
+    """A scalar function of the output and both losses."""
     y, stats = layer(x, observe=HEALTH)
     assert stats is not None
     weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape[1:] + x.shape[:1])
@@ -59,7 +59,7 @@ def _objective(layer: MixtureOfExperts, x: jax.Array) -> jax.Array:
 
 
 def _loop(layer: MixtureOfExperts, x: jax.Array) -> dict[str, np.ndarray]:
-    """The layer and its statistics, token by token and expert by expert, in float64."""
+    """Computes the layer and its statistics per token and expert, in float64."""
     names = ("router", "gate", "up", "down")
     router, gate, up, down = (np.asarray(getattr(layer, name)[...], np.float64) for name in names)
     tokens = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
@@ -132,7 +132,7 @@ def test_renormalized_weights_add_up_to_1() -> None:
     assert float(_apply(plain, x)[1].top_score + _apply(plain, x)[1].last_score) < 0.95
 
 
-def test_of_equally_likely_experts_the_lower_are_chosen() -> None:
+def test_ties_between_experts_go_to_the_lower_index() -> None:
     layer = _layer(_config(top_k=3))
     layer.router[...] = jnp.zeros((_HIDDEN, _EXPERTS)).at[0, 4].set(1.0)
     assert _apply(layer, _inputs())[1].hits.tolist() == [14, 14, 0, 0, 14, 0]
@@ -190,7 +190,7 @@ def _sorted(choices: np.ndarray) -> Callable[..., jax.Array]:
 
 
 def _joined(choices: np.ndarray) -> Callable[..., jax.Array]:
-    """With gate and up in one array, as models are served."""
+    """The mixture with gate and up in one array, as in served models."""
 
     def mixture(x: jax.Array, weights: jax.Array, *matrices: jax.Array) -> jax.Array:
         dispatch = experts.plan_dispatch(jnp.asarray(choices, jnp.int32), _EXPERTS)
@@ -201,7 +201,7 @@ def _joined(choices: np.ndarray) -> Callable[..., jax.Array]:
 
 
 def _dense(choices: np.ndarray) -> Callable[..., jax.Array]:
-    """Every expert on every token."""
+    """The mixture computed with every expert on every token."""
 
     def mixture(x: jax.Array, weights: jax.Array, *matrices: jax.Array) -> jax.Array:
         gate, up, down = matrices
@@ -224,7 +224,7 @@ def _output_and_gradients(mixture: Callable[..., jax.Array], arguments: Any) -> 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", ["ragged", "4", "128"])
 @pytest.mark.parametrize("skew", _CHOICES)
-def test_implementations_equal_the_dense_sum(
+def test_implementations_match_the_dense_sum(
     implementation: str, skew: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choices = _CHOICES[skew]
@@ -239,17 +239,17 @@ def test_implementations_equal_the_dense_sum(
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", ["ragged", "4"])
-def test_gate_and_up_in_one_array_give_the_same(
+def test_gate_and_up_in_one_array_give_the_same_result(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _use(monkeypatch, implementation)
     choices = _CHOICES["even"]
     arguments = _mixture_arguments(choices)
-    apart, joined = (jax.jit(f(choices))(*arguments) for f in (_sorted, _joined))
-    np.testing.assert_allclose(joined, apart, rtol=1e-11, atol=1e-12)
+    separate, joined = (jax.jit(f(choices))(*arguments) for f in (_sorted, _joined))
+    np.testing.assert_allclose(joined, separate, rtol=1e-11, atol=1e-12)
 
 
-def test_platform_of_lowering_chooses_the_implementation() -> None:
+def test_the_lowering_platform_selects_the_implementation() -> None:
     choices = _CHOICES["even"]
     gradient = jax.jit(lambda arguments: _output_and_gradients(_sorted(choices), arguments))
     traced = gradient.trace(_mixture_arguments(choices))
@@ -279,7 +279,7 @@ def test_experts_without_tokens_are_not_read() -> None:
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
-    """Names of all operations, those within others too."""
+    """Yields the names of all primitives, including nested ones."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         for value in jax.tree.leaves(
@@ -290,7 +290,7 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
                 yield from _primitives(inner)
 
 
-def test_gradient_adds_nothing_up_by_scattering() -> None:
+def test_gradient_has_no_scatter_add() -> None:
     layer, x = _layer(_config(renormalize=True)), _inputs()
     names = set(_primitives(jax.make_jaxpr(jax.grad(_objective, argnums=(0, 1)))(layer, x).jaxpr))
     assert {"gather", "while", "sort", "top_k", "ragged_dot_general"} <= names
@@ -354,7 +354,7 @@ def test_bfloat16_layers_route_in_float32() -> None:
     assert y.dtype == jnp.bfloat16
     float32, int32 = jnp.dtype("float32"), jnp.dtype("int32")
     assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {float32, int32}
-    # Routing sees nothing of the narrow products: it equals that of the same inputs, widened.
+    # Routing does not use bfloat16 products: it equals that of the inputs cast to float32.
     wide, wide_stats = _apply(layer, x.astype(jnp.float32))
     np.testing.assert_array_equal(stats.hits, wide_stats.hits)
     np.testing.assert_array_equal(stats.probability, wide_stats.probability)
@@ -369,7 +369,7 @@ def test_bfloat16_layers_route_in_float32() -> None:
         np.testing.assert_allclose(left, right, rtol=0.1, atol=0.03 * float(jnp.abs(right).max()))
 
 
-def test_initial_deviations_are_those_of_linear_maps() -> None:
+def test_initial_deviations_match_linear_layers() -> None:
     config = dataclasses.replace(_config(expert_size=64), hidden_size=64, num_layers=8)
     layer = MixtureOfExperts(config, init=Initializer(jax.random.key(0)))
     linear = (2 / (5 * 64)) ** 0.5

@@ -1,8 +1,8 @@
-"""The open long-context suite: seven tasks that are written from a seed, at any length.
+"""The open long-context suite: seven tasks, generated from a seed at any length.
 
-Each module is one task, a function that writes a document: a context, then questions whose answers
-stand in it. Training reads such documents as a source of text, so this package knows nothing of
-models; `umv2.evaluation.long_context` asks the questions.
+Each module is one task: a function that writes a document, i.e. a context followed by questions
+about it. Training also reads these documents as text, so this package does not depend on models;
+`umv2.evaluation.long_context` scores a model's answers.
 """
 
 from collections.abc import Mapping

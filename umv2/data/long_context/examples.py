@@ -1,4 +1,4 @@
-"""What all tasks use: documents, the examples that they become, and how splits stay apart."""
+"""What all tasks share: documents, tokenized examples, and disjoint seeds for the splits."""
 
 import dataclasses
 import string
@@ -10,17 +10,18 @@ import numpy as np
 from jaxtyping import Int32
 
 Split = Literal["train", "evaluation"]
-# Drawn from by name, so that no seed of one split is a seed of another.
-# Where tasks stood when their documents were first drawn: equal seeds draw equal documents.
+# Part of every seed: the package that first held the tasks, so that equal seeds still draw equal
+# documents.
 _DRAWN_AS = "umv2.evaluation.long_context"
+# Part of every seed, so that the splits share no random stream.
 _SPLITS: dict[Split, int] = {"train": 0, "evaluation": 1}
-_SHORTEST_FILLER = 16  # tokens; a gap that is smaller stays
+_SHORTEST_FILLER = 16  # tokens; a smaller gap is left unfilled
 SYMBOLS = string.ascii_letters + string.digits
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """The part of a tokenizer that examples need."""
+    """The part of the tokenizer interface that examples need."""
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         """Returns the ids of a text."""
@@ -28,15 +29,15 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, its answer, and where in the context the answer stands.
+    """A question, its answer, and the piece of the context that contains the answer.
 
     Attributes:
       prompt: text before the answer.
       answer: the text that is scored.
-      evidence: number of the piece of the document that the answer depends on; where it depends on
-        several, of the one that stands first.
-      chance: probability that a guess is right which knows the task and the candidates for the
-        answer, and not which of them it is. The task says what its candidates are.
+      evidence: index of the piece of the document that the answer depends on; the first of them
+        if it depends on several.
+      chance: probability that a random guess among the candidate answers is right. Each task
+        documents its candidates.
     """
 
     prompt: str
@@ -49,30 +50,30 @@ class Question:
 class Document:
     """Pieces of context and questions, in the order of the text.
 
-    A piece is encoded on its own, so that answers begin and end with a token, whatever the
-    tokenizer.
+    Each piece is tokenized separately, so that an answer starts and ends at a token boundary with
+    any tokenizer.
     """
 
     pieces: list[str | Question] = dataclasses.field(default_factory=list)
 
     def add(self, piece: str | Question) -> int:
-        """Appends a piece and returns its number."""
+        """Appends a piece and returns its index."""
         self.pieces.append(piece)
         return len(self.pieces) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Brief:
-    """What a task is asked for.
+    """What a task is asked to write.
 
     Attributes:
-      rng: of everything that is drawn.
-      length: tokens that the document may have.
-      size: tokens of a text.
-      filler: draws real text of at most so many tokens that ends a line.
-      practice: for training: asks wherever an answer can be known already, and not only at the end,
-        so that every document has questions with little before them. Those are learned first, and
-        without them the others are not within minutes.
+      rng: source of all random draws.
+      length: maximum number of tokens of the document.
+      size: returns the number of tokens of a text.
+      filler: draws complete lines of real text, of at most the given number of tokens.
+      practice: for training: also asks questions between the facts, as soon as they can be
+        answered, and not only at the end. These questions have a short context and are learned
+        first; without them, the others are not learned within minutes.
     """
 
     rng: np.random.Generator
@@ -82,11 +83,11 @@ class Brief:
     practice: bool = False
 
     def pick[T](self, choices: Sequence[T]) -> T:
-        """Draws one."""
+        """Draws one of the choices."""
         return choices[int(self.rng.integers(len(choices)))]
 
     def sample[T](self, choices: Sequence[T], count: int) -> list[T]:
-        """Draws several different ones, in random order."""
+        """Draws up to `count` choices without replacement, in random order."""
         return [choices[int(i)] for i in self.rng.permutation(len(choices))[:count]]
 
 
@@ -95,7 +96,7 @@ class Task(Protocol):
     """Writes a document of at most `brief.length` tokens."""
 
     def __call__(self, brief: Brief) -> Document:
-        """Writes it."""
+        """Writes the document."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,9 @@ class Answer:
     """Tokens [start, stop) of an example that are scored.
 
     Attributes:
-      start: first token of the answer.
-      stop: token after it.
-      depth: place of the evidence in what stands before the question, from 0 (first) to 1.
+      start: position of the first token of the answer.
+      stop: position after its last token.
+      depth: relative position of the evidence in the text before the answer, from 0 (start) to 1.
       chance: see `Question`.
     """
 
@@ -117,7 +118,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A document in tokens."""
+    """A tokenized document and its answers."""
 
     tokens: Int32[np.ndarray, "t"]
     answers: tuple[Answer, ...]
@@ -133,16 +134,16 @@ def make_example(
     tokenizer: Encoder,
     texts: Sequence[str],
 ) -> Example:
-    """Writes example `index` of a split: the same for equal arguments.
+    """Writes example `index` of a split; deterministic in its arguments.
 
     Args:
       task: one of TASKS.
       split: examples of different splits are drawn independently.
       seed: of the split.
       index: of the example.
-      length: tokens that it may have; it has nearly as many where the task's pieces are short.
-      tokenizer: of the text.
-      texts: documents that filler is cut from.
+      length: maximum number of tokens; tasks with short pieces come close to it.
+      tokenizer: encodes the text.
+      texts: documents that filler is drawn from.
     """
     module = getattr(task, "__module__", "").rpartition(".")[2]
     name = zlib.crc32(f"{_DRAWN_AS}.{module}".encode())
@@ -158,23 +159,23 @@ def make_example(
     tokens: list[np.ndarray] = []
     answers: list[tuple[int, int, Question]] = []
     starts: list[int] = []
-    place = 0
+    position = 0
 
-    def put(text: str) -> None:
-        nonlocal place
+    def append(text: str) -> None:
+        nonlocal position
         tokens.append(tokenizer.encode(text))
-        place += len(tokens[-1])
+        position += len(tokens[-1])
 
     for piece in document.pieces:
-        starts.append(place)
+        starts.append(position)
         if isinstance(piece, str):
-            put(piece)
+            append(piece)
             continue
-        put(piece.prompt)
-        start = place
-        put(piece.answer)
-        answers.append((start, place, piece))
-        put("\n")
+        append(piece.prompt)
+        start = position
+        append(piece.answer)
+        answers.append((start, position, piece))
+        append("\n")
     return Example(
         tokens=np.concatenate(tokens).astype(np.int32),
         answers=tuple(
@@ -185,29 +186,29 @@ def make_example(
 
 
 def names(count: int) -> list[str]:
-    """Returns `count` different strings of letters and digits, all of the least length."""
+    """Returns all strings of letters and digits of the least length that has at least `count`."""
     length = 1
     while len(SYMBOLS) ** length < count:
         length += 1
-    base, made = len(SYMBOLS), []
+    base, strings = len(SYMBOLS), []
     for number in range(base**length):
         digits = (number // base**place % base for place in range(length))
-        made.append("".join(SYMBOLS[digit] for digit in digits))
-    return made
+        strings.append("".join(SYMBOLS[digit] for digit in digits))
+    return strings
 
 
 def _cut(
     texts: Sequence[str], limit: int, size: Callable[[str], int], rng: np.random.Generator
 ) -> str:
-    """Cuts complete lines of at most `limit` tokens out of texts, going on from text to text."""
+    """Returns complete lines of at most `limit` tokens, drawn from one text after another."""
     lines: list[str] = []
     used = misses = 0
     while limit - used >= _SHORTEST_FILLER and misses < 100:
         text = texts[int(rng.integers(len(texts)))]
-        every = text.splitlines()
-        first = int(rng.integers(len(every))) if every else 0
+        text_lines = text.splitlines()
+        first = int(rng.integers(len(text_lines))) if text_lines else 0
         count = len(lines)
-        for line in every[first:]:
+        for line in text_lines[first:]:
             needed = size(line + "\n")
             if used + needed > limit:
                 break

@@ -1,4 +1,4 @@
-"""In-context learning: demonstrations of a fresh random mapping from symbols to labels."""
+"""In-context learning: demonstrations of a new random mapping from symbols to labels."""
 
 import string
 
@@ -6,14 +6,14 @@ from umv2.data.long_context.examples import Brief, Document, Question
 
 _SYMBOLS = string.ascii_lowercase
 _LABELS = string.digits[:4]
-_SHOTS = 3  # demonstrations of a symbol before it is asked, on average
+_SHOTS = 3  # mean number of demonstrations per symbol
 _QUESTIONS = 0.25
 
 
 def write(brief: Brief) -> Document:
-    """Writes (symbol, label) lines, then asks symbols that were shown; every mapping is new.
+    """Writes (symbol, label) lines, then asks for the labels of some of these symbols.
 
-    Chance: a guess among the labels.
+    Each document has its own mapping. Chance: a guess among the labels.
     """
     document = Document()
 
@@ -30,8 +30,8 @@ def write(brief: Brief) -> Document:
     for _ in range(shown):
         symbol = brief.pick(symbols)
         practice = brief.practice and symbol in evidence
-        shown_again = ask(symbol) if practice else f"{symbol} {labels[symbol]}\n"
-        evidence[symbol] = document.add(shown_again)
+        piece = ask(symbol) if practice else f"{symbol} {labels[symbol]}\n"
+        evidence[symbol] = document.add(piece)
     for symbol in brief.sample(list(evidence), num_questions):
         document.add(ask(symbol))
     return document

@@ -1,4 +1,4 @@
-"""Memorizing: sentences with facts about people among sentences that say nothing about them."""
+"""Memorizing: sentences that state facts about people, mixed with filler sentences."""
 
 import itertools
 
@@ -30,19 +30,19 @@ _FACTS, _QUESTIONS = 0.75, 0.35
 
 
 def write(brief: Brief) -> Document:
-    """Writes facts among filler, then asks some of them in random order.
+    """Writes facts mixed with filler, then asks for some of the facts in random order.
 
-    Each (name, attribute) stands once; a document too long for that many names numbers them.
-    Chance: a guess among the attribute's values.
+    Each (name, attribute) pair occurs once; a long document appends numbers to the names to get
+    enough pairs. Chance: a guess among the attribute's values.
     """
     document = Document()
     fact = brief.size("The color of Greta is green.\n")
     question = brief.size("The color of Greta is? ") + brief.size("green") + brief.size("\n")
     budget = int(brief.length * (1 - _QUESTIONS))
-    wanted = max(2, int(budget * _FACTS) // fact)
-    rounds = -(-wanted // (len(_NAMES) * len(_VALUES)))
+    num_facts = max(2, int(budget * _FACTS) // fact)
+    rounds = -(-num_facts // (len(_NAMES) * len(_VALUES)))
     names = [name + ("" if i == 0 else str(i)) for i in range(rounds) for name in _NAMES]
-    subjects = brief.sample(list(itertools.product(names, _VALUES)), wanted)
+    subjects = brief.sample(list(itertools.product(names, _VALUES)), num_facts)
     facts: list[tuple[str, str, str, int]] = []
     used = 0
     while subjects:
@@ -55,16 +55,16 @@ def write(brief: Brief) -> Document:
             text = brief.pick(_FILLER)
         if used + brief.size(text) > budget and facts:
             break
-        place = document.add(text)
+        index = document.add(text)
         used += brief.size(text)
         if states_fact:
-            facts.append((name, attribute, value, place))
-    asked = max(1, (brief.length - used) // question)
-    for name, attribute, value, place in brief.sample(facts, asked):
+            facts.append((name, attribute, value, index))
+    num_questions = max(1, (brief.length - used) // question)
+    for name, attribute, value, evidence in brief.sample(facts, num_questions):
         chance = 1 / len(_VALUES[attribute])
         prompt = f"The {attribute} of {name}? "
         if used + brief.size(prompt) + brief.size(value) + 1 > brief.length:
             break
         used += brief.size(prompt) + brief.size(value) + brief.size("\n")
-        document.add(Question(prompt, value, place, chance))
+        document.add(Question(prompt, value, evidence, chance))
     return document

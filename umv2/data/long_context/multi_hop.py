@@ -1,4 +1,4 @@
-"""Multi-hop reasoning: what lies in what, in shuffled order, and what is some steps further out."""
+"""Multi-hop reasoning: shuffled facts "a in b", and what contains a thing after several hops."""
 
 import itertools
 
@@ -9,10 +9,10 @@ _QUESTIONS = 0.4
 
 
 def write(brief: Brief) -> Document:
-    """Writes facts, each link of a chain one, and asks what is 2 to 4 steps from a thing.
+    """Writes one fact per link of each chain, and asks what is 2 to 4 hops from a thing.
 
-    All chains are as long as the most hops, so that those not asked distract. Chance: a guess among
-    the things that something lies in.
+    All chains have the maximum number of hops; those that are not asked for are distractors.
+    Chance: a guess among the things that contain another one.
     """
     document = Document()
     links = _MOST_HOPS
@@ -25,9 +25,9 @@ def write(brief: Brief) -> Document:
     things = brief.sample(labels, count * (links + 1))
     chains = [things[i * (links + 1) : (i + 1) * (links + 1)] for i in range(count)]
     facts = [pair for chain in chains for pair in itertools.pairwise(chain)]
-    place: dict[str, int] = {}
+    fact_index: dict[str, int] = {}
     for inner, outer in brief.sample(facts, len(facts)):
-        place[inner] = document.add(f"{inner} in {outer}\n")
+        fact_index[inner] = document.add(f"{inner} in {outer}\n")
     possible = [
         (chain, start, hops)
         for chain in chains
@@ -35,9 +35,9 @@ def write(brief: Brief) -> Document:
         for start in range(links + 1 - hops)
     ]
     used = len(facts) * (fact + extra)
-    asked = max(1, (brief.length - used) // (question + extra))
-    for chain, start, hops in brief.sample(possible, asked):
-        evidence = min(place[thing] for thing in chain[start : start + hops])
+    num_questions = max(1, (brief.length - used) // (question + extra))
+    for chain, start, hops in brief.sample(possible, num_questions):
+        evidence = min(fact_index[thing] for thing in chain[start : start + hops])
         prompt = f"{chain[start]}+{hops}? "
         document.add(Question(prompt, chain[start + hops], evidence, 1 / len(facts)))
     return document

@@ -1,4 +1,4 @@
-"""Multi-round memorizing: a dialogue that states, updates and revokes facts, and asks for them."""
+"""Multi-round memorizing: a dialogue that states, updates, revokes and asks for facts."""
 
 import string
 
@@ -11,9 +11,10 @@ _ASK, _REVOKE = 0.45, 0.1
 
 
 def write(brief: Brief) -> Document:
-    """Writes rounds: somebody goes somewhere, leaves, or is asked for; answers are the last state.
+    """Writes rounds in which a person goes to a place, leaves it, or is asked for.
 
-    People are asked for once after each change. Chance: a guess among the places and 'unknown'.
+    The answer is the person's current place; a person is asked for at most once per change. Chance:
+    a guess among the places and 'unknown'.
     """
     document = Document()
     longest = max(brief.size(place) for place in _PLACES)
@@ -21,13 +22,13 @@ def write(brief: Brief) -> Document:
     people = brief.sample(_PEOPLE, max(2, min(len(_PEOPLE), brief.length // (4 * step))))
     place: dict[str, str] = {}
     evidence: dict[str, int] = {}
-    news: set[str] = set()  # changed since they were last asked for
+    changed: set[str] = set()  # people who moved since they were last asked for
     used = 0
     while used + brief.size("> A left.\n> where is A?\n< ") + longest < brief.length:
         draw = brief.rng.random()
-        if news and draw < _ASK:
-            person = brief.pick(sorted(news))
-            news.discard(person)
+        if changed and draw < _ASK:
+            person = brief.pick(sorted(changed))
+            changed.discard(person)
             prompt = f"> where is {person}?\n< "
             answer = place.get(person, _NOWHERE)
             document.add(Question(prompt, answer, evidence[person], 1 / (len(_PLACES) + 1)))
@@ -41,6 +42,6 @@ def write(brief: Brief) -> Document:
             place[person] = brief.pick([p for p in _PLACES if p != place.get(person)])
             text = f"> {person} is at {place[person]}.\n"
         evidence[person] = document.add(text)
-        news.add(person)
+        changed.add(person)
         used += brief.size(text)
     return document

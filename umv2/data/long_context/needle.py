@@ -1,4 +1,4 @@
-"""Needle in a haystack: one sentence that is out of place in long real text."""
+"""Needle in a haystack: one out-of-place sentence in a long real text."""
 
 from umv2.data.long_context.examples import Brief, Document, Question
 
@@ -6,7 +6,7 @@ _CODES = tuple(f"{number:02d}" for number in range(100))
 
 
 def write(brief: Brief) -> Document:
-    """Hides a sentence with a two-digit code at any depth, and asks for the code.
+    """Inserts a sentence with a two-digit code at a random depth, and asks for the code.
 
     Chance: a guess among the codes.
     """
@@ -17,8 +17,8 @@ def write(brief: Brief) -> Document:
     before = int(max(0, rest) * brief.rng.random())
     if before:
         document.add(brief.filler(before))
-    place = document.add(sentence)
+    evidence = document.add(sentence)
     if rest > before:
         document.add(brief.filler(rest - before))
-    document.add(Question(prompt, code, place, 1 / len(_CODES)))
+    document.add(Question(prompt, code, evidence, 1 / len(_CODES)))
     return document

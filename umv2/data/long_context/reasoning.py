@@ -1,4 +1,4 @@
-"""Reasoning: a program in which every line changes a variable, and what the variables end as."""
+"""Reasoning: a program in which every line changes a variable, and the final values."""
 
 from umv2.data.long_context.examples import Brief, Document, Question
 
@@ -7,10 +7,10 @@ _MODULUS = 10
 
 
 def write(brief: Brief) -> Document:
-    """Writes additions modulo 10 and asks for every variable once.
+    """Writes additions modulo 10, and asks for the final value of every variable.
 
-    A variable's value depends on all lines that change it, and on what these add. Chance: a guess
-    among the digits.
+    A value depends on all lines that change the variable and on the values that they add. Chance: a
+    guess among the digits.
     """
     document = Document()
     line = max(brief.size("a+=b\n"), brief.size("a+=3\n"))

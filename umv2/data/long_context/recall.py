@@ -1,9 +1,10 @@
-"""Associative recall at its barest: what a model practises before the tasks of the suite.
+"""Associative recall in its simplest form: the warm-up before the tasks of the suite.
 
-Pairs of symbols, then first symbols, each of whose partners is the answer and the next token. A
-look-up needs one layer that takes every token's predecessor along and one that finds it again, and
-neither is of use without the other: with much context a small model stays at guessing for longer
-than it trains. In documents of a dozen tokens it learns both, and the tasks build on them.
+A document lists pairs of symbols, then repeats first symbols; the partner of each is the next token
+and the answer. A look-up needs an induction head: one layer that copies the previous token to each
+position, and one that attends to the match. Neither reduces the loss without the other, so with a
+long context a small model does not get past guessing. In documents of a dozen tokens it learns
+both, and the tasks build on them.
 """
 
 from umv2.data.long_context.examples import SYMBOLS, Brief, Document, Question
@@ -12,7 +13,7 @@ FEWEST_LINES = 4
 
 
 def write(brief: Brief) -> Document:
-    """Writes pairs, on half of the length, and asks for each at most once.
+    """Fills half of the length with pairs, and asks for each pair at most once.
 
     Chance: a guess among the partners of all pairs.
     """
@@ -21,9 +22,9 @@ def write(brief: Brief) -> Document:
     keys = brief.sample(SYMBOLS, min(len(SYMBOLS), num_lines // 2))
     partners = [brief.pick(SYMBOLS) for _ in keys]
     pairs = list(zip(keys, partners, strict=True))
-    places = [document.add(f"{key}{partner}\n") for key, partner in pairs]
+    evidence = [document.add(f"{key}{partner}\n") for key, partner in pairs]
     for number in brief.sample(range(len(pairs)), num_lines - len(pairs)):
         key, partner = pairs[number]
         chance = partners.count(partner) / len(partners)
-        document.add(Question(key, partner, places[number], chance))
+        document.add(Question(key, partner, evidence[number], chance))
     return document

@@ -1,8 +1,8 @@
-"""Where documents come from: a registry with one entry for each value of `data.source`.
+"""Where documents come from: a registry with one entry per value of `data.source`.
 
-A source of this package is a module beside this one, its entry below and, so that a mistake in its
-fields shows before anything is read, a rule in `umv2.config.data.SOURCE_RULES`. A source of a
-program that uses this package is one call of `register`.
+To add a source to this package, write a module in this folder, add its entry below, and add a rule
+to `umv2.config.data.SOURCE_RULES`, which checks its configuration fields before any data is read.
+A program that uses this package adds a source with `register`.
 """
 
 from collections.abc import Iterator
@@ -10,19 +10,16 @@ from pathlib import Path
 
 from umv2.config import DataConfig, nearest_name
 from umv2.config.schema import reject
-from umv2.data.hashing import content_hash
 from umv2.data.paths import DataError
 from umv2.data.sources import hugging_face, local_files, python_files
 from umv2.data.sources.entry import OpenedTokens, Source, TextSource, TokenSource, Vocabulary
 
 __all__ = [
-    "DataError",
     "OpenedTokens",
     "Source",
     "TextSource",
     "TokenSource",
     "Vocabulary",
-    "content_hash",
     "register",
     "resolve",
     "source_files",
@@ -43,21 +40,21 @@ _REGISTRY: dict[str, Source] = {
 
 
 def register(source: Source) -> None:
-    """Adds a source, which `data.source` may name from now on.
+    """Adds a source to the registry, so that `data.source` can select it by name.
 
     Raises:
-      ValueError: there is one of this name.
+      ValueError: a source of this name exists.
     """
     if source.name in _REGISTRY:
-        raise ValueError(f"source {source.name!r} is registered already")
+        raise ValueError(f"source {source.name!r} is already registered")
     _REGISTRY[source.name] = source
 
 
 def resolve(config: DataConfig) -> Source:
-    """Returns the entry of the configured source, whose rule the configuration keeps.
+    """Returns the entry of the configured source, after checking the configuration against it.
 
     Raises:
-      ConfigError: there is no such source, or a field breaks its rule.
+      ConfigError: there is no such source, or a field violates its rule.
     """
     source = _REGISTRY.get(config.source)
     if source is None:
@@ -69,22 +66,21 @@ def resolve(config: DataConfig) -> Source:
 
 
 def text_documents(config: DataConfig) -> Iterator[str]:
-    """Returns the non-empty documents of the configured source of text, in a fixed order.
+    """Returns the non-empty documents of the configured text source, in a fixed order.
 
     Raises:
-      ConfigError: there is no such source, or a field breaks its rule.
-      DataError: for text that cannot be read, which may show at any document, or a source of
-        tokens.
+      ConfigError: there is no such source, or a field violates its rule.
+      DataError: the source holds tokens, or a text cannot be read; the iterator too can raise it.
     """
     return (text for text in _text_source(config).documents(config) if text)
 
 
 def source_files(config: DataConfig) -> dict[str, Path]:
-    """Returns the files of the configured source of text, in order, by name; it may have none.
+    """Returns the files of the configured text source by name, in order; there may be none.
 
     Raises:
-      ConfigError: there is no such source, or a field breaks its rule.
-      DataError: files that must be there are not, or a source of tokens.
+      ConfigError: there is no such source, or a field violates its rule.
+      DataError: the source holds tokens, or required files are missing.
     """
     return _text_source(config).files(config)
 

@@ -1,4 +1,4 @@
-"""What an entry of the registry says of its source."""
+"""The entries of the registry: text sources and token sources."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -17,17 +17,18 @@ def _no_files(config: DataConfig) -> dict[str, Path]:
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """A source of text, which the configured tokenizer turns into tokens.
+    """A source of text, which the configured tokenizer encodes.
 
-    The content of the documents identifies it: the same text from another place is the same corpus.
+    The content of the documents identifies a corpus: the same text from another location is the
+    same corpus.
 
     Attributes:
       name: the value of `data.source`.
-      documents: yields the text of each document, always in the same order, and raises DataError
-        for what cannot be read; empty documents are skipped.
-      files: returns the files that the text is read from, by name, so that `prepare` notices when
-        one changes; a source that reads none leaves it out.
-      rule: what the source asks of the other fields of the configuration.
+      documents: yields the text of each document, always in the same order; raises DataError if a
+        document cannot be read. Empty documents are skipped.
+      files: returns the files that the text is read from, by name, so that `prepare` notices
+        changes; omitted by a source without files.
+      rule: requirements on the other fields of the configuration.
     """
 
     name: str
@@ -37,12 +38,12 @@ class TextSource:
 
 
 class Vocabulary(NamedTuple):
-    """The token ids that a run can take.
+    """The token ids that a run accepts.
 
     Attributes:
-      size: `model.vocab_size`; every id lies below.
+      size: `model.vocab_size`; every id is smaller.
       end_of_text_id: the id that ends a document.
-      tokenizer: fingerprint of the configured tokenizer; "" where there is none.
+      tokenizer: fingerprint of the configured tokenizer; "" if there is none.
     """
 
     size: int
@@ -51,7 +52,7 @@ class Vocabulary(NamedTuple):
 
 
 class OpenedTokens(NamedTuple):
-    """Documents of a token source, and the fingerprint of the tokenizer that made them or ""."""
+    """Documents of a token source, and the fingerprint of their tokenizer ("" if unknown)."""
 
     documents: Documents
     tokenizer: str
@@ -61,13 +62,13 @@ class OpenedTokens(NamedTuple):
 class TokenSource:
     """A source of tokens, which stay on disk.
 
-    The `content_hashes` of its documents identify it.
+    The `content_hashes` of its documents identify a corpus.
 
     Attributes:
       name: the value of `data.source`.
-      open: indexes the documents and checks them against the vocabulary; raises DataError for what
+      open: indexes the documents and checks them against the vocabulary; raises DataError if they
         cannot be trained on.
-      rule: what the source asks of the other fields of the configuration.
+      rule: requirements on the other fields of the configuration.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's library, streamed once to be prepared."""
+"""Hugging Face datasets, streamed once by `prepare`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def _documents(config: DataConfig) -> Iterator[str]:
 
 
 def _records(config: DataConfig) -> Iterator[Any]:
-    """Yields what the library streams; whatever it raises says why it cannot."""
+    """Yields the records that the library streams; converts its errors to DataError."""
     try:
         import datasets
     except ImportError as error:
@@ -40,12 +40,12 @@ def _records(config: DataConfig) -> Iterator[Any]:
                 streaming=True,
             )
         )
-    except Exception as error:  # of its own, of the Hub's, of HTTP: nothing they have in common
+    except Exception as error:  # errors of the library, the Hub and HTTP share no base class
         raise _library_error(config, error) from error
     while True:
         try:
             record = next(stream, end)
-        except Exception as error:  # the network may be lost at any row
+        except Exception as error:  # the network may fail at any row
             raise _library_error(config, error) from error
         if record is end:
             return
@@ -53,13 +53,13 @@ def _records(config: DataConfig) -> Iterator[Any]:
 
 
 def _library_error(config: DataConfig, error: Exception) -> DataError:
-    wanted = f"data.hugging_face_name={config.hugging_face_name!r}"
+    dataset = f"data.hugging_face_name={config.hugging_face_name!r}"
     if config.hugging_face_config:
-        wanted += f", hugging_face_config={config.hugging_face_config!r}"
-    said = " ".join(str(error).split())
+        dataset += f", hugging_face_config={config.hugging_face_config!r}"
+    message = " ".join(str(error).split())
     return DataError(
-        f"{wanted}, hugging_face_split={config.hugging_face_split!r}: cannot be read:"
-        f" {type(error).__name__}: {said}"
+        f"{dataset}, hugging_face_split={config.hugging_face_split!r}: cannot be read:"
+        f" {type(error).__name__}: {message}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Files that `data.paths` names: of text, or of tokens."""
+"""Sources that read the files of `data.paths`: text or tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def _text_documents(config: DataConfig) -> Iterator[str]:
 
 
 def _array_record(config: DataConfig, vocabulary: Vocabulary) -> OpenedTokens:
-    """Opens shards that `prepare` wrote; without a tokenizer, theirs is taken as they name it."""
+    """Opens shards written by `prepare`; without a configured tokenizer, accepts any tokenizer."""
     shards = ArrayRecordDocuments(
         matching_files(config.paths),
         end_of_text_id=vocabulary.end_of_text_id,
@@ -33,7 +33,7 @@ def _array_record(config: DataConfig, vocabulary: Vocabulary) -> OpenedTokens:
 
 
 def _memmap(config: DataConfig, vocabulary: Vocabulary) -> OpenedTokens:
-    """Opens raw token files, which do not say what made them: the configured tokenizer, then."""
+    """Opens raw token files, which are assumed to come from the configured tokenizer."""
     documents = MemmapDocuments(
         matching_files(config.paths),
         config.memmap_dtype,

@@ -1,4 +1,4 @@
-"""Python code: the standard library of the running Python, or what is installed beside it."""
+"""Python code: the standard library of the running Python, or its installed packages."""
 
 import re
 import sysconfig
@@ -12,46 +12,46 @@ from umv2.data.hashing import content_hash
 from umv2.data.paths import DataError
 from umv2.data.sources.entry import TextSource
 
-# Distributions ship these folders in some packages and not in others, so leaving them out makes the
-# corpus nearly the same everywhere; tests and demos are also the least edited text.
+# Some distributions of Python omit these folders, so skipping them makes the corpus nearly the same
+# everywhere. Tests and demos are also the least edited text.
 _SKIPPED_FOLDERS = re.compile(
     r"site-packages|dist-packages|__pycache__|tests?|idlelib|lib2to3|tkinter|turtledemo|config-.*"
 )
-# Written when Python was built or installed: they describe the machine, not the library.
+# Generated when Python is built or installed: they describe the machine, not the library.
 _SKIPPED_FILES = re.compile(r"_sysconfigdata.*|sitecustomize\.py|usercustomize\.py")
 
 
 def _standard_library_files(config: DataConfig) -> dict[str, Path]:
     """Returns the files by relative path, without tests, demos and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    kept = {
+    selected = {
         name: path
         for name, path in _python_files(root).items()
         if not _SKIPPED_FILES.fullmatch(path.name)
         and not any(_SKIPPED_FOLDERS.fullmatch(part) for part in Path(name).parts[:-1])
     }
-    _require_files(config, kept, [root])
-    return kept
+    _require_files(config, selected, [root])
+    return selected
 
 
 def _site_packages_files(config: DataConfig) -> dict[str, Path]:
-    """Returns the files of all that is installed, tests included."""
+    """Returns the files of all installed packages, including tests."""
     roots = sorted({Path(sysconfig.get_path(scheme)) for scheme in ("purelib", "platlib")})
-    kept = {str(path): path for root in roots for path in _python_files(root).values()}
-    _require_files(config, kept, roots)
-    return kept
+    selected = {str(path): path for root in roots for path in _python_files(root).values()}
+    _require_files(config, selected, roots)
+    return selected
 
 
 def _python_files(root: Path) -> dict[str, Path]:
-    """Returns the Python files below a folder by relative path, in its order."""
+    """Returns the Python files below a folder, by relative path and sorted by it."""
     below = (path for path in root.rglob("*.py") if path.is_file())
     return dict(sorted((path.relative_to(root).as_posix(), path) for path in below))
 
 
-def _require_files(config: DataConfig, kept: dict[str, Path], roots: list[Path]) -> None:
-    if not kept:
-        places = ", ".join(map(str, roots))
-        raise DataError(f"data.source={config.source!r}: no Python sources in {places}")
+def _require_files(config: DataConfig, selected: dict[str, Path], roots: list[Path]) -> None:
+    if not selected:
+        folders = ", ".join(map(str, roots))
+        raise DataError(f"data.source={config.source!r}: no Python sources in {folders}")
 
 
 def _standard_library(config: DataConfig) -> Iterator[str]:
@@ -59,7 +59,7 @@ def _standard_library(config: DataConfig) -> Iterator[str]:
 
 
 def _site_packages(config: DataConfig) -> Iterator[str]:
-    """Yields each text once: packages carry copies of each other's files."""
+    """Yields each text once: packages vendor copies of each other's files."""
     seen: set[int] = set()
     for path in _site_packages_files(config).values():
         text = _read(path)

@@ -1,1 +1,1 @@
-"""Memory layers: retrieval by product keys, the value tables, their exchange between devices."""
+"""Memory layers: product-key retrieval, value tables, and lookups in sharded tables."""

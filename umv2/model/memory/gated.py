@@ -1,4 +1,4 @@
-"""Memory+ with the gate of its published code: a scalar decides how much of the output passes.
+"""Memory+ with the output gate of its published code: one scalar per token.
 
 Memory(y) = sigmoid(w . y + b) MemoryPlus(y)   (arXiv 2412.09764; `mem_gated` in its code)
 """
@@ -16,7 +16,7 @@ from umv2.model.slots import LayerCost
 
 
 class GatedMemory(MemoryLayer):
-    """A memory layer whose output is multiplied by a sigmoid of its input, one of each token."""
+    """A memory layer whose output is multiplied by a scalar sigmoid gate per token."""
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
         super().__init__(config, init=init)
@@ -31,7 +31,7 @@ class GatedMemory(MemoryLayer):
 
     @classmethod
     def cost(cls, config: ModelConfig) -> LayerCost:
-        """Returns what one layer costs."""
+        """Returns the cost of one layer."""
         cost = super().cost(config)
         return dataclasses.replace(
             cost, projections=cost.projections + config.hidden_size, biases=cost.biases + 1
@@ -40,6 +40,6 @@ class GatedMemory(MemoryLayer):
     def project(
         self, x: Float[Array, "b t d"], pooled: Float[Array, "b t e"]
     ) -> Float[Array, "b t d"]:
-        """Returns the gated output from the pooled values."""
+        """Projects the pooled values to the gated output."""
         gate = layers.linear(x, self.gate[...], self.gate_bias[...])
         return super().project(x, pooled) * jax.nn.sigmoid(gate)

@@ -1,4 +1,4 @@
-"""How the parameters of memory layers start (arXiv 2508.18756, section 3.5)."""
+"""Initialisation of memory layers (arXiv 2508.18756, section 3.5)."""
 
 import dataclasses
 import functools
@@ -11,8 +11,8 @@ import scipy.special
 from umv2.config import MemoryConfig, ModelConfig
 from umv2.model import layers
 
-# Draws of the cores in the Monte Carlo calibration, and queries for each. Scores vary much more
-# between cores than between queries, by 17 % of their mean: this many bring the mean to 0.5 %.
+# Monte Carlo calibration: number of core draws, and queries per draw. Scores vary mostly between
+# cores (by 17 % of their mean), so 1,024 draws give the mean to 0.5 %.
 _CALIBRATION_CORES = 1024
 _CALIBRATION_TOKENS = 1
 _QUADRATURE_POINTS = 64
@@ -22,16 +22,16 @@ _QUADRATURE_POINTS = 64
 class Calibration:
     """Result of the Monte Carlo calibration of one retrieval layout."""
 
-    query_norm: float  # start of the query norm's weight
-    key_norm: float  # start of the key norm's weight
-    weight_square: float  # mean square of what weights a value, 1 + sigma_s^2 where its mean is 1
+    query_norm: float  # initial weight of the query norm
+    key_norm: float  # initial weight of the key norm
+    weight_square: float  # mean square of a value's weight; 1 + sigma_s^2 if its mean is 1
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryInitialization:
-    """Standard deviations of a memory layer's parameters, and its norms' start.
+    """Initial standard deviations of a memory layer's parameters, and initial norm weights.
 
-    Those of parameters that the configuration does without have no meaning.
+    Entries for parameters that the configuration does not have are unused.
     """
 
     query_std: float
@@ -45,7 +45,7 @@ class MemoryInitialization:
 
 
 def activation_moment(name: str, variance: float) -> float:
-    """Returns E[f(z)^2] for z normal with mean 0 and the given variance; `none` is the identity."""
+    """Returns E[f(z)^2] for z ~ N(0, variance); activation `none` is the identity."""
     points, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE_POINTS)
     z = points * math.sqrt(variance)
     match name:
@@ -65,12 +65,12 @@ def activation_moment(name: str, variance: float) -> float:
 def ffn_variance(config: ModelConfig, *, linear_gate: bool) -> float:
     """Returns the variance of the FFN's output for inputs of mean square 1.
 
-    With `linear_gate`, the paper's sigma_ffn^2 = 0.064 k_inner / (2 L), which takes silu for the
-    identity and is what memory outputs are matched to; without, the variance of the SwiGLU as
-    built, about a third of that.
+    With `linear_gate`, the paper's sigma_ffn^2 = 0.064 k_inner / (2 L), which treats silu as the
+    identity and is the target variance of memory outputs; without it, the variance of the actual
+    SwiGLU, about a third of that.
     """
     gate = activation_moment("none" if linear_gate else "silu", 0.4)
-    # Where a block has no FFN, one of twice the width of the stream is what there might be.
+    # For blocks without an FFN, assume one of inner width 2 h.
     inner = (config.active_ffn_size or 2 * config.hidden_size) / config.hidden_size
     return 0.4 * 0.4 * gate * inner / (2 * config.num_layers)
 
@@ -78,11 +78,11 @@ def ffn_variance(config: ModelConfig, *, linear_gate: bool) -> float:
 def memory_variance(config: ModelConfig, values_std: float, weight_square: float) -> float:
     """Returns the variance of a memory layer's output for inputs of mean square 1 (Eq. 22).
 
-    0.16 (1 + sigma_s^2) sigma_V^4 D_p m H D_v / h, with weight_square for 1 + sigma_s^2. What a
-    configuration has else changes its factor: with an activation, 0.4 sigma_V^2 D_p, the variance
-    of the pre-score, gives way to the second moment after the activation; without W_p its 0.4
-    gives way to 1; without pre-values (D_p = 0) all of it does. Without W_v, 0.4 D_v / h gives way
-    to 1. A gate multiplies by the second moment of silu.
+    0.16 (1 + sigma_s^2) sigma_V^4 D_p m H D_v / h, where `weight_square` is 1 + sigma_s^2. Other
+    configurations change single factors. The variance of the pre-score, 0.4 sigma_V^2 D_p, becomes
+    its second moment after the activation, if there is one; its 0.4 becomes 1 without W_p, and all
+    of it becomes 1 without pre-values (D_p = 0). Without W_v, 0.4 D_v / h becomes 1. An output gate
+    multiplies by the second moment of silu.
     """
     memory = config.memory
     pre_score = 1.0
@@ -100,8 +100,8 @@ def memory_variance(config: ModelConfig, values_std: float, weight_square: float
 def matched_values_std(config: ModelConfig, weight_square: float) -> float:
     """Returns sigma_V for which `memory_variance` equals the paper's FFN variance (Eq. 26).
 
-    sigma_V^4 = 0.2 k_inner h / (m H (1 + sigma_s^2) D_p D_v L); solved numerically, so that it
-    holds for every configuration.
+    sigma_V^4 = 0.2 k_inner h / (m H (1 + sigma_s^2) D_p D_v L), generalised to every configuration
+    by solving numerically.
     """
     target = ffn_variance(config, linear_gate=True)
 
@@ -113,14 +113,14 @@ def matched_values_std(config: ModelConfig, weight_square: float) -> float:
 
 @functools.lru_cache
 def calibrate(memory: MemoryConfig) -> Calibration:
-    """Finds the start of the norm weights, and the size of what weights a value, by Monte Carlo.
+    """Estimates the initial norm weights and the mean square weight of a value by Monte Carlo.
 
-    Draws queries, keys and cores as they are at initialisation, retrieves, and solves for the
-    common weight of the norms there are at which the selected scores ('score' being the per-core
-    G) have mean 1: a score grows with each norm weight, and under Tucker scoring with its square.
-    A softmax has no use for scores of mean 1: there the norms start where the scores of single
-    keys have standard deviation 1. Without norms nothing is left to solve for, and the scores are
-    only measured. Deterministic: the seed is fixed.
+    Draws queries, keys and cores from their initial distributions, retrieves, and solves for the
+    common weight of the existing norms at which the selected scores (the per-core G) have mean 1.
+    A score is linear in each norm weight, and quadratic under Tucker scoring. With a softmax, a
+    mean of 1 is meaningless: the norm weights are then chosen so that the scores of single keys
+    have standard deviation 1. Without norms, the scores are only measured. The seed is fixed, so
+    the result is deterministic.
     """
     selected, key_score_std = _draw_selected_scores(memory)
     num_norms = (memory.query_norm != "none") + (memory.key_norm != "none")
@@ -147,7 +147,10 @@ def calibrate(memory: MemoryConfig) -> Calibration:
 
 
 def _draw_selected_scores(memory: MemoryConfig) -> tuple[np.ndarray, float]:
-    """Returns scores [draws, cores, tokens, top_m] under norm weights 1, and the std of a key's."""
+    """Returns the selected scores [draws, cores, tokens, top_m] and the std of key scores.
+
+    Both are for norm weights of 1.
+    """
     generator = np.random.default_rng(0)
     rank, num_keys = memory.tucker_rank, memory.keys_per_side
     num_draws, num_tokens = _CALIBRATION_CORES, _CALIBRATION_TOKENS
@@ -156,13 +159,13 @@ def _draw_selected_scores(memory: MemoryConfig) -> tuple[np.ndarray, float]:
         draws = generator.standard_normal((*shape, memory.key_dim), np.float32)
         if norm == "none":
             return draws * np.float32(std)
-        # Not plain normal draws: their lengths vary, and selection would favour the long ones.
+        # Normalise the draws: their lengths vary, and selection would favour the long ones.
         return draws / np.sqrt(np.mean(np.square(draws), axis=-1, keepdims=True))
 
     keys = draw(2, rank, num_keys, norm=memory.key_norm, std=memory.key_dim**-0.5)
     query_rank = rank if memory.query == "per_rank" else 1
     query_shape = (2, query_rank, num_draws * num_tokens)
-    # Inputs have mean square 1, so a query's entries have the variance of linear maps times h.
+    # Inputs have mean square 1, so query entries have variance h * 2 / (5 h) = 0.4.
     query = draw(*query_shape, norm=memory.query_norm, std=math.sqrt(0.4))
     scores = (query @ keys.swapaxes(-1, -2)).reshape(2, rank, num_draws, num_tokens, num_keys)
     if memory.scoring == "tucker":
@@ -174,8 +177,8 @@ def _draw_selected_scores(memory: MemoryConfig) -> tuple[np.ndarray, float]:
         vectors = np.ones((2, num_draws, rank), np.float32)
     shortlisting = np.einsum("srdtn,sdr->sdtn", scores, vectors)
     size = memory.shortlist
-    kept = np.argpartition(-shortlisting, size - 1, axis=-1)[..., :size]
-    short = np.take_along_axis(scores, kept[:, None], axis=-1)
+    candidates = np.argpartition(-shortlisting, size - 1, axis=-1)[..., :size]
+    short = np.take_along_axis(scores, candidates[:, None], axis=-1)
     if memory.scoring == "tucker":
         weighted = np.einsum("rdti,dcrq->dctqi", short[0], cores)
         grid = np.einsum("dctqi,qdtj->dctij", weighted, short[1], optimize=True)
@@ -188,10 +191,10 @@ def _draw_selected_scores(memory: MemoryConfig) -> tuple[np.ndarray, float]:
 
 @functools.lru_cache
 def memory_initialization(config: ModelConfig) -> MemoryInitialization:
-    """Returns the constants of the arm `model.memory.initialization`.
+    """Returns the constants selected by `model.memory.initialization`.
 
-    principled: the paper's; released: those of the published PyTorch code; unit: principled but
-    for values of standard deviation 1, an arm of the ablation that must misbehave.
+    principled: those of the paper; released: those of the published PyTorch code; unit: as
+    principled, but with values of standard deviation 1, an ablation arm that should train badly.
     """
     memory = config.memory
     linear = layers.linear_std(config.hidden_size)

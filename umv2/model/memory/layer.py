@@ -1,8 +1,8 @@
 """The memory layer.
 
-UltraMemV2 (arXiv 2508.18756, section 3) and its predecessors are one layer: UltraMem
+One layer implements UltraMemV2 (arXiv 2508.18756, section 3) and its predecessors: UltraMem
 (arXiv 2411.12364), Memory+ (arXiv 2412.09764), PEER (arXiv 2407.04153) and PKM (arXiv 1907.05242)
-differ from it in the fields of `MemoryConfig` that configs/families.py sets.
+differ only in the fields of `MemoryConfig` that configs/families.py sets.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ _FLOAT32_BYTES = _INT32_BYTES = 4
 
 
 class MemoryLayer(MemorySlot):
-    """Retrieves `top_m` rows per token and head, and sums them into the residual stream.
+    """Retrieves `top_m` rows per token and head, and returns a projection of their weighted sum.
 
-    Memory(y) = W_v (sum_j w_jc act(<W_p y, P[j]>) V[j, slice c]) over the selected rows j, with
-    w_jc the score of core c, or its softmax or ReLU (Eq. 6-15); with an output gate the pooled
-    values are multiplied by silu(W_g y) before W_v (Memory+). What the configuration does without
-    (a projection, a norm, the shuffle) does not exist.
+    Memory(y) = W_v (sum_j w_jc act(<W_p y, P[j]>) V[j, slice c]) over the selected rows j, where
+    w_jc is the score of core c, or its softmax or ReLU (Eq. 6-15). With an output gate the pooled
+    values are multiplied by silu(W_g y) before W_v (Memory+). Parameters that the configuration
+    disables (a projection, a norm, the shuffle) are not created.
 
-    `core_u`, `core_v` and `shuffle` are buffers: `u` and `v` follow the cores once an optimizer
-    step (`refresh`), the shuffle never changes.
+    `core_u`, `core_v` and `shuffle` are buffers: `core_u` and `core_v` are recomputed from the
+    cores after each optimizer step (`refresh`); the shuffle never changes.
     """
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
@@ -44,7 +44,7 @@ class MemoryLayer(MemorySlot):
         query_size, pooled_size = num_chunks * memory.key_dim, memory.num_slots * memory.value_dim
 
         def start(name: str) -> Callable[[], float]:
-            """Found when values are drawn: the calibration behind it takes seconds."""
+            """Defers the calibration, which takes seconds, until values are drawn."""
             return lambda: getattr(initialization.memory_initialization(config), name)
 
         into: Any = {"axes": ("hidden", None), "group": "matrices"}
@@ -109,7 +109,7 @@ class MemoryLayer(MemorySlot):
         self.norm_epsilon = config.norm_epsilon
 
     def _first_vectors(self, init: Initializer, index: int, heads: int, rank: int) -> Any:
-        """Returns u (index 0) or v of the cores as drawn, or their shape."""
+        """Returns u (index 0) or v (index 1) of the initial cores, or their shape if abstract."""
 
         def compute(_: Key[Array, ""]) -> Float[Array, "h r"]:
             none = jnp.zeros((heads, rank), jnp.float32)
@@ -119,7 +119,7 @@ class MemoryLayer(MemorySlot):
 
     @classmethod
     def table_rows(cls, config: ModelConfig) -> int:
-        """Returns N = n^2, the rows of one table."""
+        """Returns N = n^2, the number of rows of one table."""
         return config.memory.num_values
 
     @classmethod
@@ -140,7 +140,7 @@ class MemoryLayer(MemorySlot):
 
     @classmethod
     def cost(cls, config: ModelConfig) -> LayerCost:
-        """Returns what one layer costs; layers that share tables own one each all the same."""
+        """Returns the cost of one layer, including one table (with sharing, too, each owns one)."""
         h, memory = config.hidden_size, config.memory
         heads, rank, keys = memory.num_heads, memory.tucker_rank, memory.keys_per_side
         chunks = retrieval.query_chunks(memory.query, tucker_rank=rank, num_heads=heads)
@@ -166,34 +166,34 @@ class MemoryLayer(MemorySlot):
             copies=memory.num_blocks,
             counters=memory.num_visible,
             buffer_bytes=vectors,
-            # Every token looks its addresses up, however few the rows behind them.
+            # Every token looks up its addresses in the shuffle, even if they map to few rows.
             address_bytes=memory.num_selected * _INT32_BYTES if memory.shuffle else 0,
             stored_bytes=vectors + shuffle,
         )
 
     @staticmethod
     def _selection(config: ModelConfig) -> tuple[int, int]:
-        """Returns the entries of the cores, and the FLOPs of a token in choosing rows."""
+        """Returns the number of core entries, and the FLOPs per token for selecting rows."""
         memory = config.memory
         heads, rank = memory.num_heads, memory.tucker_rank
         grid = memory.shortlist**2
         if memory.scoring == "sum":
             return 0, heads * (grid + memory.top_m)
-        # S u and S v of every key; S_row C of the row candidates; their product with S_col for
-        # every pair; and the chosen pairs once more, core by core.
+        # S u and S v for every key; S_row C for the row candidates; its product with S_col for
+        # every pair; and the per-core scores of the selected pairs.
         chosen = memory.num_cores * memory.top_m * (rank**2 + rank)
         candidates = 2 * rank * memory.keys_per_side + memory.shortlist * rank**2
         per_head = candidates + grid * rank + chosen
         return memory.num_cores * heads * rank**2, 2 * heads * per_head
 
     def refresh(self) -> None:
-        """Recomputes u and v from the cores, with the sign that stays closest to the old pair."""
+        """Recomputes u and v from the cores, with the sign that is closest to the previous pair."""
         if self.config.scoring == "tucker":
             u, v = retrieval.core_vectors(self.cores[...], self.core_u[...], self.core_v[...])
             self.core_u[...], self.core_v[...] = u, v
 
     def serve(self) -> None:
-        """Puts normalised keys in place of the trained ones, once for all tokens."""
+        """Replaces the keys by normalised keys, so that they are not normalised for every token."""
         if self.config.key_norm == "rms":
             keys = layers.rms_norm(self.keys[...], self.key_norm[...], self.norm_epsilon)
             self.keys[...] = keys
@@ -202,11 +202,11 @@ class MemoryLayer(MemorySlot):
     def losses(self, stats: MemoryStats, config: LossConfig) -> dict[str, Float[Array, ""]]:
         """Returns the balance loss (Eq. 18-20) and the Tucker penalty (Eq. 17), weighted.
 
-        Each is summed over layers, so that its strength on one does not depend on their number.
+        Both are sums over layers, so that their strength per layer is independent of depth.
         """
         terms = {}
         if config.balance_loss > 0:
-            assert stats.balance_loss is not None  # Observe.training asks for it
+            assert stats.balance_loss is not None  # Observe.training requests it
             terms["balance_loss"] = config.balance_loss * jnp.sum(stats.balance_loss)
         if config.tucker_penalty > 0:
             penalties = jax.vmap(
@@ -216,7 +216,7 @@ class MemoryLayer(MemorySlot):
         return terms
 
     def health(self) -> dict[str, Float[Array, " l"]]:
-        """Returns lambda_1 and lambda_2, singular values of the summed cores, means over heads."""
+        """Returns lambda_1 and lambda_2, the head means of the summed cores' singular values."""
         if self.config.scoring != "tucker":
             return {}
         core = self.cores[...].sum(axis=1)  # [l, c, h, r, r] over cores
@@ -226,14 +226,14 @@ class MemoryLayer(MemorySlot):
     def __call__(
         self, x: Float[Array, "b t d"], *, window: StoreWindow | None, observe: Observe
     ) -> tuple[Float[Array, "b t d"], MemoryStats]:
-        """Returns the memory's output for normalised inputs, and what was observed on the way.
+        """Returns the layer's output and the requested statistics.
 
         Args:
-          x: normalised input, the same that the FFN reads.
-          window: this layer's window of the value tables; rows of other layers may be in it.
-          observe: what to report.
+          x: normalised input, the same as the FFN's.
+          window: this layer's window of the value tables, which may include tables of other layers.
+          observe: the statistics to compute.
         """
-        assert window is not None  # create_store makes one
+        assert window is not None  # create_store always returns a store
         memory = self.config
         x = sharding.shard_sequence(x)
         query = layers.linear(x, self.query[...], self._optional("query_bias"))
@@ -265,7 +265,7 @@ class MemoryLayer(MemorySlot):
     def project(
         self, x: Float[Array, "b t d"], pooled: Float[Array, "b t e"]
     ) -> Float[Array, "b t d"]:
-        """Returns the output from the pooled values."""
+        """Projects the pooled values to the layer's output."""
         if self.config.output_gate == "silu":
             gate = layers.linear(x, self.output_gate[...], self._optional("output_gate_bias"))
             pooled = pooled * jax.nn.silu(gate)
@@ -276,19 +276,22 @@ class MemoryLayer(MemorySlot):
     def locate(
         self, virtual: Int[Array, "t hk"], start: Int[Array, ""], num_rows: int
     ) -> tuple[Int[Array, "t hk"], Int[Array, "t hk"], Int[Array, "t hk"]]:
-        """Returns of each virtual address its block, its row as hits are counted, and as stored.
+        """Maps virtual addresses to (block, row within the window, row of the store).
 
         Args:
-          virtual: addresses, the selections of a head side by side.
+          virtual: virtual addresses; the selections of each head are contiguous.
           start: first row of the layer's window.
-          num_rows: of the store.
+          num_rows: number of rows in the store.
+
+        Returns:
+          The virtual block, the row as hits count it, and the row as the store numbers it.
         """
         return retrieval.table_rows(
             virtual, start, num_visible=self.config.num_visible, num_rows=num_rows
         )
 
     def _optional(self, name: str) -> Array | None:
-        """Returns a variable's array, or None where the configuration does without it."""
+        """Returns a variable's array, or None if this configuration does not have it."""
         return getattr(self, name)[...] if hasattr(self, name) else None
 
     def _retrieval_arrays(self) -> dict[str, Any]:

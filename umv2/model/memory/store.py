@@ -1,4 +1,4 @@
-"""Value tables, and the part of them that one memory layer sees."""
+"""Value tables, and the windows of them that memory layers read."""
 
 import math
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from umv2.model.memory import retrieval
 from umv2.model.parameter import Declaration
 from umv2.types import struct
 
-# An abstract store has shapes and dtypes in place of arrays; to type checkers they are the same.
+# An abstract store has ShapeDtypeStructs instead of arrays; type checkers see arrays in both.
 if TYPE_CHECKING:
     Table = Array
 else:
     Table = Array | jax.ShapeDtypeStruct
 
-# Of both arrays of a store.
+# The declaration of both arrays of a store.
 TABLE = Declaration(axes=("table", "row", "column"), group="values", served="compute")
 
 
@@ -28,9 +28,9 @@ TABLE = Declaration(axes=("table", "row", "column"), group="values", served="com
 class ValueStore:
     """All value tables of a model, or one of them; the only owner of these arrays.
 
-    Rows are numbered through all tables. A row is a Pre-value, which gates a selected value by its
-    product with the projected input, and a Value, which is added up (Eq. 13-15). `pre_values` is
-    None where pre_value_dim is 0.
+    Rows are numbered consecutively across tables. Each row has a value, which is summed into the
+    output, and a pre-value, whose inner product with the projected input gates that value
+    (Eq. 13-15). `pre_values` is None if pre_value_dim is 0.
     """
 
     values: Float[Table, "*l n v"]
@@ -38,19 +38,19 @@ class ValueStore:
 
     @property
     def num_rows(self) -> int:
-        """Rows that an index may name."""
+        """Number of rows in all tables."""
         return math.prod(self.values.shape[:-1])
 
 
 @struct
 class StoreWindow:
-    """The store as one memory layer sees it: rows from `start` on, wrapping round its end."""
+    """The rows of the store that one memory layer reads: from `start`, wrapping around the end."""
 
     store: ValueStore
     start: Int[Array, ""] | int
 
 
-# Where nothing is shared, memory layers may have a store each (inference).
+# One store for all memory layers or, at inference without sharing, one per layer.
 Stores = ValueStore | Sequence[ValueStore] | None
 
 
@@ -58,17 +58,17 @@ class Windows(NamedTuple):
     """The windows of all memory layers.
 
     Attributes:
-      shared: the store that all see, or None.
-      own: what each layer has for itself, along the first axis or as a list: the first row of its
-        window and, where nothing is shared, its table. It is a slice of a scanned input then, so
-        that its gradient is a slice too, and not a sum of gradients of all tables.
+      shared: the store that all layers read, or None if each layer has its own table.
+      own: per-layer inputs, stacked along the leading axis or as a list: the first row of the
+        layer's window and, without sharing, its table. The table is then a slice of a scanned
+        input, so its gradient is a slice too, rather than a sum over gradients of all tables.
     """
 
     shared: ValueStore | None
     own: dict[str, Any]
 
     def at(self, own: dict[str, Any]) -> StoreWindow | None:
-        """Returns the window of the layer that has this for itself."""
+        """Returns the window of the layer with these per-layer inputs."""
         if not own:
             return None
         return StoreWindow(store=self.shared or own["table"], start=own["start"])

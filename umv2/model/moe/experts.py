@@ -1,14 +1,14 @@
-"""Dropless experts: every token goes through all the experts that it chose.
+"""Dropless mixture of experts: every token is processed by all its experts, without a capacity.
 
-Pairs of a token and one of its experts are sorted by expert, so that each expert works on one run
-of rows, however long. The weight of a pair multiplies the inner activations, before the last
-product; the way back is then a plain sum over a token's rows, and each of the two ways is the
-transpose of the other. Both are gathers: nothing is added up by scattering.
+(token, expert) pairs are sorted by expert, so that each expert works on a contiguous range of rows.
+The router weight of a pair multiplies the inner activations, before the down projection. Combining
+is then an unweighted sum over a token's rows, and dispatch and combine are each other's transpose.
+Both are implemented as gathers, never as scatter-adds.
 
-The derivative keeps the arguments alone and forms rows and inner activations again: with k
-experts a token these are more than k times as large as what went in. That is 2 products more than
-the 9 of forward and backward, and none more where the block is rematerialised anyway. Measured on
-CPU, keeping the activations saves 3 to 5 % of the time of this layer for 20 % more memory.
+The VJP saves only its arguments and recomputes rows and inner activations, which for k experts per
+token are more than k times larger. This takes 2 matrix products more than the 9 of forward and
+backward, and no more if the block is rematerialised anyway. On CPU, saving the activations would
+make this layer 3 to 5 % faster for 20 % more memory (measured).
 """
 
 import dataclasses
@@ -25,32 +25,32 @@ from umv2 import kernels
 from umv2.model import layers
 from umv2.types import struct
 
-# Rows that one visit to an expert takes at most. On CPU, forward and backward in milliseconds,
-# 2 shared cores, float32, median of 8 interleaved runs:
+# Maximum rows per block. On CPU, forward and backward in ms by block size, 2 shared cores, float32,
+# median of 8 interleaved runs:
 #
 #     tokens x k, experts, h, s        rows: 32     64    128    256    512
 #     2048 x 8, 32, 192, 56                57.2   49.5   46.5   54.1   56.7
 #     2048 x 8, 64, 128, 32                33.2   24.2   23.6   30.6
 #     1024 x 8, 64, 512, 256                225    210    213    228
 _CPU_BLOCK_ROWS = 128
-# A GPU pays some launches for each visit. Reasoned, not measured.
+# Larger on GPU, where every block costs several kernel launches. An estimate, not measured.
 _GPU_BLOCK_ROWS = 2048
 
 
 @struct
 class Dispatch:
-    """Where each pair (token, choice) is worked on: rows [0, t * k) are sorted by expert."""
+    """The assignment of (token, choice) pairs to rows [0, t * k), which are sorted by expert."""
 
-    # token * k + choice of each row
+    # Pair of each row, as token * k + choice.
     pairs: Int[Array, " m"]
-    # Row of each pair
+    # Row of each pair.
     rows: Int[Array, "t k"]
-    # Rows of each expert
+    # Number of rows of each expert.
     group_sizes: Int[Array, " experts"]
 
 
 def plan_dispatch(choices: Int[Array, "t k"], num_experts: int) -> Dispatch:
-    """Sorts the pairs by expert; those of one expert stay in the order of tokens."""
+    """Sorts the pairs by expert; the pairs of one expert stay in token order."""
     flat = choices.reshape(-1)
     places = jnp.arange(flat.size, dtype=jnp.int32)
     experts, pairs = lax.sort((flat, places), num_keys=1, is_stable=True)
@@ -69,20 +69,20 @@ def mixture(
 ) -> Float[Array, "t d"]:
     """Returns the weighted sum over each token's experts: sum_j w_j Down(silu(Gate x) * Up x).
 
-    `into` holds Gate and Up, [experts, d, s] each, or both as one array of [experts, d, 2 s].
-    Products are in the dtype of `x`, sums over a token's experts in float32 (float64 for float64
-    inputs). Reverse-mode differentiable only. Inside `jax.shard_map` tokens or matrices may be the
-    same on some devices.
+    `into` holds Gate and Up, each [experts, d, s], or both as one array [experts, d, 2 s]. Matrix
+    products use the dtype of `x`; sums over a token's experts accumulate in float32 (float64 for
+    float64). Supports reverse-mode differentiation only. Inside `jax.shard_map`, tokens and
+    matrices may each be replicated over some mesh axes.
     """
     arguments = (x, weights.astype(x.dtype), (tuple(into), down), dispatch)
-    return _mixture(*kernels.vary_alike(arguments))
+    return _mixture(*kernels.match_vma(arguments))
 
 
 @jax.custom_vjp
 def _mixture(x: Array, weights: Array, matrices: Any, dispatch: Dispatch) -> Array:
-    rows = (_spread(x, dispatch), _sorted_weights(weights, dispatch))
+    rows = (_dispatch_tokens(x, dispatch), _sorted_weights(weights, dispatch))
     out = _by_platform(_ragged, _blocked, rows, matrices, dispatch.group_sizes)
-    return _collect(out, dispatch)
+    return _combine(out, dispatch)
 
 
 def _mixture_fwd(*arguments: Any) -> tuple[Array, Any]:
@@ -91,27 +91,27 @@ def _mixture_fwd(*arguments: Any) -> tuple[Array, Any]:
 
 def _mixture_bwd(arguments: Any, y_grad: Array) -> tuple[Array, Array, Any, None]:
     x, weights, matrices, dispatch = arguments
-    rows = (_spread(x, dispatch), _sorted_weights(weights, dispatch))
+    rows = (_dispatch_tokens(x, dispatch), _sorted_weights(weights, dispatch))
     (rows_grad, weights_grad), matrices_grad = _by_platform(
         _ragged_gradients,
         _blocked_gradients,
         rows,
         matrices,
         dispatch.group_sizes,
-        _spread(y_grad, dispatch),
+        _dispatch_tokens(y_grad, dispatch),
     )
-    return _collect(rows_grad, dispatch), weights_grad[dispatch.rows, 0], matrices_grad, None
+    return _combine(rows_grad, dispatch), weights_grad[dispatch.rows, 0], matrices_grad, None
 
 
 _mixture.defvjp(_mixture_fwd, _mixture_bwd)
 
 
 def _by_platform(ragged: Callable[..., Any], blocked: Callable[..., Any], *operands: Any) -> Any:
-    """Calls the one that suits the platform which the program is lowered for.
+    """Selects the implementation by the platform that the program is lowered for.
 
-    Not the one that traces it: a CPU compiles for TPUs too. XLA has grouped products on TPU alone.
-    On CPU and NVIDIA GPUs (seen in programs compiled for an H200 by jax 0.12.0.1) it turns
-    `ragged_dot` into a dense product of all rows with all experts.
+    That need not be the current backend: programs for TPUs can be compiled on a CPU. XLA implements
+    grouped matrix products on TPU only. On CPU and NVIDIA GPUs it lowers `ragged_dot` to a dense
+    product of all rows with all experts (seen in programs that jax 0.12.0.1 compiled for an H200).
     """
     return lax.platform_dependent(
         *operands,
@@ -121,8 +121,8 @@ def _by_platform(ragged: Callable[..., Any], blocked: Callable[..., Any], *opera
     )
 
 
-def _spread(x: Float[Array, "t d"], dispatch: Dispatch) -> Float[Array, "m d"]:
-    """Copies each token to the rows of its pairs."""
+def _dispatch_tokens(x: Float[Array, "t d"], dispatch: Dispatch) -> Float[Array, "m d"]:
+    """Gathers the token of each row."""
     return x[dispatch.pairs // dispatch.rows.shape[1]]
 
 
@@ -130,17 +130,17 @@ def _sorted_weights(weights: Float[Array, "t k"], dispatch: Dispatch) -> Float[A
     return weights.reshape(-1, 1)[dispatch.pairs]
 
 
-def _collect(rows: Float[Array, "m d"], dispatch: Dispatch) -> Float[Array, "t d"]:
-    """Sums the rows of each token's pairs; the transpose of `_spread`."""
+def _combine(rows: Float[Array, "m d"], dispatch: Dispatch) -> Float[Array, "t d"]:
+    """Sums the rows of each token's pairs; the transpose of `_dispatch_tokens`."""
     dtype = layers.accumulation_dtype(rows.dtype)
-    # One choice after another: XLA fuses these gathers, and would hold all of [t, k, d] otherwise.
+    # One gather per choice: XLA fuses them, but would materialise [t, k, d] for a single gather.
     choices = [rows[dispatch.rows[:, choice]] for choice in range(dispatch.rows.shape[1])]
     total = functools.reduce(jnp.add, [choice.astype(dtype) for choice in choices])
     return total.astype(rows.dtype)
 
 
 def _swiglu(product: Callable[[Array, Array], Array], rows: Any, matrices: Any) -> Array:
-    """The work of experts on (inputs, weights of pairs), for one way to multiply by matrices."""
+    """Applies expert SwiGLUs to rows (inputs, router weights) with the given matrix product."""
     (x, weights), (into, down) = rows, matrices
     projected = [product(x, matrix) for matrix in into]
     gate, up = projected if len(projected) == 2 else jnp.split(projected[0], 2, axis=-1)
@@ -164,44 +164,43 @@ def _ragged_gradients(rows: Any, matrices: Any, group_sizes: Array, out_grad: Ar
 
 # --- CPU and GPU: a loop over blocks of rows ---
 #
-# It visits (expert, block of rows), as many as there are; only the experts in use are read. One
-# visit does all of an expert's work on its block: on CPU, a third faster than a loop for each of
-# the products.
+# Each iteration applies all matrix products of one expert to one block of its rows, which on CPU is
+# a third faster than one loop per product. Experts without rows are not read.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Consecutive rows of one expert, at the place of a visit."""
+    """A fixed-size slice of rows, containing consecutive rows of one expert."""
 
     expert: Array
-    # First row that is read. Near the end of all rows, or of the expert's, a slice of the common
-    # size has rows of other experts too: `owned` tells.
+    # First row of the slice.
     start: Array
+    # Which rows of the slice are the expert's: the last block of an expert may contain others'.
     owned: Bool[Array, "block 1"]
 
     def read(self, rows: Any) -> Any:
-        """Takes the rows."""
+        """Slices the rows of the block."""
         return jax.tree.map(
             lambda array: lax.dynamic_slice_in_dim(array, self.start, len(self.owned)), rows
         )
 
     def read_owned(self, rows: Array) -> Array:
-        """Takes the rows, with zeros for those of other experts."""
+        """Slices the rows of the block, with zeros in place of other experts' rows."""
         return jnp.where(self.owned, self.read(rows), 0)
 
     def write(self, rows: Array, new: Array) -> Array:
-        """Replaces the expert's rows, and no other's."""
+        """Writes the expert's rows, leaving those of other experts unchanged."""
         new = jnp.where(self.owned, new, self.read(rows))
         return lax.dynamic_update_slice_in_dim(rows, new, self.start, axis=0)
 
     def matrices(self, stacked: Any) -> Any:
-        """Takes the expert's matrices."""
+        """Indexes the expert's matrices."""
         return jax.tree.map(
             lambda array: lax.dynamic_index_in_dim(array, self.expert, keepdims=False), stacked
         )
 
     def add(self, stacked: Array, new: Array) -> Array:
-        """Adds to the expert's matrix."""
+        """Adds to the expert's entry of a stacked array."""
         new = self.matrices(stacked) + new
         return lax.dynamic_update_index_in_dim(stacked, new, self.expert, axis=0)
 
@@ -214,17 +213,17 @@ def _visit_blocks[T](
     num_rows: int,
     max_block_rows: int,
 ) -> T:
-    """Threads a value through the visits to all blocks of all experts."""
+    """Folds `visit` over all blocks of all experts."""
     num_experts = len(group_sizes)
-    # About twice the mean of an expert's rows: most experts need one visit, and when decoding few
-    # tokens not many rows more than there are.
+    # About twice the mean number of rows per expert: most experts then need one block, and little
+    # is wasted when decoding few tokens.
     wanted = max(1, 2 * num_rows // num_experts)
     size = min(1 << (wanted - 1).bit_length(), max_block_rows, num_rows)
     ends = jnp.cumsum(group_sizes)
     blocks = -(-group_sizes // size)
     last_visits = jnp.cumsum(blocks)
     visits = jnp.arange(num_rows // size + num_experts, dtype=blocks.dtype)
-    # Visits that are not made, beyond the last expert's, get its number.
+    # Clamp the entries past the last visit, which are never used.
     experts = jnp.minimum(jnp.searchsorted(last_visits, visits, side="right"), num_experts - 1)
     firsts = (ends - group_sizes)[experts] + (visits - (last_visits - blocks)[experts]) * size
 

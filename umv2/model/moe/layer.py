@@ -1,4 +1,4 @@
-"""Mixture of experts as in OLMoE (arXiv 2409.02060, section 2), an FFN of a block."""
+"""Mixture of experts as in OLMoE (arXiv 2409.02060, section 2), used as a block's FFN."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from umv2.types import struct
 
 @struct
 class Routing:
-    """What the router decides for each token, likeliest expert first."""
+    """The router's decision for each token; choices are in order of decreasing probability."""
 
     probabilities: Float[Array, "t experts"]
     weights: Float[Array, "t k"]
@@ -28,20 +28,20 @@ class Routing:
 
 
 def route(logits: Float[Array, "t experts"], *, top_k: int, renormalize: bool) -> Routing:
-    """Chooses the `top_k` likeliest experts of each token; of equal ones the lower.
+    """Selects the `top_k` most probable experts of each token; ties go to the lower index.
 
-    Their weights are the probabilities of a softmax over all experts, divided by their sum if
+    The weights are the probabilities under a softmax over all experts, divided by their sum if
     `renormalize`.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
-    weights, choices = _largest(probabilities, top_k)
+    weights, choices = _top_k(probabilities, top_k)
     if renormalize:
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(probabilities=probabilities, weights=weights, choices=choices)
 
 
 class MixtureOfExperts(nnx.Module):
-    """Adds up the SwiGLU networks that a router chooses for each token, without dropping any."""
+    """Sums the SwiGLU experts that a router selects for each token; no token is dropped."""
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
         hidden, sizes = config.hidden_size, config.moe
@@ -67,16 +67,16 @@ class MixtureOfExperts(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], *, observe: Observe
     ) -> tuple[Float[Array, "b t d"], RouterStats | None]:
-        """Returns sum_j p_j Expert_j(x) over the chosen experts, and what was observed.
+        """Returns sum_j p_j Expert_j(x) over the selected experts, and the router's statistics.
 
-        The balance loss is E sum_e f_e P_e, with f_e the selections of expert e per token, which
-        is constant for the gradient, and P_e its mean probability: top_k at perfect balance
-        (OLMoE, equation 4). The router's z-loss is the mean squared log-partition (equation 5).
-        Means are over all tokens of the batch, on all devices.
+        The balance loss is E sum_e f_e P_e, where f_e is the number of selections of expert e per
+        token (without a gradient) and P_e its mean probability; it is top_k at perfect balance
+        (OLMoE, equation 4). The router z-loss is the mean squared log-partition (equation 5). Means
+        are over the tokens of the global batch.
 
         Args:
           x: normalised input.
-          observe: what to report; the router's statistics are of its health.
+          observe: the statistics to compute; those of the router are part of `health`.
         """
         router = sharding.gathered(self.router[...])
         into = (self.gate_and_up,) if hasattr(self, "gate_and_up") else (self.gate, self.up)
@@ -107,7 +107,7 @@ class MixtureOfExperts(nnx.Module):
 
     @classmethod
     def cost(cls, config: ModelConfig) -> LayerCost:
-        """Returns what one mixture of experts costs."""
+        """Returns the cost of one mixture of experts."""
         moe = config.moe
         expert = 3 * config.hidden_size * moe.expert_size
         return LayerCost(
@@ -124,17 +124,17 @@ class MixtureOfExperts(nnx.Module):
     def losses(
         stats: RouterStats, config: LossConfig, *, num_tokens: int
     ) -> dict[str, Float[Array, ""]]:
-        """Returns the load-balancing loss and the z-loss, weighted: means over layers, as in OLMoE.
+        """Returns the weighted load-balancing loss and router z-loss, averaged over layers.
 
-        The former is E sum_i f_i p_i, with f the number of selections of an expert per token and p
-        its mean probability (arXiv 2409.02060, equation 4 up to its constant). Of scope `layer`:
-        the mean of the layers' losses; `model`: f and p are averaged over layers before the
-        product, as transformers does.
+        The load-balancing loss is E sum_i f_i p_i, where f_i is the number of selections of expert
+        i per token and p_i its mean probability (arXiv 2409.02060, equation 4 up to its constant).
+        With scope `layer`, it is the mean over layers; with scope `model`, f and p are averaged
+        over layers before the product, as in Hugging Face transformers.
 
         Args:
-          stats: of all layers.
-          config: of the loss; terms whose coefficient is 0 are not computed.
-          num_tokens: of the batch.
+          stats: statistics of all layers.
+          config: loss configuration; losses with coefficient 0 are not computed.
+          num_tokens: number of tokens in the batch.
         """
         terms = {}
         if config.load_balance > 0:
@@ -149,9 +149,9 @@ class MixtureOfExperts(nnx.Module):
         return terms
 
     def serve(self) -> None:
-        """Holds gate and up as one array: for few rows, one product takes less time than two.
+        """Fuses gate and up into one array: for few rows, one product is faster than two.
 
-        On one device alone: shards of the joined array would mix the two.
+        Only on a single device, since a shard of the fused array would mix gate and up.
         """
         if not sharding.on_mesh():
             both = jnp.concatenate([self.gate[...], self.up[...]], axis=-1)
@@ -167,15 +167,15 @@ class MixtureOfExperts(nnx.Module):
         over: tuple[str, ...],
         observe: Observe,
     ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
-        """Computes the output for one device's tokens, and sums over them.
+        """Computes the output and the sums of statistics for one device's tokens.
 
-        Where the mesh axes `over` shard the experts' inner size, every device works on its shard of
-        all experts for the tokens of its group, so that no routing leaves a device idle; the
-        partial outputs are added up.
+        If the mesh axes `over` shard the inner dimension of the experts, each device applies its
+        shard of all experts to the tokens of all devices along `over`, and the partial outputs are
+        reduced. The load is thus balanced whatever the routing.
         """
         router, *into, down = matrices
         tokens = x.reshape(-1, x.shape[-1])
-        # DEFAULT precision would round to bfloat16 on TPU, and so change which experts win.
+        # DEFAULT precision would round to bfloat16 on TPU and change which experts are selected.
         logits = jnp.einsum(
             "td,de->te",
             tokens.astype(layers.accumulation_dtype(x.dtype)),
@@ -205,27 +205,27 @@ class MixtureOfExperts(nnx.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _largest(values: Array, count: int) -> tuple[Array, Array]:
-    """Returns the largest values of each row, and where they stand.
+def _top_k(values: Array, count: int) -> tuple[Array, Array]:
+    """Returns the `count` largest values of each row and their indices.
 
-    The derivative of `lax.top_k` adds up by scattering, element by element; this one compares.
+    Its VJP uses a comparison mask instead of the scatter-add of `lax.top_k`'s.
     """
-    largest, places = jax.lax.top_k(values, count)
-    return largest, places
+    largest, indices = jax.lax.top_k(values, count)
+    return largest, indices
 
 
-def _largest_fwd(values: Array, count: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    largest, places = _largest(values, count)
-    return (largest, places), (places, values)
+def _top_k_fwd(values: Array, count: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    largest, indices = _top_k(values, count)
+    return (largest, indices), (indices, values)
 
 
-def _largest_bwd(
+def _top_k_bwd(
     count: int, residuals: tuple[Array, Array], gradients: tuple[Array, Any]
 ) -> tuple[Array]:
-    places, values = residuals
-    columns = jax.lax.broadcasted_iota(places.dtype, (1, 1, values.shape[-1]), 2)
-    chosen = places[:, :, None] == columns
+    indices, values = residuals
+    columns = jax.lax.broadcasted_iota(indices.dtype, (1, 1, values.shape[-1]), 2)
+    chosen = indices[:, :, None] == columns
     return (jnp.sum(jnp.where(chosen, gradients[0][:, :, None], 0), axis=1),)
 
 
-_largest.defvjp(_largest_fwd, _largest_bwd)
+_top_k.defvjp(_top_k_fwd, _top_k_bwd)

@@ -1,4 +1,4 @@
-"""Programs in XLA's text form: their instructions, their collectives, their work."""
+"""Compiled programs as HLO text: instructions, collectives, and work."""
 
 from umv2.planning.hlo.text import (
     ArrayType,

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its HLO text: kind, mesh axes, bytes, count."""
+"""Reads the collectives of a compiled program from its HLO text: kind, mesh axes, bytes, count."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ Kind = Literal[
 ]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Replica groups in the three forms that XLA prints: of a mesh, counted up, and one by one.
+# Replica groups in XLA's three formats: mesh axes, iota, and explicit lists.
 _GROUPS = (
     r"mesh\[[^\]]*\](?:, device_ids=\(.*?\))? ?\{[^}]*\}"
     r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
@@ -31,11 +31,11 @@ _GROUPS = (
 )
 _MESH_AXIS = re.compile(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?")
 _NUMBERS = re.compile(r"\d+")
-# A collective that the TPU compiler has spread over several fusions stands in each of them; the one
-# that starts it hands it to this custom call.
+# The TPU compiler may split a collective over several fusions, each of which contains it; in the
+# fusion that starts it, it is an operand of this custom call.
 _SPREAD = '"async_collective_fusion_config"'
 _SPREAD_START = '"AsyncCollectiveStart"'
-# What may stand between an all-reduce and the slice of it that a device keeps.
+# Instructions that may separate an all-reduce from the slice of it that a device keeps.
 _RESHAPING = ("bitcast", "reshape", "copy", "convert", "transpose", "pad")
 
 
@@ -44,14 +44,14 @@ class Collective:
     """One collective instruction of a program.
 
     Attributes:
-      kind: what it does.
-      axes: mesh axes along which the devices that it connects differ, in the order of the mesh.
-      dtype: of what is sent, by its NumPy name; several are joined by "+".
-      bytes: that one device receives in one execution of the instruction.
-      count: executions in one execution of the program; of a dynamic one: in one round of each
-        loop whose number of rounds depends on data.
-      dynamic: whether it stands in such a loop.
-      source: the operation of the JAX program that it comes from, as the compiler recorded it.
+      kind: of the collective.
+      axes: mesh axes that it communicates over, in the order of the mesh.
+      dtype: of the operands, by NumPy name; several are joined by "+".
+      bytes: received by one device per execution of the instruction.
+      count: executions per execution of the program. If `dynamic`: per iteration of the loops whose
+        trip count depends on data.
+      dynamic: whether it is inside such a loop.
+      source: the JAX operation that it comes from, as recorded by the compiler.
     """
 
     kind: Kind
@@ -64,27 +64,27 @@ class Collective:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that one device receives through it in one execution of the program."""
+        """Bytes that one device receives per execution of the program."""
         return self.bytes * self.count
 
 
 def read(text: str | None, mesh: Mesh | Mapping[str, int]) -> tuple[Collective, ...]:
-    """Reads the collectives that connect more than one device.
+    """Reads the collectives over more than one device.
 
-    Counted is what an ideal ring moves, for G devices in a group: (G-1)/G of the result of an
-    all-gather, of the operand of a reduce-scatter or an all-to-all (of a ragged one: of its
-    buffer), twice that of an all-reduce, the operand of a permutation or a broadcast.
-    Instructions in loops count once for each round, branches of a conditional as the one that
-    moves the most. Loops whose number of rounds depends on data are marked: their collectives may
+    Counts the bytes received in an ideal ring of G devices: (G-1)/G of the result of an all-gather,
+    (G-1)/G of the operand of a reduce-scatter or all-to-all (for a ragged one: of its output
+    buffer), 2 (G-1)/G of the operand of an all-reduce, and the operand of a permute or broadcast.
+    Instructions in a loop count once per iteration, and a conditional counts as its most expensive
+    branch. Collectives in loops whose trip count depends on data are marked as dynamic: they may
     run any number of times, or never.
 
     Args:
-      text: of a compiled program for CPU, TPU or GPU, `jax.stages.Compiled.as_text()`; None, which
-        a backend that prints nothing returns, is an error.
-      mesh: that it was compiled for, or sizes by the names of its axes, in its order.
+      text: of a program compiled for CPU, TPU or GPU, from `jax.stages.Compiled.as_text()`; None,
+        which some backends return, is an error.
+      mesh: that it was compiled for, or its axis sizes by name, in order.
 
     Raises:
-      ValueError: the text is not that of a compiled program, or not of this mesh.
+      ValueError: the text is not a compiled program, or not for this mesh.
     """
     sizes = dict(mesh.shape if isinstance(mesh, Mesh) else mesh)
     program = hlo.parse(text or "")
@@ -98,7 +98,7 @@ def read(text: str | None, mesh: Mesh | Mapping[str, int]) -> tuple[Collective, 
 
 
 def totals(collectives: Iterable[Collective]) -> dict[tuple[Kind, tuple[str, ...]], int]:
-    """Adds up bytes that one device receives in one execution, without dynamic collectives."""
+    """Sums the bytes that one device receives per execution, excluding dynamic collectives."""
     sums: dict[tuple[Kind, tuple[str, ...]], int] = {}
     for collective in collectives:
         if not collective.dynamic:
@@ -108,9 +108,9 @@ def totals(collectives: Iterable[Collective]) -> dict[tuple[Kind, tuple[str, ...
 
 
 def as_text(collectives: Iterable[Collective]) -> str:
-    """Returns a table: a row for each kind, axes and dtype, the most bytes first.
+    """Returns a table with one row per kind, axes and dtype, most bytes first.
 
-    Dynamic collectives stand below, by one round of their loops, outside the total.
+    Dynamic collectives follow separately, per iteration of their loops, excluded from the total.
     """
     rows: list[tuple[str, ...]] = [("received by one device", "executions", "MB each", "MB")]
     collectives = tuple(collectives)
@@ -133,7 +133,7 @@ def as_text(collectives: Iterable[Collective]) -> str:
 
 
 class _Reader:
-    """Walks a program from its entry, along everything it calls."""
+    """Walks a program from its entry through all called computations."""
 
     def __init__(self, program: hlo.Program, sizes: Mapping[str, int]):
         self._program = program
@@ -143,7 +143,7 @@ class _Reader:
     def collectives(
         self, computation: hlo.Computation, arguments: Sequence[hlo.Value]
     ) -> Iterator[Collective]:
-        """Yields what one run of a computation does; `arguments` are what is known of its own."""
+        """Yields the collectives of one run of a computation, given its known arguments."""
         values = hlo.Evaluation(self._program, computation, arguments)
         for instruction in computation.instructions.values():
             if kind := _kind(instruction):
@@ -156,30 +156,30 @@ class _Reader:
                 called = self._program.called(instruction)
                 operands = values.operands(instruction)[1:]
                 branches = zip(called, operands, strict=True)
-                found = [tuple(self.collectives(branch, [o])) for branch, o in branches]
-                yield from max(found, key=_branch_bytes)
+                alternatives = [tuple(self.collectives(branch, [o])) for branch, o in branches]
+                yield from max(alternatives, key=_branch_bytes)
             else:
                 operands = values.operands(instruction)
                 for called_computation in self._program.called(instruction):
                     yield from self.collectives(called_computation, operands)
 
     def _loop(self, loop: hlo.Instruction, state: hlo.Value) -> Iterator[Collective]:
-        rounds = self._program.trip_count(loop, state)
-        known = self._program.unchanged(loop, state)
+        trip_count = self._program.trip_count(loop, state)
+        invariant = self._program.loop_invariant(loop, state)
         (body,) = self._program.called(loop, "body")
         (condition,) = self._program.called(loop, "condition")
-        in_body = tuple(self.collectives(body, [known]))
-        in_condition = tuple(self.collectives(condition, [known]))
-        yield from in_condition  # which is asked once more than the body runs
+        in_body = tuple(self.collectives(body, [invariant]))
+        in_condition = tuple(self.collectives(condition, [invariant]))
+        yield from in_condition  # evaluated once more than the body
         for collective in (*in_condition, *in_body):
-            if rounds is None:
+            if trip_count is None:
                 yield dataclasses.replace(collective, dynamic=True)
-            elif rounds:
-                yield dataclasses.replace(collective, count=collective.count * rounds)
+            elif trip_count:
+                yield dataclasses.replace(collective, count=collective.count * trip_count)
 
     def _leads_to_collectives(self, instruction: hlo.Instruction) -> bool:
         if instruction.opcode.endswith(("-done", "-update")):
-            return False  # what its start calls
+            return False  # its start calls the same computation
         return any(self._has_collectives(called) for called in self._program.called(instruction))
 
     def _has_collectives(self, computation: hlo.Computation) -> bool:
@@ -193,18 +193,18 @@ class _Reader:
     def _collective(
         self, kind: Kind, computation: hlo.Computation, instruction: hlo.Instruction
     ) -> Iterator[Collective]:
-        if _continues(computation, instruction):
+        if _is_continuation(computation, instruction):
             return
-        if kind == "all-reduce" and self._keeps_a_slice(computation, instruction):
+        if kind == "all-reduce" and self._is_reduce_scatter(computation, instruction):
             kind = "reduce-scatter"
         groups = _groups(kind, instruction, self._program.num_devices)
         size = max(map(len, groups), default=1)
         if size == 1:
             return
-        sent = instruction.operands
+        operands = instruction.operands
         if kind == "ragged-all-to-all":
-            sent = sent[1:2]  # the buffer that it fills; the others are rows, offsets and sizes
-        types = self._program.operand_types(computation, sent)
+            operands = operands[1:2]  # the output buffer; the others are rows, offsets and sizes
+        types = self._program.operand_types(computation, operands)
         yield Collective(
             kind=kind,
             axes=self._axes(groups),
@@ -215,20 +215,22 @@ class _Reader:
         )
 
     def _axes(self, groups: Iterable[Sequence[int]]) -> tuple[str, ...]:
-        """The axes along which members of a group differ."""
+        """Returns the mesh axes along which the members of a group differ."""
         shape = tuple(self._sizes.values())
         differ = np.zeros(len(shape), bool)
         for group in groups:
-            places = np.stack(np.unravel_index(np.asarray(group), shape))
-            differ |= (places != places[:, :1]).any(axis=1)
+            coordinates = np.stack(np.unravel_index(np.asarray(group), shape))
+            differ |= (coordinates != coordinates[:, :1]).any(axis=1)
         return tuple(axis for axis, differs in zip(self._sizes, differ, strict=True) if differs)
 
-    def _keeps_a_slice(self, computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
-        """Whether the TPU compiler has fused an all-reduce with the choice of a device's shard."""
+    def _is_reduce_scatter(
+        self, computation: hlo.Computation, instruction: hlo.Instruction
+    ) -> bool:
+        """Returns whether an all-reduce is fused with slicing a device's shard, as on TPUs."""
         if computation.name not in self._program.fused:
             return False
         users = list(computation.users.get(instruction.name, ()))
-        for user in users:  # grows
+        for user in users:  # grows while iterating
             if user.opcode in _RESHAPING:
                 users += computation.users.get(user.name, ())
         used = [user.opcode for user in users if user.opcode not in _RESHAPING]
@@ -241,7 +243,7 @@ def _kind(instruction: hlo.Instruction) -> Kind | None:
 
 
 def _received(kind: Kind, num_bytes: int, size: int) -> int:
-    """Bytes that one of `size` devices receives, of operands of `num_bytes`, rounded up."""
+    """Returns the bytes that one of `size` devices receives for operands of `num_bytes`."""
     match kind:
         case "all-gather":
             return num_bytes * (size - 1)
@@ -254,12 +256,12 @@ def _received(kind: Kind, num_bytes: int, size: int) -> int:
 
 
 def _branch_bytes(branch: Iterable[Collective]) -> tuple[int, int]:
-    """What decides which branch of a conditional counts: bytes outside dynamic loops, then all."""
+    """Sort key to select a branch of a conditional: bytes outside dynamic loops, then all bytes."""
     return sum(totals(branch).values()), sum(collective.total_bytes for collective in branch)
 
 
-def _continues(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
-    """Whether an instruction is a later part of a collective that another one starts."""
+def _is_continuation(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
+    """Returns whether an instruction is a later part of a split collective."""
     if _SPREAD not in instruction.attributes:
         return False
     users = computation.users.get(instruction.name, ())
@@ -269,48 +271,48 @@ def _continues(computation: hlo.Computation, instruction: hlo.Instruction) -> bo
 def _groups(
     kind: Kind, instruction: hlo.Instruction, num_devices: int
 ) -> Sequence[tuple[int, ...]]:
-    """Positions, in the order of the mesh, of the devices that exchange data with each other."""
+    """Returns the groups of communicating devices, as indices in the order of the mesh."""
     if kind == "collective-permute":
         pairs = instruction.attribute("source_target_pairs", r"\{.*?\}\}|\{\}")
-        found = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs)]
-        return [pair for pair in found if pair[0] != pair[1]]
+        groups = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs)]
+        return [pair for pair in groups if pair[0] != pair[1]]
     if not instruction.attribute("channel_id", r"\d+"):
-        return ()  # it connects replicas of the program, of which JAX makes one
+        return ()  # it is over replicas of the program, and JAX uses a single replica
     groups = _parse_groups(instruction.attribute("replica_groups", _GROUPS))
-    exchanges = kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast")
-    names_devices = exchanges or instruction.attribute("use_global_device_ids", "true")
+    always_devices = kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast")
+    names_devices = always_devices or instruction.attribute("use_global_device_ids", "true")
     return groups if groups and names_devices else [tuple(range(num_devices))]
 
 
 def _parse_groups(text: str) -> list[tuple[int, ...]]:
-    """Reads `mesh['a'=2,'b'=4] {'b'}`, `[4,2]<=[2,4]T(1,0)` or `{{0,1},{2,3}}`."""
+    """Parses `mesh['a'=2,'b'=4] {'b'}`, `[4,2]<=[2,4]T(1,0)` or `{{0,1},{2,3}}`."""
     if text.startswith("mesh"):
         return _parse_mesh_groups(text)
     if text.startswith("["):
-        return [tuple(group) for group in _counted(text).tolist()]
+        return [tuple(group) for group in _parse_iota(text).tolist()]
     groups = [tuple(map(int, _NUMBERS.findall(group))) for group in text.split("}")]
     return [group for group in groups if group]
 
 
-def _counted(text: str) -> np.ndarray:
-    """Reads `[4,2]<=[2,4]T(1,0)`: 0, 1, ... in shape [2, 4], transposed, in shape [4, 2]."""
+def _parse_iota(text: str) -> np.ndarray:
+    """Parses `[4,2]<=[2,4]T(1,0)`: iota of shape [2, 4], transposed, reshaped to [4, 2]."""
     shape, _, order = text.partition("<=")
     dimensions, _, permutation = order.partition("T")
-    counted = np.arange(math.prod(_integers(dimensions))).reshape(_integers(dimensions))
+    iota = np.arange(math.prod(_integers(dimensions))).reshape(_integers(dimensions))
     if permutation:
-        counted = counted.transpose(_integers(permutation))
-    return counted.reshape(_integers(shape))
+        iota = iota.transpose(_integers(permutation))
+    return iota.reshape(_integers(shape))
 
 
 def _parse_mesh_groups(text: str) -> list[tuple[int, ...]]:
-    """Reads groups along axes of a mesh, or parts of them: `'a':(2)4` is 4 after a factor of 2."""
+    """Parses groups over mesh axes or sub-axes: `'a':(2)4` has size 4 after a factor of 2."""
     head, _, axes = text.rpartition("{")
     mesh, _, order = head.partition("device_ids=")
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", mesh)}
     along: list[tuple[str, int, int]] = []
     for name, before, size in _MESH_AXIS.findall(axes):
         along.append((name, int(before or 1), int(size or sizes[name])))
-    # Each axis in pieces that lie wholly inside or outside the groups.
+    # Split each axis into sub-axes that are each either inside or outside the groups.
     shape, inside = [], {}
     for name, size in sizes.items():
         parts = sorted((before, part) for other, before, part in along if other == name)
@@ -322,7 +324,7 @@ def _parse_mesh_groups(text: str) -> list[tuple[int, ...]]:
             done = before * part
         shape.append(size // done)
     ids = (
-        _counted(order)
+        _parse_iota(order)
         if "<=" in order
         else np.asarray(_integers(order) or range(math.prod(shape)))
     )

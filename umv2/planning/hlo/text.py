@@ -1,7 +1,7 @@
-"""Programs as XLA prints them: computations, instructions, and how often loops run.
+"""Parser of HLO text: computations, instructions, and trip counts of loops.
 
-The text of a compiled program (`jax.stages.Compiled.as_text()`) is what CPU, TPU and GPU compilers
-have in common, and what a test can store.
+The text of a compiled program (`jax.stages.Compiled.as_text()`) is available from the CPU, TPU and
+GPU compilers alike, and a test can store it.
 """
 
 import bisect
@@ -28,8 +28,8 @@ _NUMBER_KINDS = {"s": "int", "u": "uint", "f": "float", "bf": "bfloat", "c": "co
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _DIGITS = re.compile(r"\d+")
 
-# How scalars are computed, as far as the number of rounds of a loop needs it. What grows along a
-# line stays on one: `minimum` and its like, which bend it, are left out.
+# Scalar operations used to evaluate trip counts. Extrapolation assumes linear loop variables, so
+# `minimum` and similar operations are not included.
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -54,9 +54,9 @@ _UNCHANGED = (
     "optimization-barrier",
     "reshape",
 )
-_MOST_ROUNDS = 2**40
+_MAX_TRIP_COUNT = 2**40
 
-# A scalar, a tuple of values, or None: not known before the program runs.
+# A scalar, a tuple of values, or None if not known at compile time.
 Value = int | tuple[Any, ...] | None
 
 
@@ -70,8 +70,8 @@ class ArrayType:
     @property
     def numpy_name(self) -> str:
         """The element type by its NumPy name."""
-        if found := _NUMBER_TYPE.fullmatch(self.dtype):
-            kind, size, variant = found.groups()
+        if match := _NUMBER_TYPE.fullmatch(self.dtype):
+            kind, size, variant = match.groups()
             return _NUMBER_KINDS[kind] + size + (f"_{variant}" if variant else "")
         return "bool" if self.dtype == "pred" else self.dtype
 
@@ -91,7 +91,7 @@ class ArrayType:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `rest` is what stands behind the opening bracket of operands."""
+    """One line of a computation; `rest` is the text after the opening parenthesis of operands."""
 
     name: str
     type: str
@@ -115,12 +115,12 @@ class Instruction:
 
     @property
     def literal(self) -> str:
-        """What stands in the brackets of a constant, a parameter."""
+        """The text in the parentheses of a constant or parameter."""
         return self._split[0]
 
     @property
     def attributes(self) -> str:
-        """What stands behind the operands."""
+        """The text after the operands."""
         return self._split[1]
 
     @functools.cached_property
@@ -132,13 +132,13 @@ class Instruction:
         }
 
     def attribute(self, name: str, pattern: str) -> str:
-        """Returns what matches the pattern behind `name=`; "" where nothing does."""
-        found = re.search(rf"\b{name}=({pattern})", self.attributes)
-        return found.group(1) if found else ""
+        """Returns the match of the pattern after `name=`; "" if there is none."""
+        match = re.search(rf"\b{name}=({pattern})", self.attributes)
+        return match.group(1) if match else ""
 
 
 class Computation:
-    """Instructions by name, in the order they are printed."""
+    """Instructions by name, in printed order."""
 
     def __init__(self, name: str, instructions: Sequence[Instruction]):
         self.name = name
@@ -146,13 +146,13 @@ class Computation:
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """The instruction that gives the result: the last one, where none is marked."""
+        """The instruction marked as root; the last one if none is marked."""
         marked = [i for i in self.instructions.values() if i.is_root]
         return marked[0] if marked else list(self.instructions.values())[-1]
 
     @functools.cached_property
     def users(self) -> Mapping[str, tuple[Instruction, ...]]:
-        """The instructions that use the one of a name."""
+        """The users of each instruction, by its name."""
         users: dict[str, tuple[Instruction, ...]] = {}
         for instruction in self.instructions.values():
             for name in instruction.operands:
@@ -162,7 +162,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, and the number of devices that run the program together."""
+    """Computations by name, and the number of devices that the program is partitioned over."""
 
     entry: Computation
     computations: Mapping[str, Computation]
@@ -170,7 +170,7 @@ class Program:
 
     @functools.cached_property
     def fused(self) -> frozenset[str]:
-        """Names of the computations that fusions call."""
+        """Names of the computations called by fusions."""
         return frozenset(
             called.name
             for computation in self.computations.values()
@@ -180,40 +180,40 @@ class Program:
         )
 
     def operand_types(self, computation: Computation, names: Sequence[str]) -> list[ArrayType]:
-        """Returns the types of instructions that give arrays."""
+        """Returns the array types of the instructions with these names."""
         types = [computation.instructions[name].type for name in names]
         return [array for text in types for array in array_types(text)]
 
     def trip_count(self, loop: Instruction, state: Value) -> int | None:
-        """Returns how often the body of a `while` runs, from the state that it starts with.
+        """Returns the trip count of a `while` loop with the given initial state.
 
-        Where the compiler has not recorded it, follows what the loop carries: the condition is
-        asked about a state in which whatever grows by the same step in the first two rounds has
-        gone on to do so.
+        If the compiler has not recorded it, extrapolates the loop state: scalars that change by the
+        same amount in the first two iterations are assumed to continue, and the trip count is the
+        first iteration for which the condition is false.
 
         Returns:
-          None where it depends on data.
+          None if it depends on data.
         """
         if known := _TRIP_COUNT.search(loop.attributes):
             return int(known.group(1))
-        first = self.after_round(loop, state)
-        second = self.after_round(loop, first)
+        first = self.after_iteration(loop, state)
+        second = self.after_iteration(loop, first)
         (condition,) = self.called(loop, "condition")
 
-        def goes_on(rounds: int) -> Value:
-            reached = _extrapolated(state, first, second, rounds)
-            return Evaluation(self, condition, [reached]).value(condition.root)
+        def continues(iteration: int) -> Value:
+            extrapolated = _extrapolated(state, first, second, iteration)
+            return Evaluation(self, condition, [extrapolated]).value(condition.root)
 
-        return _first_false(goes_on)
+        return _first_false(continues)
 
-    def after_round(self, loop: Instruction, state: Value) -> Value:
-        """Returns the state that the body of a `while` leaves."""
+    def after_iteration(self, loop: Instruction, state: Value) -> Value:
+        """Returns the state after one iteration of a `while` loop."""
         (body,) = self.called(loop, "body")
         return Evaluation(self, body, [state]).value(body.root)
 
-    def unchanged(self, loop: Instruction, state: Value) -> Value:
-        """Returns what of the state is known in every round of a `while`."""
-        return _kept(state, self.after_round(loop, state))
+    def loop_invariant(self, loop: Instruction, state: Value) -> Value:
+        """Returns the state with only the values that a `while` loop does not change."""
+        return _equal_values(state, self.after_iteration(loop, state))
 
     def called(self, instruction: Instruction, *attributes: str) -> list[Computation]:
         """Returns the computations that an instruction names in these attributes, or in any."""
@@ -222,7 +222,7 @@ class Program:
 
 
 class Evaluation:
-    """Scalars of one run of a computation, as far as the arguments that are known decide them."""
+    """Constant-folds the scalars of a computation, given the known arguments."""
 
     def __init__(self, program: Program, computation: Computation, arguments: Sequence[Value]):
         self._program = program
@@ -237,7 +237,7 @@ class Evaluation:
         return self._known[instruction.name]
 
     def operands(self, instruction: Instruction) -> list[Value]:
-        """Returns the values of its operands."""
+        """Returns the values of an instruction's operands."""
         return [self.value(self._computation.instructions[name]) for name in instruction.operands]
 
     def _value(self, instruction: Instruction) -> Value:
@@ -260,15 +260,15 @@ class Evaluation:
                 value = self.operands(instruction)[0]
             case "compare":
                 compare = _COMPARISONS[instruction.attribute("direction", "[A-Z]+")]
-                value = _applied(compare, self.operands(instruction))
+                value = _apply(compare, self.operands(instruction))
             case opcode if opcode in _ARITHMETIC:
-                value = _applied(_ARITHMETIC[opcode], self.operands(instruction))
+                value = _apply(_ARITHMETIC[opcode], self.operands(instruction))
             case "fusion" | "call":
                 (called,) = self._program.called(instruction, "calls", "to_apply")
                 operands = self.operands(instruction)
                 value = Evaluation(self._program, called, operands).value(called.root)
             case "while":
-                value = self._program.unchanged(instruction, self.operands(instruction)[0])
+                value = self._program.loop_invariant(instruction, self.operands(instruction)[0])
         return value
 
 
@@ -276,20 +276,20 @@ def parse(text: str) -> Program:
     """Parses the text of a compiled program.
 
     Raises:
-      ValueError: it is not one.
+      ValueError: the text is not a compiled program.
     """
     computations: dict[str, Computation] = {}
     entry = None
     name, lines = "", list[Instruction]()
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            is_entry, name = found.groups()
+        if match := _COMPUTATION.match(line):
+            is_entry, name = match.groups()
             lines = []
             entry = name if is_entry else entry
         elif line.startswith("}"):
             computations[name] = Computation(name, lines)
-        elif found := _INSTRUCTION.match(line):
-            is_root, instruction, type_, opcode, rest = found.groups()
+        elif match := _INSTRUCTION.match(line):
+            is_root, instruction, type_, opcode, rest = match.groups()
             lines.append(Instruction(instruction, type_, opcode, rest, bool(is_root)))
     if not text.startswith("HloModule ") or entry not in computations:
         raise ValueError("the text is not that of a compiled program (Compiled.as_text())")
@@ -298,7 +298,7 @@ def parse(text: str) -> Program:
 
 
 def array_types(text: str) -> tuple[ArrayType, ...]:
-    """Returns the arrays of a type, of a tuple one by one."""
+    """Returns the array types of a type, flattening tuples."""
     return tuple(
         ArrayType(dtype, tuple(map(int, _DIGITS.findall(shape))))
         for dtype, shape in _ARRAY.findall(text)
@@ -311,37 +311,37 @@ def _scalar(literal: str) -> int | None:
     return int(literal) if re.fullmatch(r"-?\d+", literal) else None
 
 
-def _applied(function: Callable[[int, int], int], operands: Sequence[Value]) -> int | None:
+def _apply(function: Callable[[int, int], int], operands: Sequence[Value]) -> int | None:
     first, second = operands
     if isinstance(first, int) and isinstance(second, int):
         return int(function(first, second))
     return None
 
 
-def _kept(before: Value, after: Value) -> Value:
-    """What is the same before and after; None where it is not."""
+def _equal_values(before: Value, after: Value) -> Value:
+    """Returns the values that are equal before and after, and None for the others."""
     if isinstance(before, tuple) and isinstance(after, tuple):
-        return tuple(_kept(b, a) for b, a in zip(before, after, strict=True))
+        return tuple(_equal_values(b, a) for b, a in zip(before, after, strict=True))
     return before if before == after else None
 
 
-def _extrapolated(state: Value, first: Value, second: Value, rounds: int) -> Value:
-    """The state after many rounds, from the first three; None where it leaves the line."""
+def _extrapolated(state: Value, first: Value, second: Value, iteration: int) -> Value:
+    """Extrapolates linearly from three states; None for values that are not linear."""
     if isinstance(state, tuple) and isinstance(first, tuple) and isinstance(second, tuple):
         parts = zip(state, first, second, strict=True)
-        return tuple(_extrapolated(*part, rounds) for part in parts)
+        return tuple(_extrapolated(*part, iteration) for part in parts)
     if isinstance(state, int) and isinstance(first, int) and isinstance(second, int):
-        return state + rounds * (first - state) if second - first == first - state else None
+        return state + iteration * (first - state) if second - first == first - state else None
     return None
 
 
-def _first_false(goes_on: Callable[[int], Value]) -> int | None:
-    """The first round that does not go on; None where one is not known, or none is in sight."""
-    rounds = 0
-    while answer := goes_on(rounds):
-        rounds = 2 * rounds + 1
-        if rounds > _MOST_ROUNDS:
+def _first_false(continues: Callable[[int], Value]) -> int | None:
+    """Returns the first iteration that does not continue; None if unknown or too far away."""
+    iteration = 0
+    while answer := continues(iteration):
+        iteration = 2 * iteration + 1
+        if iteration > _MAX_TRIP_COUNT:
             return None
     if answer is None:
         return None
-    return bisect.bisect_left(range(rounds), True, key=lambda earlier: not goes_on(earlier))
+    return bisect.bisect_left(range(iteration), True, key=lambda earlier: not continues(earlier))

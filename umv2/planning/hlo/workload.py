@@ -1,6 +1,6 @@
-"""The work of a compiled program on one device, read from its HLO text, loops as often as they run.
+"""The work of a compiled program on one device, read from its HLO text, with trip counts of loops.
 
-XLA's own `cost_analysis` counts the body of a loop once, and a training step is loops over layers.
+XLA's `cost_analysis` counts a loop body once, but most of a training step is loops over layers.
 """
 
 import collections
@@ -16,7 +16,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<=]*\])(?:\{[^}]*?(S\(\d+\))?\})?")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _INTEGERS = re.compile(r"\d+")
 
-# They name, regroup or wait for what others have computed.
+# Instructions without work: they name, regroup or wait for results of others.
 _FREE = {
     "parameter",
     "constant",
@@ -29,29 +29,30 @@ _FREE = {
     "opt-barrier",
     "optimization-barrier",
 }
-# Parts of an operation's path that say where it stands and not what it is.
-_AROUND = {"while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation"}
+# Components of an operation's path that describe its context and not the operation.
+_CONTEXT = {"while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation"}
 _NUM_HEAVIEST = 5
-_MAIN = ("", "S(0)")  # what layouts say of the main memory of a device
+_MAIN = ("", "S(0)")  # memory spaces in layouts that mean the main memory of a device
 _FUSIONS = {"fusion", "fusion-start"}
-# They read as much of their first operand as they return.
+# Read as many bytes of their first operand as they return.
 _READERS = {"dynamic-slice", "slice", "gather"}
-# They write into their first operand, in place, as much as another operand holds.
+# Update their first operand in place, with as many bytes as the operand of this index.
 _WRITERS = {"dynamic-update-slice": 1, "scatter": 2}
-# They pass on what they get, so what reads or writes stands behind them.
+# Pass on their operand inside a fusion: only their users or producers access memory.
 _VIEWS = {"bitcast", "reshape", "copy", "transpose", "convert"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one execution of a program.
+    """The work of one device in one execution of a program.
 
     Attributes:
-      flops: of matrix products, a multiply-add as two; none of custom kernels.
-      bytes: read from and written to its memory by all instructions; custom kernels only write.
-      cycles: that the compiler estimates for the instructions it schedules, one after the other
-        and without collectives; None where it says nothing.
-      heaviest: operations of the JAX program by the bytes that they move, the most first.
+      flops: of matrix products, two per multiply-add; custom kernels count 0.
+      bytes: read from and written to main memory by all instructions; of custom kernels, only the
+        bytes written.
+      cycles: the compiler's estimate, summed over instructions and without collectives; None if it
+        gives none.
+      heaviest: JAX operations that move the most bytes, in descending order.
     """
 
     flops: float
@@ -63,10 +64,10 @@ class Work:
 def read(text: str) -> Work:
     """Reads the work of one device from `jax.stages.Compiled.as_text()`, for CPU, TPU or GPU.
 
-    Loops whose number of rounds depends on data count once, of branches the largest.
+    A loop whose trip count depends on data counts once, and a conditional as its largest branch.
 
     Raises:
-      ValueError: the text is not that of a compiled program.
+      ValueError: the text is not a compiled program.
     """
     program = hlo.parse(text)
     parts = list(_parts(program, program.entry, (), 1))
@@ -82,7 +83,7 @@ def read(text: str) -> Work:
 
 
 class _Part(NamedTuple):
-    """An instruction, as often as it is executed."""
+    """The work of all executions of one instruction."""
 
     source: str
     flops: float
@@ -96,20 +97,20 @@ def _parts(
     arguments: Sequence[hlo.Value],
     times: int,
 ) -> Iterator[_Part]:
-    """Yields what so many executions of a computation do."""
+    """Yields the work of `times` executions of a computation."""
     values = hlo.Evaluation(program, computation, arguments)
     for instruction in computation.instructions.values():
         match instruction.opcode:
             case "while":
                 (state,) = values.operands(instruction)
-                rounds = program.trip_count(instruction, state) or 1
+                trip_count = program.trip_count(instruction, state) or 1
                 (body,) = program.called(instruction, "body")
-                kept = program.unchanged(instruction, state)
-                yield from _parts(program, body, (kept,), times * rounds)
+                invariant = program.loop_invariant(instruction, state)
+                yield from _parts(program, body, (invariant,), times * trip_count)
             case "conditional":
                 branches = program.called(instruction)
-                found = [list(_parts(program, branch, (), times)) for branch in branches]
-                yield from max(found, key=lambda parts: sum(part.bytes for part in parts))
+                alternatives = [list(_parts(program, branch, (), times)) for branch in branches]
+                yield from max(alternatives, key=lambda parts: sum(part.bytes for part in parts))
             case "call" | "async-start":
                 for called in program.called(instruction):
                     yield from _parts(program, called, (), times)
@@ -125,9 +126,9 @@ def _parts(
 
 
 def _source(instruction: hlo.Instruction) -> str:
-    """The operation of the JAX program, without the loops and calls around it."""
+    """Returns the JAX operation, without the loops and calls around it."""
     path = instruction.attribute("op_name", '"[^"]*"').strip('"').split("/")
-    named = [name for name in path if name not in _AROUND and not name.startswith("jit(")]
+    named = [name for name in path if name not in _CONTEXT and not name.startswith("jit(")]
     return "/".join(named[-4:]) or instruction.opcode
 
 
@@ -141,15 +142,15 @@ def _flops(
         case "dot":
             axes = instruction.attribute("lhs_contracting_dims", r"\{[\d,]*\}")
         case "custom-call" if "__cublas$" in instruction.attributes:
-            found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-            axes = found[1] if found else ""
+            match = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+            axes = match[1] if match else ""
         case "convolution":
             left, right = program.operand_types(computation, instruction.operands[:2])
             return _convolution_flops(instruction, left, right)
         case _:
             return 0.0
     (left,) = program.operand_types(computation, instruction.operands[:1])
-    result = hlo.array_types(instruction.type)[0]  # of a custom call beside a workspace
+    result = hlo.array_types(instruction.type)[0]  # a custom call also returns a workspace
     contracted = math.prod(left.shape[int(axis)] for axis in _INTEGERS.findall(axes))
     return 2.0 * math.prod(result.shape) * contracted
 
@@ -175,7 +176,7 @@ def _bytes(
 
 
 def _read_by_fusion(program: hlo.Program, called: hlo.Computation, sizes: Sequence[float]) -> float:
-    """Bytes that a fusion reads of operands of these sizes: only slices where it takes slices."""
+    """Returns the bytes that a fusion reads from operands of these sizes; only slices if sliced."""
     parameters = [i for i in called.instructions.values() if i.opcode == "parameter"]
     return sum(
         min(sizes[int(p.literal)], _read_of(program, called, p, sizes[int(p.literal)]))
@@ -197,15 +198,15 @@ def _read_of(
             (inner,) = program.called(user)
             sizes = [size if name == source.name else 0.0 for name in user.operands]
             total += _read_by_fusion(program, inner, sizes)
-        elif not (user.opcode in _WRITERS and first):  # which would be in place
+        elif not (user.opcode in _WRITERS and first):  # an in-place update reads nothing
             return size
     return total
 
 
 def _written_by_fusion(called: hlo.Computation) -> float:
-    """Bytes that a fusion writes: only updates where it updates in place."""
+    """Returns the bytes that a fusion writes; only the updates if it updates in place."""
     root, total = called.root, 0.0
-    if root.opcode != "tuple" and root.type.startswith("("):  # such as a reduction of several
+    if root.opcode != "tuple" and root.type.startswith("("):  # e.g. a variadic reduction
         return _size(root.type)
     names = root.operands if root.opcode == "tuple" else (root.name,)
     for name, (array, space) in zip(names, _ARRAY.findall(root.type), strict=True):
@@ -221,7 +222,7 @@ def _written_by_fusion(called: hlo.Computation) -> float:
 
 
 def _size(types: str, *, everywhere: bool = False) -> float:
-    """Bytes of the arrays of a type in the device's main memory, or wherever they are."""
+    """Returns the bytes of the arrays of a type in main memory, or in any memory space."""
     return float(
         sum(
             hlo.array_types(array)[0].num_bytes
@@ -234,9 +235,10 @@ def _size(types: str, *, everywhere: bool = False) -> float:
 def _convolution_flops(
     instruction: hlo.Instruction, left: hlo.ArrayType, right: hlo.ArrayType
 ) -> float:
-    """As XLA counts them: no products with padding, nor with the gaps of dilation.
+    """Returns FLOPs as XLA counts them, without products with padding or dilation gaps.
 
-    TPUs have matrix products as convolutions, with batch dimensions as dilated spatial ones.
+    TPU compilers express matrix products as convolutions, and batch dimensions as dilated spatial
+    dimensions.
     """
     labels = re.split("_|->", instruction.attribute("dim_labels", r"\w+->\w+"))
     (result,) = hlo.array_types(instruction.type)

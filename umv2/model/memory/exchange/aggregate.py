@@ -1,13 +1,13 @@
-"""Value aggregation over sharded tables: what one device computes, and what it exchanges.
+"""Value aggregation over sharded tables: per-device computation and communication.
 
-Every function acts on the arrays of one device within `jax.shard_map`. The devices of the mesh axis
-`memory` each have tokens of their own, t of them, and of every table
+Every function acts on per-device arrays inside `jax.shard_map`. Each device along the mesh axis
+`memory` has its own t tokens and, depending on the layout, of every table
 
-    replicated  all; nothing is exchanged
+    replicated  all rows and columns; no communication
     columns     some columns of every row (columns.py)
     rows        some rows (rows.py)
 
-Exchanged floating-point arrays have the compute dtype; sums within a device are accumulated in
+Floating-point arrays are communicated in the compute dtype; sums within a device accumulate in
 float32 (float64 for float64). JAX differentiates the collectives.
 """
 
@@ -45,19 +45,20 @@ def aggregate(
     """Returns the weighted sums of each token's rows: `value_aggregation` over sharded tables.
 
     Args:
-      layout: how the tables are sharded over `axis`.
-      values: this device's shard of all tables: [L, N, v], whose N ("rows") or v ("columns") is
-        1/M of all. In the layout "rows" device m owns rows m N/M and on of every table.
-      rows: the selected rows as table * N + row, with N the rows of a table.
-      weights: of each selection, for each of the c equal slices of a row.
-      pre_values: rows that decide, with `pre_inputs`, how much each selection counts; alike.
-      pre_inputs: what this device's tokens bring to pre-values, unsharded; both or neither.
-      activation: of the pre-score.
-      slots: where in its token's output each selection is added, in [0, num_slots).
-      num_slots: outputs a token; 1 without `slots`.
-      chunk_size: tokens whose rows are fetched at once; None: chosen by their size.
-      implementation: of the operators on a device's rows.
-      dtype: of the floating-point arrays that are exchanged.
+      layout: how the tables are sharded over `axis`, of size M.
+      values: this device's shard of all tables, [l, n, v]: n is 1/M of the N rows of a table
+        ("rows"), or v is 1/M of its columns ("columns"). With "rows", device m owns rows
+        [m N/M, (m + 1) N/M) of every table.
+      rows: the selected rows, numbered table * N + row.
+      weights: weight of each selection, for each of the c equal slices of a row.
+      pre_values: this device's shard of the pre-value tables, sharded like `values`.
+      pre_inputs: input of each token to the pre-scores, with all columns; given with `pre_values`.
+      activation: activation of the pre-scores.
+      slots: slot of its token's output to which each selection is added, in [0, num_slots).
+      num_slots: output slots per token; 1 without `slots`.
+      chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
+      implementation: implementation of the per-device operators.
+      dtype: dtype of communicated floating-point arrays.
       axis: the mesh axis over which the tables are sharded.
 
     Returns:
@@ -71,4 +72,4 @@ def aggregate(
         jnp.float32, *(x for x in (values, weights, pre_values, pre_inputs) if x is not None)
     )
     exchange: Callable[..., Array] = pool_columns if layout == "columns" else pool_rows
-    return exchange(*kernels.vary_alike(arrays, (axis,)), options).astype(accumulation)
+    return exchange(*kernels.match_vma(arrays, (axis,)), options).astype(accumulation)

@@ -1,7 +1,7 @@
-"""Tables sharded by columns: every device pools its columns for the tokens of all.
+"""Tables sharded by columns: each device pools its columns for the tokens of all devices.
 
-Ids go to all devices; each adds up its columns of the pre-scores, which are reduced, and of the
-values, which go back to their tokens.
+Row ids are all-gathered. Each device computes partial pre-scores from its columns, which are
+reduce-scattered, and pools its columns of the values, which an all-to-all returns to their tokens.
 """
 
 import math
@@ -23,16 +23,17 @@ from umv2.model.memory.exchange.local import (
 
 
 def column_sizes(value_dim: int, pre_value_dim: int, num_cores: int) -> list[int]:
-    """Returns the numbers of devices that can shard tables by columns, in rising order.
+    """Returns the numbers of devices over which tables can be sharded by columns, ascending.
 
-    They divide the widths of both tables, and a device holds columns of one core, or all of some.
+    Each must divide the widths of both tables, and give a device either columns of a single core or
+    all columns of some cores.
     """
     sizes = divisors(math.gcd(value_dim, pre_value_dim))
     return [size for size in sizes if size % num_cores == 0 or num_cores % size == 0]
 
 
 def column_fault(value_dim: int, pre_value_dim: int, num_cores: int, size: int) -> str | None:
-    """Returns why `size` devices cannot shard tables by columns, with a size that can, or None."""
+    """Returns why tables cannot be sharded by columns over `size` devices, or None if they can."""
     sizes = column_sizes(value_dim, pre_value_dim, num_cores)
     rule = f"value_dim={value_dim} and pre_value_dim={pre_value_dim}"
     if num_cores > 1:
@@ -40,11 +41,8 @@ def column_fault(value_dim: int, pre_value_dim: int, num_cores: int, size: int) 
     return fault(size, sizes, rule)
 
 
-# --- columns ---
-
-
 def own_cores(num_cores: int, size: int) -> int:
-    """Returns how many cores weight the columns of one device."""
+    """Returns the number of cores that the columns of one device belong to."""
     return max(1, num_cores // size)
 
 
@@ -57,7 +55,7 @@ def pool_columns(
     slots: Int32[Array, "t k"] | None,
     options: Options,
 ) -> Float[Array, "t e"]:
-    """Pools this device's columns for the tokens of all devices, and joins those of its own."""
+    """Pools this device's columns for all tokens; returns all columns for this device's tokens."""
     axis, num_slots = options.axis, options.num_slots
     num_tokens = rows.shape[0]
     rows = lax.all_gather(rows, axis, tiled=True)
@@ -85,12 +83,12 @@ def pool_columns(
 def _own_weights(
     weights: Float[Array, "t k c"], axis: str, dtype: DTypeLike
 ) -> Float[Array, "mt k own"]:
-    """Returns, for all tokens, the weights of the cores that this device's columns belong to."""
+    """Gathers, for the tokens of all devices, the weights of this device's cores."""
     num_cores = weights.shape[-1]
     if num_cores == 1:
         return lax.all_gather(weights.astype(dtype), axis, tiled=True)
-    # Devices with columns of one core get copies of its weights, whose gradients are summed
-    # unrounded.
+    # Devices that share a core each get a copy of its weights. Repeating before the cast sums the
+    # gradients of the copies in the original dtype.
     copies = own_cores(num_cores, lax.axis_size(axis)) * lax.axis_size(axis) // num_cores
     weights = jnp.repeat(weights, copies, axis=2).astype(dtype)
     return lax.all_to_all(weights, axis, 2, 0, tiled=True)

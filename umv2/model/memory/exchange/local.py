@@ -1,4 +1,4 @@
-"""What one device computes of its shard of the tables, and what both layouts need."""
+"""Value aggregation on one device's shard, and helpers shared by both layouts."""
 
 import math
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ Activation = Literal["gelu", "silu", "relu"] | None
 
 
 class Options(NamedTuple):
-    """What is not an array; hashable."""
+    """The static arguments of `aggregate`; hashable."""
 
     axis: str
     activation: Activation
@@ -24,14 +24,14 @@ class Options(NamedTuple):
 
 
 def fault(size: int, sizes: list[int], rule: str) -> str | None:
-    """Returns why a number of devices is none of the possible ones, with the nearest, or None."""
+    """Returns why `size` is not one of the valid `sizes`, naming the nearest, or None if it is."""
     if size in sizes:
         return None
     return f"must divide {rule}; {min(sizes, key=lambda other: abs(other - size))} would do"
 
 
 def divisors(number: int) -> list[int]:
-    """Returns the divisors of a number, in rising order."""
+    """Returns the divisors of a number, ascending."""
     small = [m for m in range(1, math.isqrt(number) + 1) if number % m == 0]
     return sorted({*small, *(number // m for m in small)})
 
@@ -45,7 +45,7 @@ def pool(
     slots: Int32[Array, "t k"] | None,
     options: Options,
 ) -> Float[Array, "t e"]:
-    """Calls the operator on the rows that this device holds."""
+    """Calls `value_aggregation` on this device's rows."""
     return kernels.value_aggregation(
         flat(values),
         rows,
@@ -61,7 +61,7 @@ def pool(
 
 
 def flat(table: Float[Array, "l n d"]) -> Float[Array, "ln d"]:
-    """Returns the rows of all tables, one after another."""
+    """Merges the table axis into the row axis."""
     return table.reshape(-1, table.shape[-1])
 
 

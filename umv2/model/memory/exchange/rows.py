@@ -1,7 +1,7 @@
-"""Tables sharded by rows: selections go to the devices that hold their rows.
+"""Tables sharded by rows: selections are routed to the devices that own their rows.
 
-Partial sums go back to the tokens. No selection is ever left out: those that do not fit into the
-buffers, whose sizes are fixed, go in a further round.
+The owners return partial sums to the tokens. No selection is dropped: those that exceed the fixed
+capacity of the buffers are sent in a further round.
 """
 
 import functools
@@ -16,32 +16,31 @@ from jaxtyping import Array, Float, Int, Int32
 
 from umv2.model.memory.exchange.local import Options, divisors, fault, pool
 
-# Capacity for groups of selections in a round beyond an even load: a fraction, or, where loads are
-# small, this many standard deviations of what falls on a device when rows are picked at random.
+# Extra capacity of a round over an even load: this fraction of it or, if larger (small loads), this
+# many standard deviations of the load under uniformly random selection.
 _SLACK, _DEVIATIONS = 0.25, 5
 _MAX_GROUP = 8
 
 
 def row_sizes(num_values: int) -> list[int]:
-    """Returns the numbers of devices that can shard tables by rows, in rising order."""
+    """Returns the numbers of devices over which tables can be sharded by rows, ascending."""
     return divisors(num_values)
 
 
 def row_fault(num_values: int, size: int) -> str | None:
-    """Returns why `size` devices cannot shard tables by rows, with a size that can, or None."""
+    """Returns why tables cannot be sharded by rows over `size` devices, or None if they can."""
     return fault(size, row_sizes(num_values), f"the {num_values} rows of a table")
 
 
-# --- rows ---
-
-
 class Groups(NamedTuple):
-    """How selections are sent: in groups of one line, a token's selections of one slot.
+    """How selections are packed into groups for sending.
+
+    A line is one slot of one token. The selections of a line with the same owner are packed into
+    groups, each of which value aggregation treats as a token.
 
     Attributes:
-      size: selections that a group holds at most, a power of two: a line's at an owner are cut into
-        groups of it, and value aggregation takes each for a token.
-      capacity: groups that a device sends to each owner in one round, at most.
+      size: selections per group, a power of two; the last group of a line and owner is padded.
+      capacity: maximum number of groups that a device sends to one owner in one round.
     """
 
     size: int
@@ -49,10 +48,10 @@ class Groups(NamedTuple):
 
 
 def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Groups:
-    """Returns the groups that suit an even load: each row as likely to be selected as any."""
+    """Returns group size and capacity for an even load, in which all rows are equally likely."""
     num_buckets = num_slots * num_owners
     size = 1 << (min(max(top_m // num_buckets, 1), _MAX_GROUP).bit_length() - 1)
-    # The groups that a line is expected to have at an owner.
+    # Expected number of groups per line and owner.
     expected = sum(_binomial(n, top_m, num_buckets) * -(-n // size) for n in range(top_m + 1))
     even = num_tokens * num_slots * expected
     capacity = math.ceil(even + max(_SLACK * even, _DEVIATIONS * math.sqrt(even)))
@@ -62,7 +61,7 @@ def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Grou
 
 
 def _binomial(successes: int, trials: int, sides: int) -> float:
-    """The probability that of so many throws of fair dice so many show a certain side."""
+    """Returns the binomial probability of `successes` in `trials`, with p = 1 / sides."""
     if sides == 1:
         return float(successes == trials)
     misses = trials - successes
@@ -71,20 +70,20 @@ def _binomial(successes: int, trials: int, sides: int) -> float:
 
 
 def _arranged_groups(top_m: int, num_buckets: int, size: int) -> int:
-    """Groups that any token's selections fit into, when the last of each bucket is padded."""
+    """Returns the number of groups that hold any token's selections, padding included."""
     return -(-(top_m + num_buckets * (size - 1)) // size)
 
 
 class Routing(NamedTuple):
-    """Which of a device's selections go to whom.
+    """The owner of each of a device's selections.
 
     Attributes:
-      keys: of each token's selections and of what fills groups up; weights are sorted by them.
-      rows: rows of their owner's part of the tables, in groups.
-      lines: of the groups, token * num_slots + slot.
-      order: of the groups when sorted by owner, lines rising.
-      ends: where the groups of each owner end among those.
-      num_rounds: rounds that it takes until all devices have sent all groups; at least 1.
+      keys: sort keys of each token's selections and padding; weights are sorted by them too.
+      rows: rows of the selections, numbered within their owner's shard, in groups.
+      lines: line of each group, token * num_slots + slot.
+      order: permutation that sorts the groups by owner, then by line.
+      ends: end of each owner's groups in this order.
+      num_rounds: number of rounds until all devices have sent all groups; at least 1.
     """
 
     keys: Int32[Array, "t w"]
@@ -103,16 +102,16 @@ def route(
     num_slots: int,
     axis: str,
 ) -> Routing:
-    """Groups this device's selections by the devices that own their rows.
+    """Groups this device's selections by the owners of their rows.
 
-    Sorts of each token's selections, and one of the groups, do it: accelerators sort side by side,
-    but fetch and add elements at places that the data name one by one.
+    Uses one sort of each token's selections and one sort of the groups, because accelerators sort
+    in parallel but serialise data-dependent gathers and scatters.
 
     Args:
-      rows: table * N + row.
-      slots: of the selections.
-      own_rows: rows of each table that a device owns, N/M.
-      num_slots: slots of a token.
+      rows: selected rows, numbered table * N + row.
+      slots: slots of the selections.
+      own_rows: number of rows per table that each device owns, N/M.
+      num_slots: output slots per token.
       axis: the mesh axis over which rows are sharded.
     """
     num_owners, (num_tokens, top_m) = lax.axis_size(axis), rows.shape
@@ -124,7 +123,7 @@ def route(
     every = jnp.arange(num_buckets, dtype=jnp.int32)
     counts = jnp.sum(bucket[:, :, None] == every[None, None, :], axis=1, dtype=jnp.int32)
 
-    # What pads the last group of each bucket; the rest is in no bucket, and comes last.
+    # Pad the last group of each bucket; unused padding gets bucket num_buckets, which sorts last.
     width = _arranged_groups(top_m, num_buckets, group) * group
     fill = jnp.arange(group - 1, dtype=jnp.int32)[None, None, :] < (-counts % group)[:, :, None]
     fill = jnp.where(fill, every[None, :, None], num_buckets).reshape(num_tokens, -1)
@@ -135,7 +134,8 @@ def route(
     local = jnp.pad(local, ((0, 0), (0, width - top_m)))
     sorted_keys, local = lax.sort((keys, local), dimension=1, num_keys=1, is_stable=False)
     local, sorted_keys = local.reshape(-1, group), sorted_keys.reshape(-1, group)
-    # Its row is one that the token has selected: zero times a row that is not finite is not zero.
+    # Padding repeats a selected row of its group: an arbitrary row might not be finite, and its
+    # weight of zero would not cancel it.
     local = jnp.where(sorted_keys % width < top_m, local, local[:, :1])
 
     bucket = sorted_keys[:, 0] // width
@@ -144,7 +144,7 @@ def route(
     owned = jnp.sum(-(-counts // group), axis=0, dtype=jnp.int32).reshape(num_owners, num_slots)
     owned = jnp.sum(owned, axis=1, dtype=jnp.int32)
     most = -(-jnp.max(owned) // capacity)
-    # All devices of the mesh agree: the rounds of some must not wait for those of others.
+    # All devices must run the same number of rounds, or their collectives would deadlock.
     num_rounds = lax.pmax(most, tuple(sorted(jax.typeof(most).manual_axis_type.varying)))
     ends = jnp.cumsum(owned, dtype=jnp.int32)
     lines = token * num_slots + bucket % num_slots
@@ -153,7 +153,7 @@ def route(
 
 @jax.custom_vjp
 def _arrange(keys: Int32[Array, "t w"], weights: Float[Array, "t w c"]) -> Float[Array, "t w c"]:
-    """Sorts weights by keys, key modulo w being a weight's place: so does its derivative."""
+    """Sorts weights by keys, where key % w is the position of a weight; its VJP is a sort too."""
     columns = tuple(jnp.moveaxis(weights, -1, 0))
     return jnp.stack(lax.sort((keys, *columns), dimension=1, is_stable=False)[1:], axis=-1)
 
@@ -163,8 +163,8 @@ def _arrange_fwd(keys: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _arrange_bwd(keys: Array, arranged_grad: Array) -> tuple[None, Array]:
-    places = lax.sort(keys, dimension=1, is_stable=False) % keys.shape[1]
-    return None, _arrange(places, arranged_grad)
+    positions = lax.sort(keys, dimension=1, is_stable=False) % keys.shape[1]
+    return None, _arrange(positions, arranged_grad)
 
 
 _arrange.defvjp(_arrange_fwd, _arrange_bwd)
@@ -179,7 +179,7 @@ def pool_rows(
     slots: Int32[Array, "t k"] | None,
     options: Options,
 ) -> Float[Array, "t e"]:
-    """Pools, of this device's rows, those that all devices' tokens selected."""
+    """Pools the rows selected by this device's tokens, on the devices that own them."""
     own_rows, num_slots = values.shape[1], options.num_slots
     num_tokens, top_m, num_cores = weights.shape
     routing = route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis)
@@ -203,17 +203,18 @@ def _round(
     routing: Routing,
     arrays: tuple,
 ) -> Float[Array, "m lines v"]:
-    """Returns this device's part of the pooled lines of all devices, of one round's selections."""
+    """Runs one round: returns this device's partial sums for the lines of all devices."""
     values, pre_values, weights, pre_inputs = arrays
     axis, num_slots, num_owners = options.axis, options.num_slots, lax.axis_size(options.axis)
     group, capacity = groups(num_tokens, top_m, num_slots, num_owners)
     num_lines = num_tokens * num_slots
 
     starts = jnp.concatenate([jnp.zeros_like(routing.ends[:1]), routing.ends[:-1]])
-    place = jnp.arange(capacity, dtype=jnp.int32)[None, :] + number * capacity + starts[:, None]
-    sent = place < routing.ends[:, None]
-    chosen = routing.order[jnp.minimum(place, routing.order.size - 1)]
-    # Beyond an owner's last group stands some other, without weight and of a line that none has.
+    position = jnp.arange(capacity, dtype=jnp.int32)[None, :] + number * capacity + starts[:, None]
+    sent = position < routing.ends[:, None]
+    chosen = routing.order[jnp.minimum(position, routing.order.size - 1)]
+    # Positions after an owner's last group send some other group, with weight 0 and line num_lines,
+    # which is out of bounds and dropped.
     lines = jnp.where(sent, routing.lines[chosen], num_lines)
     weights = jnp.where(sent[:, :, None, None], weights[chosen], 0)
     rows, lines, weights = (
@@ -247,11 +248,10 @@ def _round(
 def _sum_of_rounds(
     send: Callable[..., Array], num_rounds: Int32[Array, ""], routing: Routing, arrays: tuple
 ) -> Array:
-    """Returns the sum of send(r, routing, arrays) over r < num_rounds, at least the first.
+    """Returns the sum of send(r, routing, arrays) over rounds r < num_rounds, at least the first.
 
-    A loop of unknown length has no reverse derivative of its own: that of a sum is the sum of the
-    derivatives. Only the first round keeps what it computed for the backward pass; there is
-    seldom another.
+    JAX cannot reverse-differentiate a loop of unknown length, so the VJP sums the VJPs of the
+    rounds. Only the first round saves residuals; later ones, which are rare, are recomputed.
     """
     return _sum_of_rounds_fwd(send, num_rounds, routing, arrays)[0]
 
@@ -282,7 +282,7 @@ _sum_of_rounds.defvjp(_sum_of_rounds_fwd, _sum_of_rounds_bwd)
 
 
 def _later_rounds[T](num_rounds: Array, add: Callable[[Array, T], T], first: T) -> T:
-    """Applies `add(r, total)` for the rounds after the first."""
+    """Applies `total = add(r, total)` for all rounds r after the first."""
     _, total = lax.while_loop(
         lambda carry: carry[0] < num_rounds,
         lambda carry: (carry[0] + 1, add(*carry)),

@@ -1,4 +1,4 @@
-"""The copy of its tokenizer's file that a run keeps, for when the original is gone."""
+"""A run's own copy of its tokenizer file, used if the original is gone."""
 
 import dataclasses
 import shutil
@@ -12,13 +12,13 @@ from umv2.config import DataConfig
 _NAMES = ("bytes", "none")  # tokenizers without a file
 
 
-def keep(tokenizer: str, workdir: Path) -> None:
-    """Copies the file of a tokenizer (`data.tokenizer`), if it has one, into the folder of a run.
+def save(tokenizer: str, workdir: Path) -> None:
+    """Copies the file of a tokenizer (`data.tokenizer`), if it has one, into a run's folder.
 
     Raises:
-      FileError: it cannot be written.
+      FileError: the copy cannot be written.
     """
-    original, copy = Path(tokenizer), copy_of(tokenizer, workdir)
+    original, copy = Path(tokenizer), copy_path(tokenizer, workdir)
     if tokenizer in _NAMES or not original.exists():
         return
     with files.errors(copy, "cannot be compared"):
@@ -28,17 +28,17 @@ def keep(tokenizer: str, workdir: Path) -> None:
         shutil.copyfile(original, unfinished)
 
 
-def found(config: DataConfig, workdir: Path) -> DataConfig:
-    """Returns a configuration whose tokenizer is there: the run's copy where the file is gone."""
+def resolve(config: DataConfig, workdir: Path) -> DataConfig:
+    """Returns the configuration, with the run's copy of the tokenizer if the original is gone."""
     if config.tokenizer in _NAMES or Path(config.tokenizer).exists():
         return config
-    copy = copy_of(config.tokenizer, workdir)
+    copy = copy_path(config.tokenizer, workdir)
     if not copy.exists():
         return config
-    logging.info("data.tokenizer=%r is gone; the run's copy %s is used", config.tokenizer, copy)
+    logging.info("data.tokenizer=%r is gone; using the run's copy %s", config.tokenizer, copy)
     return dataclasses.replace(config, tokenizer=str(copy))
 
 
-def copy_of(tokenizer: str, workdir: Path) -> Path:
-    """Returns where a run keeps the file of its tokenizer."""
+def copy_path(tokenizer: str, workdir: Path) -> Path:
+    """Returns the path of a run's copy of its tokenizer file."""
     return workdir / f"tokenizer{Path(tokenizer).suffix}"
