@@ -100,7 +100,7 @@ def test_the_page_names_every_recipe() -> None:
     assert headings == [
         "A layer family",
         "An optimizer for tables",
-        "A source of data",
+        "A data source",
         "An ablation",
         "A kernel backend",
     ]
@@ -144,6 +144,7 @@ def test_a_layer_family_can_be_trained_served_and_counted(tmp_path: Path) -> Non
     assert float(nats / weight) < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_a_layer_family_computes_the_same_on_a_mesh(layout: str) -> None:
@@ -163,6 +164,7 @@ def test_a_layer_family_computes_the_same_on_a_mesh(layout: str) -> None:
     assert spec[["rows", "columns"].index(layout) + 1] == "memory"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("modules")
 def test_an_optimizer_for_tables_has_no_moments_and_applies_the_gradient() -> None:
     adamw, sgd = (_config(), _config(optimizer__values_optimizer="table_sgd:table_sgd"))

@@ -306,7 +306,7 @@ CASES: dict[str, tuple[Arguments, str]] = {
     ),
     "comparison with itself": (
         lambda workspace: ["--config=tiny", "--mode=cost", "--compare=tiny"],
-        "there already",
+        "tiny is given twice",
     ),
     "comparison with a broken file": (
         lambda workspace: [

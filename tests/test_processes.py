@@ -231,6 +231,7 @@ def test_a_process_joins_if_a_launcher_started_several(
             distributed.require_single_process("mode 'prepare'", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
@@ -318,6 +319,7 @@ def test_processes_load_the_rows_of_their_devices_in_any_order(launcher: Launche
         assert process.stdout.splitlines()[-1].split() == [str(row) for row in rows]
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(finished: tiny_run.Run, launcher: Launcher) -> None:
     workdir = launcher.folder / "run"
     first, second = launcher.run(2, workdir, devices_each=2)
@@ -341,6 +343,7 @@ def test_a_folder_that_is_not_shared_is_an_error(launcher: Launcher) -> None:
     assert list((here / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_both(launcher: Launcher) -> None:
     lacking = ("--config.data.paths=('/nonexistent',)",)
     with launcher.job(2, launcher.folder / "run", others=lacking) as job:

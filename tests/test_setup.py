@@ -112,6 +112,7 @@ def test_a_python_that_is_too_old_is_a_one_line_error(project: Path) -> None:
     assert not (project / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_the_environment_matches_the_requirements_from_any_state(project: Path) -> None:
     arguments = ("venv", f"PYTHON=python-that-is-not-there {sys.executable}")
     pins = project / "requirements.txt"

@@ -88,6 +88,7 @@ def _compiled(config: ModelConfig, layout: exchange.Layout, what: str) -> collec
     return received
 
 
+@pytest.mark.slow(fast=["cores and slots"])
 @pytest.mark.parametrize("layout", ["columns", "rows"])
 @pytest.mark.parametrize(
     ("memory", "step"),

@@ -266,6 +266,7 @@ def test_a_folder_that_cannot_be_created_is_a_one_line_error(
         finished_folder(text, tmp_path / folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_and_keeps_finished_shards(
     text: DataConfig, text_folder: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from umv2.config import DataConfig, LongContextDataConfig
 from umv2.data.corpus import Corpus, Purpose, load_corpus
@@ -140,6 +141,7 @@ def test_only_answers_count_if_the_context_has_no_weight(
     assert text > 0
 
 
+@pytest.mark.slow
 def test_the_first_steps_contain_only_recall(config: DataConfig, text_folder: Path) -> None:
     settings = mixed(config, text_folder, warm_up_steps=3)
     corpus = load_corpus(settings, TOKENIZER, vocab_size=264)

@@ -140,7 +140,8 @@ def test_tokens_of_another_dtype_are_detected(
             assert read.lengths.sum() == (tokens != end).sum()
             continue
         with pytest.raises(
-            DataError, match=rf"a\.bin: (its tokens are {name} by|.*; as (big-endian )?uint16 the)"
+            DataError,
+            match=rf"a\.bin: (by its values, .* holds {name} tok|.*; as (big-endian )?uint16 the)",
         ):
             MemmapDocuments([path], declared, end, vocab_size)
 

@@ -267,7 +267,7 @@ def test_a_tokenizer_without_end_of_text_asks_for_one(bpe_path: Path, tmp_path: 
     content["model"]["vocab"]["nothing"] = content["model"]["vocab"].pop("<|endoftext|>")
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"give\s+data.end_of_text_id"):
+    with pytest.raises(DataError, match=r"set\s+data.end_of_text_id"):
         load_tokenizer(str(path))
 
 

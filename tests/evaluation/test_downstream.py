@@ -73,6 +73,7 @@ def greedy(context: list[int], count: int) -> list[int]:
     return ids[len(context) :]
 
 
+@pytest.mark.slow
 def test_log_likelihoods_match_single_sequences_in_the_order_of_requests() -> None:
     rng = np.random.default_rng(0)
     pairs = [
@@ -228,8 +229,8 @@ def test_texts_end_at_every_valid_stop_string(until: Any, stop: tuple[str, ...])
         ({"max_gen_toks": 0}, "max_gen_toks=0: must be an integer >= 1"),
         ({"max_new_tokens": -5}, "max_new_tokens=-5: must be an integer >= 1"),
         ({"max_gen_toks": True}, "max_gen_toks=True: must be an integer >= 1"),
-        ({"max_gen_toks": 300}, "max_gen_toks=300: must be less than the 300 tokens"),
-        ({"max_gen_toks": 10**30}, "max_gen_toks=10+: must be less than the 300 tokens"),
+        ({"max_gen_toks": 300}, "max_gen_toks=300: must be less than the model's 300 tokens"),
+        ({"max_gen_toks": 10**30}, "max_gen_toks=10+: must be less than the model's 300 tokens"),
         ({"max_length": 64}, "max_length=64: depends on the prompt's length; set max_gen_toks"),
         ({"until": 5}, "until=5: must be a string or a list of strings"),
         ({"until": ["a", 5]}, r"until=\['a', 5\]: must be a string or a list of strings"),
@@ -243,7 +244,9 @@ def test_invalid_settings_are_a_one_line_error(given: dict[str, Any], message: s
 
 
 def test_a_default_limit_that_is_too_long_is_reported_as_the_default() -> None:
-    with pytest.raises(UserError, match="max_gen_toks=256: the default must be less than the 64"):
+    with pytest.raises(
+        UserError, match="max_gen_toks=256: the default must be less than the model's 64"
+    ):
         downstream.GenerationSettings.of_task({}, task=None, vocab_size=257, max_length=64)
 
 
@@ -258,6 +261,7 @@ def request(text: str, task: str = "x", **given: Any) -> downstream.GenerationRe
     return downstream.GenerationRequest(task, tuple(text.encode()), settings)
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_rest_of_the_batch() -> None:
     sixteen = [request("2 + 2 =")] * 16
     alone_batch = downstream.continuations(generator(), sixteen, batch_size=16)

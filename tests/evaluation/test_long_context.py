@@ -56,6 +56,7 @@ def score(**changes: Any) -> Score:
     return Score(**(values | changes))
 
 
+@pytest.mark.slow
 def test_an_answer_is_exact_if_greedy_decoding_produces_it() -> None:
     model_config, weights = small()
     generator = Generator(model_config, weights, tokenizer=TOKENIZER, config=GREEDY)
@@ -134,6 +135,7 @@ def test_a_report_is_aligned_and_in_the_order_of_tasks_and_lengths() -> None:
     assert [cell["accuracy"] for cell in report.metrics()["cells"]] == [0, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_mode_writes_every_answer_and_a_figure(finished: tiny_run.Run) -> None:
     suite = dataclasses.replace(
         finished.config.evaluation.long_context,

@@ -76,6 +76,7 @@ def greedy_by_full_forward(
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filled", slots.SLOTS)
 def test_greedy_decoding_with_the_cache_matches_full_forward_passes(filled: str) -> None:
     generator = small_generator(filled)
@@ -90,6 +91,7 @@ def test_greedy_decoding_with_the_cache_matches_full_forward_passes(filled: str)
     assert len(ids) == GREEDY.max_new_tokens or expected[len(ids)] == TOKENIZER.end_of_text_id
 
 
+@pytest.mark.slow(fast=["both", "dense"])
 @pytest.mark.parametrize("filled", slots.SLOTS)
 def test_prefill_and_decode_logits_match_the_full_forward_pass(filled: str) -> None:
     config, weights = small_model(filled)
@@ -117,6 +119,7 @@ def test_prefill_and_decode_logits_match_the_full_forward_pass(filled: str) -> N
         assert not np.allclose(logits, jnp.roll(expected_logits, 1, axis=0), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens_at_once", "rows"), [(35, 3), (26, 2), (7, 1), (54, 6)])
 def test_many_long_prompts_are_prefilled_in_groups(tokens_at_once: int, rows: int) -> None:
     served = jax.jit(serving.serve, static_argnums=0)(*small_model("moe"))
@@ -130,6 +133,7 @@ def test_many_long_prompts_are_prefilled_in_groups(tokens_at_once: int, rows: in
     assert (f"i32[{6 // rows},{rows},9]" in str(program)) == (rows < 6)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_do_not_see_each_other() -> None:
     generator = small_generator("memory")
     prompts = ["def f(x): return x", "", "import numpy as np\n" * 4]
@@ -139,6 +143,7 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
     assert generator.generate_batch([]) == []
 
 
+@pytest.mark.slow
 def test_a_batch_ends_each_text_at_its_own_stop_string() -> None:
     generator = small_generator("memory")
     prompts = ["def f(x): return x", "a"]
@@ -172,6 +177,7 @@ def test_a_bfloat16_model_is_served_in_bfloat16() -> None:
     assert model.memory.config.key_norm == "rms"
 
 
+@pytest.mark.slow
 def test_prompts_of_one_bucket_share_one_prefill_and_one_decode(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -198,6 +204,7 @@ def test_a_model_on_a_mesh_can_generate_on_one_device() -> None:
     assert list(generator.generate("a")) == list(small_generator("memory").generate("a"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -225,6 +232,7 @@ def test_a_sharded_model_generates_the_same_text(filled: str, settings: Generate
     assert sharded.generate_batch(prompts) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filled", ["memory", pytest.param("moe", marks=pytest.mark.slow)])
 def test_a_sample_depends_only_on_its_prompt_and_number(filled: str) -> None:
     generator = small_generator(filled, dataclasses.replace(SAMPLED, max_new_tokens=8))
@@ -240,6 +248,7 @@ def test_a_sample_depends_only_on_its_prompt_and_number(filled: str) -> None:
     assert complete([context] * 3, samples=[4, 1, 4]) == [many[4], many[1], many[4]]
 
 
+@pytest.mark.slow
 def test_prompts_with_equal_logits_get_different_samples() -> None:
     config, weights = small_model("memory")
     zeros = jax.tree.map(jnp.zeros_like, weights)  # all ids are equally likely

@@ -45,6 +45,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow(fast=["both-memory7"])
 @pytest.mark.parametrize(("family", "memory"), CASES)
 def test_a_served_model_gives_the_same_logits(family: str, memory: dict[str, Any]) -> None:
     config = _model_config(family, **memory)

@@ -159,7 +159,7 @@ def test_keys_are_read_under_all_names(
         ({"clip_qkv": 8.0}, "clip_qkv=8.0: must be None: queries, keys and values"),
         ({"attention_bias": True}, "attention_bias=True: must be False"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
-        ({"rope_scaling": {"factor": 2}}, r"rope_scaling\.factor=2: must be 1: rotary"),
+        ({"rope_scaling": {"factor": 2}}, r"rope_scaling\.factor=2: must be 1: RoPE is not"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_scaling\.type='linear': must"),
         ({"rope_scaling": "default"}, "rope_scaling='default': must be a mapping"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5: must be 1"),

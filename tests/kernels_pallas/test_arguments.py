@@ -122,6 +122,7 @@ def assert_close(got: Any, want: Any) -> None:
     jax.tree.map(compare, got, want)
 
 
+@pytest.mark.slow(fast=["value_aggregation"])
 @every_operator
 def test_numpy_arrays_are_accepted(name: str) -> None:
     operator = OPERATORS[name]
@@ -277,6 +278,7 @@ def test_selecting_from_an_empty_table_is_rejected() -> None:
         row_products(tables["values"], _INDICES, normal(8, 4))
 
 
+@pytest.mark.slow(fast=["AxisType.Explicit-value_aggregation"])
 @every_operator
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_a_call_on_a_mesh_needs_no_shard_map(name: str, kind: AxisType) -> None:

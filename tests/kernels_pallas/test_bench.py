@@ -89,6 +89,7 @@ def test_speedups_compare_times_within_a_round() -> None:
     assert noisy.speedup_over(twice) == (2.0, (2.0, 2.0))
 
 
+@pytest.mark.slow
 def test_a_run_writes_records_a_table_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_labels_of_a_roofline_do_not_overlap(tmp_path: Path) -> None:
         assert not any(one.overlaps(other) for other in boxes[:i])
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_roofline_file(tmp_path: Path) -> None:
     shapes = [{"name": name, "ids": "uniform"} for name in ("small", "large")]
     records = [
@@ -246,6 +248,7 @@ def test_tuning_finds_and_stores_the_fastest_blocks(
     assert [b for b in tuned.load(path, kind).values()] == [{"chunk_size": 16}]
 
 
+@pytest.mark.slow
 def test_candidate_blocks_are_the_ones_compiled() -> None:
     (shape,) = named_shapes(AGGREGATION, "ragged")
     workload = Workload(AGGREGATION, shape, "float32", "uniform")

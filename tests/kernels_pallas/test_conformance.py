@@ -30,6 +30,7 @@ def some() -> Iterator[Any]:
             yield pytest.param(case, id=str(case), marks=() if quick else pytest.mark.slow)
 
 
+@pytest.mark.slow(fast=["xla"])
 @pytest.mark.parametrize("case", list(some()))
 def test_results_and_gradients_match_the_float32_reference(
     case: Case, record_property: Callable[[str, str], None]

@@ -98,6 +98,7 @@ def test_a_copy_only_needs_jax(copied: Path) -> None:
     assert finished.stdout == "all of it\n", finished.stderr
 
 
+@pytest.mark.slow
 def test_a_copy_benchmarks_without_a_plot(copied: Path) -> None:
     command = ["--op=value_aggregation", "--shapes=one_token", "--repeats=1", "--ids=uniform"]
     script = "from kernels_pallas import bench\nbench.run()"

@@ -63,6 +63,7 @@ def test_a_window_masks_earlier_positions() -> None:
     assert np.flatnonzero(changed).tolist() == [3, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 7])
 def test_queries_in_chunks_equal_queries_at_once(
     window: int, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +108,7 @@ def test_attention_to_the_cache_in_blocks_equals_attention_to_all_of_it(
     assert np.isnan(got[2:]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 4])
 def test_a_sequence_read_in_parts_equals_one_read_at_once(window: int) -> None:
     layer, x = _layer(attention_window=window), _inputs(10)

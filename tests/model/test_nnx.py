@@ -99,6 +99,7 @@ def test_importing_the_package_changes_no_process_settings() -> None:
     assert int(output_of(_SETTINGS).partition(" ")[0]) > 50
 
 
+@pytest.mark.slow
 def test_other_modules_of_flax_work_as_without_the_package() -> None:
     assert output_of(_OTHER_PROGRAM, "with") == output_of(_OTHER_PROGRAM)
 

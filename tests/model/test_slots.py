@@ -114,6 +114,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow(fast=["shared expert, experts and a memory", "memory alone", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_sums_the_outputs_of_its_slots(kind: str) -> None:
     slots_of, fields = KINDS[kind]
@@ -142,6 +143,7 @@ def test_every_slot_contributes_to_the_output() -> None:
 # --- what is reported ---
 
 
+@pytest.mark.slow
 def test_both_slots_report_statistics_of_every_layer() -> None:
     config = config_of("both", ffn_size=24)
     _, stats = observed(config, ALL)
@@ -217,6 +219,7 @@ def test_the_model_level_balance_loss_uses_means_over_layers() -> None:
     assert not np.allclose(separate, joint, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_both_slots_report_health_under_their_own_names() -> None:
     of_memory = {"coverage", "uniform_kl", "output_std", "output_to_ffn_std"}
     of_memory |= {"top_score", "last_score"}
@@ -279,6 +282,7 @@ def test_counters_of_both_slots_are_part_of_the_state() -> None:
 # --- what is not asked for ---
 
 
+@pytest.mark.slow
 def test_unobserved_statistics_are_none() -> None:
     config = config_of("both", ffn_size=24)
     _, stats = observed(config, Observe())

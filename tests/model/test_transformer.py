@@ -168,6 +168,7 @@ def test_without_documents_a_sequence_is_one_document() -> None:
 # --- ways to run it ---
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_layers_agree() -> None:
     scanned, unrolled = _config(num_layers=2), _config(num_layers=2, scan_layers=False)
     (looped, left), (flat, right) = map(_value_and_gradients, (scanned, unrolled))
@@ -175,6 +176,7 @@ def test_scanned_and_unrolled_layers_agree() -> None:
     _assert_close(left, right)
 
 
+@pytest.mark.slow(fast=["dots"])
 @pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_result(remat: str) -> None:
     (plain, left), (checkpointed, right) = map(
@@ -196,6 +198,7 @@ def test_program_size_does_not_grow_with_depth() -> None:
     assert lines(2) == lines(8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", [True, False])
 def test_prefill_and_decode_equal_the_full_forward_pass(prefill: bool) -> None:
     config = _config(memory_read_layers=(1, 3), memory_write_layers=(2, 3))
@@ -217,6 +220,7 @@ def test_prefill_and_decode_equal_the_full_forward_pass(prefill: bool) -> None:
     _assert_close(jnp.concatenate(logits, axis=1), full.logits)
 
 
+@pytest.mark.slow(fast=["logits"])
 @pytest.mark.parametrize("output", ["statistics", "logits"])
 def test_a_compiled_decode_step_counts_rows_only_on_request(output: str) -> None:
     config = _config()
@@ -237,6 +241,7 @@ def test_a_compiled_decode_step_counts_rows_only_on_request(output: str) -> None
 # --- parts ---
 
 
+@pytest.mark.slow
 def test_grouped_queries_equal_repeated_key_value_heads() -> None:
     grouped = drawn(attention.Attention(_config(), init=ABSTRACT))
     config = _config(num_key_value_heads=4)
@@ -285,6 +290,7 @@ _PRODUCT_KEYS = {
 }
 
 
+@pytest.mark.slow(fast=["{'slots': 'both'}"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -439,6 +445,7 @@ def test_plans_contain_every_block_and_every_placement_once(
     assert tuple(seen) == placements
 
 
+@pytest.mark.slow(fast=["reads0-writes0-none"])
 @pytest.mark.parametrize(
     ("reads", "writes", "sharing"),
     [((1, 2), (3, 3), "none"), ((1, 2), (1, 3), "ring")],

@@ -88,6 +88,7 @@ def excesses(errors: dict[str, float], dtype: Dtype) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow(fast=["float64"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
 def test_results_match_the_published_layer(

@@ -321,6 +321,7 @@ def test_memory_and_estimate_of_a_program() -> None:
     assert work.seconds is None
 
 
+@pytest.mark.slow
 def test_a_program_for_a_tpu() -> None:
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu: pip install -e '.[compile]'")

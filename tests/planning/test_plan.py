@@ -205,6 +205,7 @@ def planned() -> plan.Plan:
     return plan.plan("tiny", config(mesh__memory=2), "v5e:2x2")
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_reports_the_needs_of_a_step_and_that_it_fits(planned: plan.Plan) -> None:
     measured = planned.measured
@@ -226,6 +227,7 @@ def test_a_plan_reports_the_needs_of_a_step_and_that_it_fits(planned: plan.Plan)
     assert planned.estimated_seconds > 0
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_is_printed_as_text_and_as_json(planned: plan.Plan) -> None:
     text, values = planned.as_text(), json.loads(planned.as_json())
@@ -235,6 +237,7 @@ def test_a_plan_is_printed_as_text_and_as_json(planned: plan.Plan) -> None:
     assert ahead_of_time.from_dict(values["measured"]) == planned.measured
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_that_does_not_fit_suggests_a_mesh_that_would() -> None:
     planned = plan.plan("tiny", config(model__memory__num_keys=2048, mesh__replica=4), "v5e:2x2")

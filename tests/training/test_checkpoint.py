@@ -290,6 +290,7 @@ def test_a_renamed_folder_from_before_its_metadata_named_the_step(two: Path) -> 
         assert_same_bits(checkpointer.restore(make_state(0)), make_state(1))
 
 
+@pytest.mark.slow(fast=["error0-Too many open files"])
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

@@ -120,6 +120,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield printed
 
 
+@pytest.mark.slow
 def test_a_print_in_a_layer_shows_numbers(seen: list[str]) -> None:
     config = small_config("dense", model__num_layers=1, model__remat="full")
     state = state_of(config)

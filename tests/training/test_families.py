@@ -50,6 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow(fast=["8-ultramem_v2", "8-moe", "1-"])
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIANTS])
 @pytest.mark.parametrize("replicas", [1, 8])
 def test_the_step_of_every_family_traces_on_a_mesh(family: str, replicas: int) -> None:

@@ -62,6 +62,7 @@ def evaluate(
     )
 
 
+@pytest.mark.slow
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     held_out = evaluate([batch_of(4), batch_of(4, seed=1)], head_scale=0.0)
     assert held_out.loss_nats_per_token == pytest.approx(math.log(VOCABULARY), rel=1e-6)
@@ -124,6 +125,7 @@ def test_documents_are_masked_if_configured() -> None:
     assert evaluate([single]) == evaluate([single], mask=False)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_give_the_same_number() -> None:
     assert jax.device_count() == 8
     batches = [batch_of(8), batch_of(8, seed=1, padding_rows=3)]

@@ -42,6 +42,7 @@ def test_a_layout_trains_like_one_device(
     assert difference.gradient_norm <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [pytest.param(*case, marks=pytest.mark.slow if case[1] != _ROWS else ()) for case in ONE_STEP],

@@ -335,6 +335,7 @@ def test_eight_devices_train_like_one(finished: Run, tmp_path: Path) -> None:
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_dense_model_trains_without_memory(finished: Run, tmp_path: Path) -> None:
     config = tiny_run.tiny_config(finished.paths, model__memory__layer="none")
     training.train(config, tmp_path)
@@ -345,6 +346,7 @@ def test_a_dense_model_trains_without_memory(finished: Run, tmp_path: Path) -> N
     assert state.store is None and state.usage == {}
 
 
+@pytest.mark.slow
 def test_a_memory_with_experts_trains_and_resumes(finished: Run, tmp_path: Path) -> None:
     config = tiny_run.tiny_config(
         finished.paths,
@@ -458,6 +460,7 @@ def test_accumulated_gradients_match_one_batch(finished: Run, state: TrainState)
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameter"),
     [

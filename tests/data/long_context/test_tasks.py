@@ -166,6 +166,7 @@ def test_a_document_is_a_function_of_its_arguments(name: str) -> None:
     assert all(other.tokens.tolist() != same[0] for other in others)
 
 
+@pytest.mark.slow(fast=["needle", "reasoning"])
 @pytest.mark.parametrize("name", TASKS)
 def test_no_document_of_one_split_is_in_the_other(name: str) -> None:
     documents = {

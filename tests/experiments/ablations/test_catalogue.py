@@ -33,6 +33,7 @@ def test_every_arm_differs_from_the_arm_that_it_is_compared_with(name: str, scal
         assert (config != built[versus]) == (arm != versus)
 
 
+@pytest.mark.slow(fast=["cpu-families", "sharing", "table_rows", "compute_share"])
 @pytest.mark.parametrize("name", ABLATIONS)
 @pytest.mark.parametrize(
     "scale",

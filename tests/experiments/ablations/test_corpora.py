@@ -103,6 +103,7 @@ def test_an_arm_can_use_another_corpus(corpus: str, source: str, paths: tuple[st
     assert asking.to_json() == before
 
 
+@pytest.mark.slow
 def test_a_model_is_asked_every_held_out_question(tmp_path: Path) -> None:
     path = tmp_path / "text" / "hops.txt"
     path.parent.mkdir()

@@ -89,7 +89,7 @@ def test_the_index_counts_runs_without_an_arm(results: Path) -> None:
     runs = list(records.Stored(results / "smoke").runs.values())
     scale = report.Scale({"heads": arms(results)}, {"selection": "1"}, runs, 2)
     text = report.index({"smoke": scale})
-    assert "6 runs, 12.00 PFLOP, 0.1 hours" in text
+    assert "6 runs, 12.00 PFLOP, 0.1 process hours" in text
     assert "median half-width of an interval 0.0248" in text
     assert "2 stored runs have configurations that no arm has any longer." in text
     assert "[heads](smoke/heads.md)" in text

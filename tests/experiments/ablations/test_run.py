@@ -89,6 +89,7 @@ def test_a_complete_run_is_stored_and_not_repeated(
     sweep(tmp_path, [config], seeds=2).run()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_from_its_checkpoint(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_ctrl_c_prints_how_to_resume(
     assert capsys.readouterr().out == "0/6 runs; run the same command again to resume\n"
 
 
+@pytest.mark.slow
 def test_an_arm_locked_by_another_process_is_skipped(
     paths: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +164,7 @@ def test_a_sweep_fails_before_training_if_results_cannot_be_written(
         sweep(tmp_path, [values(paths)])
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_training(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +186,7 @@ def test_a_full_disk_loses_no_training(
     assert not swept.unfinished()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_has_a_result(paths: str, tmp_path: Path) -> None:
     sweep(tmp_path, [values(paths, optimizer__learning_rate=1e30)]).run()
     (result,) = stored(tmp_path).runs.values()

@@ -161,6 +161,7 @@ def test_tucker_scores_by_hand() -> None:
     np.testing.assert_array_equal(scores, [[[0.0, 5.0], [0.0, 5.0], [2.0, 0.0]]])
 
 
+@pytest.mark.slow(fast=["{}-", "'rank': 1, 'num_cores': 0}", "'num_keys': 1"])
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
@@ -182,6 +183,7 @@ def test_every_shape_matches_the_reference(shape: dict[str, Any], sizes: dict[st
     assert_matches_reference(make_inputs(**shape, integers=True), **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_float64_matches_the_reference_to_float64_precision() -> None:
     inputs = make_inputs(num_tokens=33, num_keys=60, dtype=jnp.float64)
@@ -190,6 +192,7 @@ def test_float64_matches_the_reference_to_float64_precision() -> None:
     assert (scores.dtype, addresses.dtype) == (jnp.float64, jnp.int32)
 
 
+@pytest.mark.slow
 def test_bfloat16_arrays_match_the_reference_in_float32() -> None:
     inputs = make_inputs(integers=True)
     halves = {name: inputs[name].astype(jnp.bfloat16) for name in ("query", "keys")}
@@ -231,6 +234,7 @@ def test_ties_match_the_reference(num_cores: int) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_equal_scores_select_the_first_pairs_without_a_fallback() -> None:
     inputs = make_inputs(num_keys=40) | {"query": jnp.zeros((2, 2, 2, 7, 4))}
     scores, addresses = product_key_top_k(**inputs, top_m=40, shortlist=30)
@@ -248,6 +252,7 @@ def test_zeros_of_both_signs_are_equal() -> None:
     np.testing.assert_array_equal(addresses, [[0, 1, 2, 3]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second_value", [0.15, 1.0, 8.0])
 def test_doubtful_tokens_are_selected_from_the_full_grid(second_value: float) -> None:
     sizes = {"top_m": 20, "shortlist": 30}
@@ -282,6 +287,7 @@ def test_a_tie_outside_the_staircase_goes_to_the_earlier_pair() -> None:
     assert_matches_reference(inputs, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_cores", [0, 2])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan])
 def test_a_key_that_scores_nan_is_chosen_and_its_nan_returned(num_cores: int, bad: float) -> None:
@@ -308,6 +314,7 @@ def test_infinities_of_both_signs_give_a_nan_that_is_returned() -> None:
     assert addresses[0, 0] == 3 * 12 + 5
 
 
+@pytest.mark.slow(fast=["0"])
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("num_cores", [0, 2])
 def test_gradients_match_finite_differences(num_cores: int) -> None:
@@ -334,6 +341,7 @@ def test_singular_vectors_have_no_gradient() -> None:
         np.testing.assert_array_equal(grad, 0)
 
 
+@pytest.mark.slow(fast=["1"])
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_chunked_equals_unchunked_though_only_one_loops(chunk_size: int) -> None:
     inputs, sizes = make_inputs(), {"top_m": 12, "shortlist": 12}
@@ -350,6 +358,7 @@ def test_chunked_equals_unchunked_though_only_one_loops(chunk_size: int) -> None
     assert_all_close(chunked, results_and_grads(product_key_top_k, inputs, **sizes, chunk_size=7))
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_python_loop() -> None:
     shared = make_inputs(num_keys=30)
     batch = jnp.stack([make_inputs(seed=seed, second_value=1.0)["query"] for seed in (1, 2)])
@@ -365,6 +374,7 @@ def test_vmap_equals_a_python_loop() -> None:
     assert_all_close(jax.vmap(results)(batch), stacked)
 
 
+@pytest.mark.slow
 def test_scan_over_layers_with_checkpoint_equals_a_python_loop() -> None:
     inputs = make_inputs(num_heads=1)
     keys = jnp.stack([inputs.pop("keys"), make_inputs(num_heads=1, seed=1)["keys"]])
@@ -389,6 +399,7 @@ def test_scan_over_layers_with_checkpoint_equals_a_python_loop() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
+@pytest.mark.slow(fast=["AxisType.Explicit-True-2"])
 @pytest.mark.parametrize(
     ("axis_type", "check_vma", "num_cores"),
     [(AxisType.Auto, True, 0), (AxisType.Explicit, True, 2), (AxisType.Explicit, False, 2)],
@@ -419,6 +430,7 @@ def test_inside_shard_map_replicated_keys_get_the_gradient_of_all_tokens(
     assert_all_close(got, results_and_grads(product_key_top_k, inputs, **sizes))
 
 
+@pytest.mark.slow
 def test_memory_is_far_below_that_of_scores_and_grids() -> None:
     num_tokens, num_keys, shortlist = 8192, 360, 32
     inputs = {

@@ -123,6 +123,7 @@ def test_an_overflowing_lane_list_is_detected_and_corrected() -> None:
     assert doubts[2] == 1
 
 
+@pytest.mark.slow(fast=["one_token"])
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("shape", "sizes", "integers"),
@@ -149,6 +150,7 @@ def test_kernel_matches_the_reference(
     assert_matches_reference(make_inputs(**shape, integers=integers), **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_key_products_have_float32_accuracy(dtype: Any) -> None:
@@ -165,6 +167,7 @@ def test_key_products_have_float32_accuracy(dtype: Any) -> None:
     np.testing.assert_allclose(chosen, wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 def test_doubtful_tokens_are_selected_from_the_full_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     # Only token 2 has a component in the second rank, which the shortlist ignores.
@@ -347,6 +350,7 @@ def assert_fused(shape: Shape, result: dict[str, Any]) -> None:
     assert result["kernels"]["product_key_top_k_forward"]["spilled"] == 0, shape
 
 
+@pytest.mark.slow
 def test_kernel_compiles_for_an_h200_without_temporaries_or_spills() -> None:
     shapes = [PAPER_SHAPES[0], ADDITIVE]
     results = run_cases(

@@ -59,6 +59,7 @@ def test_small_sizes_use_xla(num_candidates: int, k: int, num_tokens: int) -> No
     assert_matches_sorting(scores, k)
 
 
+@pytest.mark.slow
 def test_leading_axes_are_batched() -> None:
     scores = np.stack([normal(200, 16, seed) for seed in (0, 1)])
     got = np.asarray(selection.best(jnp.asarray(scores), 33))
@@ -95,6 +96,7 @@ def test_ties_among_the_survivors_need_no_fallback() -> None:
     assert_matches_sorting(scores, 33)
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_python_loop() -> None:
     scores = jnp.asarray(np.stack([normal(200, 16, seed) for seed in (0, 1)]))
     mapped = jax.vmap(lambda x: selection.best(x, 33))(scores)

@@ -92,6 +92,7 @@ def assert_same_selection(got: Any, want: Any) -> None:
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(fast=["one"])
 @pytest.mark.usefixtures("interpreter", "small_tiles")
 @pytest.mark.parametrize(
     ("shape", "sizes"),
@@ -141,6 +142,7 @@ def test_other_shapes_match_the_reference(shape: dict[str, Any], sizes: dict[str
     assert_all_close(got, want, 2**-7 if halves else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter", "small_tiles")
 def test_pairs_outside_the_staircase_and_special_values_match_the_reference() -> None:
     sizes: dict[str, Any] = {"top_m": 4, "shortlist": 8}
@@ -348,6 +350,7 @@ def test_vmap_equals_a_python_loop() -> None:
         np.testing.assert_array_equal(got, jnp.stack(expected))
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_chip_without_temporaries() -> None:
     cases = [
         {"topology": chip, "what": what, "dtype": dtype, "shape": SMALL}

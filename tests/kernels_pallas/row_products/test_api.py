@@ -171,6 +171,7 @@ def test_memory_is_far_below_that_of_the_gathered_rows() -> None:
     assert temporary_bytes(grads, shapes) < gathered_bytes / 10
 
 
+@pytest.mark.slow
 def test_vmap_and_checkpoint_equal_a_python_loop() -> None:
     arrays = arguments()
     batch = jnp.stack([arrays["indices"], arrays["indices"][::-1]])
@@ -213,6 +214,7 @@ def test_tokens_and_columns_can_be_sharded_in_shard_map(
     assert_all_close(got, results(row_products, arrays))
 
 
+@pytest.mark.slow(fast=["pallas_tpu", "pallas_gpu"])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_match_the_reference(backend: str) -> None:
     arrays = arguments(num_tokens=5, num_selected=3, dim=16, num_values=10)

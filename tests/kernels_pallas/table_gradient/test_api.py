@@ -89,6 +89,7 @@ def test_float64_is_summed_in_float64() -> None:
     np.testing.assert_allclose(dense(rows), by_numpy(arrays), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow(fast=["pallas_gpu-float32"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_match_numpy(backend: str, dtype: DTypeLike) -> None:
@@ -105,6 +106,7 @@ def test_kernels_match_numpy(backend: str, dtype: DTypeLike) -> None:
     )
 
 
+@pytest.mark.slow(fast=["pallas_gpu"])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_row_sparse_kernels_match_xla(backend: str) -> None:
     arrays = arguments(num_tokens=5)

@@ -124,6 +124,7 @@ def test_rows_match_the_dense_reference_gradient(
     assert_matches_reference(make_inputs(**shape), activation, chunk_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_float64_rows_have_float64_precision() -> None:
     inputs = make_inputs(num_slots=2, dtype=jnp.float64)
@@ -190,6 +191,7 @@ def test_unselected_rows_are_never_read() -> None:
     assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(got))
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_python_loop() -> None:
     tables = make_inputs()
     indices = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 7, 3)), jnp.int32)
@@ -205,6 +207,7 @@ def test_vmap_equals_a_python_loop() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map_rows_are_those_of_the_local_tokens(check_vma: bool) -> None:
     num_devices = jax.device_count()
@@ -295,6 +298,7 @@ def sums_by_numpy(arguments: dict[str, Any], num_rows: int) -> np.ndarray:
     return sums[:num_rows]
 
 
+@pytest.mark.slow(fast=["one_row"])
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("shape", "num_rows", "dtype", "blocks"),
@@ -322,6 +326,7 @@ def test_kernel_matches_numpy(
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 def test_sums_are_bitwise_independent_of_the_blocks() -> None:
     arguments = drawn_selections(30, 4, 20, 16, 2)
@@ -345,6 +350,7 @@ def test_sums_are_bitwise_independent_of_the_blocks() -> None:
     assert not np.array_equal(other_order, want)  # so the bits do depend on the order
 
 
+@pytest.mark.slow(fast=["one_token"])
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("shape", "activation", "max_rows"),

@@ -169,6 +169,7 @@ def test_every_shape_matches_the_reference(shape: dict[str, Any]) -> None:
     assert_matches_reference(make_inputs(**shape))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_float64_matches_the_reference_to_float64_precision() -> None:
     inputs = make_inputs(num_slots=2, dtype=jnp.float64)
@@ -176,6 +177,7 @@ def test_float64_matches_the_reference_to_float64_precision() -> None:
     assert value_aggregation(**inputs).dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_bfloat16_rows_match_the_reference() -> None:
     activation: Activation = "silu"
     inputs = make_inputs(table_dtype=jnp.bfloat16)
@@ -258,6 +260,7 @@ def test_gradients_match_finite_differences(activation: Activation | None) -> No
     check_grads(function, arrays, order=1, modes=["rev"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_python_loop() -> None:
     tables = make_inputs()
     batch = [make_inputs(indices=np.random.default_rng(i).integers(0, 11, (7, 3))) for i in (1, 2)]
@@ -273,6 +276,7 @@ def test_vmap_equals_a_python_loop() -> None:
     assert_all_close(jax.vmap(grads)(indices), stacked)
 
 
+@pytest.mark.slow
 def test_scan_over_layers_with_checkpoint_equals_a_python_loop() -> None:
     inputs = make_inputs(value_dim=10, pre_value_dim=10)
     table_names = ("values", "pre_values")
@@ -300,6 +304,7 @@ def test_scan_over_layers_with_checkpoint_equals_a_python_loop() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), got, want)
 
 
+@pytest.mark.slow(fast=["AxisType.Explicit-True-gelu"])
 @pytest.mark.parametrize(
     ("axis_type", "check_vma", "activation"),
     [

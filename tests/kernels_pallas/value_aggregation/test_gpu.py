@@ -73,6 +73,7 @@ def assert_matches_reference(
     assert_all_close(got, want, tolerance)
 
 
+@pytest.mark.slow(fast=["one"])
 @pytest.mark.usefixtures("interpreter", "small_blocks")
 @pytest.mark.parametrize(
     ("shape", "activation"),
@@ -99,6 +100,7 @@ def test_kernels_match_the_reference(shape: dict[str, Any], activation: Activati
     assert_matches_reference(make_inputs(**shape), activation, tolerance=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 def test_bfloat16_rows_and_both_ends_of_the_table() -> None:
     indices = np.array([[0, 10, 0, 5, 10], [10, 10, 10, 10, 10], [1, 2, 3, 4, 9]])
@@ -153,6 +155,7 @@ def test_a_row_fetched_twice_counts_once(infinite: int) -> None:
     np.testing.assert_allclose(value_aggregation(**inputs, **ON_GPU), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_runs_of_equal_rows_are_summed_across_slices() -> None:
     rng = np.random.default_rng(0)
     num_tokens, num_selected, num_cores, dim, num_rows = 9, 5, 2, 16, 7
@@ -185,6 +188,7 @@ def test_runs_of_equal_rows_are_summed_across_slices() -> None:
         np.testing.assert_allclose(got, want[:num_rows], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(fast=["4"])
 @pytest.mark.usefixtures("interpreter", "small_blocks")
 @pytest.mark.parametrize("max_rows", [None, 4])
 def test_row_sparse_gradients_match_the_dense_ones(max_rows: int | None) -> None:
@@ -341,6 +345,7 @@ def gpu_case(shape: Shape, dtype: str, what: str, **others: Any) -> dict[str, An
 SMALL = Shape("small", "ci", 20, 6, 32, 24, 8, num_cores=2, activation="gelu")
 
 
+@pytest.mark.slow
 def test_forward_compiles_for_an_h200_without_temporaries() -> None:
     cases = [gpu_case(SMALL, dtype, "forward") for dtype in ("float32", "bfloat16")]
     for case, result in zip(

@@ -82,6 +82,7 @@ def assert_kernels_match_the_reference(
     assert_all_close(results, expected, tolerance)
 
 
+@pytest.mark.slow(fast=["one"])
 @pytest.mark.parametrize(
     ("shape", "activation", "chip"),
     [
@@ -138,6 +139,7 @@ def test_dense_and_row_sparse_gradients_match_the_reference() -> None:
         np.testing.assert_allclose(dense, want[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_bfloat16_columns_are_split_and_merged(lanes: int) -> None:
     # Selects both ends of the table. A chunk is 16 or 32 columns, a core's slice 36.
@@ -263,6 +265,7 @@ def test_only_unpadded_rows_are_fetched_by_streams(width: int, padded: bool) -> 
     assert not sparsecore_pipeline.has_padded_rows(table.update(dtype=jnp.float32))
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_chip_without_temporaries() -> None:
     cases: list[dict[str, Any]] = [
         {"topology": chip, "what": what, "table_dtype": dtype, "activation": "gelu", **SMALL}

@@ -63,6 +63,7 @@ def assert_matches_reference(
     assert_all_close(got, want, tolerance)
 
 
+@pytest.mark.slow(fast=["one"])
 @pytest.mark.usefixtures("interpreter", "few_lanes")
 @pytest.mark.parametrize(
     ("shape", "activation"),
@@ -79,6 +80,7 @@ def test_kernels_match_the_reference(shape: dict[str, Any], activation: Activati
     assert_matches_reference(make_inputs(**shape), activation)
 
 
+@pytest.mark.slow(fast=["0"])
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("pre_value_dim", [0, 5])
 def test_bfloat16_rows_are_picked_from_pairs(pre_value_dim: int) -> None:
@@ -171,6 +173,7 @@ def test_float64_is_unsupported() -> None:
         value_aggregation(**make_inputs(dtype=jnp.float64), **ON_TPU)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_chip_without_temporaries() -> None:
     cases: list[dict[str, Any]] = [
         {"topology": chip, "what": "forward", "table_dtype": dtype, "num_cores": 2, **SMALL}

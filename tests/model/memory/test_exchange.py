@@ -121,6 +121,7 @@ _CASES = [
 ]
 
 
+@pytest.mark.slow(fast=["4, cores", "2, more"])
 @pytest.mark.parametrize("layout", ["columns", "rows"])
 @pytest.mark.parametrize(("size", "sizes", "activation"), _CASES)
 def test_sharded_tables_give_the_same_output_and_gradients(
@@ -134,6 +135,7 @@ def test_sharded_tables_give_the_same_output_and_gradients(
     _assert_same(sharded, expected, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["columns", "rows"])
 def test_sharded_tables_agree_to_float64_precision(x64: None, layout: exchange.Layout) -> None:
     floats, integers = _arrays(num_tokens=24, num_cores=2, num_slots=2)
@@ -158,6 +160,7 @@ def _num_rounds(rows: jax.Array, size: int) -> int:
     return int(rounds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "skew", "rounds"),
     [
@@ -193,6 +196,7 @@ def test_overflow_is_sent_in_further_rounds(
 # --- within a model ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["columns", "rows"])
 def test_tokens_may_be_sharded_over_more_axes_and_layers_scanned(layout: exchange.Layout) -> None:
     # Two replicas and two devices along `tensor` have different tokens and the same tables.

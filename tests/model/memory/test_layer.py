@@ -425,6 +425,7 @@ def _record_scores(patch: pytest.MonkeyPatch) -> list[jax.Array]:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "overrides"),
     [

@@ -221,6 +221,7 @@ def _output_and_gradients(mixture: Callable[..., jax.Array], arguments: Any) -> 
     return run(arguments)
 
 
+@pytest.mark.slow(fast=["first and last unused", "even-4"])
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", ["ragged", "4", "128"])
 @pytest.mark.parametrize("skew", _CHOICES)
@@ -302,6 +303,7 @@ def test_gradient_has_no_scatter_add() -> None:
     assert "scatter-add" in set(_primitives(jax.make_jaxpr(jax.grad(jax.jit(gathered)))(x).jaxpr))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_equal_a_loop(remat: bool) -> None:
     config, x = _config(), _inputs()
@@ -348,6 +350,7 @@ def test_eight_devices_equal_one() -> None:
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_layers_route_in_float32() -> None:
     layer, x = _layer(_config()), _inputs().astype(jnp.bfloat16)
     y, stats = _apply(layer, x)
