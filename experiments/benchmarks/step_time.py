@@ -1,7 +1,8 @@
-r"""Time and memory of training steps, interleaved in one process.
+r"""Time and memory of training steps, interleaved.
 
     python -m experiments.benchmarks.step_time --config=tiny --variants=dense,config,unrolled
     python -m experiments.benchmarks.step_time --config=tiny --variants=config,families
+    python -m experiments.benchmarks.step_time --config=tiny --variants=pytorch,dense,config
     python -m experiments.benchmarks.step_time --config=tiny:moe \
         --variants=config,plain_experts,tiny
 
@@ -14,15 +15,23 @@ first variant within a round. A variant is one of
     plain_experts    the MoE with `jax.lax.ragged_dot`, `jnp.take` and `lax.top_k` in its experts,
                      differentiated by JAX
     families         every family at the configuration's scale, with the sizes in configs/
+    pytorch          the dense step in eager PyTorch (the extra `reference`, or the interpreter
+                     named by --pytorch), stopped while the others run: its threads spin
     FILE[:ARGUMENT]  another configuration
 
 Prints a table, and with --output appends a line to OUTPUT/step_time.jsonl.
 """
 
+import atexit
 import contextlib
+import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 from unittest import mock
 
 from absl import flags
@@ -37,14 +46,34 @@ _VARIANTS = flags.DEFINE_list(
     "variants", ["config", "unrolled", "dense"], "Steps to time; ratios are to the first."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of step_time.jsonl; default: print only.")
+_PYTORCH = flags.DEFINE_string(
+    "pytorch", sys.executable, "Python with torch, for the variant pytorch."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed steps of each variant.", 1)
 
 _WARM_UP_ROUNDS = 2
 _PLAIN_EXPERTS = "plain_experts"
+_PYTORCH_STEP = "pytorch"
 
 
-class Step:
-    """A compiled training step with a state and a batch to run it on."""
+class Step(Protocol):
+    """A training step with a state and a batch to run it on.
+
+    Seconds and bytes that a step does not report are None.
+    """
+
+    seconds: list[float]
+    active_parameters: int
+    compile_seconds: float | None
+    temporary_bytes: int | None
+    peak_bytes: int | None
+
+    def run(self, *, timed: bool) -> None:
+        """Takes one step."""
+
+
+class CompiledStep:
+    """The step of a configuration, compiled."""
 
     def __init__(self, values: ConfigDict):
         import jax
@@ -70,12 +99,12 @@ class Step:
             start = time.perf_counter()
             lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
             self._compiled = lowered.compile()
-            self.compile_seconds = time.perf_counter() - start
+            self.compile_seconds: float | None = time.perf_counter() - start
         batches.close()
         memory = self._compiled.memory_analysis()
         assert memory is not None  # every XLA backend of jax reports it
-        self.temporary_bytes = memory.temp_size_in_bytes
-        self.peak_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        self.temporary_bytes: int | None = memory.temp_size_in_bytes
+        self.peak_bytes: int | None = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         self.active_parameters = accounting.parameter_counts(config.model).active
         self.seconds: list[float] = []
 
@@ -89,6 +118,66 @@ class Step:
         jax.block_until_ready((self._state, metrics))
         if timed:
             self.seconds.append(time.perf_counter() - start)
+
+
+class PyTorchStep:
+    """The step of a dense configuration in eager PyTorch, in a process that is stopped meanwhile.
+
+    Raises:
+      ConfigError: the Python that --pytorch names cannot run it.
+    """
+
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    peak_bytes: int | None = None
+
+    def __init__(self, values: ConfigDict):
+        from umv2.config import from_config_dict
+        from umv2.cost import accounting
+
+        config = from_config_dict(values)
+        model = config.model
+        sizes = {
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.hidden_size,
+            "num_layers": model.num_layers,
+            "num_heads": model.num_heads,
+            "ffn_size": model.ffn_size,
+            "norm_epsilon": model.norm_epsilon,
+            "rope_theta": model.rope_theta,
+            "batch_size": config.train.batch_size,
+            "sequence_length": config.data.sequence_length,
+        }
+        self.active_parameters = accounting.parameter_counts(model).active
+        self.seconds: list[float] = []
+        command = [_PYTORCH.value, str(Path(__file__).with_name("pytorch_step.py"))]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+        except OSError as error:
+            raise ConfigError(f"--pytorch={_PYTORCH.value}: {error.strerror}") from None
+        atexit.register(self._process.kill)
+        if self._ask(json.dumps(sizes)) != "ready":
+            raise ConfigError(f"--pytorch={_PYTORCH.value}: cannot run {command[1]}; see above")
+        self._process.send_signal(signal.SIGSTOP)
+
+    def run(self, *, timed: bool) -> None:
+        """Takes one step."""
+        self._process.send_signal(signal.SIGCONT)
+        seconds = float(self._ask(""))
+        self._process.send_signal(signal.SIGSTOP)
+        if timed:
+            self.seconds.append(seconds)
+
+    def _ask(self, line: str) -> str:
+        """Sends a line and returns the answer; empty if the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
 
 
 def variants(names: list[str], config: ConfigDict, given: str) -> dict[str, ConfigDict]:
@@ -122,6 +211,9 @@ def variants(names: list[str], config: ConfigDict, given: str) -> dict[str, Conf
                         f"--variants={name}: --config={given} has no experts; name one of moe"
                     )
                 variants_by_name[_PLAIN_EXPERTS] = copy
+            case "pytorch":
+                widen_to_active_parameters(copy, config)
+                variants_by_name[_PYTORCH_STEP] = copy
             case "families":
                 sizes = cli.sizes_of_families(_CONFIG)
                 for family in sizes:
@@ -153,11 +245,13 @@ def widen_to_active_parameters(dense: ConfigDict, config: ConfigDict) -> None:
 
 def compile_step(name: str, config: ConfigDict) -> Step:
     """Compiles the training step of a variant."""
+    if name == _PYTORCH_STEP:
+        return PyTorchStep(config)
     if name != _PLAIN_EXPERTS:
-        return Step(config)
+        return CompiledStep(config)
     with contextlib.ExitStack() as stack:
         mocks = [stack.enter_context(each) for each in _plain_experts()]
-        step = Step(config)
+        step = CompiledStep(config)
     assert all(each.called for each in mocks)
     return step
 
@@ -224,11 +318,15 @@ def table(results: dict[str, Any]) -> str:
         low, high = row["ratio_quartiles"]
         lines.append(
             f"{name:<{width}}{row['median_seconds']:>9.3f}{row['ratio']:>8.3f}"
-            f"{f'{low:.3f}-{high:.3f}':>16}{row['compile_seconds']:>11.1f}"
-            f"{row['temporary_bytes'] / 2**20:>15.1f}{row['peak_bytes'] / 2**20:>10.1f}"
+            f"{f'{low:.3f}-{high:.3f}':>16}{_cell(row['compile_seconds']):>11}"
+            f"{_cell(row['temporary_bytes'], 2**20):>15}{_cell(row['peak_bytes'], 2**20):>10}"
             f"{row['active_parameters']:>15,}"
         )
     return "\n".join(lines)
+
+
+def _cell(value: float | None, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:.1f}"
 
 
 def main(_: list[str]) -> None:

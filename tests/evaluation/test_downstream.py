@@ -7,11 +7,11 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,16 +45,17 @@ def scorer() -> Scorer:
     return Scorer(config, meshes.replicate(weights, mesh), mesh)
 
 
-def forward(tokens: Any) -> jax.Array:
-    """Returns the logits of the same model on one device."""
-    config, weights = small()
-    return weights.model(config)(tokens, store=weights.store).logits
+@functools.cache
+def forward() -> Callable[[np.ndarray], jax.Array]:
+    """Returns the function from tokens to logits of the same model on one device."""
+    config, weights = small()  # not in a trace: its result is kept
+    return jax.jit(lambda tokens: weights.model(config)(tokens, store=weights.store).logits)
 
 
 def by_hand(context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """Scores one sequence without padding or batching."""
     tokens = np.array([[*context, *continuation]], np.int32)
-    logits = jax.jit(forward)(tokens[:, :-1])
+    logits = forward()(tokens[:, :-1])
     chances = np.asarray(jax.nn.log_softmax(logits, axis=-1))[0, len(context) - 1 :]
     places = np.arange(len(continuation))
     total = float(chances[places, continuation].sum())
@@ -69,7 +70,7 @@ def ask(pairs: list[Any], **settings: int) -> list[tuple[float, bool]]:
 def greedy(context: list[int], count: int) -> list[int]:
     ids = list(context)
     for _ in range(count):
-        ids.append(int(forward(jnp.array([ids], jnp.int32))[0, -1].argmax()))
+        ids.append(int(forward()(np.array([ids], np.int32))[0, -1].argmax()))
     return ids[len(context) :]
 
 
