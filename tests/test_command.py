@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 PROGRAM = """
 import sys
+from pathlib import Path
 from absl import flags
 from umv2 import command, files
 from umv2.config.schema import ConfigError, UserError
@@ -82,3 +84,40 @@ def test_text_is_printed_in_any_encoding() -> None:
     completed = run("print('ü')", env={"PYTHONIOENCODING": "ascii"})
     assert completed.returncode == 0
     assert completed.stdout == "\\xfc\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "expected"),
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        (
+            "always [madvise] never",
+            "glibc.malloc.check=0",
+            "glibc.malloc.check=0:glibc.malloc.hugetlb=1",
+        ),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("[always] madvise never", None, "None"),
+        (None, None, "None"),
+    ],
+)
+def test_a_process_restarts_once_with_huge_pages_if_linux_wants_to_be_asked(
+    setting: str | None, given: str | None, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "enabled"
+    if setting is not None:
+        file.write_text(setting)
+    body = f"""
+    from pathlib import Path
+    command.use_huge_pages(Path({str(file)!r}))
+    command.write(f"{{COUNT.value}} {{os.environ.get('GLIBC_TUNABLES')}} {{os.getpid()}}")
+    """
+    program = PROGRAM.replace("import sys", "import os, sys", 1)
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program.format(body=body), "--count=3"],
+        env=environment | ({} if given is None else {"GLIBC_TUNABLES": given}),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        output, _ = process.communicate()
+    assert output == f"3 {expected} {process.pid}\n"

@@ -230,6 +230,8 @@ def main(arguments: list[str]) -> None:
     _check_required_flags()
     overrides = command.overrides("config", FLAGS)
     config = config_files.read(_CONFIG.value, "--config", overrides) if _CONFIG.value else None
+    if _MODE.value in ("train", "evaluate"):
+        command.use_huge_pages()
     # Import JAX only now, so that --help and configuration errors are fast.
     first = _join_processes()
     _dispatch(_config_of_run(overrides) if config is None else config, first)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jaxtyping import Array, Float, Int
 
 import kernels_pallas
-from kernels_pallas import UnsupportedError, common
+from kernels_pallas import UnsupportedError, common, dispatch
 from umv2.config import ConfigError
 
 Activation = Literal["gelu", "silu", "relu"]
@@ -171,3 +171,8 @@ def _config_errors(field: str, implementation: str) -> Iterator[None]:
         yield
     except UnsupportedError as error:
         raise ConfigError(f"model.memory.{field}={implementation!r}: {error}") from error
+
+
+def compiles_for_cpu() -> bool:
+    """Returns whether the program that is being traced will run on a CPU."""
+    return dispatch.lowering_platform() == "cpu"

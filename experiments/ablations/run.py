@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from experiments import cli, measurements
 from experiments.ablations import corpora, records, scales
 from experiments.ablations.catalogue import ABLATIONS, configuration
-from umv2 import files
+from umv2 import command, files
 from umv2.config.schema import ConfigError
 
 _ABLATIONS = flags.DEFINE_list("ablation", None, "Ablations to run, or all.")
@@ -327,6 +327,7 @@ def main(_: list[str]) -> None:
     results = cli.path(records.FOLDER) / folder
     workdir = cli.path(_WORKDIR) / folder
     sweep = Sweep(jobs, _SEEDS.value, results, workdir, keep_checkpoints=_KEEP.value)
+    command.use_huge_pages()
     import jax
 
     # The seeds of an arm share their programs.

@@ -39,6 +39,7 @@ from ml_collections import ConfigDict
 
 from configs import families
 from experiments import cli, measurements
+from umv2 import command
 from umv2.config.schema import ConfigError
 
 _CONFIG = cli.define_config("config", "Configuration to measure.")
@@ -333,6 +334,7 @@ def main(_: list[str]) -> None:
     """Measures, prints and stores the results."""
     config, output = cli.configuration(_CONFIG), cli.output(_OUTPUT, "step_time.jsonl")
     configs = variants(_VARIANTS.value, config, _CONFIG.value)
+    command.use_huge_pages()
     steps = {name: compile_step(name, values) for name, values in configs.items()}
     results = {
         "config": _CONFIG.value,

@@ -10,9 +10,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from umv2 import sharding
+from umv2 import kernels, sharding
 from umv2.config import ModelConfig
-from umv2.model import layers
+from umv2.model import cpu_attention, layers
 from umv2.model.parameter import Initializer
 from umv2.types import struct
 
@@ -147,6 +147,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t h q"]:
         window = (self.window - 1, 0) if self.window else None
         length = query.shape[1]
+        if length <= _LONG and self.implementation == "xla" and kernels.compiles_for_cpu():
+            return cpu_attention.attend(query, keys, values, mask, self.window)
         if length <= _LONG or length % _QUERY_CHUNK or self.implementation == "cudnn":
             return jax.nn.dot_product_attention(
                 query,
