@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # Dtype of matrix products; parameters and scores stay float32. float64 (which needs
     # JAX_ENABLE_X64=1) is for comparisons with other implementations.
     model.compute_dtype = "bfloat16"
-    model.attention = "xla"  # xla | cudnn (GPU)
+    model.attention = "xla"  # xla (in blocks of queries on a CPU) | cudnn (GPU)
     model.scan_layers = True  # False: unroll, for debugging
     model.remat = "none"  # none | full: save only block inputs | dots: save matrix products
 
