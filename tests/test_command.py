@@ -121,3 +121,22 @@ def test_a_process_restarts_once_with_huge_pages_if_linux_wants_to_be_asked(
     ) as process:
         output, _ = process.communicate()
     assert output == f"3 {expected} {process.pid}\n"
+
+
+def test_a_program_that_runs_a_command_in_its_own_process_is_not_restarted(tmp_path: Path) -> None:
+    setting = tmp_path / "enabled"
+    setting.write_text("always [madvise] never")
+    program = f"""
+import sys
+from pathlib import Path
+from umv2 import command
+sys.argv = ["main.py", "--config=tiny"]
+command.use_huge_pages(Path({str(setting)!r}))
+print("not restarted")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    completed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert completed.stdout == "not restarted\n"
+    assert completed.stderr == ""

@@ -65,7 +65,10 @@ def use_huge_pages(setting: Path = _HUGE_PAGES) -> None:
       setting: file in which Linux says when it gives out huge pages.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.hugetlb" in tunables:
+    arguments = sys.argv[1:]
+    # Where another program runs this one in its process, its own command line is not ours.
+    is_own_process = sys.orig_argv[len(sys.orig_argv) - len(arguments) :] == arguments != []
+    if "glibc.malloc.hugetlb" in tunables or not is_own_process:
         return
     try:
         on_request = "[madvise]" in setting.read_text()

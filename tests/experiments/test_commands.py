@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 ENTRIES = {
     path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "experiments").rglob("*.py"))
-    if '__name__ == "__main__"' in path.read_text()
+    if "cli.run(main)" in path.read_text()
 }
 PAGES = sorted((ROOT / "experiments" / "results").rglob("*.md"))
 # Files and folders in the working directory of the cases below.

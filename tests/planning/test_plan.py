@@ -172,6 +172,7 @@ def test_arguments_are_counted_without_a_compiler() -> None:
     assert served["sparse"] == tables
 
 
+@needs_libtpu
 def test_more_rematerialisation_needs_less_memory_and_more_time() -> None:
     sizes = search_space.mesh_sizes(config(), 4)
     parts = ahead_of_time.argument_bytes(config(), sizes, "train")
