@@ -91,7 +91,7 @@ def test_greedy_decoding_with_the_cache_matches_full_forward_passes(filled: str)
     assert len(ids) == GREEDY.max_new_tokens or expected[len(ids)] == TOKENIZER.end_of_text_id
 
 
-@pytest.mark.slow(fast=["both", "dense"])
+@pytest.mark.slow(fast=["both"])
 @pytest.mark.parametrize("filled", slots.SLOTS)
 def test_prefill_and_decode_logits_match_the_full_forward_pass(filled: str) -> None:
     config, weights = small_model(filled)

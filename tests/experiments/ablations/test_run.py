@@ -54,6 +54,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_stored_and_not_repeated(
     paths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
