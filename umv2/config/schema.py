@@ -82,6 +82,13 @@ def nearest_name(name: str, valid: Iterable[str]) -> str:
     return f" (nearest: {matches[0]})" if matches else ""
 
 
+def first_names(names: Iterable[str]) -> str:
+    """Joins the first three names of a list, and counts the rest, for error messages."""
+    names = list(names)
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def resolve_name[T](
     field: str, name: str, known: Mapping[str, T], *, also: Sequence[str] = ()
 ) -> T:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from umv2 import files
 from umv2.config import DataConfig
-from umv2.config.schema import UserError, differing_fields
+from umv2.config.schema import UserError, differing_fields, first_names
 from umv2.data.hashing import content_hashes, hash_of_all
 from umv2.data.paths import DataError
 from umv2.data.shards import (
@@ -32,7 +32,6 @@ from umv2.data.shards import (
     encode_record,
     scan_shard,
     shard_name,
-    shortened,
 )
 from umv2.data.sources import resolve, source_files, text_documents
 from umv2.data.split import training_texts
@@ -215,7 +214,7 @@ def _changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
         "changed": [name for name in now if name in before and now[name] != before[name]],
     }
     phrases = [
-        f"{len(n)} files were {change} ({shortened(n)})" for change, n in changes.items() if n
+        f"{len(n)} files were {change} ({first_names(n)})" for change, n in changes.items() if n
     ]
     return ", ".join(phrases).replace("1 files were", "1 file was")
 

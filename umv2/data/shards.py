@@ -14,6 +14,7 @@ from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int32, Int64, Integer, UInt64
 
 from umv2 import files
+from umv2.config.schema import first_names
 from umv2.data.documents import UnitWeights
 from umv2.data.hashing import HASH_BYTES, hash_of_all
 from umv2.data.paths import DataError
@@ -22,7 +23,6 @@ from umv2.data.token_files import little_endian, map_files, unknown_id
 MANIFEST_NAME = "tokens.json"
 
 _SCAN_RECORDS = 1 << 10
-_NAMES_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,6 @@ class ShardManifest:
 def shard_name(number: int) -> str:
     """Returns the file name of one shard."""
     return f"shard-{number:05d}.array_record"
-
-
-def shortened(names: Sequence[str]) -> str:
-    """Joins the first few names, and counts the rest."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def encode_record(tokens: Integer[np.ndarray, "tokens"], text_hash: int, dtype: str) -> bytes:
@@ -169,10 +163,10 @@ def _require_all_shards(folder: Path, manifest: ShardManifest, named: Sequence[s
     """Checks that `data.paths` names shards of the folder only, and that the folder is complete."""
     path, expected = folder / MANIFEST_NAME, manifest.shard_names()
     if foreign := sorted(set(named) - set(expected)):
-        raise DataError(f"{path}: {shortened(foreign)}: not among its {len(expected)} shards")
+        raise DataError(f"{path}: {first_names(foreign)}: not among its {len(expected)} shards")
     if missing := [name for name in expected if not (folder / name).exists()]:
         verb = "is" if len(missing) == 1 else "are"
-        raise DataError(f"{path}: of {len(expected)} shards, {shortened(missing)} {verb} missing")
+        raise DataError(f"{path}: of {len(expected)} shards, {first_names(missing)} {verb} missing")
     if len(named) < len(expected):
         logging.info("%s: data.paths names %d of %d shards", folder, len(named), len(expected))
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from umv2 import files
-from umv2.config.schema import UserError
+from umv2.config.schema import UserError, first_names
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -29,7 +29,6 @@ DTYPES = {
     "I32": "int32",
     "I64": "int64",
 }
-_NAMED_IN_ERRORS = 3
 _BLOCK = 1 << 16  # elements per finiteness check, which bounds its temporaries
 
 
@@ -54,7 +53,7 @@ class TensorFolder:
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         paths = [single] if single.is_file() else shards
         if missing := [path.name for path in paths if not path.is_file()]:
-            raise InteropError(f"{index}: names shards that are missing: {shortened(missing)}")
+            raise InteropError(f"{index}: names shards that are missing: {first_names(missing)}")
         headers = _read_headers(paths)
         self._paths = {name: path for name, (path, _, _) in headers.items()}
         self.shapes = {name: shape for name, (_, shape, _) in headers.items()}
@@ -63,7 +62,7 @@ class TensorFolder:
             actual = {name: path.name for name, path in self._paths.items()}
             wrong = [n for n in {**weight_map, **actual} if weight_map.get(n) != actual.get(n)]
             if wrong:
-                raise InteropError(f"{index}: disagrees with its shards about {shortened(wrong)}")
+                raise InteropError(f"{index}: disagrees with its shards about {first_names(wrong)}")
         elif weight_map:
             self._require_same(weight_map, [path for path in shards if path.is_file()])
 
@@ -83,7 +82,7 @@ class TensorFolder:
         if differing:
             raise InteropError(
                 f"{self.folder}: {SINGLE} and {INDEX} disagree about"
-                f" {shortened(sorted(differing))}; remove the one that is not the model"
+                f" {first_names(sorted(differing))}; remove the one that is not the model"
             )
 
     def read(self, name: str) -> np.ndarray:
@@ -118,19 +117,19 @@ class TensorFolder:
         """
         faults = []
         if missing := [name for name in shapes if name not in self.shapes]:
-            faults.append(f"missing: {shortened(missing)}")
+            faults.append(f"missing: {first_names(missing)}")
         if extra := [name for name in self.shapes if name not in shapes]:
-            faults.append(f"not of this model: {shortened(extra)}")
+            faults.append(f"not of this model: {first_names(extra)}")
         both = [name for name in shapes if name in self.shapes]
         faults.append(
-            shortened(
+            first_names(
                 f"{name} has shape {list(self.shapes[name])}, not {list(shapes[name])}"
                 for name in both
                 if self.shapes[name] != tuple(shapes[name])
             )
         )
         faults.append(
-            shortened(
+            first_names(
                 f"{name} is {self.dtypes[name]}, not {' or '.join(dtypes[name])}"
                 for name in both
                 if self.dtypes[name] not in dtypes[name]
@@ -216,13 +215,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InteropError(f"{path}: damaged: not a mapping")
     return content
-
-
-def shortened(names: Any) -> str:
-    """Joins the first few names, and counts the rest."""
-    names = list(names)
-    rest = len(names) - _NAMED_IN_ERRORS
-    return ", ".join(names[:_NAMED_IN_ERRORS]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
-from umv2.interop.tensor_files import InteropError, shortened
+from umv2.config.schema import first_names
+from umv2.interop.tensor_files import InteropError
 
 Arrays = Mapping[str, np.ndarray]
 # Meaning of a query projection with two chunks per rank, which its shape does not determine.
@@ -196,10 +197,10 @@ def _layer_arrays(state: Arrays, prefix: str) -> dict[str, np.ndarray]:
     missing, unknown = required - arrays.keys(), arrays.keys() - required - {_PRE_PROJECTION}
     if missing:
         raise InteropError(
-            f"{prefix}*: missing from this memory layer: {shortened(sorted(missing))}"
+            f"{prefix}*: missing from this memory layer: {first_names(sorted(missing))}"
         )
     if unknown:
-        raise InteropError(f"{prefix}*: not of a memory layer: {shortened(sorted(unknown))}")
+        raise InteropError(f"{prefix}*: not of a memory layer: {first_names(sorted(unknown))}")
     return arrays
 
 
@@ -231,7 +232,7 @@ def _table(state: Arrays, prefixes: Sequence[str], name: str) -> np.ndarray:
     """Returns one table, or the concatenation of several."""
     names = [prefix + name for prefix in prefixes]
     if missing := [n for n in names if n not in state]:
-        raise InteropError(f"missing value tables: {shortened(missing)}")
+        raise InteropError(f"missing value tables: {first_names(missing)}")
     parts = [np.asarray(state[n]) for n in names]
     for n, part in zip(names, parts, strict=True):
         _require(

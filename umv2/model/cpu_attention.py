@@ -88,13 +88,21 @@ def _blocks(length: int, window: int) -> list[_Block]:
     return [_Block(*block) for block in zip(firsts, starts, stops, strict=True)]
 
 
-def _forward(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
     query: Float[Array, "b g m t q"],
     keys: Float[Array, "b g t q"],
     values: Float[Array, "b g t q"],
     mask: Bool[Array, "b 1 t t"] | None,
     window: int,
-) -> list[_Forward]:
+) -> Float[Array, "b g m t q"]:
+    """Attends with scaled queries; its gradient reuses the weights of the forward pass."""
+    return _attend_forward(query, keys, values, mask, window)[0]
+
+
+def _attend_forward(
+    query: Array, keys: Array, values: Array, mask: Array | None, window: int
+) -> tuple[Array, Any]:
     results = []
     for block in _blocks(query.shape[3], window):
         scores = jnp.einsum(
@@ -112,31 +120,8 @@ def _forward(
         scale = 1 / weights.sum(axis=-1, keepdims=True)
         pooled = jnp.einsum("bgmts,bgsq->bgmtq", weights, values[:, :, block.keys]) * scale
         results.append(_Forward(pooled, weights, scale))
-    return results
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(
-    query: Float[Array, "b g m t q"],
-    keys: Float[Array, "b g t q"],
-    values: Float[Array, "b g t q"],
-    mask: Bool[Array, "b 1 t t"] | None,
-    window: int,
-) -> Float[Array, "b g m t q"]:
-    """Attends with scaled queries; its gradient reuses the weights of the forward pass."""
-    return _attend_forward(query, keys, values, mask, window)[0]
-
-
-def _attend_forward(
-    query: Array, keys: Array, values: Array, mask: Array | None, window: int
-) -> tuple[Array, Any]:
-    results = _forward(query, keys, values, mask, window)
-    return jnp.concatenate([each.pooled for each in results], axis=3), (
-        query,
-        keys,
-        values,
-        results,
-    )
+    pooled = jnp.concatenate([result.pooled for result in results], axis=3)
+    return pooled, (query, keys, values, results)
 
 
 def _attend_backward(window: int, residuals: Any, pooled_grad: Array) -> tuple[Any, ...]:
@@ -145,12 +130,11 @@ def _attend_backward(window: int, residuals: Any, pooled_grad: Array) -> tuple[A
     keys_grad, values_grad = jnp.zeros_like(keys), jnp.zeros_like(values)
     for block, forward in zip(_blocks(query.shape[3], window), results, strict=True):
         grad = pooled_grad[:, :, :, block.queries] * forward.scale
-        of_block = keys[:, :, block.keys]
         weights_grad = jnp.einsum("bgmtq,bgsq->bgmts", grad, values[:, :, block.keys])
         # The gradient of the softmax subtracts the mean of weights_grad under the weights.
         mean = (grad * forward.pooled).sum(axis=-1, keepdims=True)
         scores_grad = forward.weights * (weights_grad - mean)
-        query_grad.append(jnp.einsum("bgmts,bgsq->bgmtq", scores_grad, of_block))
+        query_grad.append(jnp.einsum("bgmts,bgsq->bgmtq", scores_grad, keys[:, :, block.keys]))
         keys_grad = keys_grad.at[:, :, block.keys].add(
             jnp.einsum("bgmts,bgmtq->bgsq", scores_grad, query[:, :, :, block.queries])
         )
