@@ -36,9 +36,14 @@ def get_config() -> ConfigDict:
     # Dtype of matrix products; parameters and scores stay float32. float64 (which needs
     # JAX_ENABLE_X64=1) is for comparisons with other implementations.
     model.compute_dtype = "bfloat16"
-    model.attention = "xla"  # xla (in blocks of queries on a CPU) | cudnn (GPU)
+    # auto: the first that supports the call | cudnn (GPU) | splash (TPU) | xla: anywhere, all scores
+    # of a query at once (on a CPU in blocks of queries)
+    model.attention = "auto"
     model.scan_layers = True  # False: unroll, for debugging
-    model.remat = "none"  # none | full: save only block inputs | dots: save matrix products
+    # What the backward pass keeps, and does not compute again: none: everything | dots: results of
+    # matrix products and kernels | kernels: of attention, retrieval and value aggregation | full:
+    # only the inputs of blocks
+    model.remat = "none"
 
     memory = model.memory = ConfigDict()
     # Layer in the memory slot: product_key | none | module:Class, a custom layer

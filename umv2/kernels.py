@@ -1,7 +1,7 @@
 """Typed wrappers of `kernels_pallas`, which no other module of this package imports."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
@@ -173,6 +173,36 @@ def _config_errors(field: str, implementation: str) -> Iterator[None]:
         raise ConfigError(f"model.memory.{field}={implementation!r}: {error}") from error
 
 
-def compiles_for_cpu() -> bool:
-    """Returns whether the program that is being traced will run on a CPU."""
-    return dispatch.lowering_platform() == "cpu"
+def platform() -> str:
+    """Returns what the program that is being traced will run on: "cpu", "gpu" or "tpu"."""
+    return dispatch.lowering_platform()
+
+
+def compute_capability() -> str | None:
+    """Returns the compute capability of the attached GPU; None for any other device."""
+    return dispatch.compute_capability()
+
+
+def choose(
+    field: str,
+    implementation: str,
+    platform: str,
+    automatic: Mapping[str, tuple[str, ...]],
+    unsupported_reasons: Mapping[str, Callable[[], str | None]],
+) -> str:
+    """Returns the implementation of an operator to use, and logs each automatic choice once.
+
+    Args:
+      field: the configuration field that selects it.
+      implementation: "auto", or the name of an implementation.
+      platform: what the call is compiled for.
+      automatic: for each platform, the implementations in the order in which they are tried.
+      unsupported_reasons: for each implementation, why it does not support the call, or None.
+
+    Raises:
+      ConfigError: the named implementation does not support the call.
+    """
+    if implementation != "auto" and (reason := unsupported_reasons[implementation]()):
+        raise ConfigError(f"{field}={implementation!r}: {reason}")
+    named = _implementation(implementation)
+    return dispatch.choose(field, named, platform, automatic, unsupported_reasons)

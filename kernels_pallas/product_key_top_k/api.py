@@ -5,8 +5,9 @@ import functools
 from typing import Any, Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas import arguments, dispatch, tuned
+from kernels_pallas import arguments, dispatch, tables, tuned
 from kernels_pallas.array_types import AnyArray, Array, Float, Int32
 from kernels_pallas.common import check, chunk_tokens, match_vma
 from kernels_pallas.product_key_top_k.call import TopKBackend, TopKCall
@@ -19,8 +20,9 @@ BACKENDS = dispatch.Backends[TopKBackend](
     {"xla": "xla", "pallas_tpu": "tpu.backend", "pallas_gpu": "gpu.backend"},
 )
 
-# If no implementation is named, the first of these that supports the call runs.
-AUTOMATIC = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+# If no implementation is named, the first of these that supports the call runs. tables.py has the
+# rule and the evidence.
+AUTOMATIC = tables.AUTOMATIC
 
 MAX_NUM_KEYS = 46340  # addresses are int32, and 46341 squared exceeds 2^31
 
@@ -153,6 +155,8 @@ def _top_k(call: TopKCall, implementation: str) -> tuple[Array, Array]:
 
 def _top_k_fwd(call: TopKCall, implementation: str) -> tuple[tuple[Array, Array], Any]:
     result = BACKENDS[implementation].forward(call, with_chosen=True)
+    # Named so that a rematerialization policy can keep them: they are small, and dear to compute.
+    result = checkpoint_name(result, "product_key_top_k")
     # The backward pass does not need the scores.
     return (result.scores, result.addresses), (call, result.addresses, result.chosen)
 

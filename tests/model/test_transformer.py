@@ -176,8 +176,8 @@ def test_scanned_and_unrolled_layers_agree() -> None:
     _assert_close(left, right)
 
 
-@pytest.mark.slow(fast=["dots"])
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow(fast=["kernels"])
+@pytest.mark.parametrize("remat", ["full", "dots", "kernels"])
 def test_rematerialisation_changes_no_result(remat: str) -> None:
     (plain, left), (checkpointed, right) = map(
         _value_and_gradients, (_config(num_layers=2), _config(num_layers=2, remat=remat))
@@ -186,6 +186,17 @@ def test_rematerialisation_changes_no_result(remat: str) -> None:
     assert "remat2[" in checkpointed
     assert ("policy=None" in checkpointed) == (remat == "full")
     _assert_close(left, right)
+
+
+def test_the_backward_pass_retrieves_again_only_if_nothing_is_kept() -> None:
+    def retrievals(remat: str) -> int:
+        text, _ = _value_and_gradients(_config(num_layers=2, remat=remat))
+        return text.count(" top_k[")
+
+    once = retrievals("none")
+    assert once > 0
+    assert retrievals("kernels") == retrievals("dots") == once
+    assert retrievals("full") == 2 * once
 
 
 def test_program_size_does_not_grow_with_depth() -> None:

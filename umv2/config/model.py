@@ -202,9 +202,9 @@ class ModelConfig:
     norm_epsilon: PositiveFloat
     query_key_norm: bool
     compute_dtype: Literal["bfloat16", "float32", "float64"]
-    attention: Literal["xla", "cudnn"]
+    attention: Literal["auto", "xla", "cudnn", "splash"]
     scan_layers: bool
-    remat: Literal["none", "full", "dots"]
+    remat: Literal["none", "dots", "kernels", "full"]
     memory: MemoryConfig
     moe: MoeConfig
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from umv2.config import ModelConfig
 from umv2.model import layers
@@ -52,14 +52,18 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         *,
-        mask: Bool[Array, "b 1 t t"] | None,
+        segment_ids: Int[Array, "b t"] | None,
         cache: KeyValueCache | None,
         position: Int[Array, "#b"] | int,
         prefill: bool,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], KeyValueCache | None]:
         """Returns the residual stream after attention, the FFN's input, and the cache."""
         attended, cache = self.attention(
-            self.attention_norm(x), mask=mask, cache=cache, position=position, prefill=prefill
+            self.attention_norm(x),
+            segment_ids=segment_ids,
+            cache=cache,
+            position=position,
+            prefill=prefill,
         )
         residual = x + attended
         return residual, self.ffn_norm(residual), cache

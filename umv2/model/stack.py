@@ -5,18 +5,19 @@ blocks that do not repeat are unrolled.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from umv2.config import ModelConfig
 from umv2.model.attention import KeyValueCache
 from umv2.model.block import FeedForwardStats
 from umv2.model.memory.store import Windows
+from umv2.model.rematerialization import rematerialized
 from umv2.model.slots import MemoryStats, Observe
 
 
@@ -89,7 +90,7 @@ class Stack:
       blocks: the blocks, stacked along their leading axis or, at inference, as a list.
       memory: the memory layers, likewise; None if there are none.
       windows: windows of the value tables.
-      mask: True where a query may attend to a key, in addition to the causal mask.
+      segment_ids: positions attend only to positions with the same id; None: to all earlier ones.
       position: position of the first token.
       prefill: whether the caches are empty.
       observe: the statistics to compute.
@@ -99,7 +100,7 @@ class Stack:
     blocks: Any
     memory: Any
     windows: Windows
-    mask: Bool[Array, "b 1 t t"] | None
+    segment_ids: Int[Array, "b t"] | None
     position: Int[Array, "#b"] | int
     prefill: bool
     observe: Observe
@@ -147,12 +148,12 @@ class Stack:
                 _group(block_inputs, segment.start, period, segment.repeats),
                 _group(memory_inputs, segment.memory_start, count, segment.repeats),
             )
-            x, outputs = jax.lax.scan(_rematerialised(body, config.remat), x, stacked)
+            x, outputs = jax.lax.scan(rematerialized(body, config.remat), x, stacked)
             # [repeats, layers per group, ...] -> [layers of the segment, ...]
             feed_forward, memory, _ = jax.tree.map(lambda a: jax.lax.collapse(a, 0, 2), outputs)
             return StackOutput(x, feed_forward, memory, [])
 
-        run = _rematerialised(run, config.remat)
+        run = rematerialized(run, config.remat)
         collected: list[Any] = []
         for copy in range(segment.repeats):
             first, first_memory = segment.start + copy * period, segment.memory_start + copy * count
@@ -183,7 +184,7 @@ class Stack:
             block = parts["block"]
             residual, y, cache = block.attend(
                 x,
-                mask=self.mask,
+                segment_ids=self.segment_ids,
                 cache=parts.get("cache"),
                 position=self.position,
                 prefill=self.prefill,
@@ -239,16 +240,3 @@ def _stack_trees(trees: list[Any]) -> Any:
 
 def _concatenate(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-
-
-def _rematerialised(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    if jax.config.jax_disable_jit:  # jax.checkpoint would still trace the body, hiding values
-        return body
-    match remat:
-        case "full":
-            return jax.checkpoint(body)
-        case "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(body, policy=policy)
-        case _:
-            return body

@@ -88,8 +88,8 @@ class Transformer(nnx.Module):
         Args:
           tokens: ids in [0, vocab_size).
           store: the value tables, as one store or one per memory layer; None if there are none.
-          segment_ids: positions attend only to positions with the same id; None: to all earlier
-            positions.
+          segment_ids: positions attend only to positions with the same id, which are contiguous;
+            None: to all earlier positions.
           cache: key-value cache of the positions before `position`, one per block; None: no cache.
             With a cache the blocks are unrolled, since a scan would copy it.
           position: position of tokens[:, 0], either one for all rows or one per row.
@@ -102,16 +102,13 @@ class Transformer(nnx.Module):
         """
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
-        mask = None
-        if segment_ids is not None:
-            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         x = sharding.lookup(self.embedding[...], tokens).astype(dtype)
         stack = Stack(
             config=config,
             blocks=self.blocks,
             memory=getattr(self, "memory", None),
             windows=windows(store, config.memory, len(config.placements)),
-            mask=mask,
+            segment_ids=segment_ids,
             position=position,
             prefill=prefill,
             observe=observe,

@@ -108,12 +108,23 @@ def zeros(
     return jnp.zeros(shape, dtype, out_sharding=PartitionSpec(*(over[name] for name in names)))
 
 
-def shard_map(function: Callable[..., Any], *arguments: Any, out_specs: Any) -> Any:
-    """Calls a per-device function on the shards of its arguments, without resharding them."""
+def shard_map(
+    function: Callable[..., Any], *arguments: Any, out_specs: Any, check_vma: bool = True
+) -> Any:
+    """Calls a per-device function on the shards of its arguments, without resharding them.
+
+    Args:
+      function: the per-device function.
+      *arguments: its arguments.
+      out_specs: how its results are sharded.
+      check_vma: whether JAX tracks over which mesh axes values vary. Kernels that do not declare it
+        need False; then no differentiated argument may be replicated.
+    """
     if not on_mesh():
         return function(*arguments)
     in_specs = jax.tree.map(spec, arguments)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*arguments)
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    return mapped(*arguments)
 
 
 def shard_sequence(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from umv2 import kernels, sharding
 from umv2.config import LossConfig, ModelConfig
-from umv2.model import layers
+from umv2.model import layers, rematerialization
 from umv2.model.memory import exchange, initialization, retrieval
 from umv2.model.memory.store import StoreWindow, ValueStore
 from umv2.model.parameter import Buffer, Initializer
@@ -251,7 +251,8 @@ class MemoryLayer(MemorySlot):
             (query, pre_inputs),
             (self._retrieval_arrays(), window.store, start),
         )
-        y = sharding.gather_sequence(self.project(x, pooled.astype(x.dtype)))
+        pooled = rematerialization.keep_pooled(pooled.astype(x.dtype))
+        y = sharding.gather_sequence(self.project(x, pooled))
         selections = x.shape[0] * x.shape[1] * memory.num_heads
         stats = MemoryStats(
             balance_loss=retrieval.balance_loss(*sums["balance"]) if "balance" in sums else None,

@@ -11,6 +11,7 @@ import pytest
 from configs import base
 from umv2.config import ModelConfig, from_config_dict
 from umv2.model import attention, layers
+from umv2.model.attention import cache, xla
 from umv2.model.parameter import Initializer
 
 _LENGTH = 24
@@ -69,17 +70,14 @@ def test_queries_in_chunks_equal_queries_at_once(
     window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x = _layer(attention_window=window), _inputs()
-    segments = jnp.arange(_LENGTH)[None, :] // 10
-    mask = jnp.broadcast_to(
-        segments[:, None, :, None] == segments[:, None, None, :], (3, 1, 24, 24)
-    )
+    segments = jnp.broadcast_to(jnp.arange(_LENGTH)[None, :] // 10, (3, _LENGTH))
 
     def output(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(layer(x)[0])) + jnp.sum(jnp.sin(layer(x, mask=mask)[0]))
+        return jnp.sum(jnp.sin(layer(x)[0])) + jnp.sum(jnp.sin(layer(x, segment_ids=segments)[0]))
 
     expected = jax.value_and_grad(output)(x)
-    monkeypatch.setattr(attention, "_LONG", 8)
-    monkeypatch.setattr(attention, "_QUERY_CHUNK", 8)
+    monkeypatch.setattr(xla, "_LONG", 8)
+    monkeypatch.setattr(xla, "_QUERY_CHUNK", 8)
     assert "scan" in str(jax.make_jaxpr(output)(x))
     for got, want in zip(jax.value_and_grad(output)(x), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -91,14 +89,14 @@ def test_attention_to_the_cache_in_blocks_equals_attention_to_all_of_it(
     window: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Four rows with two queries each at different positions; the last block is partial.
-    monkeypatch.setattr(attention, "_CACHE_BLOCK", 8)
+    monkeypatch.setattr(cache, "_CACHE_BLOCK", 8)
     draws = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(draws[0], (4, 2, 6, 8))
     keys, values = (jax.random.normal(k, (4, 2, 21, 8)).astype(dtype) for k in draws[1:])
     places = jnp.array([[0, 1], [7, 8], [15, 16], [19, 20]]).repeat(3, axis=1)
     wide = (keys.astype("float32"), values.astype("float32"))
-    at_once = attention._attend_dense(query, *wide, places, window=window)
-    by_blocks = functools.partial(attention._attend_blockwise, window=window)
+    at_once = cache._attend_dense(query, *wide, places, window=window)
+    by_blocks = functools.partial(cache._attend_blockwise, window=window)
     got = by_blocks(query, keys, values, places)
     np.testing.assert_allclose(got, at_once, rtol=1e-4, atol=1e-5)
     # Blocks after all queries of a row are not read.
@@ -114,9 +112,9 @@ def test_a_sequence_read_in_parts_equals_one_read_at_once(window: int) -> None:
     layer, x = _layer(attention_window=window), _inputs(10)
     expected, _ = layer(x)
     empty = jnp.zeros((3, 2, 12, 4))
-    first, cache = layer(x[:, :4], cache=attention.KeyValueCache(keys=empty, values=empty))
+    first, filled = layer(x[:, :4], cache=attention.KeyValueCache(keys=empty, values=empty))
     # Several positions at once after a cache, then a single one.
-    second, cache = layer(x[:, 4:9], cache=cache, position=jnp.full(1, 4))
-    third, _ = layer(x[:, 9:], cache=cache, position=jnp.full(3, 9))
+    second, filled = layer(x[:, 4:9], cache=filled, position=jnp.full(1, 4))
+    third, _ = layer(x[:, 9:], cache=filled, position=jnp.full(3, 9))
     got = jnp.concatenate([first, second, third], axis=1)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from umv2.model.layers import accumulation_dtype
 
@@ -28,7 +28,7 @@ def attend(
     query: Float[Array, "b t h q"],
     keys: Float[Array, "b t g q"],
     values: Float[Array, "b t g q"],
-    mask: Bool[Array, "b 1 t t"] | None,
+    segment_ids: Int[Array, "b t"] | None,
     window: int,
 ) -> Float[Array, "b t h q"]:
     """Attends to the positions up to each query's own, like `jax.nn.dot_product_attention`.
@@ -39,8 +39,7 @@ def attend(
       query: queries; `h` is a multiple of `g`, and consecutive heads share keys and values.
       keys: keys.
       values: values.
-      mask: True where a query may attend to a key, in addition to the causal mask; every position
-        may attend to itself.
+      segment_ids: positions attend only to positions with the same id; None: to all earlier ones.
       window: number of positions a query attends to, its own included; 0: all.
     """
     batch, length, num_heads, width = query.shape
@@ -50,7 +49,7 @@ def attend(
         jnp.transpose(grouped, (0, 2, 3, 1, 4)) * width**-0.5,
         jnp.swapaxes(keys.astype(wide), 1, 2),
         jnp.swapaxes(values.astype(wide), 1, 2),
-        mask,
+        segment_ids,
         window,
     )
     return jnp.transpose(pooled, (0, 3, 1, 2, 4)).reshape(query.shape).astype(query.dtype)
@@ -93,15 +92,15 @@ def _attend(
     query: Float[Array, "b g m t q"],
     keys: Float[Array, "b g t q"],
     values: Float[Array, "b g t q"],
-    mask: Bool[Array, "b 1 t t"] | None,
+    segment_ids: Int[Array, "b t"] | None,
     window: int,
 ) -> Float[Array, "b g m t q"]:
     """Attends with scaled queries; its gradient reuses the weights of the forward pass."""
-    return _attend_forward(query, keys, values, mask, window)[0]
+    return _attend_forward(query, keys, values, segment_ids, window)[0]
 
 
 def _attend_forward(
-    query: Array, keys: Array, values: Array, mask: Array | None, window: int
+    query: Array, keys: Array, values: Array, segment_ids: Array | None, window: int
 ) -> tuple[Array, Any]:
     results = []
     for block in _blocks(query.shape[3], window):
@@ -113,8 +112,9 @@ def _attend_forward(
         if window:
             visible &= distance < window
         seen = jnp.asarray(visible)[None, None, None]
-        if mask is not None:
-            seen = seen & mask[:, :, None, block.queries, block.keys]
+        if segment_ids is not None:
+            own, others = segment_ids[:, block.queries], segment_ids[:, block.keys]
+            seen = seen & (own[:, :, None] == others[:, None, :])[:, None, None]
         scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         scale = 1 / weights.sum(axis=-1, keepdims=True)

@@ -1,0 +1,57 @@
+"""What the backward pass keeps of a group of blocks, and what it computes again.
+
+Kernels' results are small and dear: a token's addresses, scores and pooled values take a few
+kilobytes, but a second retrieval sorts, and gathers every selected row again.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from umv2.model.attention import cudnn, splash
+
+Rematerialization = Literal["none", "dots", "kernels", "full"]
+
+_POOLED = "pooled_values"
+_NAMES = (splash.RESIDUALS, "product_key_top_k", _POOLED)
+
+
+def keep_pooled[T](pooled: T) -> T:
+    """Marks the pooled values of a memory layer, and what their gradient needs, as kept."""
+    named: T = checkpoint_name(pooled, _POOLED)
+    return named
+
+
+def rematerialized(body: Callable[..., Any], remat: Rematerialization) -> Callable[..., Any]:
+    """Returns a function whose backward pass computes again what `remat` does not keep.
+
+    Args:
+      body: one group of blocks.
+      remat: "none": everything is kept; "dots": results of matrix products and of kernels;
+        "kernels": results of kernels (attention, retrieval, value aggregation); "full": nothing but
+        the arguments.
+    """
+    if jax.config.jax_disable_jit:  # jax.checkpoint would still trace the body, hiding values
+        return body
+    policies = jax.checkpoint_policies
+    of_kernels = policies.save_from_both_policies(
+        policies.save_only_these_names(*_NAMES), _is_of_cudnn
+    )
+    match remat:
+        case "none":
+            return body
+        case "full":
+            return jax.checkpoint(body)
+        case "kernels":
+            return jax.checkpoint(body, policy=of_kernels)
+        case "dots":
+            of_products = policies.dots_with_no_batch_dims_saveable
+            both = policies.save_from_both_policies(of_products, of_kernels)
+            return jax.checkpoint(body, policy=both)
+
+
+def _is_of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether these are results of cuDNN's attention, which JAX does not name."""
+    return primitive.name in cudnn.PRIMITIVES
