@@ -85,6 +85,9 @@ def value_aggregation(
     activation: Activation | None = None,
     slots: Int[Array, "t k"] | None = None,
     num_slots: int = 1,
+    master_values: Float[Array, "m v"] | None = None,
+    master_pre_values: Float[Array, "m p"] | None = None,
+    first_master: Int[Array, "1"] | None = None,
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t {num_slots}*v"]:
@@ -101,6 +104,9 @@ def value_aggregation(
       activation: activation of the pre-scores.
       slots: slot of its token's output to which each selection is added, in [0, num_slots).
       num_slots: output slots per token; 1 without `slots`.
+      master_values: the trained rows, if `values` is a copy of them, which get the gradient.
+      master_pre_values: likewise for `pre_values`.
+      first_master: the row of `values` that is row 0 of the masters.
       chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
       implementation: "auto", or the name of an implementation in `kernels_pallas`.
 
@@ -117,6 +123,9 @@ def value_aggregation(
             activation=activation,
             slots=slots,
             num_slots=num_slots,
+            master_values=master_values,
+            master_pre_values=master_pre_values,
+            first_master=first_master,
             chunk_size=chunk_size,
             implementation=_implementation(implementation),
         )
@@ -127,6 +136,8 @@ def row_products(
     rows: Int[Array, "t k"],
     inputs: Float[Array, "t d"],
     *,
+    master: Float[Array, "m d"] | None = None,
+    first_master: Int[Array, "1"] | None = None,
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t k"]:
@@ -138,6 +149,8 @@ def row_products(
       table: the table, or some of its columns.
       rows: ids of the selected rows.
       inputs: input of each token.
+      master: the trained rows, if `table` is a copy of them, which get the gradient.
+      first_master: the row of `table` that is row 0 of the masters.
       chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
       implementation: the implementation of `value_aggregation`.
 
@@ -149,6 +162,8 @@ def row_products(
             table,
             rows,
             inputs,
+            master=master,
+            first_master=first_master,
             chunk_size=chunk_size,
             implementation=_implementation(implementation),
         )

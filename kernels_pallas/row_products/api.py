@@ -43,6 +43,8 @@ def row_products(
     indices: Integer[AnyArray, "num_tokens num_selected"],
     inputs: Float[AnyArray, "num_tokens dim"],
     *,
+    master: Float[AnyArray, "num_masters dim"] | None = None,
+    first_master: Integer[AnyArray, "1"] | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
@@ -67,6 +69,8 @@ def row_products(
         table: rows of any width; the Pallas backends need the widths that value aggregation needs.
         indices: ids of the selected rows, in [0, num_values); see `value_aggregation`.
         inputs: the input vector of each token.
+        master: the trained rows, which get the gradient; see `master_values` there.
+        first_master: the row of `table` that is row 0 of the masters.
         chunk_size: see `value_aggregation`, as for the remaining arguments.
         implementation: for the forward and the backward pass, one of those of `value_aggregation`.
         platform: what the call will be compiled for.
@@ -77,7 +81,8 @@ def row_products(
         UnsupportedError: the named implementation does not support the call; the message says why.
             It calls the table "values", as value aggregation does.
     """
-    call = _checked({"table": table, "indices": indices, "inputs": inputs})
+    arrays = {"table": table, "indices": indices, "inputs": inputs}
+    call = _checked(arrays | {"master": master, "first_master": first_master})
     target = dispatch.lowering_platform(platform)
     num_selected, dim = call.indices.shape[1], call.table.shape[1]
     default = tables.default_chunk(num_selected, dim, call.dtype, target)
@@ -114,7 +119,8 @@ def _multiply_bwd(
     table_grad = table_gradient.BACKENDS[implementation].forward(call.table_gradient(output_grad))
     aggregation = call.aggregation(output_grad)
     inputs_grad = value_aggregation.BACKENDS[implementation].forward(aggregation)
-    gradients = {"table": table_grad, "inputs": inputs_grad.astype(call.inputs.dtype)}
+    trained = "table" if call.master is None else "master"
+    gradients = {trained: table_grad, "inputs": inputs_grad.astype(call.inputs.dtype)}
     return (cotangents(call, gradients),)
 
 
@@ -130,5 +136,10 @@ def _checked(given: dict[str, Any]) -> RowProductsCall:
     expected = (indices.shape[0], dim)
     rule = f"[num_tokens, dim] = {expected}"
     check(inputs.shape == expected, "inputs.shape", inputs.shape, rule)
+    master, first = arrays["master"], arrays["first_master"]
+    check((master is None) == (first is None), "master", "one of two", "given with first_master")
+    if master is not None and first is not None:
+        check(master.shape[1] == dim, "master.shape", master.shape, f"[num_masters, {dim}]")
+        check(first.shape == (1,), "first_master.shape", first.shape, "[1]")
     arguments.check_ids("indices", indices, num_values)
     return RowProductsCall(**arrays)

@@ -26,12 +26,16 @@ class RowProductsCall(Call):
         "[num_tokens, num_selected]", kind="ids", token_axis=0
     )
     inputs: Float[AbstractArray, "num_tokens dim"] = array("[num_tokens, dim]", token_axis=0)
+    master: Float[AbstractArray, "num_masters dim"] | None = array(
+        "[num_masters, dim]", default=None
+    )
+    first_master: Int32[AbstractArray, "1"] | None = array("[1]", kind="ids", default=None)
     chunk_size: int = 1
 
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of accumulation and output: float32, or float64 if an array is."""
-        return accumulation_dtype(self.table, self.inputs)
+        return accumulation_dtype(self.table, self.inputs, self.master)
 
     def aggregation(
         self, numbers: Float[AbstractArray, "num_tokens num_selected"] | None = None
@@ -51,12 +55,13 @@ class RowProductsCall(Call):
 
     def table_gradient(self, numbers: Float[Array, "num_tokens num_selected"]) -> TableGradientCall:
         """Returns the table-gradient call for `numbers`, the gradient of the output."""
+        first, trained = self.first_master, self.table if self.master is None else self.master
         return TableGradientCall(
-            indices=self.indices,
+            indices=self.indices if first is None else self.indices - first[0],
             weights=numbers[:, :, None],
             factors=self.inputs,
-            num_values=self.table.shape[0],
-            dtype=self.table.dtype,
+            num_values=trained.shape[0],
+            dtype=trained.dtype,
             chunk_size=self.chunk_size,
         )
 

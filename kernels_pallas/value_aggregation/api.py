@@ -56,6 +56,9 @@ def value_aggregation(
     activation: Activation | None = None,
     slots: Integer[AnyArray, "num_tokens num_selected"] | None = None,
     num_slots: int = 1,
+    master_values: Float[AnyArray, "num_masters value_dim"] | None = None,
+    master_pre_values: Float[AnyArray, "num_masters pre_value_dim"] | None = None,
+    first_master: Integer[AnyArray, "1"] | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
@@ -95,6 +98,12 @@ def value_aggregation(
         activation: applied to the pre-score; "gelu" is exact (erf).
         slots: the slot of its token's output that each selection adds to, in [0, num_slots).
         num_slots: number of slots per token; 1 without `slots`.
+        master_values: the trained rows, if `values` is a copy of them, in a narrower dtype or among
+            rows of other tables. They are not read. They get the gradient, in their own dtype, and
+            `values` gets none.
+        master_pre_values: likewise for `pre_values`; given if both others are.
+        first_master: [1], the row of `values` that is row 0 of the masters. All ids must be of rows
+            that have a master.
         chunk_size: tokens that "xla" processes at once. By default the tuned value (`tuned.py`) if
             there is one, else a power of two that fits a memory budget of the platform.
         implementation: for the forward and the backward pass. "xla" runs everywhere. The others
@@ -116,6 +125,9 @@ def value_aggregation(
         "pre_values": pre_values,
         "pre_inputs": pre_inputs,
         "slots": slots,
+        "master_values": master_values,
+        "master_pre_values": master_pre_values,
+        "first_master": first_master,
     }
     name = "value_aggregation"
     call = _checked(arrays, activation, num_slots)
@@ -170,6 +182,9 @@ def value_aggregation_row_gradients(
         "pre_values": pre_values,
         "pre_inputs": pre_inputs,
         "slots": slots,
+        "master_values": None,
+        "master_pre_values": None,
+        "first_master": None,
     }
     name = "value_aggregation_row_gradients"
     call = _checked(arrays, activation, num_slots)
@@ -272,6 +287,7 @@ def _checked(passed: dict[str, Any], activation: Any, num_slots: Any) -> Aggrega
     arguments.check_ids("indices", indices, num_values)
 
     check_activation(activation)
+    _check_masters(arrays)
     unused = activation is not None and pre_values is None
     check(not unused, "activation", repr(activation), "None without pre_values")
     num_slots = arguments.as_integer("num_slots", num_slots)
@@ -280,6 +296,25 @@ def _checked(passed: dict[str, Any], activation: Any, num_slots: Any) -> Aggrega
     if slots is not None:
         arguments.check_ids("slots", slots, num_slots)
     return AggregationCall(**arrays, activation=activation, num_slots=num_slots)
+
+
+def _check_masters(arrays: dict[str, Array | None]) -> None:
+    """Checks that there are masters for every table or for none, of the same width."""
+    first, num_masters = arrays["first_master"], set[int]()
+    given = f"{_presence(first)} with {_presence(arrays['master_values'])} masters"
+    check((first is None) == (arrays["master_values"] is None), "first_master", given, "with both")
+    if first is not None:
+        check(first.shape == (1,), "first_master.shape", first.shape, "[1]")
+    for name in ("values", "pre_values"):
+        table, master = arrays[name], arrays[f"master_{name}"]
+        needed = first is not None and table is not None
+        rule = "given with the masters of values" if needed else "absent without them"
+        check((master is not None) == needed, f"master_{name}", _presence(master), rule)
+        if master is not None and table is not None:
+            rule = f"as wide as {name}, {table.shape[1]}"
+            check(master.shape[1] == table.shape[1], f"master_{name}.shape", master.shape, rule)
+            num_masters.add(master.shape[0])
+    check(len(num_masters) < 2, "rows of masters", sorted(num_masters), "equal")
 
 
 def _presence(array: Array | None) -> str:

@@ -38,6 +38,13 @@ class AggregationCall(Call):
     slots: Int32[AbstractArray, "num_tokens num_selected"] | None = array(
         "[num_tokens, num_selected]", kind="ids", token_axis=0, default=None
     )
+    master_values: Float[AbstractArray, "num_masters value_dim"] | None = array(
+        "[num_masters, value_dim]", default=None
+    )
+    master_pre_values: Float[AbstractArray, "num_masters pre_value_dim"] | None = array(
+        "[num_masters, pre_value_dim]", default=None
+    )
+    first_master: Int32[AbstractArray, "1"] | None = array("[1]", kind="ids", default=None)
     activation: Activation | None = None
     num_slots: int = 1
     chunk_size: int = 1
@@ -45,12 +52,29 @@ class AggregationCall(Call):
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of accumulation and output: float32, or float64 if an array is."""
-        return accumulation_dtype(self.values, self.scores, self.pre_values, self.pre_inputs)
+        floats = (self.values, self.scores, self.pre_values, self.pre_inputs)
+        return accumulation_dtype(*floats, self.master_values, self.master_pre_values)
 
     @property
     def tables(self) -> dict[str, Array]:
         """Values and, if present, pre-values."""
         return {n: x for n, x in self.arrays.items() if n in ("values", "pre_values")}
+
+    @property
+    def trained(self) -> dict[str, Array]:
+        """The arrays that get the gradients of values and pre-values: their masters, if present."""
+        masters = self.master_values is not None
+        return {
+            name: self.arrays[name]
+            for name in (f"master_{table}" if masters else table for table in self.tables)
+        }
+
+    @property
+    def trained_indices(self) -> Int32[Array, "num_tokens num_selected"]:
+        """The indices, as rows of the trained arrays."""
+        if self.first_master is None:
+            return self.indices
+        return self.indices - self.first_master[0]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -106,9 +130,11 @@ class TokenGradients(NamedTuple):
             call: the call whose gradients these are.
             table_gradient: the backend that sums the terms.
         """
-        tables = list(call.tables.values())
-        sums = table_gradient.dense_gradients(tables, call.indices, self.terms)
-        gradients = dict(zip(call.tables, sums, strict=True)) | {"scores": self.scores}
+        tables = call.trained
+        sums = table_gradient.dense_gradients(
+            list(tables.values()), call.trained_indices, self.terms
+        )
+        gradients = dict(zip(tables, sums, strict=True)) | {"scores": self.scores}
         if self.pre_inputs is not None:
             gradients["pre_inputs"] = self.pre_inputs
         return {name: grad.astype(call.arrays[name].dtype) for name, grad in gradients.items()}

@@ -58,28 +58,30 @@ def backward(
     Table gradients are dense: they are zero-initialized once, and every chunk scatter-adds its rows
     in place, in the accumulation dtype.
     """
-    values, dtype, num_slots = call.values, call.dtype, call.num_slots
-    num_cores = call.scores.shape[-1]
+    dtype, num_slots, num_cores = call.dtype, call.num_slots, call.scores.shape[-1]
 
     def accumulate(table_grads: Any, chunk: Any) -> tuple[Any, Any]:
-        values_grad, pre_values_grad = table_grads
-        indices, _, pre_inputs, slots, output_grad = chunk
-        token_grads = _token_gradients(call, chunk)
+        values_grad, *pre_values_grads = table_grads
+        indices, trained_indices, _, pre_inputs, slots, output_grad = chunk
+        token_grads = _token_gradients(call, (indices, *chunk[2:]))
         scores_grad, pre_inputs_grad, weights, pre_scores_grad = token_grads
         if pre_scores_grad is not None:
             pre_rows_grad = pre_scores_grad * pre_inputs.astype(dtype)[:, None, :]
-            pre_values_grad = scatter_add_rows(pre_values_grad, indices, pre_rows_grad)
+            pre_values_grads = [
+                scatter_add_rows(grad, trained_indices, pre_rows_grad) for grad in pre_values_grads
+            ]
         output_grad = _split_slots_and_cores(output_grad, num_slots, num_cores)
         rows_grad = _einsum("tksc,tscd->tkcd", _to_slots(weights, slots, num_slots), output_grad)
-        rows_grad = rows_grad.reshape(*indices.shape, values.shape[1])
-        values_grad = scatter_add_rows(values_grad, indices, rows_grad)
-        return (values_grad, pre_values_grad), (scores_grad, pre_inputs_grad)
+        rows_grad = rows_grad.reshape(*indices.shape, call.values.shape[1])
+        values_grad = scatter_add_rows(values_grad, trained_indices, rows_grad)
+        return [values_grad, *pre_values_grads], (scores_grad, pre_inputs_grad)
 
     # Unlike zeros, zeros_like keeps the manual axes over which a table varies inside shard_map.
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (values, call.pre_values))
-    per_token = (call.indices, call.scores, call.pre_inputs, call.slots, output_grad)
+    zeros = [jnp.zeros_like(table, dtype) for table in call.trained.values()]
+    indices = (call.indices, call.trained_indices)
+    per_token = (*indices, call.scores, call.pre_inputs, call.slots, output_grad)
     table_grads, token_grads = scan_chunks(accumulate, zeros, per_token, call.chunk_size)
-    names = ("values", "pre_values", "scores", "pre_inputs")
+    names = (*call.trained, "scores", "pre_inputs")
     grads = dict(zip(names, (*table_grads, *token_grads), strict=True))
     arrays = call.arrays
     return {name: grads[name].astype(arrays[name].dtype) for name in names if name in arrays}
