@@ -36,8 +36,8 @@ def get_config() -> ConfigDict:
     # Dtype of matrix products; parameters and scores stay float32. float64 (which needs
     # JAX_ENABLE_X64=1) is for comparisons with other implementations.
     model.compute_dtype = "bfloat16"
-    # auto: the first that supports the call | cudnn (GPU) | splash (TPU) | xla: anywhere, all scores
-    # of a query at once (on a CPU in blocks of queries)
+    # auto: the first that supports the call | cudnn (GPU) | splash (TPU) | xla: anywhere, with all
+    # scores of a query at once (on a CPU in blocks of queries)
     model.attention = "auto"
     model.scan_layers = True  # False: unroll, for debugging
     # What the backward pass keeps, and does not compute again: none: everything | dots: results of
@@ -89,6 +89,9 @@ def get_config() -> ConfigDict:
     # principled: paper, section 3.5 | released: the published code's constants | unit: values of
     # standard deviation 1, which should train badly
     memory.initialization = "principled"
+    # What training reads rows from: float32: the tables | compute: a copy of them in compute_dtype,
+    # made once a step. Tables, moments and gradients are float32 in either case.
+    memory.read_dtype = "float32"
     memory.chunk_tokens = 0  # tokens whose rows are fetched at once; 0: chosen from their size
     # Implementations of the two operators: auto | xla | pallas_tpu | pallas_gpu, and for
     # value_aggregation pallas_sparsecore. A named one that is not supported raises an error.

@@ -38,6 +38,7 @@ class MemoryConfig:
     sharing: Literal["none", "ring", "no_ring", "block"]
     share_group: Positive
     initialization: Literal["principled", "released", "unit"]
+    read_dtype: Literal["float32", "compute"]
     chunk_tokens: Natural
     product_key_top_k: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"]
     value_aggregation: Literal["auto", "xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]

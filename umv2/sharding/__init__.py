@@ -30,6 +30,7 @@ from umv2.sharding.operations import (
     gathered,
     linear,
     lookup,
+    reduce_gradients,
     scatter_tokens,
     shard_batch_like,
     shard_batch_only,
@@ -39,6 +40,7 @@ from umv2.sharding.operations import (
     sharded_axes,
     table_layout,
     take_positions,
+    unreduced_zeros,
     zeros,
 )
 from umv2.sharding.rules import Rules, partition, rules
@@ -68,6 +70,7 @@ __all__ = [
     "num_batch_shards",
     "on_mesh",
     "partition",
+    "reduce_gradients",
     "rules",
     "scatter_tokens",
     "shard_batch_like",
@@ -81,5 +84,6 @@ __all__ = [
     "table_layout",
     "take_positions",
     "tpu_memory",
+    "unreduced_zeros",
     "zeros",
 ]

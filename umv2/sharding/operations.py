@@ -27,22 +27,47 @@ def gathered(parameter: Array, over: tuple[str, ...] = DATA_AXES) -> Array:
     return jax.sharding.reshard(parameter, PartitionSpec(*map(entry_of, remaining)))
 
 
-def defer_gradient_reduction(tree: Any) -> Any:
+def defer_gradient_reduction[T](tree: T) -> T:
     """Returns arrays whose gradients are all-reduced once here instead of at every use.
 
-    For arrays that every layer of a scan reads: their gradients would be all-reduced in every
-    layer. Inside `shard_map`, apply `kernels.match_vma` before any other use.
+    For arrays that every layer of a scan, or every microbatch, reads: their gradients would be
+    all-reduced in every one. Gradients with respect to what is returned are not reduced yet: add
+    them to `unreduced_zeros`, and apply `reduce_gradients` in the end. Inside `shard_map`, apply
+    `kernels.match_vma` before any other use.
     """
-    if not on_mesh():
-        return tree
 
     def reduced(array: Array) -> Array:
-        sizes = jax.sharding.get_abstract_mesh().shape
-        used = {axis for entry in spec(array) for axis in axes_of(entry)}
-        others = {axis for axis in AXES if sizes[axis] > 1} - used
-        return jax.sharding.reshard(array, PartitionSpec(*spec(array), reduced=others))
+        return jax.sharding.reshard(
+            array, PartitionSpec(*spec(array), reduced=_replicating_axes(array))
+        )
 
-    return jax.tree.map(reduced, tree)
+    return jax.tree.map(reduced, tree) if on_mesh() else tree
+
+
+def unreduced_zeros[T](tree: T) -> T:
+    """Returns zeros to which gradients after `defer_gradient_reduction` can be added."""
+
+    def zeros(array: Array) -> Array:
+        unreduced = PartitionSpec(*spec(array), unreduced=_replicating_axes(array))
+        return jax.sharding.reshard(jnp.zeros_like(array), unreduced)
+
+    return jax.tree.map(zeros if on_mesh() else jnp.zeros_like, tree)
+
+
+def reduce_gradients[T](gradients: T, arrays: T) -> T:
+    """All-reduces gradients that were deferred; the result is sharded like the arrays."""
+
+    def reduce(gradient: Array, array: Array) -> Array:
+        return jax.sharding.reshard(gradient, spec(array))
+
+    return jax.tree.map(reduce, gradients, arrays) if on_mesh() else gradients
+
+
+def _replicating_axes(array: Array) -> set[str]:
+    """Returns the mesh axes, of more than one device, that do not shard an array."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    used = {axis for entry in spec(array) for axis in axes_of(entry)}
+    return {axis for axis in AXES if sizes[axis] > 1} - used
 
 
 def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array, "*b o"]:

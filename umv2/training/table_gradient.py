@@ -1,7 +1,8 @@
 """Gradients of value tables.
 
 Accumulation, norm, scaling and update are methods, so that the training step does not depend on the
-representation. `Dense` has an entry for every row of every table.
+representation. Gradients of microbatches are those of a device's own tokens until `reduce`, so that
+a step has a single reduction over devices. `Dense` has an entry for every row of every table.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from umv2 import sharding
 from umv2.model.memory.store import ValueStore
 from umv2.types import struct
 
@@ -23,12 +25,16 @@ class Dense:
 
     @classmethod
     def zeros_like(cls, store: ValueStore | None) -> "Dense":
-        """Returns a zero gradient, as the start of an accumulation."""
-        return cls(jax.tree.map(jnp.zeros_like, store))
+        """Returns a zero gradient that is not reduced yet, as the start of an accumulation."""
+        return cls(sharding.unreduced_zeros(store))
 
     def add(self, other: "Dense") -> "Dense":
         """Returns the sum of two gradients."""
         return Dense(jax.tree.map(jnp.add, self.tables, other.tables))
+
+    def reduce(self, store: ValueStore | None) -> "Dense":
+        """Returns the gradient of all devices' tokens, sharded like the tables."""
+        return Dense(sharding.reduce_gradients(self.tables, store))
 
     def squares(self) -> list[Float[Array, ""]]:
         """Returns the sum of squared entries of every table."""

@@ -20,6 +20,7 @@ from umv2.config.schema import UserError
 from umv2.cost import accounting, exchange
 from umv2.data import loader, tokenizer_copy
 from umv2.data.corpus import Corpus, open_corpus
+from umv2.model.memory.store import TrainedStore, ValueStore, read_copy
 from umv2.model.slots import Observe
 from umv2.model.transformer import ModelStats
 from umv2.model.weights import Weights, refreshed_buffers
@@ -57,10 +58,15 @@ def make_train_step(
     observe = Observe.training(config.loss)
 
     def objective(
-        trained: tuple[Any, Any], buffers: dict[str, Any], batch: Batch, weight: Array
+        trained: tuple[Any, ValueStore | None],
+        copy: ValueStore | None,
+        buffers: dict[str, Any],
+        batch: Batch,
+        weight: Array,
     ) -> tuple[Array, tuple[Array, ModelStats]]:
-        params, store = trained
-        model = Weights(params=params, buffers=buffers, store=store).model(config.model)
+        params, masters = trained
+        store = None if masters is None or copy is None else TrainedStore(masters, copy)
+        model = Weights(params=params, buffers=buffers, store=masters).model(config.model)
         segment_ids = batch.segment_ids if config.data.mask_across_documents else None
         output = model(batch.inputs, store=store, segment_ids=segment_ids, observe=observe)
         nll, squared_log_z, _ = losses.cross_entropy(output.logits, batch.targets, batch.weights)
@@ -71,21 +77,25 @@ def make_train_step(
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
 
-    def gradients_of(
-        state: TrainState, batch: Batch, weight: Array
-    ) -> tuple[Array, ModelStats, Any, TableGradient]:
-        trained = (state.params, state.store)
-        (_, (loss, stats)), (params, store) = differentiate(trained, state.buffers, batch, weight)
-        return loss, stats, params, Dense(store)
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = jnp.maximum(batch.weights.sum(), 1.0)
+        masters = sharding.defer_gradient_reduction(state.store)
+        # Once a step, not in every microbatch.
+        copy = read_copy(state.store, config.model)
+
+        def gradients_of(batch: Batch) -> tuple[Array, ModelStats, Any, TableGradient]:
+            trained = (state.params, masters)
+            (_, (loss, stats)), (params, tables) = differentiate(
+                trained, copy, state.buffers, batch, weight
+            )
+            return loss, stats, params, Dense(tables)
+
         if accumulation == 1:
-            loss, stats, params_gradient, table_gradient = gradients_of(state, batch, weight)
+            loss, stats, params_gradient, table_gradient = gradients_of(batch)
         else:
 
             def accumulate(total: Any, microbatch: Batch) -> tuple[Any, ModelStats]:
-                loss, stats, params, table = gradients_of(state, microbatch, weight)
+                loss, stats, params, table = gradients_of(microbatch)
                 summed = jax.tree.map(jnp.add, total[:2], (loss, params))
                 return (*summed, total[2].add(table)), stats
 
@@ -102,6 +112,7 @@ def make_train_step(
             )
             stats = jax.tree.map(_over_microbatches, stacked)
 
+        table_gradient = table_gradient.reduce(state.store)
         params, store, optimizer_state, gradient_norm = optimizer.update(
             params_gradient, table_gradient, state.optimizer, state.params, state.store
         )

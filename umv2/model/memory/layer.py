@@ -240,7 +240,11 @@ class MemoryLayer(MemorySlot):
         pre_inputs = None
         if memory.pre_value_dim:
             pre_inputs = layers.linear(x, self.pre[...]) if memory.has_pre_projection else x
-        start = jnp.asarray(window.start, jnp.int32)
+        window = dataclasses.replace(
+            window,
+            start=jnp.asarray(window.start, jnp.int32),
+            first_master=jnp.asarray(window.first_master, jnp.int32),
+        )
         pooled, sums = sharding.shard_map_tokens(
             functools.partial(
                 self._look_up,
@@ -249,7 +253,7 @@ class MemoryLayer(MemorySlot):
                 observe=observe,
             ),
             (query, pre_inputs),
-            (self._retrieval_arrays(), window.store, start),
+            (self._retrieval_arrays(), window),
         )
         pooled = rematerialization.keep_pooled(pooled.astype(x.dtype))
         y = sharding.gather_sequence(self.project(x, pooled))
@@ -310,7 +314,7 @@ class MemoryLayer(MemorySlot):
         observe: Observe,
     ) -> tuple[Float[Array, "b t e"], dict]:
         """Retrieves and pools the rows for one device's tokens."""
-        memory, (query, pre_inputs), (weights, store, start) = self.config, batched, shared
+        memory, (query, pre_inputs), (weights, window) = self.config, batched, shared
         batch, length = query.shape[:2]
         num_tokens = batch * length
         query = retrieval.arrange_query(
@@ -335,11 +339,16 @@ class MemoryLayer(MemorySlot):
             implementation=memory.product_key_top_k,
         )
         virtual = retrieval.virtual_addresses(grid, weights["shuffle"])
-        block, visible, rows = self.locate(virtual, start, num_rows)
+        block, visible, rows = self.locate(virtual, window.start, num_rows)
         value_weights = retrieval.value_weights(
             scores, memory.score_activation, num_heads=memory.num_heads
         )
-        tables = jax.tree.map(lambda table: table.reshape(-1, *table.shape[-2:]), store)
+        tables, masters = jax.tree.map(
+            lambda table: table.reshape(-1, *table.shape[-2:]), (window.store, window.masters)
+        )
+        if masters is not None:
+            first = window.first_master.reshape(1)
+            masters = exchange.Masters(masters.values, masters.pre_values, first)
         pooled = exchange.aggregate(
             layout,
             tables.values,
@@ -353,6 +362,7 @@ class MemoryLayer(MemorySlot):
             chunk_size=memory.chunk_tokens or None,
             implementation=memory.value_aggregation,
             dtype=query.dtype,
+            masters=masters,
         )
         sums: dict[str, Any] = {}
         if observe.key_balance:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from umv2 import sharding
-from umv2.config import MemoryConfig
+from umv2.config import MemoryConfig, ModelConfig
 from umv2.model.memory import retrieval
 from umv2.model.parameter import Declaration
 from umv2.types import struct
@@ -43,15 +43,40 @@ class ValueStore:
 
 
 @struct
+class TrainedStore:
+    """The value tables during training.
+
+    Layers read `copy`, which is the same for all microbatches of a step and may be in a narrower
+    dtype; `masters` get the gradients.
+    """
+
+    masters: ValueStore
+    copy: ValueStore
+
+
+def read_copy(store: ValueStore | None, config: ModelConfig) -> ValueStore | None:
+    """Returns what layers read of the trained tables: a narrow copy, or the tables themselves."""
+    if config.memory.read_dtype == "float32":
+        return store
+    return jax.tree.map(lambda table: table.astype(config.compute_dtype), store)
+
+
+@struct
 class StoreWindow:
-    """The rows of the store that one memory layer reads: from `start`, wrapping around the end."""
+    """The rows of the store that one memory layer reads: from `start`, wrapping around the end.
+
+    In training, `masters` are the trained tables that the layer's gradients belong to, of which
+    `store` is a copy; their first table is table `first_master` of the store.
+    """
 
     store: ValueStore
     start: Int[Array, ""] | int
+    masters: ValueStore | None = None
+    first_master: Int[Array, ""] | int = 0
 
 
 # One store for all memory layers or, at inference without sharing, one per layer.
-Stores = ValueStore | Sequence[ValueStore] | None
+Stores = ValueStore | TrainedStore | Sequence[ValueStore] | None
 
 
 class Windows(NamedTuple):
@@ -59,27 +84,43 @@ class Windows(NamedTuple):
 
     Attributes:
       shared: the store that all layers read, or None if each layer has its own table.
+      masters: the trained tables of `shared`, if all layers share them.
       own: per-layer inputs, stacked along the leading axis or as a list: the first row of the
-        layer's window and, without sharing, its table. The table is then a slice of a scanned
-        input, so its gradient is a slice too, rather than a sum over gradients of all tables.
+        layer's window and, without sharing, its table (inference) or its master (training). The
+        gradient of a scanned input is stacked, not a sum over gradients of all tables.
     """
 
     shared: ValueStore | None
+    masters: ValueStore | None
     own: dict[str, Any]
 
     def at(self, own: dict[str, Any]) -> StoreWindow | None:
         """Returns the window of the layer with these per-layer inputs."""
         if not own:
             return None
-        return StoreWindow(store=self.shared or own["table"], start=own["start"])
+        return StoreWindow(
+            store=self.shared or own["table"],
+            start=own["start"],
+            masters=self.masters or own.get("master"),
+            first_master=own["first_master"],
+        )
 
 
 def windows(store: Stores, memory: MemoryConfig, count: int) -> Windows:
     """Returns the windows of `count` memory layers."""
+    zeros = jnp.zeros(count, jnp.int32)
+    own: dict[str, Any] = {"start": zeros, "first_master": zeros}
     if store is None:
-        return Windows(None, {})
-    if not isinstance(store, ValueStore) or memory.sharing == "none":
-        return Windows(None, {"table": store, "start": jnp.zeros(count, jnp.int32)})
-    starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
-    first_rows = jnp.asarray(starts * memory.num_values, jnp.int32)
-    return Windows(sharding.defer_gradient_reduction(store), {"start": first_rows})
+        return Windows(None, None, {})
+    if memory.sharing != "none" and isinstance(store, ValueStore | TrainedStore):
+        starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
+        own["start"] = jnp.asarray(starts * memory.num_values, jnp.int32)
+        if isinstance(store, TrainedStore):
+            return Windows(store.copy, store.masters, own)
+        return Windows(sharding.defer_gradient_reduction(store), None, own)
+    if isinstance(store, TrainedStore):
+        tables = jnp.arange(count, dtype=jnp.int32)
+        rows = store.copy.num_rows // count
+        own |= {"start": rows * tables, "first_master": tables, "master": store.masters}
+        return Windows(store.copy, None, own)
+    return Windows(None, None, own | {"table": store})

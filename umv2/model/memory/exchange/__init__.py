@@ -2,13 +2,14 @@
 
 from umv2.model.memory.exchange.aggregate import Layout, aggregate
 from umv2.model.memory.exchange.columns import column_fault, column_sizes, own_cores
-from umv2.model.memory.exchange.local import Activation, smallest_dtype
+from umv2.model.memory.exchange.local import Activation, Masters, smallest_dtype
 from umv2.model.memory.exchange.rows import Groups, Routing, groups, route, row_fault, row_sizes
 
 __all__ = [
     "Activation",
     "Groups",
     "Layout",
+    "Masters",
     "Routing",
     "aggregate",
     "column_fault",

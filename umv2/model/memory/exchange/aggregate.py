@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from umv2 import kernels, sharding
 from umv2.model.memory.exchange.columns import pool_columns
-from umv2.model.memory.exchange.local import Activation, Options, pool
+from umv2.model.memory.exchange.local import Activation, Masters, Options, pool
 from umv2.model.memory.exchange.rows import pool_rows
 
 Layout = Literal["replicated", "columns", "rows"]
@@ -40,6 +40,7 @@ def aggregate(
     chunk_size: int | None,
     implementation: str,
     dtype: DTypeLike,
+    masters: Masters | None = None,
     axis: str = sharding.MEMORY,
 ) -> Float[Array, "t e"]:
     """Returns the weighted sums of each token's rows: `value_aggregation` over sharded tables.
@@ -59,17 +60,17 @@ def aggregate(
       chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
       implementation: implementation of the per-device operators.
       dtype: dtype of communicated floating-point arrays.
+      masters: the trained tables, if `values` and `pre_values` are copies of them.
       axis: the mesh axis over which the tables are sharded.
 
     Returns:
       [t, num_slots * D_v], in the accumulation dtype of `value_aggregation`.
     """
     options = Options(axis, activation, num_slots, chunk_size, implementation, dtype)
-    arrays = (values, pre_values, rows, weights, pre_inputs, slots)
+    arrays = (values, pre_values, rows, weights, pre_inputs, slots, masters)
     if layout == "replicated":
         return pool(*arrays, options)
-    accumulation = jnp.result_type(
-        jnp.float32, *(x for x in (values, weights, pre_values, pre_inputs) if x is not None)
-    )
+    floats = (values, weights, pre_values, pre_inputs)
+    accumulation = jnp.result_type(jnp.float32, *(x for x in floats if x is not None))
     exchange: Callable[..., Array] = pool_columns if layout == "columns" else pool_rows
     return exchange(*kernels.match_vma(arrays, (axis,)), options).astype(accumulation)

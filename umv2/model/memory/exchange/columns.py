@@ -5,6 +5,7 @@ reduce-scattered, and pools its columns of the values, which an all-to-all retur
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from umv2 import kernels
 from umv2.model.memory.exchange.local import (
+    Masters,
     Options,
     divisors,
     fault,
@@ -53,6 +55,7 @@ def pool_columns(
     weights: Float[Array, "t k c"],
     pre_inputs: Float[Array, "t p_all"] | None,
     slots: Int32[Array, "t k"] | None,
+    masters: Masters | None,
     options: Options,
 ) -> Float[Array, "t e"]:
     """Pools this device's columns for all tokens; returns all columns for this device's tokens."""
@@ -61,10 +64,15 @@ def pool_columns(
     rows = lax.all_gather(rows, axis, tiled=True)
     if pre_values is not None and pre_inputs is not None:
         own_inputs = lax.all_to_all(pre_inputs.astype(options.dtype), axis, 1, 0, tiled=True)
+        trained: dict[str, Any] = {}
+        if masters is not None and masters.pre_values is not None:
+            trained["master"] = flat(masters.pre_values)
+            trained["first_master"] = masters.first_table * pre_values.shape[1]
         partial = kernels.row_products(
             flat(pre_values),
             rows,
             own_inputs,
+            **trained,
             chunk_size=options.chunk_size,
             implementation=options.implementation,
         )
@@ -75,7 +83,7 @@ def pool_columns(
     if slots is not None:
         slots = lax.all_gather(slots.astype(smallest_dtype(num_slots)), axis, tiled=True)
         slots = slots.astype(jnp.int32)
-    pooled = pool(values, None, rows, weights, None, slots, options)
+    pooled = pool(values, None, rows, weights, None, slots, masters, options)
     pooled = pooled.astype(options.dtype).reshape(-1, num_slots, values.shape[-1])
     return lax.all_to_all(pooled, axis, 0, 2, tiled=True).reshape(num_tokens, -1)
 

@@ -1,7 +1,7 @@
 """Value aggregation on one device's shard, and helpers shared by both layouts."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -21,6 +21,22 @@ class Options(NamedTuple):
     chunk_size: int | None
     implementation: str
     dtype: DTypeLike
+
+
+class Masters(NamedTuple):
+    """The trained tables that the tables of a call are a copy of.
+
+    They are not read, and get the gradients; the copies get none.
+
+    Attributes:
+      values: this device's shard of the trained tables.
+      pre_values: likewise, or None if there are no pre-values.
+      first_table: [1], the table of the copy that table 0 of the masters is.
+    """
+
+    values: Float[Array, "m n v"]
+    pre_values: Float[Array, "m n p"] | None
+    first_table: Int32[Array, "1"]
 
 
 def fault(size: int, sizes: list[int], rule: str) -> str | None:
@@ -43,9 +59,16 @@ def pool(
     weights: Float[Array, "t k c"],
     pre_inputs: Float[Array, "t p"] | None,
     slots: Int32[Array, "t k"] | None,
+    masters: Masters | None,
     options: Options,
 ) -> Float[Array, "t e"]:
     """Calls `value_aggregation` on this device's rows."""
+    trained: dict[str, Any] = {}
+    if masters is not None:
+        trained["master_values"] = flat(masters.values)
+        trained["first_master"] = masters.first_table * values.shape[1]
+        if pre_values is not None and masters.pre_values is not None:
+            trained["master_pre_values"] = flat(masters.pre_values)
     return kernels.value_aggregation(
         flat(values),
         rows,
@@ -57,6 +80,7 @@ def pool(
         num_slots=options.num_slots,
         chunk_size=options.chunk_size,
         implementation=options.implementation,
+        **trained,
     )
 
 

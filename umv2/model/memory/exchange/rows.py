@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
-from umv2.model.memory.exchange.local import Options, divisors, fault, pool
+from umv2.model.memory.exchange.local import Masters, Options, divisors, fault, pool
 
 # Extra capacity of a round over an even load: this fraction of it or, if larger (small loads), this
 # many standard deviations of the load under uniformly random selection.
@@ -177,6 +177,7 @@ def pool_rows(
     weights: Float[Array, "t k c"],
     pre_inputs: Float[Array, "t p"] | None,
     slots: Int32[Array, "t k"] | None,
+    masters: Masters | None,
     options: Options,
 ) -> Float[Array, "t e"]:
     """Pools the rows selected by this device's tokens, on the devices that own them."""
@@ -188,7 +189,7 @@ def pool_rows(
     filled = ((0, 0), (0, routing.keys.shape[1] - top_m), (0, 0))
     weights = _arrange(routing.keys, jnp.pad(weights.astype(options.dtype), filled))
     weights = weights.reshape(*routing.rows.shape, num_cores)
-    arrays = (values, pre_values, weights, pre_inputs)
+    arrays = (values, pre_values, weights, pre_inputs, masters)
     send = functools.partial(_round, options, num_tokens, top_m)
     sums = _sum_of_rounds(send, routing.num_rounds, routing, arrays)
     sums = sums.reshape(-1, sums.shape[-1]).astype(options.dtype)
@@ -204,7 +205,7 @@ def _round(
     arrays: tuple,
 ) -> Float[Array, "m lines v"]:
     """Runs one round: returns this device's partial sums for the lines of all devices."""
-    values, pre_values, weights, pre_inputs = arrays
+    values, pre_values, weights, pre_inputs, masters = arrays
     axis, num_slots, num_owners = options.axis, options.num_slots, lax.axis_size(options.axis)
     group, capacity = groups(num_tokens, top_m, num_slots, num_owners)
     num_lines = num_tokens * num_slots
@@ -233,6 +234,7 @@ def _round(
         weights.reshape(-1, *weights.shape[2:]),
         pre_inputs,
         None,
+        masters,
         options._replace(num_slots=1, chunk_size=chunk_size),
     )
     pooled = pooled.reshape(num_owners, capacity, -1)
