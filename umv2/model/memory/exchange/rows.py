@@ -84,6 +84,7 @@ class Routing(NamedTuple):
       order: permutation that sorts the groups by owner, then by line.
       ends: end of each owner's groups in this order.
       num_rounds: number of rounds until all devices have sent all groups; at least 1.
+      first_master: [1], the table of the copy that table 0 of the masters is; None without masters.
     """
 
     keys: Int32[Array, "t w"]
@@ -92,6 +93,7 @@ class Routing(NamedTuple):
     order: Int32[Array, " n"]
     ends: Int32[Array, " m"]
     num_rounds: Int32[Array, ""]
+    first_master: Int32[Array, "1"] | None = None
 
 
 def route(
@@ -189,7 +191,11 @@ def pool_rows(
     filled = ((0, 0), (0, routing.keys.shape[1] - top_m), (0, 0))
     weights = _arrange(routing.keys, jnp.pad(weights.astype(options.dtype), filled))
     weights = weights.reshape(*routing.rows.shape, num_cores)
-    arrays = (values, pre_values, weights, pre_inputs, masters)
+    trained = None
+    if masters is not None:
+        routing = routing._replace(first_master=masters.first_table)
+        trained = (masters.values, masters.pre_values)
+    arrays = (values, pre_values, weights, pre_inputs, trained)
     send = functools.partial(_round, options, num_tokens, top_m)
     sums = _sum_of_rounds(send, routing.num_rounds, routing, arrays)
     sums = sums.reshape(-1, sums.shape[-1]).astype(options.dtype)
@@ -205,7 +211,11 @@ def _round(
     arrays: tuple,
 ) -> Float[Array, "m lines v"]:
     """Runs one round: returns this device's partial sums for the lines of all devices."""
-    values, pre_values, weights, pre_inputs, masters = arrays
+    values, pre_values, weights, pre_inputs, trained = arrays
+    masters = None
+    if trained is not None and routing.first_master is not None:
+        own_values, own_pre_values = trained
+        masters = Masters(own_values, own_pre_values, routing.first_master)
     axis, num_slots, num_owners = options.axis, options.num_slots, lax.axis_size(options.axis)
     group, capacity = groups(num_tokens, top_m, num_slots, num_owners)
     num_lines = num_tokens * num_slots
