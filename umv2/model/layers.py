@@ -8,6 +8,7 @@ output projections of residual branches are further scaled by 1 / sqrt(2 L) (Ult
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -114,14 +115,42 @@ class Rope:
         self, x: Float[Array, "b t h q"], positions: Int[Array, "#b t"]
     ) -> Float[Array, "b t h q"]:
         """Rotates the pairs of every head by the angles of their positions."""
-        wide = x.astype(accumulation_dtype(x.dtype))
-        half = x.shape[-1] // 2
-        frequencies = jnp.asarray(self.frequencies(half), wide.dtype)
-        angles = positions[:, :, None].astype(wide.dtype) * frequencies[None, None, :]
-        cosine, sine = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-        first, second = wide[..., :half], wide[..., half:]
-        rotated = (first * cosine - second * sine, second * cosine + first * sine)
-        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+        return _rotate(self, x, positions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotate(
+    rope: Rope, x: Float[Array, "b t h q"], positions: Int[Array, "#b t"]
+) -> Float[Array, "b t h q"]:
+    """Rotates pairs; its VJP rotates them back.
+
+    JAX would differentiate the slices that pairs are read from, and keep float32 gradients of them.
+    """
+    return _rotate_by(rope, x, positions, 1)
+
+
+def _rotate_by(rope: Rope, x: Array, positions: Array, direction: int) -> Array:
+    dtype, half = accumulation_dtype(x.dtype), x.shape[-1] // 2
+    frequencies = jnp.asarray(rope.frequencies(half), dtype)
+    angles = positions[:, :, None].astype(dtype) * frequencies[None, None, :]
+    cosine, sine = (f(angles)[:, :, None, None, :] for f in (jnp.cos, jnp.sin))
+    signs = jnp.asarray([[-direction], [direction]], dtype)
+    pairs = x.reshape(*x.shape[:-1], 2, half)
+    others = jnp.flip(pairs, axis=-2)
+    # Without slices and concatenation, this is a single loop over the elements.
+    rotated = pairs.astype(dtype) * cosine + others.astype(dtype) * (sine * signs[None, None, None])
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def _rotate_fwd(rope: Rope, x: Array, positions: Array) -> tuple[Array, Array]:
+    return _rotate(rope, x, positions), positions
+
+
+def _rotate_bwd(rope: Rope, positions: Array, rotated_grad: Array) -> tuple[Array, None]:
+    return _rotate_by(rope, rotated_grad, positions, -1), None
+
+
+_rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
 class RMSNorm(nnx.Module):
