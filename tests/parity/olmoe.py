@@ -26,6 +26,7 @@ from tests.parity.common import (
 )
 from umv2.config import from_config_dict
 from umv2.interop import olmoe
+from umv2.model import layers
 from umv2.model.moe import layer as moe
 from umv2.model.parameter import ABSTRACT
 from umv2.model.slots import Observe
@@ -124,15 +125,17 @@ def run_model(golden: Arrays, meta: Meta, dtype: Dtype) -> Arrays:
             if dtype == "float64":
                 patch.setattr(jax.nn, "dot_product_attention", _wide_attention)
             model = dataclasses.replace(weights, params=params).model(config)
-            output = model(tokens, store=None, observe=Observe(health=True))
-        counted = jnp.ones_like(labels[:, 1:], output.logits.dtype)
-        nll, _, count = losses.cross_entropy(output.logits[:, :-1], labels[:, 1:], counted)
+            output = model.hidden(tokens, store=None, observe=Observe(health=True))
+        head = model.output_embedding
+        counted = jnp.ones_like(labels[:, 1:], head.dtype)
+        nll, _ = losses.cross_entropy(output.x[:, :-1], head, labels[:, 1:], counted)
+        loss = nll / counted.size
         terms = model.losses(output.stats, load_balance, num_tokens=tokens.size)
         balance = terms.pop("load_balance")
         assert not terms
-        scalars = {"loss": nll / count + coefficient * balance, "load_balancing": balance}
+        scalars = {"loss": loss + coefficient * balance, "load_balancing": balance}
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
-        return scalars, {"logits": output.logits, "loss_ce": nll / count, **stacked}
+        return scalars, {"logits": layers.logits(output.x, head), "loss_ce": loss, **stacked}
 
     @jax.jit
     def run(params: Any) -> tuple[Any, Any]:

@@ -48,6 +48,19 @@ def linear(
     return y if bias is None else y + _with_rank(bias, y.ndim).astype(x.dtype)
 
 
+def logits(x: Float[Array, "*b d"], head: Float[Array, "vocab d"]) -> Float[Array, "*b vocab"]:
+    """Returns the inner products of x with the rows of the head, a matrix of the same dtype.
+
+    Accumulates and returns float32 (float64 for float64).
+    """
+    dtype = accumulation_dtype(x.dtype)
+
+    def product(x: Array, head: Array) -> Array:
+        return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=dtype)
+
+    return with_enough_rows(product, x, head)
+
+
 def with_enough_rows(
     product: Callable[[Array, Array], Array], x: Float[Array, "*b i"], weight: Float[Array, "j k"]
 ) -> Float[Array, "*b o"]:

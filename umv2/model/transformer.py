@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -34,6 +33,15 @@ class ModelStats:
 
     feed_forward: FeedForwardStats
     memory: MemoryStats | None
+
+
+@struct
+class HiddenStates:
+    """The input of the head at every position, the statistics, and the updated cache."""
+
+    x: Float[Array, "b t d"]
+    stats: ModelStats
+    cache: tuple[KeyValueCache, ...] | None
 
 
 @struct
@@ -83,7 +91,7 @@ class Transformer(nnx.Module):
         logits_at: Int[Array, "b a"] | None = None,
         observe: Observe = NOTHING,
     ) -> ModelOutput:
-        """Computes next-token logits.
+        """Computes next-token logits; for a loss, `hidden` saves storing them.
 
         Args:
           tokens: ids in [0, vocab_size).
@@ -100,9 +108,36 @@ class Transformer(nnx.Module):
         Returns:
           Logits in float32 (float64 for float64), statistics, and the updated cache.
         """
+        hidden = self.hidden(
+            tokens,
+            store=store,
+            segment_ids=segment_ids,
+            cache=cache,
+            position=position,
+            prefill=prefill,
+            observe=observe,
+        )
+        x = hidden.x if logits_at is None else sharding.take_positions(hidden.x, logits_at)
+        logits = layers.logits(x, sharding.gathered(self.output_embedding.astype(x.dtype)))
+        return ModelOutput(logits=logits, stats=hidden.stats, cache=hidden.cache)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        store: Stores,
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: Sequence[KeyValueCache] | None = None,
+        position: Int[Array, "#b"] | int = 0,
+        prefill: bool = False,
+        observe: Observe = NOTHING,
+    ) -> HiddenStates:
+        """Computes the normalised residual stream after the last block, in the compute dtype.
+
+        Its products with the rows of `output_embedding` are the logits. The arguments are those of
+        `__call__`.
+        """
         config = self.config
-        dtype = jnp.dtype(config.compute_dtype)
-        x = sharding.lookup(self.embedding[...], tokens).astype(dtype)
         stack = Stack(
             config=config,
             blocks=self.blocks,
@@ -113,22 +148,18 @@ class Transformer(nnx.Module):
             prefill=prefill,
             observe=observe,
         )
+        x = sharding.lookup(self.embedding[...], tokens).astype(config.compute_dtype)
         output = stack(x, cache)
-        x = self.final_norm(output.x)
-        if logits_at is not None:
-            x = sharding.take_positions(x, logits_at)
-        head = self.embedding if config.tie_embeddings else self.head
-
-        def predict(x: Array, head: Array) -> Array:
-            accumulated = layers.accumulation_dtype(dtype)
-            return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=accumulated)
-
-        logits = layers.with_enough_rows(predict, x, sharding.gathered(head[...].astype(dtype)))
-        return ModelOutput(
-            logits=logits,
+        return HiddenStates(
+            x=self.final_norm(output.x),
             stats=ModelStats(feed_forward=output.feed_forward, memory=output.memory),
             cache=None if cache is None else tuple(output.caches),
         )
+
+    @property
+    def output_embedding(self) -> Float[Array, "vocab d"]:
+        """The matrix of the head, which is the embedding if the model ties them."""
+        return (self.embedding if self.config.tie_embeddings else self.head)[...]
 
     def empty_cache(self, batch_size: int, length: int) -> tuple[KeyValueCache, ...]:
         """Returns an empty cache of `length` positions for every block, in the compute dtype."""

@@ -1,6 +1,6 @@
 """Operations on sharded arrays, which also work on a single device without a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -197,6 +197,28 @@ def scatter_tokens(x: Float[Array, "mt d"], over: tuple[str, ...]) -> Float[Arra
     if TENSOR in over:
         x = jax.lax.psum(x, TENSOR)
     return jax.lax.psum_scatter(x, MEMORY, tiled=True) if MEMORY in over else x
+
+
+def reduce_to_shards(
+    gradient: Array, shards: Sequence[tuple[str, ...]], *, over: tuple[str, ...]
+) -> Array:
+    """Sums a gradient over devices with different tokens; called inside `shard_map`.
+
+    Args:
+      gradient: of a gathered parameter, from this device's tokens.
+      shards: mesh axes that shard each dimension of the parameter.
+      over: mesh axes that shard the tokens.
+
+    Returns:
+      The gradient of this device's shard of the parameter.
+    """
+    for dimension, axes in enumerate(shards):
+        if scattered := tuple(axis for axis in axes if axis in over):
+            gradient = jax.lax.psum_scatter(
+                gradient, scattered, scatter_dimension=dimension, tiled=True
+            )
+            over = tuple(axis for axis in over if axis not in scattered)
+    return jax.lax.psum(gradient, over)
 
 
 def shard_map_tokens(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -61,9 +62,9 @@ def make_evaluation_step(
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         model = weights.model(config)
         segment_ids = batch.segment_ids if mask_across_documents else None
-        logits = model(batch.inputs, store=weights.store, segment_ids=segment_ids).logits
-        nats, _, weight = losses.cross_entropy(logits, batch.targets, batch.weights)
-        return nats, weight
+        x = model.hidden(batch.inputs, store=weights.store, segment_ids=segment_ids).x
+        nats, _ = losses.cross_entropy(x, model.output_embedding, batch.targets, batch.weights)
+        return nats, jnp.sum(batch.weights)
 
     return evaluation_step
 

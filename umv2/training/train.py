@@ -68,12 +68,17 @@ def make_train_step(
         store = None if masters is None or copy is None else TrainedStore(masters, copy)
         model = Weights(params=params, buffers=buffers, store=masters).model(config.model)
         segment_ids = batch.segment_ids if config.data.mask_across_documents else None
-        output = model(batch.inputs, store=store, segment_ids=segment_ids, observe=observe)
-        nll, squared_log_z, _ = losses.cross_entropy(output.logits, batch.targets, batch.weights)
-        terms = model.losses(output.stats, config.loss, num_tokens=batch.inputs.size)
+        hidden = model.hidden(batch.inputs, store=store, segment_ids=segment_ids, observe=observe)
+        loss, nll = losses.cross_entropy(
+            hidden.x,
+            model.output_embedding,
+            batch.targets,
+            batch.weights / weight,
+            z_loss=config.loss.z_loss,
+        )
+        terms = model.losses(hidden.stats, config.loss, num_tokens=batch.inputs.size)
         auxiliary = functools.reduce(jnp.add, terms.values(), jnp.zeros(()))
-        loss = (nll + config.loss.z_loss * squared_log_z) / weight + auxiliary / accumulation
-        return loss, (nll / weight, output.stats)
+        return loss + auxiliary / accumulation, (nll, hidden.stats)
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
 
