@@ -43,9 +43,12 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def linear(
     x: Float[Array, "*b i"], weight: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "*b o"]:
-    """Returns x @ weight (+ bias) in the dtype of x."""
+    """Returns x @ weight (+ bias) in the dtype of x, accumulating in float32, gradients too."""
     y = with_enough_rows(sharding.linear, x, weight)
-    return y if bias is None else y + _with_rank(bias, y.ndim).astype(x.dtype)
+    if bias is None:
+        return y
+    # In float32, since the gradient of the bias is a sum over all tokens.
+    return (y.astype(accumulation_dtype(x.dtype)) + _with_rank(bias, y.ndim)).astype(x.dtype)
 
 
 def logits(x: Float[Array, "*b d"], head: Float[Array, "vocab d"]) -> Float[Array, "*b vocab"]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from umv2 import sharding
 from umv2.model.attention import cudnn, splash
 
 Rematerialization = Literal["none", "dots", "kernels", "full"]
@@ -47,7 +48,11 @@ def rematerialized(body: Callable[..., Any], remat: Rematerialization) -> Callab
         case "kernels":
             return jax.checkpoint(body, policy=of_kernels)
         case "dots":
-            of_products = policies.dots_with_no_batch_dims_saveable
+            # Of a product that is rounded, only the rounded result is then needed, and kept.
+            of_products = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable,
+                policies.save_only_these_names(sharding.ROUNDED_PRODUCT),
+            )
             both = policies.save_from_both_policies(of_products, of_kernels)
             return jax.checkpoint(body, policy=both)
 

@@ -23,6 +23,7 @@ from umv2.sharding.mesh import (
     tpu_memory,
 )
 from umv2.sharding.operations import (
+    ROUNDED_PRODUCT,
     create,
     defer_gradient_reduction,
     gather_sequence,
@@ -52,6 +53,7 @@ __all__ = [
     "FSDP",
     "MEMORY",
     "REPLICA",
+    "ROUNDED_PRODUCT",
     "TENSOR",
     "Rules",
     "axes_of",

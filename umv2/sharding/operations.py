@@ -1,15 +1,20 @@
 """Operations on sharded arrays, which also work on a single device without a mesh."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from umv2.sharding.mesh import AXES, DATA_AXES, MEMORY, TENSOR, axes_of, on_mesh, spec
 from umv2.sharding.rules import entry_of
+
+# Name of the results of products that are rounded to a dtype narrower than they accumulate in.
+ROUNDED_PRODUCT = "rounded product"
 
 
 def create[T](function: Callable[..., T], shardings: Any, *arguments: Any) -> T:
@@ -74,13 +79,83 @@ def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array,
     """Returns x @ weight in the dtype of x, gathering the weight in that dtype.
 
     The result is sharded like x, except for the last axis, which is sharded like the weight's. If
-    the contracted axis is sharded, the result is all-reduced.
+    the contracted axis is sharded, the result is all-reduced, in the dtype of x.
+
+    All products accumulate in float32 (float64 for float64), and those of the backward pass have
+    operands in the dtype of x too. The gradient of a float32 weight is not rounded to that dtype.
     """
+    if x.dtype == _accumulation_dtype(x):
+        return _linear(x, weight)
+    # Named for rematerialisation to save it rather than the wider result of the product.
+    return checkpoint_name(_narrow_linear(x, weight, jax.typeof(weight)), ROUNDED_PRODUCT)
+
+
+def _linear(x: Array, weight: Array) -> Array:
+    return _contract(x, gathered(weight.astype(x.dtype)), ((x.ndim - 1,), (0,)), x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_linear(x: Array, weight: Array, stored: Any) -> Array:
+    """Computes `linear` for a dtype narrower than float32; `stored` is the type of the weight."""
+    del stored
+    return _linear(x, weight)
+
+
+def _narrow_linear_forward(
+    x: Array, weight: Array, stored: Any
+) -> tuple[Array, tuple[Array, Array]]:
+    del stored
     weight = gathered(weight.astype(x.dtype))
+    return _linear(x, weight), (x, weight)
+
+
+def _narrow_linear_backward(
+    stored: Any, residuals: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
+    x, weight = residuals
+    x_grad = _contract(grad, weight, ((x.ndim - 1,), (1,)), x.dtype)
+    tokens = tuple(range(x.ndim - 1))
+    weight_grad = _contract(x, grad, (tokens, tokens), stored.dtype, stored.sharding.spec)
+    return x_grad, weight_grad
+
+
+_narrow_linear.defvjp(_narrow_linear_forward, _narrow_linear_backward)
+
+
+def _contract(
+    a: Array,
+    b: Array,
+    axes: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: jnp.dtype,
+    out: PartitionSpec | None = None,
+) -> Array:
+    """Contracts axes of `a` with axes of `b`, accumulating in float32, and rounds to `dtype`.
+
+    Sums over devices after rounding. The result is sharded like `out` or, by default, like the
+    remaining axes of both.
+    """
+    product = functools.partial(
+        jax.lax.dot_general,
+        a,
+        b,
+        (axes, ((), ())),
+        preferred_element_type=_accumulation_dtype(a),
+    )
     if not on_mesh():
-        return jnp.einsum("...i,io->...o", x, weight)
-    out = PartitionSpec(*spec(x)[:-1], spec(weight)[-1])
-    return jnp.einsum("...i,io->...o", x, weight, out_sharding=out)
+        return product().astype(dtype)
+    remaining = [
+        spec(array)[axis]
+        for array, contracted in ((a, axes[0]), (b, axes[1]))
+        for axis in range(array.ndim)
+        if axis not in contracted
+    ]
+    over = {name for axis in axes[0] for name in axes_of(spec(a)[axis])}
+    partial = product(out_sharding=PartitionSpec(*remaining, unreduced=over)).astype(dtype)
+    return jax.sharding.reshard(partial, PartitionSpec(*remaining) if out is None else out)
+
+
+def _accumulation_dtype(array: Array) -> jnp.dtype:
+    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:

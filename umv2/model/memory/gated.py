@@ -42,4 +42,7 @@ class GatedMemory(MemoryLayer):
     ) -> Float[Array, "b t d"]:
         """Projects the pooled values to the gated output."""
         gate = layers.linear(x, self.gate[...], self.gate_bias[...])
-        return super().project(x, pooled) * jax.nn.sigmoid(gate)
+        # In float32, since the gradient of the gate is a sum over columns.
+        dtype = layers.accumulation_dtype(x.dtype)
+        output = super().project(x, pooled)
+        return (output.astype(dtype) * jax.nn.sigmoid(gate).astype(dtype)).astype(output.dtype)

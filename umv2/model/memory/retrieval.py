@@ -66,12 +66,12 @@ def product_key_scores(
 ) -> Float[Array, "h 2 r t n"]:
     """Returns the score of every row and column key for each rank: S = <q, K> (step 3).
 
-    Multiplies in the dtype of the inputs; accumulates and returns float32 (float64 for float64).
-    Only the balance loss needs all of these scores; selection does not materialise them.
+    Computes and returns float32 (float64 for float64). Only the balance loss needs all of these
+    scores; selection does not materialise them.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    query = jnp.broadcast_to(query, (*keys.shape[:3], *query.shape[3:]))
-    return jnp.einsum("hsrtq,hsrnq->hsrtn", query, keys, preferred_element_type=dtype)
+    query = jnp.broadcast_to(query.astype(dtype), (*keys.shape[:3], *query.shape[3:]))
+    return jnp.einsum("hsrtq,hsrnq->hsrtn", query, keys.astype(dtype))
 
 
 def shortlist_scores(

@@ -144,7 +144,10 @@ def _swiglu(product: Callable[[Array, Array], Array], rows: Any, matrices: Any) 
     (x, weights), (into, down) = rows, matrices
     projected = [product(x, matrix) for matrix in into]
     gate, up = projected if len(projected) == 2 else jnp.split(projected[0], 2, axis=-1)
-    return product(jax.nn.silu(gate) * up * weights, down)
+    # Weighted in float32, since the gradient of a weight is a sum over columns.
+    dtype = layers.accumulation_dtype(x.dtype)
+    inner = (jax.nn.silu(gate) * up).astype(dtype) * weights.astype(dtype)
+    return product(inner.astype(x.dtype), down)
 
 
 # --- TPU: grouped matrix products ---
@@ -152,9 +155,63 @@ def _swiglu(product: Callable[[Array, Array], Array], rows: Any, matrices: Any) 
 
 def _ragged(rows: Any, matrices: Any, group_sizes: Array) -> Array:
     def product(x: Array, stacked: Array) -> Array:
-        return lax.ragged_dot(x, stacked.astype(x.dtype), group_sizes)
+        return _grouped_product(x, stacked, group_sizes)
 
     return _swiglu(product, rows, matrices)
+
+
+@jax.custom_vjp
+def _grouped_product(
+    x: Float[Array, "m i"],
+    stacked: Float[Array, "experts i o"],
+    group_sizes: Int[Array, " experts"],
+) -> Float[Array, "m o"]:
+    """Multiplies the rows of each expert by its matrix, in the dtype of the rows.
+
+    Like `sharding.linear`, it accumulates in float32, and the gradient of a float32 matrix is not
+    rounded to the dtype of the rows.
+    """
+    return _ragged_dot(x, stacked.astype(x.dtype), group_sizes, _ROWS_TIMES_MATRICES).astype(
+        x.dtype
+    )
+
+
+def _grouped_product_fwd(x: Array, stacked: Array, group_sizes: Array) -> tuple[Array, Any]:
+    return _grouped_product(x, stacked, group_sizes), (x, stacked, group_sizes)
+
+
+def _grouped_product_bwd(residuals: Any, grad: Array) -> tuple[Array, Array, None]:
+    x, stacked, group_sizes = residuals
+    narrow = stacked.astype(x.dtype)
+    x_grad = _ragged_dot(grad, narrow, group_sizes, _ROWS_TIMES_TRANSPOSED).astype(x.dtype)
+    stacked_grad = _ragged_dot(x, grad, group_sizes, _ROWS_TIMES_ROWS).astype(stacked.dtype)
+    return x_grad, stacked_grad, None
+
+
+_grouped_product.defvjp(_grouped_product_fwd, _grouped_product_bwd)
+
+
+def _contracting(left: int, right: int, *, grouped: Sequence[int]) -> lax.RaggedDotDimensionNumbers:
+    """Returns a product that contracts these axes of rows and of matrices grouped along an axis."""
+    return lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((left,), (right,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=grouped,
+    )
+
+
+_ROWS_TIMES_MATRICES = _contracting(1, 1, grouped=[0])
+_ROWS_TIMES_TRANSPOSED = _contracting(1, 2, grouped=[0])
+_ROWS_TIMES_ROWS = _contracting(0, 0, grouped=[])  # one matrix for each group of rows
+
+
+def _ragged_dot(
+    left: Array, right: Array, group_sizes: Array, dimensions: lax.RaggedDotDimensionNumbers
+) -> Array:
+    dtype = layers.accumulation_dtype(left.dtype)
+    return lax.ragged_dot_general(
+        left, right, group_sizes, dimensions, preferred_element_type=dtype
+    )
 
 
 def _ragged_gradients(rows: Any, matrices: Any, group_sizes: Array, out_grad: Array) -> Any:
