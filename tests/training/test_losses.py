@@ -101,8 +101,9 @@ def with_gradients(function: Any, *arguments: jax.Array, z_loss: float = _Z_LOSS
 
 def assert_close(actual: list[Any], expected: list[Any], tolerance: float) -> None:
     for ours, theirs in zip(actual, expected, strict=True):
-        wide = [np.asarray(array, np.float64) for array in (ours, theirs)]
-        np.testing.assert_allclose(*wide, rtol=tolerance, atol=tolerance * np.abs(wide[1]).max())
+        wide = np.asarray(theirs, np.float64)
+        atol = tolerance * np.abs(wide).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float64), wide, rtol=tolerance, atol=atol)
 
 
 def number_of_chunks(*arguments: jax.Array) -> int:
