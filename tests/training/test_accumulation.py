@@ -15,11 +15,12 @@ from jax.sharding import PartitionSpec
 
 from configs import tiny
 from tests import meshes, programs
-from umv2 import kernels, sharding
+from umv2 import sharding
 from umv2.config import Config, from_config_dict
 from umv2.inference.serving import serve
 from umv2.model import layers, weights
-from umv2.model.stack import SAVE_PRODUCTS
+from umv2.model.attention import xla
+from umv2.model.rematerialization import rematerialized
 from umv2.training.state import abstract_state
 from umv2.training.train import make_train_step
 from umv2.types import Batch
@@ -77,7 +78,7 @@ def train_step_of(config: Config, state: Any = None) -> Any:
 
 
 @pytest.mark.slow(fast=["-dots"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "kernels", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_accumulates_in_float32(family: str, remat: str) -> None:
     assert list(faults(train_step_of(bfloat16_config(family, remat=remat)))) == []
@@ -106,10 +107,8 @@ def test_decoding_accumulates_in_float32(family: str) -> None:
     assert list(faults(traced.jaxpr)) == []
 
 
-def test_programs_for_accelerators_have_faults_only_in_attention_of_jax(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kernels, "compiles_for_cpu", lambda: False)
+def test_products_of_attention_in_xla_are_those_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "_LONG", 0)  # as for sequences that CPUs do not read in blocks
     found = list(faults(train_step_of(bfloat16_config("dense", attention="xla"))))
     assert found
     assert [fault for fault in found if OF_JAX not in fault] == []
@@ -219,14 +218,16 @@ def test_linear_on_a_mesh_matches_one_device(dtype: str, into: Any, stored: Any)
 def test_dots_saves_rounded_products_only() -> None:
     x, weight = example(bias=False)
 
-    def saved(policy: Any) -> list[str]:
+    def saved(wrap: Callable[[Any], Any]) -> list[str]:
         def body(x: jax.Array, weight: jax.Array) -> jax.Array:
             return jnp.sum(jnp.sin(layers.linear(x, weight)).astype(jnp.float32))
 
-        function = jax.checkpoint(body, policy=policy)
-        _, pull_back = jax.vjp(function, x, weight)
+        _, pull_back = jax.vjp(wrap(body), x, weight)
         return sorted(leaf.dtype.name for leaf in jax.tree.leaves(pull_back) if leaf.size == 960)
 
-    assert saved(SAVE_PRODUCTS) == ["bfloat16"]
-    assert saved(checkpoint_policies.dots_with_no_batch_dims_saveable) == ["float32"]
-    assert saved(None) == []
+    def dots_alone(body: Any) -> Any:
+        return jax.checkpoint(body, policy=checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+    assert saved(lambda body: rematerialized(body, "dots")) == ["bfloat16"]
+    assert saved(dots_alone) == ["float32"]
+    assert saved(lambda body: rematerialized(body, "full")) == []
