@@ -126,7 +126,7 @@ def test_chunks_have_the_losses_and_gradients_of_all_tokens_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = example(dtype)
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", limit * arguments[1].dtype.itemsize // 4)
+    monkeypatch.setattr(losses, "MAX_LOGITS_BYTES", limit * arguments[1].dtype.itemsize // 4)
     assert number_of_chunks(*arguments) == chunks
     actual = with_gradients(losses.cross_entropy, *arguments)
     assert_close(actual, with_gradients(of_all_logits, *arguments), tolerance)
@@ -136,7 +136,7 @@ def test_chunks_have_the_losses_and_gradients_of_all_tokens_at_once(
 
 
 def test_bfloat16_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", 640)
+    monkeypatch.setattr(losses, "MAX_LOGITS_BYTES", 640)
     hidden, head, targets, weights = example("bfloat16")
     actual = with_gradients(losses.cross_entropy, hidden, head, targets, weights)
     assert [array.dtype for array in actual[2:]] == ["bfloat16", "float32"]
@@ -160,7 +160,7 @@ def test_bfloat16_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> Non
     ids=lambda mesh: "-".join(map(str, mesh.values())),
 )
 def test_eight_devices_match_one(mesh: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", 128)
+    monkeypatch.setattr(losses, "MAX_LOGITS_BYTES", 128)
     arguments = example("float32")
     expected = with_gradients(losses.cross_entropy, *arguments)
     devices = meshes.create(**mesh)
@@ -198,9 +198,9 @@ def test_no_array_of_a_training_step_or_evaluation_has_all_logits(
         return programs.largest_array(step.jaxpr), programs.largest_array(traced.jaxpr)
 
     logits = math.prod(shape) * 50304
-    assert 4 * logits > losses._CHUNK_BYTES
+    assert 4 * logits > losses.MAX_LOGITS_BYTES
     assert max(largest()) < logits
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", 4 * logits)
+    monkeypatch.setattr(losses, "MAX_LOGITS_BYTES", 4 * logits)
     assert largest() == (logits, logits)
 
 

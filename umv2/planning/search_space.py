@@ -19,6 +19,7 @@ from umv2.model.memory.exchange import column_fault, row_fault
 from umv2.model.slots import memory_layer
 from umv2.planning import ahead_of_time, topology
 from umv2.planning.ahead_of_time import Step
+from umv2.training import losses
 
 # The fields that a search changes, in the order of the report.
 PATHS = (
@@ -158,6 +159,7 @@ def least_temporaries(
         "none": model.hidden_size + (matrices + scores) // sizes["tensor"],
     }[model.remat]
     logits = tokens * model.vocab_size * accounting.FLOAT32_BYTES // sizes["tensor"]
+    logits = min(logits, losses.MAX_LOGITS_BYTES)
     working = tokens * scores * width // sizes["tensor"]
     gradients = (parts["dense"] + parts["sparse"]) // 3
     if config.mesh.table_sharding == "columns" and target.chip.platform == "tpu":

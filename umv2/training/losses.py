@@ -19,10 +19,9 @@ from jaxtyping import Array, Float, Int
 from umv2 import kernels, sharding
 from umv2.model import layers
 
-# Maximum bytes of the logits of one chunk on one device. Every chunk reads and writes the head's
-# gradient once; with 50304 tokens in the vocabulary and 2048 columns, chunks of 2048 tokens move
-# half as many bytes for it as for their logits.
-_CHUNK_BYTES = 2**29
+# Of one chunk on one device. Every chunk reads and writes the head's gradient once: for 50304 ids
+# and 2048 columns, a chunk of 2048 tokens moves half as many bytes for it as for its logits.
+MAX_LOGITS_BYTES = 2**29
 
 
 def cross_entropy(
@@ -178,7 +177,7 @@ def _chunks(tokens: _Tokens, head: Float[Array, "vocab d"]) -> _Tokens:
     Their number is a power of 2, so that the usual numbers of tokens need no padding.
     """
     num_tokens, itemsize = tokens.targets.size, layers.accumulation_dtype(head.dtype).itemsize
-    wanted = -(-num_tokens * len(head) * itemsize // _CHUNK_BYTES)
+    wanted = -(-num_tokens * len(head) * itemsize // MAX_LOGITS_BYTES)
     number = 1 << (wanted - 1).bit_length()
     size = -(-num_tokens // number)
 
