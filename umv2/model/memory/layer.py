@@ -317,8 +317,12 @@ class MemoryLayer(MemorySlot):
         memory, (query, pre_inputs), (weights, window) = self.config, batched, shared
         batch, length = query.shape[:2]
         num_tokens = batch * length
+        query = query.reshape(num_tokens, -1, memory.key_dim)
+        if query.dtype == jnp.bfloat16:
+            # Otherwise XLA converts first, and lays out twice the bytes anew.
+            query = jax.lax.optimization_barrier(query)
         query = retrieval.arrange_query(
-            self._normalised_query(query.reshape(num_tokens, -1, memory.key_dim), weights),
+            self._normalised_query(query, weights),
             memory.query,
             num_heads=memory.num_heads,
             tucker_rank=memory.tucker_rank,
