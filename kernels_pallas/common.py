@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+# Name of the scope around computations that normally do not run, for readers of compiled programs.
+RARE = "rarely_runs"
+
 
 def scan_chunks(
     body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, per_token: Any, chunk_size: int

@@ -11,6 +11,7 @@ from kernels_pallas import UnsupportedError, common, dispatch
 from umv2.config import ConfigError
 
 Activation = Literal["gelu", "silu", "relu"]
+RARE = common.RARE
 
 
 def match_vma[T](arrays: T, axes: tuple[str, ...] = ()) -> T:

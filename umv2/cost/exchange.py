@@ -73,16 +73,13 @@ def exchanged_bytes(
         if gradient:
             backward[gradient] += _received(gradient, operand, size)
 
-    selections = num_tokens * memory.num_selected
-    pre_inputs = num_tokens * memory.pre_value_dim * itemsize
-    pooled = num_tokens * memory.num_slots * memory.value_dim * itemsize
-    int32 = accounting.INT32_BYTES
+    selections, int32 = num_tokens * memory.num_selected, accounting.INT32_BYTES
     if layout == "columns":
         count("all-gather", selections * int32)  # ids
         if memory.num_slots > 1:
             count("all-gather", selections * exchange.smallest_dtype(memory.num_slots).itemsize)
         if memory.pre_value_dim:
-            count("all-to-all", pre_inputs, "all-to-all")
+            count("all-to-all", num_tokens * memory.pre_value_dim * itemsize, "all-to-all")
             count("reduce-scatter", size * selections * itemsize, "all-gather")  # pre-scores
         weights = selections * itemsize
         if memory.num_cores == 1:
@@ -90,17 +87,18 @@ def exchanged_bytes(
         else:
             weights *= size * exchange.own_cores(memory.num_cores, size)
             count("all-to-all", weights, "all-to-all")
+        pooled = num_tokens * memory.num_slots * memory.value_dim * itemsize
         count("all-to-all", pooled, "all-to-all")
     else:
         groups = exchange.groups(num_tokens, memory.num_selected, memory.num_slots, size)
-        sent = size * groups.capacity * groups.size  # capacity for selections
+        sent = size * groups.capacity  # groups
         count("all-reduce", int32)  # the number of rounds
-        count("all-to-all", sent * int32)  # ids
-        count("all-to-all", size * groups.capacity * int32)  # the tokens that they belong to
-        count("all-to-all", sent * memory.num_cores * itemsize, "all-to-all")  # weights
-        if memory.pre_value_dim:
-            count("all-gather", pre_inputs, "reduce-scatter")
-        count("reduce-scatter", size * pooled, "all-gather")
+        count("all-to-all", sent * groups.size * int32)  # ids
+        weights = sent * groups.size * memory.num_cores * itemsize
+        pre_inputs = sent * memory.pre_value_dim * itemsize
+        pooled = sent * memory.value_dim * itemsize
+        for floats in (weights, pre_inputs, pooled):
+            count("all-to-all", floats, "all-to-all")
     return ExchangedBytes(dict(forward), dict(backward + forward if remat else backward))
 
 

@@ -2,8 +2,15 @@
 
 from umv2.model.memory.exchange.aggregate import Layout, aggregate
 from umv2.model.memory.exchange.columns import column_fault, column_sizes, own_cores
+from umv2.model.memory.exchange.groups import Groups, groups
 from umv2.model.memory.exchange.local import Activation, Masters, smallest_dtype
-from umv2.model.memory.exchange.rows import Groups, Routing, groups, route, row_fault, row_sizes
+from umv2.model.memory.exchange.rows import (
+    Routing,
+    first_round_only,
+    route,
+    row_fault,
+    row_sizes,
+)
 
 __all__ = [
     "Activation",
@@ -14,6 +21,7 @@ __all__ = [
     "aggregate",
     "column_fault",
     "column_sizes",
+    "first_round_only",
     "groups",
     "own_cores",
     "route",

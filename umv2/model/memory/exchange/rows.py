@@ -1,25 +1,31 @@
 """Tables sharded by rows: selections are routed to the devices that own their rows.
 
-The owners return partial sums to the tokens. No selection is dropped: those that exceed the fixed
-capacity of the buffers are sent in a further round.
+A device packs its selections into groups and sends them to the owners, which pool each group and
+return it; the device sums the groups of each token. No selection is dropped: those that exceed the
+fixed capacity of the buffers are sent in further rounds.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
+from umv2.kernels import RARE
+from umv2.model.memory.exchange.groups import Groups, arranged_groups, groups
 from umv2.model.memory.exchange.local import Masters, Options, divisors, fault, pool
 
-# Extra capacity of a round over an even load: this fraction of it or, if larger (small loads), this
-# many standard deviations of the load under uniformly random selection.
-_SLACK, _DEVIATIONS = 0.25, 5
-_MAX_GROUP = 8
+# Within `with first_round_only(True):`, traced programs have no rounds after the first, and drop
+# the selections beyond its capacity. For planning: later rounds normally do not run, but take most
+# of the time to compile.
+first_round_only = jax.make_user_context(default_value=False)
+
+# `_collect` sums this many groups of every token at a time, for small temporaries. XLA for GPUs
+# fuses a gather into a sum of less than 32 terms.
+_BLOCK = 16
 
 
 def row_sizes(num_values: int) -> list[int]:
@@ -32,65 +38,29 @@ def row_fault(num_values: int, size: int) -> str | None:
     return fault(size, row_sizes(num_values), f"the {num_values} rows of a table")
 
 
-class Groups(NamedTuple):
-    """How selections are packed into groups for sending.
-
-    A line is one slot of one token. The selections of a line with the same owner are packed into
-    groups, each of which value aggregation treats as a token.
-
-    Attributes:
-      size: selections per group, a power of two; the last group of a line and owner is padded.
-      capacity: maximum number of groups that a device sends to one owner in one round.
-    """
-
-    size: int
-    capacity: int
-
-
-def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Groups:
-    """Returns group size and capacity for an even load, in which all rows are equally likely."""
-    num_buckets = num_slots * num_owners
-    size = 1 << (min(max(top_m // num_buckets, 1), _MAX_GROUP).bit_length() - 1)
-    # Expected number of groups per line and owner.
-    expected = sum(_binomial(n, top_m, num_buckets) * -(-n // size) for n in range(top_m + 1))
-    even = num_tokens * num_slots * expected
-    capacity = math.ceil(even + max(_SLACK * even, _DEVIATIONS * math.sqrt(even)))
-    return Groups(
-        size, min(-(-capacity // 8) * 8, num_tokens * _arranged_groups(top_m, num_buckets, size))
-    )
-
-
-def _binomial(successes: int, trials: int, sides: int) -> float:
-    """Returns the binomial probability of `successes` in `trials`, with p = 1 / sides."""
-    if sides == 1:
-        return float(successes == trials)
-    misses = trials - successes
-    ways = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(misses + 1)
-    return math.exp(ways - successes * math.log(sides) + misses * math.log1p(-1 / sides))
-
-
-def _arranged_groups(top_m: int, num_buckets: int, size: int) -> int:
-    """Returns the number of groups that hold any token's selections, padding included."""
-    return -(-(top_m + num_buckets * (size - 1)) // size)
-
-
 class Routing(NamedTuple):
     """The owner of each of a device's selections.
+
+    The groups of a token are numbered by owner, then by slot; unused groups come last.
 
     Attributes:
       keys: sort keys of each token's selections and padding; weights are sorted by them too.
       rows: rows of the selections, numbered within their owner's shard, in groups.
-      lines: line of each group, token * num_slots + slot.
-      order: permutation that sorts the groups by owner, then by line.
+      slots: slot of each group.
+      owners: owner of each group.
+      ranks: position of each group among all groups of its owner, by token; -1 for unused groups.
+      order: permutation that sorts the groups by owner, then by rank.
       ends: end of each owner's groups in this order.
       num_rounds: number of rounds until all devices have sent all groups; at least 1.
       first_master: [1], the table of the copy that table 0 of the masters is; None without masters.
     """
 
     keys: Int32[Array, "t w"]
-    rows: Int32[Array, "n g"]
-    lines: Int32[Array, " n"]
-    order: Int32[Array, " n"]
+    rows: Int32[Array, "t a g"]
+    slots: Int32[Array, "t a"]
+    owners: Int32[Array, "t a"]
+    ranks: Int32[Array, "t a"]
+    order: Int32[Array, " ta"]
     ends: Int32[Array, " m"]
     num_rounds: Int32[Array, ""]
     first_master: Int32[Array, "1"] | None = None
@@ -118,7 +88,8 @@ def route(
     """
     num_owners, (num_tokens, top_m) = lax.axis_size(axis), rows.shape
     num_buckets = num_owners * num_slots
-    group, capacity = groups(num_tokens, top_m, num_slots, num_owners)
+    sizes = groups(num_tokens, top_m, num_slots, num_owners)
+    group, arranged = sizes.size, arranged_groups(top_m, num_buckets, sizes.size)
     table, row = rows // (own_rows * num_owners), rows % (own_rows * num_owners)
     bucket = row // own_rows * num_slots + (0 if slots is None else slots)
     local = table * own_rows + row % own_rows
@@ -126,7 +97,7 @@ def route(
     counts = jnp.sum(bucket[:, :, None] == every[None, None, :], axis=1, dtype=jnp.int32)
 
     # Pad the last group of each bucket; unused padding gets bucket num_buckets, which sorts last.
-    width = _arranged_groups(top_m, num_buckets, group) * group
+    width = arranged * group
     fill = jnp.arange(group - 1, dtype=jnp.int32)[None, None, :] < (-counts % group)[:, :, None]
     fill = jnp.where(fill, every[None, :, None], num_buckets).reshape(num_tokens, -1)
     bucket = jnp.concatenate([bucket, fill], axis=1)
@@ -135,22 +106,39 @@ def route(
     keys = bucket * width + jnp.arange(width, dtype=jnp.int32)[None, :]
     local = jnp.pad(local, ((0, 0), (0, width - top_m)))
     sorted_keys, local = lax.sort((keys, local), dimension=1, num_keys=1, is_stable=False)
-    local, sorted_keys = local.reshape(-1, group), sorted_keys.reshape(-1, group)
+    local, sorted_keys = (x.reshape(num_tokens, arranged, group) for x in (local, sorted_keys))
     # Padding repeats a selected row of its group: an arbitrary row might not be finite, and its
     # weight of zero would not cancel it.
-    local = jnp.where(sorted_keys % width < top_m, local, local[:, :1])
+    local = jnp.where(sorted_keys % width < top_m, local, local[:, :, :1])
 
-    bucket = sorted_keys[:, 0] // width
-    token = lax.iota(jnp.int32, bucket.size) // (width // group)
-    _, order = lax.sort_key_val(bucket // num_slots, lax.iota(jnp.int32, bucket.size))
-    owned = jnp.sum(-(-counts // group), axis=0, dtype=jnp.int32).reshape(num_owners, num_slots)
-    owned = jnp.sum(owned, axis=1, dtype=jnp.int32)
-    most = -(-jnp.max(owned) // capacity)
+    bucket = sorted_keys[:, :, 0] // width
+    owners = bucket // num_slots
+    _, order = lax.sort_key_val(owners.reshape(-1), lax.iota(jnp.int32, owners.size))
+    owned = -(-counts // group).reshape(num_tokens, num_owners, num_slots)
+    owned = jnp.sum(owned, axis=2, dtype=jnp.int32)
+    ranks = _ranks(owners, owned)
+    owned = jnp.sum(owned, axis=0, dtype=jnp.int32)
+    rest = jnp.maximum(jnp.max(owned) - sizes.capacity, 0)
+    most = 1 + -(-rest // sizes.later)
     # All devices must run the same number of rounds, or their collectives would deadlock.
     num_rounds = lax.pmax(most, tuple(sorted(jax.typeof(most).manual_axis_type.varying)))
     ends = jnp.cumsum(owned, dtype=jnp.int32)
-    lines = token * num_slots + bucket % num_slots
-    return Routing(keys, local, lines, order, ends, num_rounds)
+    return Routing(keys, local, bucket % num_slots, owners, ranks, order, ends, num_rounds)
+
+
+def _ranks(owners: Int32[Array, "t a"], owned: Int32[Array, "t m"]) -> Int32[Array, "t a"]:
+    """Returns the position of each group among all groups of its owner, or -1 if it has none.
+
+    Args:
+      owners: owner of each group; those of a token are contiguous.
+      owned: number of groups of each token and owner.
+    """
+    earlier = jnp.cumsum(owned, axis=0, dtype=jnp.int32) - owned  # of earlier tokens
+    first = jnp.cumsum(owned, axis=1, dtype=jnp.int32) - owned
+    index = jnp.arange(owners.shape[1], dtype=jnp.int32)[None, :, None]
+    matches = owners[:, :, None] == jnp.arange(owned.shape[1], dtype=jnp.int32)[None, None, :]
+    ranks = (earlier - first)[:, None, :] + index
+    return jnp.sum(jnp.where(matches, ranks + 1, 0), axis=2, dtype=jnp.int32) - 1
 
 
 @jax.custom_vjp
@@ -172,6 +160,70 @@ def _arrange_bwd(keys: Array, arranged_grad: Array) -> tuple[None, Array]:
 _arrange.defvjp(_arrange_fwd, _arrange_bwd)
 
 
+class _Buffer(NamedTuple):
+    """Where the groups of each line stand in the buffer of a round: a 0/1 matrix, both ways.
+
+    Attributes:
+      lines: line of each place of the buffer, by owner.
+      filled: whether the place is used; otherwise its line is arbitrary.
+      places: place of each group of each token, as an index into the flat buffer.
+      sent: whether the group is in the buffer, at the slot of its line.
+    """
+
+    lines: Int32[Array, "m c"]
+    filled: Bool[Array, "m c"]
+    places: Int32[Array, "t a"]
+    sent: Bool[Array, "t a s"]
+
+
+@jax.custom_vjp
+def _spread(x: Float[Array, "t s d"], buffer: _Buffer) -> Float[Array, "m c d"]:
+    """Copies each line to the places of its groups; the transpose of `_collect`.
+
+    JAX would transpose a gather to a scatter into zeros, and scatters are slow.
+    """
+    lines = x.reshape(-1, x.shape[-1]).at[buffer.lines].get(mode="promise_in_bounds")
+    return jnp.where(buffer.filled[:, :, None], lines, 0)
+
+
+@jax.custom_vjp
+def _collect(packed: Float[Array, "m c d"], buffer: _Buffer) -> Float[Array, "t s d"]:
+    """Sums the groups of each line, in at least float32; the transpose of `_spread`."""
+    num_tokens, num_groups, num_slots = buffer.sent.shape
+    num_blocks = -(-num_groups // _BLOCK)
+    flat = packed.reshape(-1, packed.shape[-1])
+
+    def blocks(x: Array) -> Array:
+        """[t, a, ...] to [block, t, a / blocks, ...]."""
+        spare = ((0, 0), (0, -num_groups % num_blocks), *[(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, spare).reshape(num_tokens, num_blocks, -1, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def add(sums: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        places, sent = block
+        terms = flat.at[places].get(mode="promise_in_bounds")[:, :, None, :]
+        terms = jnp.where(sent[:, :, :, None], terms, 0)
+        return sums + jnp.sum(terms, axis=1, dtype=sums.dtype), None
+
+    dtype = jnp.promote_types(packed.dtype, jnp.float32)
+    # Unlike zeros, zeros_like keeps the manual axes over which an array varies inside shard_map.
+    sums = jnp.zeros_like(packed, dtype, shape=(num_tokens, num_slots, packed.shape[-1]))
+    sums, _ = lax.scan(add, sums, (blocks(buffer.places), blocks(buffer.sent)))
+    return sums.astype(packed.dtype)
+
+
+def _spread_fwd(x: Array, buffer: _Buffer) -> tuple[Array, _Buffer]:
+    return _spread(x, buffer), buffer
+
+
+def _collect_fwd(packed: Array, buffer: _Buffer) -> tuple[Array, _Buffer]:
+    return _collect(packed, buffer), buffer
+
+
+_spread.defvjp(_spread_fwd, lambda buffer, grad: (_collect(grad, buffer), None))
+_collect.defvjp(_collect_fwd, lambda buffer, grad: (_spread(grad, buffer), None))
+
+
 def pool_rows(
     values: Float[Array, "l n v"],
     pre_values: Float[Array, "l n p"] | None,
@@ -183,121 +235,131 @@ def pool_rows(
     options: Options,
 ) -> Float[Array, "t e"]:
     """Pools the rows selected by this device's tokens, on the devices that own them."""
-    own_rows, num_slots = values.shape[1], options.num_slots
-    num_tokens, top_m, num_cores = weights.shape
-    routing = route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis)
+    num_tokens, top_m, _ = weights.shape
+    sizes = groups(num_tokens, top_m, options.num_slots, lax.axis_size(options.axis))
+    routing = route(
+        rows, slots, own_rows=values.shape[1], num_slots=options.num_slots, axis=options.axis
+    )
     if pre_inputs is not None:
-        pre_inputs = lax.all_gather(pre_inputs.astype(options.dtype), options.axis)
+        pre_inputs = pre_inputs.astype(options.dtype)
     filled = ((0, 0), (0, routing.keys.shape[1] - top_m), (0, 0))
     weights = _arrange(routing.keys, jnp.pad(weights.astype(options.dtype), filled))
-    weights = weights.reshape(*routing.rows.shape, num_cores)
+    weights = weights.reshape(-1, sizes.size, weights.shape[-1])
+    if options.chunk_size:
+        chunk_size = max(1, options.chunk_size * top_m // sizes.size)
+        options = options._replace(chunk_size=chunk_size)
     trained = None
     if masters is not None:
         routing = routing._replace(first_master=masters.first_table)
         trained = (masters.values, masters.pre_values)
     arrays = (values, pre_values, weights, pre_inputs, trained)
-    send = functools.partial(_round, options, num_tokens, top_m)
-    sums = _sum_of_rounds(send, routing.num_rounds, routing, arrays)
-    sums = sums.reshape(-1, sums.shape[-1]).astype(options.dtype)
-    return lax.psum_scatter(sums, options.axis, tiled=True).reshape(num_tokens, -1)
+    sums = _sum_of_rounds(functools.partial(_round, options), sizes, routing, arrays)
+    return sums.reshape(num_tokens, -1)
 
 
 def _round(
-    options: Options,
-    num_tokens: int,
-    top_m: int,
-    number: Int[Array, ""] | int,
-    routing: Routing,
-    arrays: tuple,
-) -> Float[Array, "m lines v"]:
-    """Runs one round: returns this device's partial sums for the lines of all devices."""
+    options: Options, capacity: int, start: Int[Array, ""] | int, routing: Routing, arrays: tuple
+) -> Float[Array, "t s v"]:
+    """Runs one round: returns the sums of the groups of ranks start, ..., start + capacity - 1."""
     values, pre_values, weights, pre_inputs, trained = arrays
     masters = None
     if trained is not None and routing.first_master is not None:
         own_values, own_pre_values = trained
         masters = Masters(own_values, own_pre_values, routing.first_master)
-    axis, num_slots, num_owners = options.axis, options.num_slots, lax.axis_size(options.axis)
-    group, capacity = groups(num_tokens, top_m, num_slots, num_owners)
-    num_lines = num_tokens * num_slots
-
-    starts = jnp.concatenate([jnp.zeros_like(routing.ends[:1]), routing.ends[:-1]])
-    position = jnp.arange(capacity, dtype=jnp.int32)[None, :] + number * capacity + starts[:, None]
-    sent = position < routing.ends[:, None]
-    chosen = routing.order[jnp.minimum(position, routing.order.size - 1)]
-    # Positions after an owner's last group send some other group, with weight 0 and line num_lines,
-    # which is out of bounds and dropped.
-    lines = jnp.where(sent, routing.lines[chosen], num_lines)
-    weights = jnp.where(sent[:, :, None, None], weights[chosen], 0)
-    rows, lines, weights = (
-        lax.all_to_all(x, axis, 0, 0, tiled=True) for x in (routing.rows[chosen], lines, weights)
+    _, arranged, group = routing.rows.shape
+    all_to_all = functools.partial(
+        lax.all_to_all, axis_name=options.axis, split_axis=0, concat_axis=0, tiled=True
     )
+
+    # Unused places send some other group, with weight 0; their pooled values are not read.
+    starts = jnp.concatenate([jnp.zeros_like(routing.ends[:1]), routing.ends[:-1]])
+    position = jnp.arange(capacity, dtype=jnp.int32)[None, :] + start + starts[:, None]
+    filled = position < routing.ends[:, None]
+    chosen = routing.order[jnp.minimum(position, routing.order.size - 1)]
+    rank = routing.ranks - start
+    sent = (rank >= 0) & (rank < capacity)
+    places = jnp.where(sent, routing.owners * capacity + rank, 0)
+    by_group = _Buffer(chosen, filled, places.reshape(-1, 1), sent.reshape(-1, 1, 1))
+    by_token = _Buffer(chosen // arranged, filled, places, sent[:, :, None])
+    every = jnp.arange(options.num_slots, dtype=jnp.int32)[None, None, :]
+    slots = routing.slots.reshape(-1)[chosen]
+    by_line = by_token._replace(
+        lines=by_token.lines * options.num_slots + slots,
+        sent=sent[:, :, None] & (routing.slots[:, :, None] == every),
+    )
+
+    rows = all_to_all(routing.rows.reshape(-1, group)[chosen])
+    num_cores = weights.shape[-1]
+    weights = all_to_all(_spread(weights.reshape(-1, 1, group * num_cores), by_group))
     if pre_inputs is not None:
-        source = jnp.arange(num_owners, dtype=jnp.int32)[:, None]
-        token = lines // num_slots
-        pre_inputs = pre_inputs.at[source, token].get(mode="fill", fill_value=0)
+        pre_inputs = all_to_all(_spread(pre_inputs[:, None, :], by_token))
         pre_inputs = pre_inputs.reshape(-1, pre_inputs.shape[-1])
-    chunk_size = options.chunk_size and max(1, options.chunk_size * top_m // group)
     pooled = pool(
         values,
         pre_values,
         rows.reshape(-1, group),
-        weights.reshape(-1, *weights.shape[2:]),
+        weights.reshape(-1, group, num_cores),
         pre_inputs,
         None,
         masters,
-        options._replace(num_slots=1, chunk_size=chunk_size),
+        options._replace(num_slots=1),
     )
-    pooled = pooled.reshape(num_owners, capacity, -1)
-    add = jax.vmap(
-        lambda sums, line, terms: sums.at[line].add(terms, mode="drop", indices_are_sorted=True)
-    )
-    return add(
-        jnp.zeros_like(pooled, shape=(num_owners, num_lines, pooled.shape[-1])), lines, pooled
-    )
+    pooled = pooled.astype(options.dtype).reshape(-1, capacity, pooled.shape[-1])
+    # Rounds are added in float32.
+    dtype = jnp.promote_types(options.dtype, jnp.float32)
+    return _collect(all_to_all(pooled), by_line).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum_of_rounds(
-    send: Callable[..., Array], num_rounds: Int32[Array, ""], routing: Routing, arrays: tuple
+    send: Callable[..., Array], sizes: Groups, routing: Routing, arrays: tuple
 ) -> Array:
-    """Returns the sum of send(r, routing, arrays) over rounds r < num_rounds, at least the first.
+    """Returns the sum of send(capacity, start, routing, arrays) over all rounds.
 
     JAX cannot reverse-differentiate a loop of unknown length, so the VJP sums the VJPs of the
     rounds. Only the first round saves residuals; later ones, which are rare, are recomputed.
     """
-    return _sum_of_rounds_fwd(send, num_rounds, routing, arrays)[0]
+    return _sum_of_rounds_fwd(send, sizes, routing, arrays)[0]
 
 
 def _sum_of_rounds_fwd(
-    send: Callable[..., Array], num_rounds: Array, routing: Routing, arrays: tuple
+    send: Callable[..., Array], sizes: Groups, routing: Routing, arrays: tuple
 ) -> tuple[Array, Any]:
-    first, first_vjp = jax.vjp(functools.partial(send, 0, routing), arrays)
+    first, first_vjp = jax.vjp(functools.partial(send, sizes.capacity, 0, routing), arrays)
 
-    def add(number: Array, total: Array) -> Array:
-        return total + send(number, routing, arrays)
+    def add(start: Array, total: Array) -> Array:
+        return total + send(sizes.later, start, routing, arrays)
 
-    total = _later_rounds(num_rounds, add, first)
-    return total, (first_vjp, num_rounds, routing, arrays)
+    total = _later_rounds(sizes, routing.num_rounds, add, first)
+    return total, (first_vjp, routing, arrays)
 
 
-def _sum_of_rounds_bwd(send: Callable[..., Array], residuals: Any, total_grad: Array) -> tuple:
-    first_vjp, num_rounds, routing, arrays = residuals
+def _sum_of_rounds_bwd(
+    send: Callable[..., Array], sizes: Groups, residuals: Any, total_grad: Array
+) -> tuple:
+    first_vjp, routing, arrays = residuals
 
-    def add(number: Array, grads: tuple) -> tuple:
-        _, vjp = jax.vjp(functools.partial(send, number, routing), arrays)
+    def add(start: Array, grads: tuple) -> tuple:
+        _, vjp = jax.vjp(functools.partial(send, sizes.later, start, routing), arrays)
         return jax.tree.map(jnp.add, grads, vjp(total_grad)[0])
 
-    return None, None, _later_rounds(num_rounds, add, first_vjp(total_grad)[0])
+    return None, _later_rounds(sizes, routing.num_rounds, add, first_vjp(total_grad)[0])
 
 
 _sum_of_rounds.defvjp(_sum_of_rounds_fwd, _sum_of_rounds_bwd)
 
 
-def _later_rounds[T](num_rounds: Array, add: Callable[[Array, T], T], first: T) -> T:
-    """Applies `total = add(r, total)` for all rounds r after the first."""
-    _, total = lax.while_loop(
-        lambda carry: carry[0] < num_rounds,
-        lambda carry: (carry[0] + 1, add(*carry)),
-        (jnp.ones_like(num_rounds), first),
-    )
+def _later_rounds[T](sizes: Groups, num_rounds: Array, add: Callable[[Array, T], T], first: T) -> T:
+    """Applies `total = add(start, total)` for the first rank of every round after the first."""
+    if first_round_only.value:
+        return first
+
+    def step(carry: tuple[Array, T]) -> tuple[Array, T]:
+        number, total = carry
+        return number + 1, add(sizes.capacity + (number - 1) * sizes.later, total)
+
+    with jax.named_scope(RARE):
+        _, total = lax.while_loop(
+            lambda carry: carry[0] < num_rounds, step, (jnp.ones_like(num_rounds), first)
+        )
     return total
