@@ -5,11 +5,15 @@ import math
 from typing import NamedTuple
 
 # Extra capacity of the first round over an even load: this fraction of it or, if larger (small
-# loads), this many standard deviations of the load under uniformly random selection.
+# loads), this many standard deviations of the load under uniformly random selection. Unused
+# capacity costs as much as groups in use. If popularity follows Zipf's law, the fullest owner of
+# rows of a shuffled table receives 1.03 to 1.05 times the even load with exponent 0.6, 1.08 to 1.19
+# times with 0.8, and at most 1.24 times with 1.2 (experiments/results/README.md).
 _SLACK, _DEVIATIONS = 0.125, 5
-# Later rounds, which are rare, have this fraction of the capacity of the first.
-_LATER = 8
-# The bytes moved for a group of one selection, relative to those of the selection: see `groups`.
+# Later rounds have this fraction of the capacity of the first: an overflow costs little more than
+# the missing capacity would have.
+_LATER = 1 / 8
+# Traffic of a group relative to that of a selection: see `groups`.
 _GROUP_COST = 4
 
 
@@ -34,13 +38,13 @@ class Groups(NamedTuple):
 def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Groups:
     """Returns group size and capacities for an even load, in which all rows are equally likely.
 
-    Large groups are padded more, small ones are more numerous. A selection costs the memory traffic
-    of its row: fetched forward and backward, and added to the table's gradient, 16 bytes a column.
-    A group costs its pooled value and its pre-input, and their gradients, which are as wide as a
-    row: packed, sent and summed in the compute dtype, and accumulated in float32, in all about 30
-    bytes a column of memory traffic, and 4 bytes a column of links that are 4 (TPU) to 10 (GPU)
-    times slower: 3 to 4.5 times as much. The size minimizes the sum of both. Since kernels fetch
-    four rows at a time, sizes above two are multiples of four.
+    Large groups have more padding, small ones are more numerous; the size minimizes the traffic of
+    both. A selection, or its padding, moves a row: fetched forward and backward, and added to the
+    table's gradient, 16 bytes a column. A group moves a pooled value and a pre-input, together as
+    wide as a row, and their gradients: packed, sent and summed in bfloat16, and accumulated in
+    float32, about 30 bytes a column of memory, and 4 of links that are 4 (TPU) to 10 (GPU) times
+    slower; so 3 to 4.5 times as much. Sizes above two are multiples of four, the rows that kernels
+    fetch at a time.
     """
     num_buckets = num_slots * num_owners
     probabilities = [_binomial(n, top_m, num_buckets) for n in range(top_m + 1)]
@@ -54,7 +58,7 @@ def groups(num_tokens: int, top_m: int, num_slots: int, num_owners: int) -> Grou
     even = num_tokens * num_slots * expected(size)
     capacity = _whole(even + max(_SLACK * even, _DEVIATIONS * math.sqrt(even)))
     all_groups = num_tokens * arranged_groups(top_m, num_buckets, size)
-    return Groups(size, min(capacity, all_groups), _whole(capacity / _LATER))
+    return Groups(size, min(capacity, all_groups), _whole(capacity * _LATER))
 
 
 def _whole(capacity: float) -> int:
