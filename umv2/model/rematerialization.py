@@ -15,13 +15,13 @@ from umv2.model.attention import cudnn, splash
 
 Rematerialization = Literal["none", "dots", "kernels", "full"]
 
-_POOLED = "pooled_values"
-_NAMES = (splash.RESIDUALS, "product_key_top_k", _POOLED)
+_KEPT = "memory_layer"
+_NAMES = (splash.RESIDUALS, "product_key_top_k", _KEPT)
 
 
-def keep_pooled[T](pooled: T) -> T:
-    """Marks the pooled values of a memory layer, and what their gradient needs, as kept."""
-    named: T = checkpoint_name(pooled, _POOLED)
+def keep[T](results: T) -> T:
+    """Marks results of a memory layer, such as its pooled values, as kept with those of kernels."""
+    named: T = checkpoint_name(results, _KEPT)
     return named
 
 

@@ -255,7 +255,7 @@ class MemoryLayer(MemorySlot):
             (query, pre_inputs),
             (self._retrieval_arrays(), window),
         )
-        pooled = rematerialization.keep_pooled(pooled.astype(x.dtype))
+        pooled = rematerialization.keep(pooled.astype(x.dtype))
         y = sharding.gather_sequence(self.project(x, pooled))
         selections = x.shape[0] * x.shape[1] * memory.num_heads
         stats = MemoryStats(

@@ -22,6 +22,7 @@ from umv2.model.memory.exchange.local import (
     pool,
     smallest_dtype,
 )
+from umv2.model.rematerialization import keep
 
 
 def column_sizes(value_dim: int, pre_value_dim: int, num_cores: int) -> list[int]:
@@ -61,9 +62,9 @@ def pool_columns(
     """Pools this device's columns for all tokens; returns all columns for this device's tokens."""
     axis, num_slots = options.axis, options.num_slots
     num_tokens = rows.shape[0]
-    rows = lax.all_gather(rows, axis, tiled=True)
+    rows = keep(lax.all_gather(rows, axis, tiled=True))
     if pre_values is not None and pre_inputs is not None:
-        own_inputs = lax.all_to_all(pre_inputs.astype(options.dtype), axis, 1, 0, tiled=True)
+        own_inputs = keep(lax.all_to_all(pre_inputs.astype(options.dtype), axis, 1, 0, tiled=True))
         trained: dict[str, Any] = {}
         if masters is not None and masters.pre_values is not None:
             trained["master"] = flat(masters.pre_values)
@@ -76,10 +77,10 @@ def pool_columns(
             chunk_size=options.chunk_size,
             implementation=options.implementation,
         )
-        pre_scores = lax.psum_scatter(partial.astype(options.dtype), axis, tiled=True)
+        pre_scores = keep(lax.psum_scatter(partial.astype(options.dtype), axis, tiled=True))
         gates = kernels.activate(pre_scores.astype(partial.dtype), options.activation)
         weights = weights * gates[:, :, None]
-    weights = _own_weights(weights, axis, options.dtype)
+    weights = keep(_own_weights(weights, axis, options.dtype))
     if slots is not None:
         slots = lax.all_gather(slots.astype(smallest_dtype(num_slots)), axis, tiled=True)
         slots = slots.astype(jnp.int32)

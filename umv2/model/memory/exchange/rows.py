@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from umv2.kernels import RARE
 from umv2.model.memory.exchange.groups import Groups, arranged_groups, groups
 from umv2.model.memory.exchange.local import Masters, Options, divisors, fault, pool
+from umv2.model.rematerialization import keep
 
 # Within `with first_round_only(True):`, traced programs have no rounds after the first, and drop
 # the selections beyond its capacity. For planning: later rounds normally do not run, but take most
@@ -237,13 +238,12 @@ def pool_rows(
     """Pools the rows selected by this device's tokens, on the devices that own them."""
     num_tokens, top_m, _ = weights.shape
     sizes = groups(num_tokens, top_m, options.num_slots, lax.axis_size(options.axis))
-    routing = route(
-        rows, slots, own_rows=values.shape[1], num_slots=options.num_slots, axis=options.axis
-    )
+    own_rows, num_slots = values.shape[1], options.num_slots
+    routing = keep(route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis))
     if pre_inputs is not None:
         pre_inputs = pre_inputs.astype(options.dtype)
     filled = ((0, 0), (0, routing.keys.shape[1] - top_m), (0, 0))
-    weights = _arrange(routing.keys, jnp.pad(weights.astype(options.dtype), filled))
+    weights = keep(_arrange(routing.keys, jnp.pad(weights.astype(options.dtype), filled)))
     weights = weights.reshape(-1, sizes.size, weights.shape[-1])
     if options.chunk_size:
         chunk_size = max(1, options.chunk_size * top_m // sizes.size)
@@ -288,11 +288,11 @@ def _round(
         sent=sent[:, :, None] & (routing.slots[:, :, None] == every),
     )
 
-    rows = all_to_all(routing.rows.reshape(-1, group)[chosen])
+    rows = keep(all_to_all(routing.rows.reshape(-1, group)[chosen]))
     num_cores = weights.shape[-1]
-    weights = all_to_all(_spread(weights.reshape(-1, 1, group * num_cores), by_group))
+    weights = keep(all_to_all(_spread(weights.reshape(-1, 1, group * num_cores), by_group)))
     if pre_inputs is not None:
-        pre_inputs = all_to_all(_spread(pre_inputs[:, None, :], by_token))
+        pre_inputs = keep(all_to_all(_spread(pre_inputs[:, None, :], by_token)))
         pre_inputs = pre_inputs.reshape(-1, pre_inputs.shape[-1])
     pooled = pool(
         values,
