@@ -80,7 +80,7 @@ def get_config(family: str = families.REFERENCE) -> ConfigDict:
     model.num_heads = model.num_key_value_heads = 12
     model.ffn_size = 2496  # gate and up together 4992
     model.tie_embeddings = True
-    model.remat = "full"
+    model.remat = "kernels"
 
     memory = model.memory
     memory.num_keys = 360
@@ -89,6 +89,7 @@ def get_config(family: str = families.REFERENCE) -> ConfigDict:
     memory.top_m = memory.shortlist = 32
     memory.value_dim = 192
     memory.pre_value_dim = 192
+    memory.read_dtype = "compute"
 
     data = config.data
     data.source = "memmap"

@@ -28,11 +28,12 @@ FOLDER = flags.DEFINE_string(
 # Marks a folder of runs on a corpus other than the scale's: the arguments of `corpora.use`.
 CORPUS = "corpus.json"
 _RUNS = "*/*/seed_*.jsonl"  # in the folder of a scale
-# Fields that change how a run is stored or shown, not what it computes.
+# Fields that change how a run is stored, shown or executed, not what it computes.
 _BOOKKEEPING = {
     "train.log_interval_steps",
     "train.checkpoint_interval_steps",
     "train.num_checkpoints_kept",
+    "model.attention",
 }
 # Fields removed from configs/base.py, each with the value that is now fixed. A stored run with
 # another value belongs to no arm.

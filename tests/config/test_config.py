@@ -427,7 +427,7 @@ def test_a_misspelt_choice_is_named_with_all_choices_and_the_nearest_one(
 
 def test_the_nearest_choice_is_suggested() -> None:
     assert error_of({"model.memory.scoring": "tuker"}).endswith("(nearest: tucker)")
-    assert error_of({"model.remat": "qqqq"}).endswith("'none', 'full', 'dots'")
+    assert error_of({"model.remat": "qqqq"}).endswith("'none', 'dots', 'kernels', 'full'")
     assert nearest_name("shortlst", ["top_m", "shortlist"]) == " (nearest: shortlist)"
 
 
