@@ -81,9 +81,10 @@ def test_windows_and_documents_change_the_reference() -> None:
 def test_plain_attention_matches_the_reference(case: str) -> None:
     for platform in ("cpu", "gpu"):
 
-        def attend(*arrays: Any, platform: str = platform) -> jax.Array:
-            *arrays, shapes = arrays
-            return xla.attend(*arrays, shapes._replace(platform=platform))
+        def attend(
+            q: Any, k: Any, v: Any, ids: Any, shapes: Shapes, platform: str = platform
+        ) -> jax.Array:
+            return xla.attend(q, k, v, ids, shapes._replace(platform=platform))
 
         for ours, theirs in zip(_results(attend, case), _results(_reference, case), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=5e-5)
