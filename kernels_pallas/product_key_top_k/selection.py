@@ -26,10 +26,12 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.array_types import Array, Float, Int32
+from kernels_pallas.common import RARE
 
 _WORD = 32  # candidates per word of bits
 # Maximum number of bisection steps. A float32 has 24 bits of precision.
@@ -74,7 +76,12 @@ def _best_by_threshold(scores: Array, k: int) -> Array:
     survivors = jnp.take_along_axis(scores, places, axis=-2, mode="promise_in_bounds")
     survivors = jnp.where(exist, survivors, -jnp.inf)
     places = _sorted(survivors, places, _power_of_two(k))[..., :k, :]
-    return lax.cond(jnp.all(found), lambda: places, lambda: top_k(scores, k))
+
+    @jax.named_scope(RARE)
+    def redo() -> Array:
+        return top_k(scores, k)
+
+    return lax.cond(jnp.all(found), lambda: places, redo)
 
 
 def _power_of_two(k: int) -> int:

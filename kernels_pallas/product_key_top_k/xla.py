@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from kernels_pallas.array_types import Array, Float, Int32
-from kernels_pallas.common import add_up, scan_chunks
+from kernels_pallas.common import RARE, add_up, scan_chunks
 from kernels_pallas.product_key_top_k.call import TopK, TopKCall
 from kernels_pallas.product_key_top_k.selection import best, top_k
 
@@ -217,6 +217,7 @@ def _best_pairs(rows: Array, columns: Array, cores: Array | None, top_m: int) ->
         redone = top_k(_full_grid(of_rows, of_columns, additive), top_m)
         return places.at[heads, :, tokens].set(redone[0].T)
 
+    @jax.named_scope(RARE)
     def redo_all() -> Array:
         return top_k(_full_grid(rows, columns, additive), top_m)
 

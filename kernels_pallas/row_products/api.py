@@ -116,7 +116,9 @@ def _multiply_bwd(
     implementation: str, call: RowProductsCall, output_grad: Array
 ) -> tuple[RowProductsCall]:
     # The two are independent, so XLA removes one whose result is unused.
-    table_grad = table_gradient.BACKENDS[implementation].forward(call.table_gradient(output_grad))
+    with jax.named_scope("table_gradient"):
+        sums = table_gradient.BACKENDS[implementation]
+        table_grad = sums.forward(call.table_gradient(output_grad))
     aggregation = call.aggregation(output_grad)
     inputs_grad = value_aggregation.BACKENDS[implementation].forward(aggregation)
     trained = "table" if call.master is None else "master"

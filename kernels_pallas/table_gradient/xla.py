@@ -4,6 +4,7 @@ The dense gradient is a scatter-add in chunks of tokens, in token order; the row
 summed from selections sorted by id.
 """
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.array_types import Array, Float, Int32
@@ -18,6 +19,7 @@ def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
     return None
 
 
+@jax.named_scope("table_gradient")
 def forward(call: TableGradientCall) -> Float[Array, "num_values dim"]:
     """Computes the dense gradient, `chunk_size` tokens at a time."""
     dtype, dim = call.accumulation_dtype, call.factors.shape[1]
@@ -46,6 +48,7 @@ def rows(call: TableGradientCall, max_rows: int) -> TableRows:
     return TableRows(ids, num_rows, sums)
 
 
+@jax.named_scope("table_gradient")
 def scatter_add_rows(
     table: Float[Array, "num_values dim"],
     indices: Int32[Array, "num_tokens num_selected"],
@@ -55,6 +58,7 @@ def scatter_add_rows(
     return table.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+@jax.named_scope("table_gradient")
 def sum_by_row(
     rows: Int32[Array, "num_selections"],
     order: Int32[Array, "num_selections"],

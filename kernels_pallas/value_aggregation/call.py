@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas import protocol
@@ -131,9 +132,10 @@ class TokenGradients(NamedTuple):
             table_gradient: the backend that sums the terms.
         """
         tables = call.trained
-        sums = table_gradient.dense_gradients(
-            list(tables.values()), call.trained_indices, self.terms
-        )
+        with jax.named_scope("table_gradient"):
+            sums = table_gradient.dense_gradients(
+                list(tables.values()), call.trained_indices, self.terms
+            )
         gradients = dict(zip(tables, sums, strict=True)) | {"scores": self.scores}
         if self.pre_inputs is not None:
             gradients["pre_inputs"] = self.pre_inputs

@@ -77,7 +77,8 @@ def backward(
         return [values_grad, *pre_values_grads], (scores_grad, pre_inputs_grad)
 
     # Unlike zeros, zeros_like keeps the manual axes over which a table varies inside shard_map.
-    zeros = [jnp.zeros_like(table, dtype) for table in call.trained.values()]
+    with jax.named_scope("table_gradient"):
+        zeros = [jnp.zeros_like(table, dtype) for table in call.trained.values()]
     indices = (call.indices, call.trained_indices)
     per_token = (*indices, call.scores, call.pre_inputs, call.slots, output_grad)
     table_grads, token_grads = scan_chunks(accumulate, zeros, per_token, call.chunk_size)

@@ -1,5 +1,6 @@
 """A decoder block: attention, and the FFN that the configuration selects."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -80,7 +81,8 @@ class Block(nnx.Module):
             if observe.health:
                 variance = jnp.var(output.astype(jnp.float32))
         if hasattr(self, "moe"):
-            output, router = self.moe(y, observe=observe)
+            with jax.named_scope("experts"):
+                output, router = self.moe(y, observe=observe)
             residual = residual + output
         return residual, FeedForwardStats(ffn_variance=variance, router=router)
 

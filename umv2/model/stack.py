@@ -148,7 +148,8 @@ class Stack:
                 _group(block_inputs, segment.start, period, segment.repeats),
                 _group(memory_inputs, segment.memory_start, count, segment.repeats),
             )
-            x, outputs = jax.lax.scan(rematerialized(body, config.remat), x, stacked)
+            with jax.named_scope("layers"):
+                x, outputs = jax.lax.scan(rematerialized(body, config.remat), x, stacked)
             # [repeats, layers per group, ...] -> [layers of the segment, ...]
             feed_forward, memory, _ = jax.tree.map(lambda a: jax.lax.collapse(a, 0, 2), outputs)
             return StackOutput(x, feed_forward, memory, [])
@@ -182,23 +183,27 @@ class Stack:
         feed_forward, memory_stats, caches = [], [], []
         for index, parts in enumerate(blocks):
             block = parts["block"]
-            residual, y, cache = block.attend(
-                x,
-                segment_ids=self.segment_ids,
-                cache=parts.get("cache"),
-                position=self.position,
-                prefill=self.prefill,
-            )
-            x, stats = block.feed_forward(residual, y, observe=self.observe)
+            with jax.named_scope("attention_block"):
+                residual, y, cache = block.attend(
+                    x,
+                    segment_ids=self.segment_ids,
+                    cache=parts.get("cache"),
+                    position=self.position,
+                    prefill=self.prefill,
+                )
+            with jax.named_scope("feed_forward"):
+                x, stats = block.feed_forward(residual, y, observe=self.observe)
             if member < len(memory) and segment.placements[member][0] == index:
                 window = self.windows.at(memory[member]["own"])
                 layer = memory[member]["layer"]
-                output, layer_stats = layer(y, window=window, observe=self.observe)
+                with jax.named_scope("memory"):
+                    output, layer_stats = layer(y, window=window, observe=self.observe)
                 pending.setdefault(segment.placements[member][1], []).append(output)
                 memory_stats.append(layer_stats)
                 member += 1
-            for output in pending.pop(index, ()):
-                x = x + output
+            with jax.named_scope("memory"):
+                for output in pending.pop(index, ()):
+                    x = x + output
             feed_forward.append(stats)
             if cache is not None:
                 caches.append(cache)

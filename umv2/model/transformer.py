@@ -118,7 +118,8 @@ class Transformer(nnx.Module):
             observe=observe,
         )
         x = hidden.x if logits_at is None else sharding.take_positions(hidden.x, logits_at)
-        logits = layers.logits(x, sharding.gathered(self.output_embedding.astype(x.dtype)))
+        with jax.named_scope("head"):
+            logits = layers.logits(x, sharding.gathered(self.output_embedding.astype(x.dtype)))
         return ModelOutput(logits=logits, stats=hidden.stats, cache=hidden.cache)
 
     def hidden(
@@ -148,7 +149,8 @@ class Transformer(nnx.Module):
             prefill=prefill,
             observe=observe,
         )
-        x = sharding.lookup(self.embedding[...], tokens).astype(config.compute_dtype)
+        with jax.named_scope("embedding"):
+            x = sharding.lookup(self.embedding[...], tokens).astype(config.compute_dtype)
         output = stack(x, cache)
         return HiddenStates(
             x=self.final_norm(output.x),

@@ -69,13 +69,14 @@ def make_train_step(
         model = Weights(params=params, buffers=buffers, store=masters).model(config.model)
         segment_ids = batch.segment_ids if config.data.mask_across_documents else None
         hidden = model.hidden(batch.inputs, store=store, segment_ids=segment_ids, observe=observe)
-        loss, nll = losses.cross_entropy(
-            hidden.x,
-            model.output_embedding,
-            batch.targets,
-            batch.weights / weight,
-            z_loss=config.loss.z_loss,
-        )
+        with jax.named_scope("head"):
+            loss, nll = losses.cross_entropy(
+                hidden.x,
+                model.output_embedding,
+                batch.targets,
+                batch.weights / weight,
+                z_loss=config.loss.z_loss,
+            )
         terms = model.losses(hidden.stats, config.loss, num_tokens=batch.inputs.size)
         auxiliary = functools.reduce(jnp.add, terms.values(), jnp.zeros(()))
         return loss + auxiliary / accumulation, (nll, hidden.stats)
@@ -112,15 +113,18 @@ def make_train_step(
             microbatches = jax.tree.map(
                 lambda x: sharding.split_microbatches(x, accumulation), batch
             )
-            (loss, params_gradient, table_gradient), stacked = jax.lax.scan(
-                accumulate, zeros, microbatches
-            )
+            with jax.named_scope("accumulation"):
+                (loss, params_gradient, table_gradient), stacked = jax.lax.scan(
+                    accumulate, zeros, microbatches
+                )
             stats = jax.tree.map(_over_microbatches, stacked)
 
-        table_gradient = table_gradient.reduce(state.store)
-        params, store, optimizer_state, gradient_norm = optimizer.update(
-            params_gradient, table_gradient, state.optimizer, state.params, state.store
-        )
+        with jax.named_scope("accumulation"):
+            table_gradient = table_gradient.reduce(state.store)
+        with jax.named_scope("optimizer"):
+            params, store, optimizer_state, gradient_norm = optimizer.update(
+                params_gradient, table_gradient, state.optimizer, state.params, state.store
+            )
         updated = Weights(params=params, buffers=state.buffers, store=store)
         hits = health.hits(stats)
         new_state = TrainState(

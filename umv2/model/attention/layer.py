@@ -109,12 +109,13 @@ class Attention(nnx.Module):
                 keys=key_value_cache.write(cache.keys, keys, starts, prefill=prefill),
                 values=key_value_cache.write(cache.values, values, starts, prefill=prefill),
             )
-        if cache is None or prefill:
-            attended = implementations.attend(
-                query, keys, values, segment_ids, self.window, self.implementation
-            )
-        else:
-            attended = key_value_cache.attend(query, cache, positions, self.window)
+        with jax.named_scope("attention"):
+            if cache is None or prefill:
+                attended = implementations.attend(
+                    query, keys, values, segment_ids, self.window, self.implementation
+                )
+            else:
+                attended = key_value_cache.attend(query, cache, positions, self.window)
         return attended.reshape(shape), cache
 
     def _split(self, x: Float[Array, "b t e"]) -> Float[Array, "b t h q"]:

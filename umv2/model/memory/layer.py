@@ -332,16 +332,17 @@ class MemoryLayer(MemorySlot):
             keys = layers.rms_norm(keys, weights["key_norm"], self.norm_epsilon)
         keys = keys.astype(query.dtype)
         u, v, cores = (weights[name] for name in ("core_u", "core_v", "cores"))
-        scores, grid = kernels.product_key_top_k(
-            query,
-            keys,
-            u,
-            v,
-            cores,
-            top_m=memory.top_m,
-            shortlist=memory.shortlist,
-            implementation=memory.product_key_top_k,
-        )
+        with jax.named_scope("product_keys"):
+            scores, grid = kernels.product_key_top_k(
+                query,
+                keys,
+                u,
+                v,
+                cores,
+                top_m=memory.top_m,
+                shortlist=memory.shortlist,
+                implementation=memory.product_key_top_k,
+            )
         virtual = retrieval.virtual_addresses(grid, weights["shuffle"])
         block, visible, rows = self.locate(virtual, window.start, num_rows)
         value_weights = retrieval.value_weights(

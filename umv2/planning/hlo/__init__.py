@@ -1,6 +1,7 @@
 """Compiled programs as HLO text: instructions, collectives, and work."""
 
 from umv2.planning.hlo.text import (
+    FUSIONS,
     ArrayType,
     Computation,
     Evaluation,
@@ -12,6 +13,7 @@ from umv2.planning.hlo.text import (
 )
 
 __all__ = [
+    "FUSIONS",
     "ArrayType",
     "Computation",
     "Evaluation",

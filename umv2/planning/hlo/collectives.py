@@ -193,7 +193,7 @@ class _Reader:
     def _collective(
         self, kind: Kind, computation: hlo.Computation, instruction: hlo.Instruction
     ) -> Iterator[Collective]:
-        if _is_continuation(computation, instruction):
+        if is_continuation(computation, instruction):
             return
         if kind == "all-reduce" and self._is_reduce_scatter(computation, instruction):
             kind = "reduce-scatter"
@@ -260,7 +260,7 @@ def _branch_bytes(branch: Iterable[Collective]) -> tuple[int, int]:
     return sum(totals(branch).values()), sum(collective.total_bytes for collective in branch)
 
 
-def _is_continuation(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
+def is_continuation(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
     """Returns whether an instruction is a later part of a split collective."""
     if _SPREAD not in instruction.attributes:
         return False

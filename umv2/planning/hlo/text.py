@@ -16,13 +16,16 @@ from typing import Any
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 _PARTITIONS = re.compile(r"^HloModule .*\bnum_partitions=(\d+)", re.MULTILINE)
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_TILES = re.compile(r"T((?:\([\d,]+\))+)")
+_MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 _SCALAR = re.compile(r"[a-z]\w*\[\]")
 _NAME = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(
     r"\b(calls|to_apply|condition|body|branch_computations|true_computation|false_computation"
     r"|called_computations)=(?:%([\w.-]+)|\{([^}]*)\})"
 )
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _NUMBER_TYPE = re.compile(r"(s|u|f|bf|c)(\d+)(\w*)")  # f8e4m3fn
 _NUMBER_KINDS = {"s": "int", "u": "uint", "f": "float", "bf": "bfloat", "c": "complex"}
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -56,16 +59,19 @@ _UNCHANGED = (
 )
 _MAX_TRIP_COUNT = 2**40
 
+FUSIONS = frozenset({"fusion", "fusion-start"})
+
 # A scalar, a tuple of values, or None if not known at compile time.
 Value = int | tuple[Any, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayType:
-    """Element type, by XLA's name (bf16, s32, pred), and shape."""
+    """Element type, by XLA's name (bf16, s32, pred), shape, and layout ("1,0:T(8,128)S(1)")."""
 
     dtype: str
     shape: tuple[int, ...]
+    layout: str = ""
 
     @property
     def numpy_name(self) -> str:
@@ -87,6 +93,29 @@ class ArrayType:
     def num_bytes(self) -> int:
         """Bytes of the elements, without padding."""
         return -(-functools.reduce(operator.mul, self.shape, self.bits) // 8)
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes in memory, where TPUs pad arrays to whole tiles."""
+        order, _, properties = self.layout.partition(":")
+        tiles = _TILES.search(properties)
+        if not tiles:
+            return self.num_bytes
+        sizes = [self.shape[int(axis)] for axis in reversed(_DIGITS.findall(order))]
+        for tile in re.findall(r"[\d,]+", tiles[1]):
+            # A tile divides the minor axes into a grid of tiles; the next one divides these.
+            lengths = list(map(int, tile.split(",")))
+            sizes = [1] * (len(lengths) - len(sizes)) + sizes
+            minor = sizes[-len(lengths) :]
+            grid = [-(-size // length) for size, length in zip(minor, lengths, strict=True)]
+            sizes = sizes[: -len(lengths)] + grid + lengths
+        return -(-functools.reduce(operator.mul, sizes, self.bits) // 8)
+
+    @property
+    def memory_space(self) -> int:
+        """The memory that holds it; 0: main memory."""
+        space = _MEMORY_SPACE.search(self.layout)
+        return int(space[1]) if space else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +151,12 @@ class Instruction:
     def attributes(self) -> str:
         """The text after the operands."""
         return self._split[1]
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """The JAX operation that it comes from, with the functions and scopes around it; or ""."""
+        match = _OP_NAME.search(self.attributes)
+        return match.group(1) if match else ""
 
     @functools.cached_property
     def called(self) -> Mapping[str, tuple[str, ...]]:
@@ -175,7 +210,7 @@ class Program:
             called.name
             for computation in self.computations.values()
             for instruction in computation.instructions.values()
-            if instruction.opcode == "fusion"
+            if instruction.opcode in FUSIONS
             for called in self.called(instruction)
         )
 
@@ -297,11 +332,12 @@ def parse(text: str) -> Program:
     return Program(computations[entry], computations, int(partitions.group(1)) if partitions else 1)
 
 
+@functools.lru_cache(maxsize=2**16)  # the instructions of a program have few types
 def array_types(text: str) -> tuple[ArrayType, ...]:
     """Returns the array types of a type, flattening tuples."""
     return tuple(
-        ArrayType(dtype, tuple(map(int, _DIGITS.findall(shape))))
-        for dtype, shape in _ARRAY.findall(text)
+        ArrayType(dtype, tuple(map(int, _DIGITS.findall(shape))), layout)
+        for dtype, shape, layout in _ARRAY.findall(text)
     )
 
 

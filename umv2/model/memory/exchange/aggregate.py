@@ -14,6 +14,7 @@ float32 (float64 for float64). JAX differentiates the collectives.
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
@@ -73,4 +74,5 @@ def aggregate(
     floats = (values, weights, pre_values, pre_inputs)
     accumulation = jnp.result_type(jnp.float32, *(x for x in floats if x is not None))
     exchange: Callable[..., Array] = pool_columns if layout == "columns" else pool_rows
-    return exchange(*kernels.match_vma(arrays, (axis,)), options).astype(accumulation)
+    with jax.named_scope("exchange"):
+        return exchange(*kernels.match_vma(arrays, (axis,)), options).astype(accumulation)

@@ -7,6 +7,7 @@ reduce-scattered, and pools its columns of the values, which an all-to-all retur
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -69,14 +70,15 @@ def pool_columns(
         if masters is not None and masters.pre_values is not None:
             trained["master"] = flat(masters.pre_values)
             trained["first_master"] = masters.first_table * pre_values.shape[1]
-        partial = kernels.row_products(
-            flat(pre_values),
-            rows,
-            own_inputs,
-            **trained,
-            chunk_size=options.chunk_size,
-            implementation=options.implementation,
-        )
+        with jax.named_scope("value_aggregation"):
+            partial = kernels.row_products(
+                flat(pre_values),
+                rows,
+                own_inputs,
+                **trained,
+                chunk_size=options.chunk_size,
+                implementation=options.implementation,
+            )
         pre_scores = keep(lax.psum_scatter(partial.astype(options.dtype), axis, tiled=True))
         gates = kernels.activate(pre_scores.astype(partial.dtype), options.activation)
         weights = weights * gates[:, :, None]

@@ -3,6 +3,7 @@
 import math
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
@@ -52,6 +53,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // m for m in small)})
 
 
+@jax.named_scope("value_aggregation")
 def pool(
     values: Float[Array, "l n v"],
     pre_values: Float[Array, "l n p"] | None,

@@ -1,0 +1,103 @@
+"""Instructions that a training step should do without: what tests forbid and plans count.
+
+Inside the layer loop, whole tables should neither be copied out of the stack nor be reduced over
+devices, no array should have an entry for every pair of positions, and what is rematerialised
+should neither sort nor call a kernel again.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+from umv2.planning import hlo
+from umv2.planning.hlo import custom_calls, workload
+from umv2.planning.hlo.sources import SCOPES, scopes
+
+_REDUCTIONS = {"all-reduce", "reduce-scatter"}
+_PRODUCTS = "__cublas$"
+_MIN_ENTRY_BYTES = 2  # of a table
+
+
+@dataclasses.dataclass(frozen=True)
+class Faults:
+    """Executed instructions, each as its name and type.
+
+    Attributes:
+      scores: with a result [.., t, t] of more than t^2 entries.
+      table_slices: that move a whole table out of, or a whole gradient into, the layer stack.
+      table_reductions: that reduce an array as large as a table, inside the layer loop.
+      rematerialised_sorts: sorts, or calls of a top-k, in rematerialised code.
+      rematerialised_kernels: calls of kernels there.
+    """
+
+    scores: tuple[str, ...]
+    table_slices: tuple[str, ...]
+    table_reductions: tuple[str, ...]
+    rematerialised_sorts: tuple[str, ...]
+    rematerialised_kernels: tuple[str, ...]
+
+
+def find(text: str, *, sequence_length: int, table: tuple[int, int]) -> Faults:
+    """Finds the faults of a compiled program (`jax.stages.Compiled.as_text()`).
+
+    Args:
+      text: of the program.
+      sequence_length: t; other axes of more than one activation must not have this length.
+      table: rows and columns of the part of one value table that a device holds.
+
+    Raises:
+      ValueError: the text is not a compiled program.
+    """
+    program = hlo.parse(text)
+    parts = list(workload.executed(program))
+    rows, size = table[0], math.prod(table)
+
+    def matching(condition: Callable[[workload.Part], bool]) -> tuple[str, ...]:
+        found = [part.instruction for part in parts if condition(part)]
+        return tuple(f"{instruction.name}: {instruction.type}" for instruction in found)
+
+    def has_scores(part: workload.Part) -> bool:
+        return any(
+            array.shape.count(sequence_length) >= 2 and math.prod(array.shape) > sequence_length**2
+            for array in hlo.array_types(part.instruction.type)
+        )
+
+    def slices_tables(part: workload.Part) -> bool:
+        arrays = hlo.array_types(part.instruction.type)
+        moves_table = part.bytes.unpadded >= part.times * size * _MIN_ENTRY_BYTES
+        of_table = any(rows in array.shape for array in arrays)
+        return part.source.name == SCOPES["layers"] and moves_table and of_table
+
+    def reduces_tables(part: workload.Part) -> bool:
+        return "layers" in scopes(part.context) and any(
+            math.prod(array.shape) >= size
+            for reduction in _reductions(program, part.computation, part.instruction)
+            for array in reduction
+        )
+
+    def is_repeated(part: workload.Part, *, sort: bool) -> bool:
+        target = custom_calls.target(part.instruction)
+        sorts = part.instruction.opcode == "sort" or "TopK" in target
+        calls = target and not target.startswith(_PRODUCTS)
+        return part.source.phase == "remat" and (sorts if sort else bool(calls and not sorts))
+
+    return Faults(
+        scores=matching(has_scores),
+        table_slices=matching(slices_tables),
+        table_reductions=matching(reduces_tables),
+        rematerialised_sorts=matching(functools.partial(is_repeated, sort=True)),
+        rematerialised_kernels=matching(functools.partial(is_repeated, sort=False)),
+    )
+
+
+def _reductions(
+    program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction
+) -> Iterator[list[hlo.ArrayType]]:
+    """Yields the operands of the reduction over devices in an instruction, which may be fused."""
+    if instruction.opcode.removesuffix("-start") in _REDUCTIONS:
+        yield program.operand_types(computation, instruction.operands)
+    elif instruction.opcode in hlo.FUSIONS:
+        (called,) = program.called(instruction)
+        for inner in called.instructions.values():
+            yield from _reductions(program, called, inner)
