@@ -36,7 +36,7 @@ from umv2.inference.sampling import Sampling
 from umv2.model.parameter import Declaration
 from umv2.model.weights import Weights
 from umv2.planning import topology
-from umv2.planning.hlo import workload
+from umv2.planning.hlo import faults, workload
 from umv2.planning.hlo.collectives import Collective, read, totals
 from umv2.planning.program import memory
 from umv2.training.state import TrainState, abstract_state, map_declared
@@ -86,6 +86,7 @@ class Measurement:
       collectives: of the program.
       seconds: wall time from the start of the process to the result.
       process_bytes: peak memory of the process.
+      faults: number of instructions of each kind of `faults.Faults`; empty if compilation failed.
     """
 
     mesh: dict[str, int]
@@ -100,6 +101,7 @@ class Measurement:
     collectives: tuple[CollectiveTotal, ...]
     seconds: float
     process_bytes: int
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def temporaries(self) -> int | None:
@@ -169,7 +171,8 @@ def from_dict(values: dict[str, Any]) -> Measurement:
 
 def _work(values: dict[str, Any]) -> workload.Work:
     heaviest = tuple((source, size) for source, size in values["heaviest"])
-    return workload.Work(**values | {"heaviest": heaviest})
+    sources = tuple(workload.SourceWork(**source) for source in values.get("sources", ()))
+    return workload.Work(**values | {"heaviest": heaviest, "sources": sources})
 
 
 def argument_bytes(config: Config, mesh_sizes: Mapping[str, int], step: Step) -> dict[str, int]:
@@ -300,6 +303,7 @@ def _compile(config: Config, target: topology.Topology, step: Step) -> Measureme
     available = refusal = program = None
     num_bytes = sum(parts.values())
     collective_totals: list[CollectiveTotal] = []
+    num_faults: dict[str, int] = {}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -317,6 +321,7 @@ def _compile(config: Config, target: topology.Topology, step: Step) -> Measureme
         text = compiled.as_text()
         assert text is not None  # every XLA backend of JAX has it
         program = workload.read(text)
+        num_faults = _count_faults(text, config, mesh.shape)
         collective_totals = _by_kind_and_axes(read(text, mesh))
     return Measurement(
         mesh=dict(mesh.shape),
@@ -334,7 +339,20 @@ def _compile(config: Config, target: topology.Topology, step: Step) -> Measureme
             resource.getrusage(who).ru_maxrss * 1024
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         ),
+        faults=num_faults,
     )
+
+
+def _count_faults(text: str, config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, int]:
+    memory, size = config.model.memory, mesh_sizes[sharding.MEMORY]
+    rows, columns = memory.num_values, min(memory.value_dim, memory.pre_value_dim or math.inf)
+    if config.mesh.table_sharding == "rows":
+        rows //= size
+    elif config.mesh.table_sharding == "columns":
+        columns //= size
+    table = (rows, int(columns)) if config.model.placements else None
+    found = faults.find(text, sequence_length=config.data.sequence_length, table=table)
+    return {name: len(instructions) for name, instructions in dataclasses.asdict(found).items()}
 
 
 def _by_kind_and_axes(collectives: Sequence[Collective]) -> list[CollectiveTotal]:

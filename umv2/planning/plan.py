@@ -11,8 +11,18 @@ from umv2.config import Config
 from umv2.cost import accounting
 from umv2.planning import ahead_of_time, search_space, topology
 from umv2.planning.ahead_of_time import Measurement, Step
+from umv2.planning.hlo import breakdown
+from umv2.planning.hlo.workload import Work
 
 _GIB = 2**30
+# What a plan calls the fields of `faults.Faults`.
+_FAULTS = {
+    "scores": "arrays of attention scores",
+    "table_slices": "copies of whole tables in layers",
+    "table_reductions": "reductions of whole tables in layers",
+    "rematerialised_sorts": "sorts in rematerialised code",
+    "rematerialised_kernels": "kernels in rematerialised code",
+}
 _LESS_REMATERIALISED = {"full": "dots", "dots": "none"}
 
 
@@ -155,7 +165,7 @@ class Plan:
                 ("work of one device",),
                 ("  FLOPs of the model", f"{self.model_flops:.4g}"),
                 ("  FLOPs of the program", f"{program.flops:.4g} ({times:.2f} times)"),
-                ("  bytes of HBM", f"{program.bytes / 1e9:,.2f} GB"),
+                ("  bytes of HBM", f"{program.bytes / 1e9:,.2f} GB{_padding(program)}"),
             ]
             rows += [
                 (f"  {part.kind} over {' x '.join(part.axes)}", f"{part.bytes / 1e9:,.4f} GB")
@@ -163,6 +173,11 @@ class Plan:
             ]
             rows += [
                 (f"  HBM in {source}", f"{size / 1e9:,.2f} GB") for source, size in program.heaviest
+            ]
+            rows += [
+                (f"  {_FAULTS[name]}", str(count))
+                for name, count in measured.faults.items()
+                if self.step == "train"
             ]
             rates = {
                 "compute": f"{chip.peak_flops / 1e12:,.0f} TFLOP/s",
@@ -185,8 +200,10 @@ class Plan:
             ("verdict", self.verdict),
             *(("try", advice) for advice in self.advice()),
         ]
-        listing = tables.table(rows, width, left=(0, 1))
-        return f"{listing}\n\n{tables.command_line(flags_of(self.config), width)}"
+        parts = [tables.table(rows, width, left=(0, 1))]
+        if measured.program and measured.program.sources:
+            parts.append(breakdown.as_text(measured.program, width))
+        return "\n\n".join([*parts, tables.command_line(flags_of(self.config), width)])
 
     @property
     def _batch_size(self) -> int:
@@ -296,6 +313,13 @@ def flags_of(config: Config) -> list[str]:
 def _changes(before: Config, after: Config) -> str:
     old, new = search_space.values(before), search_space.values(after)
     return " ".join(f"{path}={value}" for path, value in new.items() if old[path] != value)
+
+
+def _padding(program: Work) -> str:
+    """Returns how many times its bytes without padding a program moves, if it pads."""
+    if not program.unpadded_bytes or program.bytes == program.unpadded_bytes:
+        return ""
+    return f" ({program.bytes / program.unpadded_bytes:.2f} times those without padding)"
 
 
 def _gib(size: int | None) -> str:

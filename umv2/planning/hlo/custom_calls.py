@@ -16,7 +16,15 @@ _DECLARED = re.compile(r"\bcost_estimate(?:_json)?\W+?(\{[^}]*\})")
 # JSON inside of a string has its quotation marks as \\22.
 _FIELD = re.compile(r'(?:"|\\22)(\w+?)(?:"|\\22): ?"?(\d+)')
 # They mark values or reserve memory.
-_FREE = {"AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "Sharding"}
+_FREE = {
+    "AllocateBuffer",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "ConcatBitcast",
+    "Sharding",
+}
+# Pallas for TPUs and for GPUs, Triton, and cuDNN.
+_KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "__cudnn$")
 
 _ATTENTION = "__cudnn$fmha"
 _SCORES = re.compile(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)\]')
@@ -42,6 +50,11 @@ def target(instruction: hlo.Instruction) -> str:
 def is_free(instruction: hlo.Instruction) -> bool:
     """Returns whether a custom call moves no data."""
     return target(instruction) in _FREE
+
+
+def is_kernel(instruction: hlo.Instruction) -> bool:
+    """Returns whether a custom call is one of a kernel, and not of the compiler's own routines."""
+    return target(instruction).startswith(_KERNELS)
 
 
 def declared(instruction: hlo.Instruction) -> Declared | None:

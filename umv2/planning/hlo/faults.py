@@ -6,7 +6,6 @@ should neither sort nor call a kernel again.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,7 +14,6 @@ from umv2.planning.hlo import custom_calls, workload
 from umv2.planning.hlo.sources import SCOPES, scopes
 
 _REDUCTIONS = {"all-reduce", "reduce-scatter"}
-_PRODUCTS = "__cublas$"
 _MIN_ENTRY_BYTES = 2  # of a table
 
 
@@ -38,20 +36,20 @@ class Faults:
     rematerialised_kernels: tuple[str, ...]
 
 
-def find(text: str, *, sequence_length: int, table: tuple[int, int]) -> Faults:
+def find(text: str, *, sequence_length: int, table: tuple[int, int] | None) -> Faults:
     """Finds the faults of a compiled program (`jax.stages.Compiled.as_text()`).
 
     Args:
       text: of the program.
       sequence_length: t; other axes of more than one activation must not have this length.
-      table: rows and columns of the part of one value table that a device holds.
+      table: rows and columns of the part of one value table that a device holds, if it has any.
 
     Raises:
       ValueError: the text is not a compiled program.
     """
     program = hlo.parse(text)
     parts = list(workload.executed(program))
-    rows, size = table[0], math.prod(table)
+    rows, size = (table[0], math.prod(table)) if table else (0, math.inf)
 
     def matching(condition: Callable[[workload.Part], bool]) -> tuple[str, ...]:
         found = [part.instruction for part in parts if condition(part)]
@@ -70,34 +68,37 @@ def find(text: str, *, sequence_length: int, table: tuple[int, int]) -> Faults:
         return part.source.name == SCOPES["layers"] and moves_table and of_table
 
     def reduces_tables(part: workload.Part) -> bool:
+        inside = _with_fused(program, part.computation, part.instruction)
         return "layers" in scopes(part.context) and any(
             math.prod(array.shape) >= size
-            for reduction in _reductions(program, part.computation, part.instruction)
-            for array in reduction
+            for computation, one in inside
+            if one.opcode.removesuffix("-start") in _REDUCTIONS
+            for array in program.operand_types(computation, one.operands)
         )
 
-    def is_repeated(part: workload.Part, *, sort: bool) -> bool:
-        target = custom_calls.target(part.instruction)
-        sorts = part.instruction.opcode == "sort" or "TopK" in target
-        calls = target and not target.startswith(_PRODUCTS)
-        return part.source.phase == "remat" and (sorts if sort else bool(calls and not sorts))
+    def repeats(part: workload.Part, condition: Callable[[hlo.Instruction], bool]) -> bool:
+        inside = _with_fused(program, part.computation, part.instruction)
+        return part.source.phase == "remat" and any(condition(one) for _, one in inside)
 
     return Faults(
         scores=matching(has_scores),
         table_slices=matching(slices_tables),
         table_reductions=matching(reduces_tables),
-        rematerialised_sorts=matching(functools.partial(is_repeated, sort=True)),
-        rematerialised_kernels=matching(functools.partial(is_repeated, sort=False)),
+        rematerialised_sorts=matching(lambda part: repeats(part, _is_sort)),
+        rematerialised_kernels=matching(lambda part: repeats(part, custom_calls.is_kernel)),
     )
 
 
-def _reductions(
+def _with_fused(
     program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction
-) -> Iterator[list[hlo.ArrayType]]:
-    """Yields the operands of the reduction over devices in an instruction, which may be fused."""
-    if instruction.opcode.removesuffix("-start") in _REDUCTIONS:
-        yield program.operand_types(computation, instruction.operands)
-    elif instruction.opcode in hlo.FUSIONS:
+) -> Iterator[tuple[hlo.Computation, hlo.Instruction]]:
+    """Yields an instruction and all that it fuses."""
+    yield computation, instruction
+    if instruction.opcode in hlo.FUSIONS:
         (called,) = program.called(instruction)
         for inner in called.instructions.values():
-            yield from _reductions(program, called, inner)
+            yield from _with_fused(program, called, inner)
+
+
+def _is_sort(instruction: hlo.Instruction) -> bool:
+    return instruction.opcode == "sort" or "TopK" in custom_calls.target(instruction)
