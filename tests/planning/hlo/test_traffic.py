@@ -403,6 +403,39 @@ def test_attention_by_cudnn(mask: str, window: int, pairs: int, name: str, produ
     assert work.bytes == 4 * 2 * 512 * 12 * 64 * 2 + 2 * 12 * 512 * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "mask", "block", "blocks", "products"),
+    [
+        # Blocks of 128 queries and 128 keys: on and below the diagonal.
+        ("fwd", "s8[1,4,4]", "block_kv", (128, 128, 1 + 2 + 3 + 4), 2),
+        # Of 128 queries and 256 keys.
+        ("dkv", "s8[1,4,2]", "block_kv_dkv", (128, 256, 1 + 1 + 2 + 2), 5),
+        # A window, so that queries see at most two blocks.
+        ("fwd", "s8[1,4,2]", "block_kv", (128, 128, 1 + 2 + 2 + 2), 2),
+    ],
+)
+def test_splash_attention(
+    name: str, mask: str, block: str, blocks: tuple[int, int, int], products: int
+) -> None:
+    # Its attributes have line breaks, before those by which instructions are counted.
+    queries, keys, count = blocks
+    text = program(
+        f"""
+        %next = {mask} parameter(0)
+        %mask = {mask} parameter(1)
+        %q = bf16[3,64,512]{{2,1,0}} parameter(2)
+        ROOT %a = bf16[3,512,64]{{2,1,0}} custom-call(%next, %mask, %q),\
+ custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": {queries}, \\"{block}\\": {keys}}}"
+}}}}, metadata={{op_name="jit(f)/jvp(attention)/splash_mha_{name}_residuals/pallas_call"}}
+        """
+    )
+    work = workload.read(text)
+    assert work.flops == 2 * products * 3 * 64 * queries * keys * count
+    assert work.bytes == 2 * 2 * 3 * 64 * 512 + 2 * int(mask[7]) * int(mask[5])
+    assert [source.source for source in work.sources] == ["attention"]
+
+
 _TEXT_SIZES = ["2", "12", "512", "512"]
 
 

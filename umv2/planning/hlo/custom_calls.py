@@ -2,9 +2,10 @@
 
 A Pallas kernel declares it (`pl.CostEstimate`), and the compiled program repeats the declaration:
 on TPUs as `cost_estimate` in the call's configuration, on GPUs as `cost_estimate_json`, there or in
-an attribute. The FLOPs of cuDNN's attention follow from its shapes.
+an attribute. The FLOPs of attention kernels follow from their shapes.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,8 +27,10 @@ _FREE = {
 # Pallas for TPUs and for GPUs, Triton, and cuDNN.
 _KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "__cudnn$")
 
-_ATTENTION = "__cudnn$fmha"
+_CUDNN_ATTENTION = "__cudnn$fmha"
 _SCORES = re.compile(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)\]')
+_SPLASH = re.compile(r"/splash_mha_(fwd|dkv)")
+_BLOCK_KEYS = re.compile(r"block_kv(?:_dkv)?\W+(\d+)")
 _WINDOW = re.compile(r'"sliding_window_length":\s*"?(\d+)')
 # Matrix products with one multiply-add per score and column of a head. Forward: scores, pooled
 # values. Backward: the scores again, and gradients of scores, queries, keys and values.
@@ -67,20 +70,51 @@ def declared(instruction: hlo.Instruction) -> Declared | None:
 
 
 def attention_flops(instruction: hlo.Instruction, operands: Sequence[hlo.ArrayType]) -> float:
-    """Returns the FLOPs of cuDNN's attention, for visible positions only; 0 for other calls.
+    """Returns the FLOPs of attention by cuDNN or by JAX's splash kernels; 0 for other calls.
 
-    The configuration of the call has the shape of the scores, [b, h, t, s]; the last axis of the
-    first operand, the queries, is that of a head.
+    Without those that the causal mask makes unnecessary: of single positions by cuDNN, and of
+    blocks of positions by splash attention.
+    """
+    name = target(instruction)
+    if name.startswith(_CUDNN_ATTENTION):
+        products = _BACKWARD_PRODUCTS if name.endswith("Backward") else _FORWARD_PRODUCTS
+        return 2.0 * products * _cudnn_products(instruction, operands[0])
+    if match := _SPLASH.search(instruction.op_name):
+        products = _BACKWARD_PRODUCTS if match[1] == "dkv" else _FORWARD_PRODUCTS
+        return 2.0 * products * _splash_products(instruction, *operands[1:3])
+    return 0.0
+
+
+def _cudnn_products(instruction: hlo.Instruction, query: hlo.ArrayType) -> int:
+    """Returns the multiply-adds of one matrix product.
+
+    The configuration of the call has the shape of the scores, [b, h, t, s], and the mask.
     """
     scores = _SCORES.search(instruction.attributes)
-    if not target(instruction).startswith(_ATTENTION) or not scores:
-        return 0.0
+    if not scores:
+        return 0
     batch, heads, length, keys = (int(size) for size in re.findall(r"\d+", scores[1]))
     pairs = length * keys
     if "CAUSAL" in instruction.attributes:
         window = _WINDOW.search(instruction.attributes)
         visible = (int(window[1]) if window else 0) or keys
         pairs = sum(min(position + 1, visible) for position in range(length))
-    backward = target(instruction).endswith("Backward")
-    products = _BACKWARD_PRODUCTS if backward else _FORWARD_PRODUCTS
-    return 2.0 * products * batch * heads * pairs * operands[0].shape[-1]
+    return batch * heads * pairs * query.shape[-1]
+
+
+def _splash_products(
+    instruction: hlo.Instruction, mask: hlo.ArrayType, query: hlo.ArrayType
+) -> int:
+    """Returns the multiply-adds of one matrix product.
+
+    `mask` has an entry for each block of queries and each block of keys that some of them see, and
+    `query` is [h, q, t] or [h, t, q].
+    """
+    block_keys = _BLOCK_KEYS.search(instruction.attributes)
+    if not block_keys:
+        return 0
+    length, (num_blocks, most_visible) = max(query.shape[1:]), mask.shape[1:]
+    keys = int(block_keys[1])
+    queries = length // num_blocks
+    visible = (min(-(-(i + 1) * queries // keys), most_visible) for i in range(num_blocks))
+    return math.prod(query.shape) // length * queries * keys * sum(visible)

@@ -321,11 +321,14 @@ def parse(text: str) -> Program:
             is_entry, name = match.groups()
             lines = []
             entry = name if is_entry else entry
-        elif line.startswith("}"):
+        elif line == "}":
             computations[name] = Computation(name, lines)
+            lines = []
         elif match := _INSTRUCTION.match(line):
             is_root, instruction, type_, opcode, rest = match.groups()
             lines.append(Instruction(instruction, type_, opcode, rest, bool(is_root)))
+        elif lines:  # attributes given by kernels may have line breaks
+            lines[-1] = dataclasses.replace(lines[-1], rest=f"{lines[-1].rest}\n{line}")
     if not text.startswith("HloModule ") or entry not in computations:
         raise ValueError("the text is not that of a compiled program (Compiled.as_text())")
     partitions = _PARTITIONS.search(text)
