@@ -58,13 +58,15 @@ class TooSlow(UserError):
 class CollectiveTotal:
     """Bytes that one device receives per step, over all collectives of one kind and mesh axes.
 
-    `source` is the JAX operation of the one that moves the most bytes.
+    `source` is the JAX operation of the one that moves the most bytes, and `overlapped` the bytes
+    of those that run during other work.
     """
 
     kind: str
     axes: tuple[str, ...]
     bytes: int
     source: str
+    overlapped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +363,8 @@ def _by_kind_and_axes(collectives: Sequence[Collective]) -> list[CollectiveTotal
     for (kind, axes), size in totals(collectives).items():
         group = [one for one in collectives if (one.kind, one.axes) == (kind, axes)]
         source = max(group, key=lambda one: one.total_bytes).source
-        parts.append(CollectiveTotal(kind, axes, size, source))
+        overlapped = sum(one.total_bytes for one in group if one.overlapped and not one.dynamic)
+        parts.append(CollectiveTotal(kind, axes, size, source, overlapped))
     return sorted(parts, key=lambda part: -part.bytes)
 
 

@@ -168,7 +168,11 @@ class Plan:
                 ("  bytes of HBM", f"{program.bytes / 1e9:,.2f} GB{_padding(program)}"),
             ]
             rows += [
-                (f"  {part.kind} over {' x '.join(part.axes)}", f"{part.bytes / 1e9:,.4f} GB")
+                (
+                    f"  {part.kind} over {' x '.join(part.axes)}",
+                    f"{part.bytes / 1e9:,.4f} GB, {part.overlapped / (part.bytes or 1):.0%} of it"
+                    " during other work",
+                )
                 for part in measured.collectives
             ]
             rows += [

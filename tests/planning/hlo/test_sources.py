@@ -96,7 +96,7 @@ def test_the_breakdown_adds_up() -> None:
     assert sum(source.total_bytes for source in work.sources) == work.bytes
     lines = breakdown.as_text(work, 100).splitlines()
     assert re.split(r" {2,}", lines[0]) == [
-        "GB of HBM", "forward", "remat", "backward", "sum", "share", "FLOPs"
+        "MB of HBM", "forward", "remat", "backward", "sum", "share", "FLOPs"
     ]  # fmt: skip
     assert len(lines) == 1 + len(work.sources) + 1
     assert lines[-1].startswith("total")

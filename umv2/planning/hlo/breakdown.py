@@ -5,10 +5,11 @@ from umv2.planning.hlo.sources import Phase
 from umv2.planning.hlo.workload import SourceWork, Work
 
 _PHASES: tuple[Phase, ...] = ("forward", "remat", "backward")
+_LARGE = 10e9  # bytes
 
 
 def as_text(work: Work, width: int | None = None) -> str:
-    """Returns a table with one row per source, most bytes first, in GB moved on one device.
+    """Returns a table with one row per source, most bytes first: bytes that one device moves.
 
     The sum includes work outside of differentiation, such as the optimizer's. FLOPs are those of
     matrix products.
@@ -17,23 +18,20 @@ def as_text(work: Work, width: int | None = None) -> str:
       work: of a program.
       width: maximum number of columns of text; None: the width of the terminal.
     """
-    rows: list[tuple[str, ...]] = [("GB of HBM", *_PHASES, "sum", "share", "FLOPs")]
-    rows += [_row(source, work.bytes) for source in work.sources]
-    total = SourceWork("total", _by_phase(work), work.flops)
-    return tables.table([*rows, _row(total, work.bytes)], width)
+    unit, scale = ("GB", 1e9) if work.bytes > _LARGE else ("MB", 1e6)
+    rows: list[tuple[str, ...]] = [(f"{unit} of HBM", *_PHASES, "sum", "share", "FLOPs")]
+    for source in (*work.sources, SourceWork("total", _by_phase(work), work.flops)):
+        sizes = [source.bytes.get(phase, 0) for phase in _PHASES]
+        rows.append((
+            source.source,
+            *(f"{size / scale:,.1f}" if size else "" for size in sizes),
+            f"{source.total_bytes / scale:,.1f}",
+            f"{source.total_bytes / (work.bytes or 1):.1%}",
+            f"{source.flops:.3g}" if source.flops else "",
+        ))  # fmt: skip
+    return tables.table(rows, width)
 
 
 def _by_phase(work: Work) -> dict[str, int]:
     phases = {phase for source in work.sources for phase in source.bytes}
     return {phase: sum(source.bytes.get(phase, 0) for source in work.sources) for phase in phases}
-
-
-def _row(source: SourceWork, total: float) -> tuple[str, ...]:
-    by_phase = (source.bytes.get(phase, 0) for phase in _PHASES)
-    return (
-        source.source,
-        *(f"{size / 1e9:,.1f}" if size else "" for size in by_phase),
-        f"{source.total_bytes / 1e9:,.1f}",
-        f"{source.total_bytes / (total or 1):.1%}",
-        f"{source.flops:.3g}" if source.flops else "",
-    )

@@ -1,6 +1,7 @@
 """Reads the collectives of a compiled program from its HLO text: kind, mesh axes, bytes, count."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ _NUMBERS = re.compile(r"\d+")
 # fusion that starts it, it is an operand of this custom call.
 _SPREAD = '"async_collective_fusion_config"'
 _SPREAD_START = '"AsyncCollectiveStart"'
+# Instructions during which a collective may run.
+_WORK = {"call", "conditional", "convolution", "custom-call", "dot", "fusion", "while"}
 # Instructions that may separate an all-reduce from the slice of it that a device keeps.
 _RESHAPING = ("bitcast", "reshape", "copy", "convert", "transpose", "pad")
 
@@ -52,6 +55,7 @@ class Collective:
         trip count depends on data.
       dynamic: whether it is inside such a loop.
       source: the JAX operation that it comes from, as recorded by the compiler.
+      overlapped: whether other work is scheduled between its start and its end.
     """
 
     kind: Kind
@@ -61,6 +65,7 @@ class Collective:
     count: int
     dynamic: bool = False
     source: str = ""
+    overlapped: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -160,8 +165,11 @@ class _Reader:
                 yield from max(alternatives, key=_branch_bytes)
             else:
                 operands = values.operands(instruction)
+                overlapped = _is_overlapped(computation, instruction)
                 for called_computation in self._program.called(instruction):
-                    yield from self.collectives(called_computation, operands)
+                    for collective in self.collectives(called_computation, operands):
+                        overlaps = overlapped or collective.overlapped
+                        yield dataclasses.replace(collective, overlapped=overlaps)
 
     def _loop(self, loop: hlo.Instruction, state: hlo.Value) -> Iterator[Collective]:
         trip_count = self._program.trip_count(loop, state)
@@ -211,7 +219,8 @@ class _Reader:
             dtype="+".join(dict.fromkeys(array.numpy_name for array in types)),
             bytes=_received(kind, sum(array.num_bytes for array in types), size),
             count=1,
-            source=instruction.attribute("op_name", '"[^"]*"').strip('"'),
+            source=instruction.op_name,
+            overlapped=_is_overlapped(computation, instruction),
         )
 
     def _axes(self, groups: Iterable[Sequence[int]]) -> tuple[str, ...]:
@@ -235,6 +244,24 @@ class _Reader:
                 users += computation.users.get(user.name, ())
         used = [user.opcode for user in users if user.opcode not in _RESHAPING]
         return bool(used) and all(opcode == "dynamic-slice" for opcode in used)
+
+
+def _is_overlapped(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
+    """Returns whether work is scheduled between the start of a collective and its end."""
+    if _SPREAD in instruction.attributes:
+        return True
+    if not instruction.opcode.endswith("-start"):
+        return False
+    names, computes = {instruction.name}, False
+    instructions = iter(computation.instructions.values())
+    for other in itertools.dropwhile(lambda one: one is not instruction, instructions):
+        if names.isdisjoint(other.operands):
+            computes |= other.opcode in _WORK
+        elif other.opcode.endswith("-done"):
+            break
+        else:  # an update, on which the end waits
+            names.add(other.name)
+    return computes
 
 
 def _kind(instruction: hlo.Instruction) -> Kind | None:

@@ -24,7 +24,7 @@ class Faults:
     Attributes:
       scores: with a result [.., t, t] of more than t^2 entries.
       table_slices: that move a whole table out of, or a whole gradient into, the layer stack.
-      table_reductions: that reduce an array as large as a table, inside the layer loop.
+      table_reductions: that reduce a table's gradient over devices, inside the layer loop.
       rematerialised_sorts: sorts, or calls of a top-k, in rematerialised code.
       rematerialised_kernels: calls of kernels there.
     """
@@ -70,7 +70,7 @@ def find(text: str, *, sequence_length: int, table: tuple[int, int] | None) -> F
     def reduces_tables(part: workload.Part) -> bool:
         inside = _with_fused(program, part.computation, part.instruction)
         return "layers" in scopes(part.context) and any(
-            math.prod(array.shape) >= size
+            rows in array.shape and math.prod(array.shape) >= size
             for computation, one in inside
             if one.opcode.removesuffix("-start") in _REDUCTIONS
             for array in program.operand_types(computation, one.operands)
