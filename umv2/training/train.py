@@ -86,8 +86,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = jnp.maximum(batch.weights.sum(), 1.0)
         masters = sharding.defer_gradient_reduction(state.store)
-        # Once a step, not in every microbatch.
-        copy = read_copy(state.store, config.model)
+        with jax.named_scope("accumulation"):  # once a step, not in every microbatch
+            copy = read_copy(state.store, config.model)
 
         def gradients_of(batch: Batch) -> tuple[Array, ModelStats, Any, TableGradient]:
             trained = (state.params, masters)

@@ -27,7 +27,7 @@ SCOPES = {
     "experts": "experts",
     "head": "head and loss",
     "layers": "slices of the layer stack",
-    "accumulation": "accumulation",
+    "accumulation": "accumulation, copies of tables",
     "optimizer": "optimizer",
 }
 OTHER = "other"
