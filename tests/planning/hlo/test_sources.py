@@ -93,6 +93,29 @@ def test_instructions_without_metadata_take_the_source_of_what_they_touch() -> N
     }
 
 
+def test_a_fusion_of_a_kernel_and_its_slices_is_of_the_source_of_the_kernel() -> None:
+    text = """HloModule m
+
+%fused () -> () {
+  %p = f32[4,10]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,10]{1,0} custom-call(%i), custom_call_target="mosaic_gpu_v2",\
+ metadata={op_name="transpose(jvp(memory))/table_gradient/mpmd_map"}
+  ROOT %d = f32[4,10]{1,0} dynamic-update-slice(%p, %row, %i, %zero)
+}
+
+ENTRY %main () -> () {
+  %stack = f32[4,10]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  ROOT %f = f32[4,10]{1,0} fusion(%stack, %i.1), kind=kCustom, calls=%fused,\
+ metadata={op_name="transpose(jvp(layers))/while/body/dynamic_update_slice"}
+}
+"""
+    (work,) = workload.read(text).sources
+    assert (work.source, work.bytes) == ("table gradient", {"backward": 4 * 10 + 4})
+
+
 def test_the_breakdown_adds_up() -> None:
     work = workload.read(PROGRAM)
     assert sum(source.total_bytes for source in work.sources) == work.bytes

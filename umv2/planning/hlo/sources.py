@@ -1,9 +1,9 @@
 """Which part of a training step an instruction comes from, by the scopes in its metadata.
 
 The model names its parts by `jax.named_scope`; the innermost name in `SCOPES` counts. A fusion
-belongs to the part of its root or, if that has no metadata, to the most frequent one inside. An
-instruction without metadata, such as a copy, belongs to that of its operands, else of its users,
-else of the loop around it.
+belongs to the part of a kernel in it, else of its root or, if that has no metadata, to the most
+frequent one inside. An instruction without metadata, such as a copy, belongs to the part of its
+operands, else of its users, else of the loop around it.
 """
 
 import collections
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from umv2.planning import hlo
+from umv2.planning.hlo import custom_calls
 
 # The part of the step that each scope marks.
 SCOPES = {
@@ -105,11 +106,14 @@ class Sources:
         key = computation.name, instruction.name
         if key not in self._own:
             found = source(instruction.op_name)
-            if not found and instruction.opcode in hlo.FUSIONS:
+            if instruction.opcode in hlo.FUSIONS:
                 (called,) = self._program.called(instruction)
-                inside = [self._of_itself(called, one) for one in called.instructions.values()]
-                most = collections.Counter(one for one in inside if one).most_common(1)
-                found = most[0][0] if most else None
+                inside = called.instructions.values()
+                kernels = [one for one in inside if custom_calls.is_kernel(one)]
+                if kernels or not found:
+                    fused = (self._of_itself(called, one) for one in kernels or inside)
+                    most = collections.Counter(filter(None, fused)).most_common(1)
+                    found = most[0][0] if most else found
             self._own[key] = found
         return self._own[key]
 
