@@ -23,7 +23,8 @@ class Faults:
 
     Attributes:
       scores: with a result [.., t, t] of more than t^2 entries.
-      table_slices: that move a whole table out of, or a whole gradient into, the layer stack.
+      table_slices: that move a whole table out of, or a whole gradient into, the layer stack, inside
+        the layer loop.
       table_reductions: that reduce a table's gradient over devices, inside the layer loop.
       rematerialised_sorts: sorts, or calls of a top-k, in rematerialised code.
       rematerialised_kernels: calls of kernels there.
@@ -55,6 +56,9 @@ def find(text: str, *, sequence_length: int, table: tuple[int, int] | None) -> F
         found = [part.instruction for part in parts if condition(part)]
         return tuple(f"{instruction.name}: {instruction.type}" for instruction in found)
 
+    def in_layers(part: workload.Part) -> bool:
+        return "layers" in scopes(part.context)
+
     def has_scores(part: workload.Part) -> bool:
         return any(
             array.shape.count(sequence_length) >= 2 and math.prod(array.shape) > sequence_length**2
@@ -65,11 +69,12 @@ def find(text: str, *, sequence_length: int, table: tuple[int, int] | None) -> F
         arrays = hlo.array_types(part.instruction.type)
         moves_table = part.bytes.unpadded >= part.times * size * _MIN_ENTRY_BYTES
         of_table = any(rows in array.shape for array in arrays)
-        return part.source.name == SCOPES["layers"] and moves_table and of_table
+        of_stack = part.source.name == SCOPES["layers"] and in_layers(part)
+        return of_stack and moves_table and of_table
 
     def reduces_tables(part: workload.Part) -> bool:
         inside = _with_fused(program, part.computation, part.instruction)
-        return "layers" in scopes(part.context) and any(
+        return in_layers(part) and any(
             rows in array.shape and math.prod(array.shape) >= size
             for computation, one in inside
             if one.opcode.removesuffix("-start") in _REDUCTIONS
