@@ -21,7 +21,7 @@ the dtype of the table. A row-sparse gradient works the same way, with rows numb
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,13 +94,6 @@ def _factor_bytes(num_factors: int, sublanes: int) -> int:
     return 4 * num_factors * sublanes * _LANES
 
 
-def too_many_tokens(num_tokens: int) -> tuple[bool, str]:
-    """Whether the factors of this many tokens do not fit VMEM, and the reason in words."""
-    needed = _factor_bytes(num_tokens, 1)
-    reason = f"{num_tokens} tokens need {needed} bytes of VMEM, only {_FACTOR_BYTES} are available"
-    return needed > _FACTOR_BYTES, reason
-
-
 def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
     """Returns why this implementation does not support these shapes and dtypes, or None."""
     known = call.dtype in (jnp.float32, jnp.bfloat16)
@@ -113,15 +106,14 @@ def unsupported_reason(call: TableGradientCall, platform: str) -> str | None:
         (not known, f"the gradient must be float32 or bfloat16, dtype is {call.dtype}"),
         (call.num_values == 0 or call.factors.shape[1] == 0, "the table is empty"),
         (0 in call.indices.shape, f"indices is empty, {call.indices.shape}"),
-        too_many_tokens(call.indices.shape[0]),
     ]
     return next((reason for holds, reason in reasons if holds), None)
 
 
 def forward(call: TableGradientCall) -> Float[Array, "num_values dim"]:
     """Computes the dense gradient."""
-    ids, tokens, (weights,) = _sort_selections(call.indices, [call.term])
-    return sum_by_row(ids, tokens, weights, call.factors, call.num_values, call.dtype)
+    table = jax.ShapeDtypeStruct((call.num_values, call.factors.shape[1]), call.dtype)
+    return dense_gradients([table], call.indices, [call.term])[0]
 
 
 def rows(call: TableGradientCall, max_rows: int) -> TableRows:
@@ -135,11 +127,16 @@ def dense_gradients(
     terms: list[Term],
 ) -> list[Array]:
     """Computes the dense gradient of each table, in its dtype; sorts the selections once."""
-    ids, tokens, weights = _sort_selections(indices, terms)
-    return [
-        sum_by_row(ids, tokens, columns, term.factors, table.shape[0], table.dtype)
-        for columns, term, table in zip(weights, terms, tables, strict=True)
-    ]
+
+    def sums(indices: Array, terms: list[Term], dtypes: Sequence[DTypeLike]) -> list[Array]:
+        ids, tokens, weights = _sort_selections(indices, terms)
+        parts = zip(weights, terms, tables, dtypes, strict=True)
+        return [
+            sum_by_row(ids, tokens, columns, term.factors, table.shape[0], dtype)
+            for columns, term, table, dtype in parts
+        ]
+
+    return _sum_over_parts(sums, indices, terms, [table.dtype for table in tables])
 
 
 def row_sparse_gradients(
@@ -148,15 +145,55 @@ def row_sparse_gradients(
     max_rows: int,
     terms: list[Term],
 ) -> list[TableRows]:
-    """Computes the row-sparse gradient of each table, in float32; sorts the selections once."""
-    ids, tokens, weights = _sort_selections(indices, terms)
-    rows = number_ids(ids)
-    sums = [
-        sum_by_row(rows, tokens, columns, term.factors, max_rows, jnp.float32)
-        for columns, term in zip(weights, terms, strict=True)
-    ]
-    ids, num_rows = unique_ids(ids, num_values, max_rows)
-    return [TableRows(ids, num_rows, x) for x in sums]
+    """Computes the row-sparse gradient of each table, in float32."""
+    unique, num_rows = unique_ids(jnp.sort(indices.reshape(-1)), num_values, max_rows)
+    num_selections = indices.size
+
+    def sums(indices: Array, terms: list[Term], dtypes: Sequence[DTypeLike]) -> list[Array]:
+        ids, tokens, weights = _sort_selections(indices, terms)
+        if ids.size == num_selections:
+            rows = number_ids(ids)
+        else:  # ids beyond the capacity are larger than all of `unique`, and get row `max_rows`
+            rows = jnp.searchsorted(unique, ids, method="sort").astype(jnp.int32)
+        return [
+            sum_by_row(rows, tokens, columns, term.factors, max_rows, dtype)
+            for columns, term, dtype in zip(weights, terms, dtypes, strict=True)
+        ]
+
+    summed = _sum_over_parts(sums, indices, terms, [jnp.dtype(jnp.float32)] * len(terms))
+    return [TableRows(unique, num_rows, x) for x in summed]
+
+
+def _sum_over_parts(
+    sums: Callable[[Array, list[Term], Sequence[DTypeLike]], list[Array]],
+    indices: Int32[Array, "num_tokens num_selected"],
+    terms: list[Term],
+    dtypes: Sequence[DTypeLike],
+) -> list[Array]:
+    """Adds the sums of parts of the tokens, so few that their factors fit VMEM, in float32."""
+    num_tokens = indices.shape[0]
+    num_parts = pl.cdiv(_factor_bytes(num_tokens, 1), _FACTOR_BYTES)
+    if num_parts == 1:
+        return sums(indices, terms, dtypes)
+
+    def split(array: Array) -> Array:
+        """Splits tokens into parts; those that fill up the last one have weights of zero."""
+        missing = -num_tokens % num_parts
+        padded = jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
+        return padded.reshape(num_parts, -1, *array.shape[1:])
+
+    wide = [jnp.dtype(jnp.float32)] * len(dtypes)
+
+    def add(total: list[Array], part: tuple[Array, list[Term]]) -> tuple[list[Array], None]:
+        indices, terms = part
+        return jax.tree.map(jnp.add, total, sums(indices, terms, wide)), None
+
+    parts = jax.tree.map(split, (indices, terms))
+    first, first_terms = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda: sums(first, first_terms, wide))
+    zeros = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    total, _ = lax.scan(add, match_vma(zeros, parts), parts)
+    return [array.astype(dtype) for array, dtype in zip(total, dtypes, strict=True)]
 
 
 def _sort_selections(indices: Array, terms: list[Term]) -> tuple[Array, Array, list[list[Array]]]:

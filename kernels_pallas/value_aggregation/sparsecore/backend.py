@@ -53,7 +53,6 @@ from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float
 from kernels_pallas.table_gradient.call import Term
 from kernels_pallas.table_gradient.tpu import backend as table_gradient_tpu
-from kernels_pallas.table_gradient.tpu.backend import too_many_tokens
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.call import AggregationCall, RowGradients, TokenGradients
 from kernels_pallas.value_aggregation.sparsecore import arithmetic, pipeline
@@ -68,7 +67,6 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
         (call.slots is not None, f"slots are not implemented (num_slots = {call.num_slots})"),
         (call.dtype != jnp.float32, "it accumulates in float32, not in float64"),
         (0 in call.indices.shape, f"indices is empty, {call.indices.shape}"),
-        too_many_tokens(call.indices.shape[0]),
         (
             kind is None,
             "the chip is unknown, which determines the numbers of SparseCores and lanes: compile "

@@ -36,7 +36,6 @@ from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float
 from kernels_pallas.table_gradient.call import Term
 from kernels_pallas.table_gradient.tpu import backend as table_gradient_tpu
-from kernels_pallas.table_gradient.tpu.backend import too_many_tokens
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.call import AggregationCall, RowGradients, TokenGradients
 from kernels_pallas.value_aggregation.tpu.blocks import (
@@ -69,7 +68,6 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
         reasons.append((odd, f"bfloat16 rows are fetched in pairs, {name} has {table.shape[0]}"))
         reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
     reasons.append((0 in call.indices.shape, f"indices is empty, {call.indices.shape}"))
-    reasons.append(too_many_tokens(call.indices.shape[0]))
     smem_bytes = 2 * 4 * num_selected * _LANES
     needed_vmem = vmem_bytes(heuristic(call, _LANES), call, _LANES)
     for memory, needed, available in (

@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from kernels_pallas import RowGradients, value_aggregation, value_aggregation_row_gradients
-from kernels_pallas.dispatch import UnsupportedError
+from kernels_pallas import RowGradients, value_aggregation_row_gradients
+from kernels_pallas.table_gradient.call import Term
 from kernels_pallas.table_gradient.tpu import backend as table_gradient_tpu
 from kernels_pallas.table_gradient.tpu.backend import Blocks, heuristic, sum_by_row
 from kernels_pallas.value_aggregation.reference import Activation, value_aggregation_reference
@@ -396,11 +396,35 @@ def test_column_groups_are_as_wide_as_their_factors_fit(
     assert heuristic(num_tokens, dim).sublanes == sublanes
 
 
-def test_too_many_tokens_are_unsupported() -> None:
-    inputs = make_inputs(num_tokens=81_921, num_selected=1)
-    reason = "81921 tokens need 41943552 bytes of VMEM, only 41943040 are available"
-    with pytest.raises(UnsupportedError, match=reason):
-        jax.eval_shape(lambda: value_aggregation(**inputs, **ON_TPU))
+@pytest.mark.usefixtures("interpreter")
+def test_factors_that_do_not_fit_vmem_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    indices = jnp.asarray(rng.integers(0, 40, (50, 3)), jnp.int32)
+    weights = jnp.asarray(rng.normal(size=(50, 3, 2)), jnp.float32)
+    terms = [Term(weights, jnp.asarray(rng.normal(size=(50, 24)), jnp.float32))]
+    tables = [jax.ShapeDtypeStruct((40, 24), jnp.bfloat16)]
+
+    def sums() -> tuple[list[jax.Array], list[Any], str]:
+        traced = jax.make_jaxpr(
+            lambda: table_gradient_tpu.dense_gradients(tables, indices, terms)
+        )()
+        sparse = table_gradient_tpu.row_sparse_gradients(indices, 40, 30, terms)
+        return table_gradient_tpu.dense_gradients(tables, indices, terms), sparse, str(traced)
+
+    dense, sparse, program = sums()
+    monkeypatch.setattr(
+        table_gradient_tpu, "_FACTOR_BYTES", 20 * 4 * 128
+    )  # three parts of 17 tokens
+    parts_dense, parts_sparse, parts_program = sums()
+    assert ("f32[3,17,24]" in parts_program) and ("f32[3,17,24]" not in program)
+    np.testing.assert_allclose(
+        parts_dense[0].astype(jnp.float32), dense[0].astype(jnp.float32), rtol=2**-7
+    )
+    assert parts_dense[0].dtype == dense[0].dtype
+    for got, want in zip(parts_sparse, sparse, strict=True):
+        np.testing.assert_array_equal(got.ids, want.ids)
+        assert got.num_rows == want.num_rows > 30
+        np.testing.assert_allclose(got.rows, want.rows, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from umv2 import sharding
@@ -46,8 +47,8 @@ class ValueStore:
 class TrainedStore:
     """The value tables during training.
 
-    Layers read `copy`, which is the same for all microbatches of a step and may be in a narrower
-    dtype; `masters` get the gradients.
+    Layers read `copy` (see `read_copy`), which is the same for all microbatches of a step and may
+    be in a narrower dtype; `masters` get the gradients.
     """
 
     masters: ValueStore
@@ -55,10 +56,26 @@ class TrainedStore:
 
 
 def read_copy(store: ValueStore | None, config: ModelConfig) -> ValueStore | None:
-    """Returns what layers read of the trained tables: a narrow copy, or the tables themselves."""
-    if config.memory.read_dtype == "float32":
-        return store
-    return jax.tree.map(lambda table: table.astype(config.compute_dtype), store)
+    """Returns what layers read of the trained tables: each device's rows of all tables, as one.
+
+    TPUs pad the rows of each table to whole tiles. There, joining the tables is a copy, which would
+    be made again in every layer.
+
+    Returns:
+      A store of a single table, [1, l n, v] in all, in the dtype of `memory.read_dtype`. It is
+      sharded like the tables, so a device has its rows of all tables, whatever their global order.
+    """
+
+    def joined(table: Array) -> Array:
+        if config.memory.read_dtype == "compute":
+            table = table.astype(config.compute_dtype)
+        return table.reshape(1, -1, table.shape[-1])
+
+    def copy(table: Array) -> Array:
+        specs = (None, *sharding.spec(table)[-2:]) if sharding.on_mesh() else ()
+        return sharding.shard_map(joined, table, out_specs=PartitionSpec(*specs))
+
+    return jax.tree.map(copy, store)
 
 
 @struct

@@ -23,8 +23,8 @@ class Faults:
 
     Attributes:
       scores: with a result [.., t, t] of more than t^2 entries.
-      table_slices: that move a whole table out of, or a whole gradient into, the layer stack, inside
-        the layer loop.
+      table_slices: that move a whole table out of, or a whole gradient into, the layer stack,
+        inside the layer loop.
       table_reductions: that reduce a table's gradient over devices, inside the layer loop.
       rematerialised_sorts: sorts, or calls of a top-k, in rematerialised code.
       rematerialised_kernels: calls of kernels there.

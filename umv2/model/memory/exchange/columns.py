@@ -69,7 +69,7 @@ def pool_columns(
         trained: dict[str, Any] = {}
         if masters is not None and masters.pre_values is not None:
             trained["master"] = flat(masters.pre_values)
-            trained["first_master"] = masters.first_table * pre_values.shape[1]
+            trained["first_master"] = masters.first_table * masters.pre_values.shape[1]
         with jax.named_scope("value_aggregation"):
             partial = kernels.row_products(
                 flat(pre_values),

@@ -25,7 +25,7 @@ class Options(NamedTuple):
 
 
 class Masters(NamedTuple):
-    """The trained tables that the tables of a call are a copy of.
+    """The trained tables that the tables of a call are a copy of, which may join them to one.
 
     They are not read, and get the gradients; the copies get none.
 
@@ -68,7 +68,7 @@ def pool(
     trained: dict[str, Any] = {}
     if masters is not None:
         trained["master_values"] = flat(masters.values)
-        trained["first_master"] = masters.first_table * values.shape[1]
+        trained["first_master"] = masters.first_table * masters.values.shape[1]
         if pre_values is not None and masters.pre_values is not None:
             trained["master_pre_values"] = flat(masters.pre_values)
     return kernels.value_aggregation(

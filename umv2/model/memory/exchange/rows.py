@@ -238,7 +238,8 @@ def pool_rows(
     """Pools the rows selected by this device's tokens, on the devices that own them."""
     num_tokens, top_m, _ = weights.shape
     sizes = groups(num_tokens, top_m, options.num_slots, lax.axis_size(options.axis))
-    own_rows, num_slots = values.shape[1], options.num_slots
+    own_rows = (values if masters is None else masters.values).shape[1]
+    num_slots = options.num_slots
     routing = keep(route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis))
     if pre_inputs is not None:
         pre_inputs = pre_inputs.astype(options.dtype)
