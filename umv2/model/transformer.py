@@ -152,8 +152,10 @@ class Transformer(nnx.Module):
         with jax.named_scope("embedding"):
             x = sharding.lookup(self.embedding[...], tokens).astype(config.compute_dtype)
         output = stack(x, cache)
+        with jax.named_scope("head"):
+            x = self.final_norm(output.x)
         return HiddenStates(
-            x=self.final_norm(output.x),
+            x=x,
             stats=ModelStats(feed_forward=output.feed_forward, memory=output.memory),
             cache=None if cache is None else tuple(output.caches),
         )
