@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from configs import paper_1b_7b, paper_227m_1b2
@@ -30,8 +29,10 @@ _MODELS = {"227m_1b2": (paper_227m_1b2, 8), "1b_7b": (paper_1b_7b, 64)}  # and n
 _NUM_TOKENS = 4096
 
 
-def draw(probabilities: np.ndarray, num_tokens: int, top_m: int) -> np.ndarray:
-    """Draws the rows of each token without replacement, [num_tokens, top_m]."""
+def draw(probabilities: Any, num_tokens: int, top_m: int) -> Any:
+    """Draws the rows of each token without replacement: an array [num_tokens, top_m]."""
+    import numpy as np
+
     random = np.random.default_rng(0)
     cumulative = np.cumsum(probabilities)
     cumulative /= cumulative[-1]
@@ -47,14 +48,16 @@ def draw(probabilities: np.ndarray, num_tokens: int, top_m: int) -> np.ndarray:
     return tokens
 
 
-def group_load(rows: np.ndarray, num_rows: int, num_owners: int) -> tuple[float, int]:
+def group_load(rows: Any, num_rows: int, num_owners: int) -> tuple[float, int]:
     """Returns the groups of the fullest owner over the mean, and the number of rounds.
 
     Args:
-      rows: rows that each token selects.
+      rows: array [t, k] of the rows that each token selects.
       num_rows: rows of the table, of which each owner has an equal number in succession.
       num_owners: devices that own rows.
     """
+    import numpy as np
+
     from umv2.model.memory.exchange import groups
 
     sizes = groups(*rows.shape, 1, num_owners)
@@ -65,13 +68,16 @@ def group_load(rows: np.ndarray, num_rows: int, num_owners: int) -> tuple[float,
     return float(sent.max() / sent.mean()), 1 + -(-rest // sizes.later)
 
 
-def effective_rows(hits: np.ndarray) -> float:
+def effective_rows(hits: Any) -> float:
     """Returns (sum h)^2 / (N sum h^2): the fraction of rows, if those in use were equally so."""
-    return float(hits.sum() ** 2 / np.sum(np.square(hits, dtype=float)) / len(hits))
+    hits = hits.astype(float)
+    return float(hits.sum() ** 2 / (hits**2).sum() / len(hits))
 
 
 def zipf_records() -> Iterator[dict[str, Any]]:
     """Yields the load if row i is drawn with probability proportional to i^-exponent."""
+    import numpy as np
+
     for name, (module, num_owners) in _MODELS.items():
         memory = module.get_config().model.memory
         num_rows = memory.num_keys**2
@@ -115,15 +121,16 @@ def run_records(workdir: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def _load(hits: np.ndarray, num_owners: int) -> float:
+def _load(hits: Any, num_owners: int) -> float:
     """Returns the hits of the fullest of equal parts over their mean."""
     owned = hits.reshape(num_owners, -1).sum(axis=1)
     return float(owned.max() / owned.mean())
 
 
-def _hits(workdir: Path) -> tuple[np.ndarray, np.ndarray]:
+def _hits(workdir: Path) -> tuple[Any, Any]:
     """Returns the hits of each layer's rows on held-out text, and its shuffle."""
     import jax
+    import numpy as np
 
     from umv2 import sharding
     from umv2.config import files as config_files
