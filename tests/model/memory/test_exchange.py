@@ -272,6 +272,21 @@ def test_floating_point_arrays_are_exchanged_in_the_compute_dtype(layout: exchan
     assert {dtype for _, dtype in exchanged} - {"ui8"} == {"bf16", "i32"}  # slots are bytes
 
 
+def test_only_the_gradients_of_tables_are_scattered_into() -> None:
+    # Groups are sent and summed by gathers, in both directions.
+    floats, integers = _arrays(num_tokens=16, num_cores=2, num_slots=2)
+    mesh = _mesh(4)
+    pool = _on_devices(functools.partial(_pool, "rows", num_slots=2))
+    arguments = _place("rows", mesh, floats), _place("rows", mesh, integers)
+    with jax.set_mesh(mesh):
+        grad = jax.jit(jax.grad(lambda floats, integers: jnp.sum(jnp.sin(pool(floats, integers)))))
+        text = grad.lower(*arguments).as_text()
+    scatters = r'"stablehlo\.scatter".*?\) -> tensor<([\dx]*)xf32>'
+    own_rows = _NUM_TABLES * _NUM_ROWS // 4
+    tables = {f"{own_rows}x{_VALUE_DIM}", f"{own_rows}x{_PRE_VALUE_DIM}"}
+    assert set(re.findall(scatters, text, re.DOTALL)) == tables
+
+
 # --- sizes ---
 
 
