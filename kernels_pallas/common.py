@@ -1,6 +1,7 @@
 """Helpers of all operators: chunks of tokens, manual axes of `shard_map`, argument checks."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -53,6 +54,30 @@ def accumulation_dtype(*arrays: Array | jax.ShapeDtypeStruct | None) -> jnp.dtyp
 def padded(size: int, multiple: int) -> int:
     """Rounds `size` up to a multiple."""
     return -(-size // multiple) * multiple
+
+
+def tiled_bytes(*arrays: Any) -> int:
+    """Bytes of row-major arrays in the HBM of a TPU, padded to XLA's tiles: 8 rows of 128 columns.
+
+    Arrays with fewer rows have shorter tiles. A vector has tiles of 128 to 1024 elements.
+    """
+
+    def power_of_two(size: int, least: int, most: int) -> int:
+        return min(most, max(least, 1 << (size - 1).bit_length()))
+
+    total = 0
+    for array in arrays:
+        itemsize = jnp.dtype(array.dtype).itemsize
+        shape = array.shape
+        if len(shape) < 2:
+            elements = padded(array.size, power_of_two(array.size, 128, 1024))
+        else:
+            # Rows of narrower dtypes are packed into 32-bit words.
+            tile_rows = power_of_two(shape[-2], max(1, 4 // itemsize), 8)
+            elements = padded(shape[-2], tile_rows) * padded(shape[-1], 128)
+            elements *= math.prod(shape[:-2])
+        total += elements * itemsize
+    return total
 
 
 def add_up(terms: Iterable[Array]) -> Array:

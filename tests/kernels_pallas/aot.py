@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,18 @@ def run_cases(script: str, *cases: dict[str, Any], compiler: Compiler = "tpu") -
         )
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout)
+
+
+def declared_costs(text: str) -> list[tuple[int, int, int]]:
+    """FLOPs, transcendentals and bytes of each custom kernel of a compiled program.
+
+    They are JSON, in the `backend_config` of a TPU kernel, and escaped in that of a Mosaic GPU
+    kernel; in its `frontend_attributes` in jax 0.11.
+    """
+    declared = r'cost_estimate(?:_json)?"? ?[:=] ?"?({[^{}]*})'
+    costs = map(json.loads, re.findall(declared, text.replace(r"\22", '"')))
+    names = ("flops", "transcendentals", "bytes_accessed")
+    return [tuple(int(cost[name]) for name in names) for cost in costs]  # type: ignore[misc]
 
 
 def _installed(module: str) -> bool:

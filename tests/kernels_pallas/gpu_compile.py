@@ -1,9 +1,9 @@
 """Compiles an operator for an H200 that is not attached: python gpu_compile.py CASES
 
 CASES is a JSON list of cases. For each, it prints as JSON the bytes of temporaries and arguments,
-and for its Mosaic GPU kernels by name the registers and spilled bytes per thread, as reported by
-ptxas (the maximum over kernels of the same name). Compilation is complete, down to machine code for
-sm_90a. A case has
+the costs that its Mosaic GPU kernels declare, and by name their registers and spilled bytes per
+thread, as reported by ptxas (the maximum over kernels of the same name). Compilation is complete,
+down to machine code for sm_90a. A case has
 
     operator        "value_aggregation", "product_key_top_k" or "row_products"
     arguments       for each argument its [shape, dtype], or null
@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.kernels_pallas.aot import declared_costs
 from umv2.planning.topology import H200
 
 NUM_DEVICES = 4
@@ -126,6 +127,7 @@ def main() -> None:
             {
                 "temporaries": memory.temp_size_in_bytes,
                 "arguments": memory.argument_size_in_bytes,
+                "costs": declared_costs(text),
                 "kernels": {
                     name: report for name, report in known.items() if f"{name}_mosaic_gpu" in text
                 },

@@ -27,6 +27,7 @@ from jax.sharding import (
 from kernels_pallas.value_aggregation import value_aggregation
 from kernels_pallas.value_aggregation.call import AggregationCall
 from kernels_pallas.value_aggregation.sparsecore import backend as pallas_sparsecore
+from tests.kernels_pallas.aot import declared_costs
 from tests.kernels_pallas.tpu_compile import TABLES
 from tests.kernels_pallas.tpu_compile import arguments as natural_arguments
 
@@ -166,6 +167,7 @@ def main() -> None:
             {
                 "temporaries": memory.temp_size_in_bytes,
                 "arguments": memory.argument_size_in_bytes,
+                "costs": declared_costs(text),
                 "kernels": [name for name in KERNELS if name in text],
                 "products_meanwhile": has_products_meanwhile(text),
             }

@@ -1,8 +1,8 @@
 """Runs the SparseCore kernels of value aggregation on CPU.
 
-JAX's interpreter lacks five things that the kernels use, which are replaced here: indirect streams
+JAX's interpreter lacks six things that the kernels use, which are replaced here: indirect streams
 (by the copies of single rows that the kernels use for padded rows), streams without a semaphore at
-their destination, parallel loops, SparseCore meshes, and the chip.
+their destination, parallel loops, SparseCore meshes, the chip and, on jax 0.11, bitcasts.
 """
 
 import contextlib
@@ -10,22 +10,27 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from unittest import mock
 
-from jax import lax
+from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import tpu_sc as plsc
 
-from kernels_pallas import tuned
+from kernels_pallas import compat, tuned
 from kernels_pallas.value_aggregation.sparsecore import arithmetic as sparsecore_arithmetic
 from kernels_pallas.value_aggregation.sparsecore import pipeline as sparsecore_pipeline
 
 NUM_SUBCORES = 2
 
+_has_parameter = compat.has_parameter
 
-class Push:
-    """A stream with a semaphore only at its destination."""
 
-    def __init__(self, result: Any, row: Any, sent: Any) -> None:
-        copy = pltpu.make_async_copy(result, row, sent)
-        self.start, self.wait, self.wait_read = copy.start, copy.wait, copy.wait
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Makes `compat.Push` use the semaphore at its destination, as on jax 0.11."""
+    return name != "src_sem" and _has_parameter(function, name)
+
+
+def bitcast(x: Array, dtype: Any) -> Array:
+    """`plsc.bitcast` of pairs of columns, which jax 0.11 uses."""
+    return lax.bitcast_convert_type(x.reshape(-1, 2), dtype)
 
 
 def in_order(count: Any, body: Callable[[Any], None]) -> None:
@@ -50,7 +55,6 @@ def interpreted_sparsecore(
         "subcores": lambda chip: mesh,
         "this_subcore": lambda: lax.axis_index("subcore"),
         "IndirectStream": sparsecore_pipeline.RowCopies,
-        "push": Push,
     }
     params = pltpu.InterpretParams(
         dma_execution_mode=copies, detect_races=True, uninitialized_memory="nan"
@@ -59,6 +63,8 @@ def interpreted_sparsecore(
     with (
         mock.patch.multiple(sparsecore_pipeline, **doubles),
         mock.patch.multiple(sparsecore_arithmetic, **arithmetic),
+        mock.patch.object(compat, "has_parameter", has_parameter),
+        mock.patch.object(plsc, "bitcast", bitcast),
         mock.patch.object(tuned, "device_kind", lambda platform: "an emulated chip"),
         pltpu.force_tpu_interpret_mode(params),
     ):

@@ -1,6 +1,7 @@
 """Compiles value aggregation for TPUs that are not attached: python tpu_compile.py CASES
 
-CASES is a JSON list of cases; prints the bytes of temporaries and arguments of each as JSON.
+CASES is a JSON list of cases; prints the bytes of temporaries and arguments of each, and the costs
+that its kernels declare, as JSON.
 `aot.py` runs this in a separate process, because only one process at a time can use libtpu.
 """
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from kernels_pallas import row_products
 from kernels_pallas.value_aggregation import value_aggregation
+from tests.kernels_pallas.aot import declared_costs
 
 TABLES = ("values", "pre_values")
 
@@ -116,6 +118,7 @@ def main() -> None:
             {
                 "temporaries": memory.temp_size_in_bytes,
                 "arguments": memory.argument_size_in_bytes,
+                "costs": declared_costs(program.as_text()),
                 "kernels": [
                     name
                     for name in ("value_aggregation_forward", "value_aggregation_backward")

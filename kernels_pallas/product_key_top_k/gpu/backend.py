@@ -44,10 +44,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.array_types import Array
 from kernels_pallas.common import match_vma, padded
+from kernels_pallas.compat import barrier_arrive_and_wait, gpu_kernel
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.call import TopK, TopKCall
 from kernels_pallas.product_key_top_k.gpu.keys import key_scores, shortlist
-from kernels_pallas.product_key_top_k.gpu.memory import Blocks, Plan, Scratch
+from kernels_pallas.product_key_top_k.gpu.memory import BLOCK_KEYS, Blocks, Plan, Scratch
 from kernels_pallas.product_key_top_k.gpu.pairs import Grid, select_pairs, write_results
 from kernels_pallas.product_key_top_k.gpu.select import LANES, TOKENS
 
@@ -152,7 +153,7 @@ def _launch(plan: Plan, blocks: Blocks, call: TopKCall) -> TopK:
     if plan.with_chosen:
         shape = (num_tokens, 2, plan.num_heads, plan.rank, plan.top_m)
         results["chosen"] = (shape, jnp.float32)
-    launch = plgpu.kernel(
+    launch = gpu_kernel(
         functools.partial(_product_key_top_k_kernel, plan, blocks),
         kernel_name="product_key_top_k_forward",
         out_type=[jax.ShapeDtypeStruct(*described) for described in results.values()],
@@ -164,7 +165,7 @@ def _launch(plan: Plan, blocks: Blocks, call: TopKCall) -> TopK:
         num_threads=blocks.groups,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        cost_estimate=_cost(plan, query, num_tokens // blocks.tokens),
+        cost_estimate=_cost(plan, blocks, num_tokens, operands, list(results.values())),
     )
     arrays = custom_batching.sequential_vmap(launch)(*operands)
     # Mosaic GPU drops the manual axes of `shard_map` over which its arguments vary.
@@ -185,26 +186,33 @@ def _product_key_top_k_kernel(plan: Plan, blocks: Blocks, *refs: Any) -> None:
 
     for side in range(2):
         key_scores(plan, blocks, side, head, tile * blocks.tokens, group, query, keys, scratch)
-        plgpu.barrier_arrive_and_wait(scratch.together)
+        barrier_arrive_and_wait(scratch.together)
         shortlist(plan, blocks, side, head, weights, local)
         # The next side, and then the candidate pairs, overwrite these scores.
-        plgpu.barrier_arrive_and_wait(scratch.together)
+        barrier_arrive_and_wait(scratch.together)
     core = [[summed_core[head, a, b] for b in range(plan.rank)] for a in range(plan.rank)]
     select_pairs(plan, blocks, Grid(plan, core, local), places, local)
     first_token = tile * blocks.tokens + group * TOKENS
     write_results(plan, head, pl.ds(first_token, TOKENS), cores, results, local)
 
 
-def _cost(plan: Plan, query: Array, num_tiles: int) -> pl.CostEstimate:
-    """FLOPs and bytes of the algorithm, for XLA's scheduler."""
-    key_products = 2 * plan.rank * plan.num_keys * plan.key_dim
-    pairs = plan.num_heads * plan.top_m
-    results = query.shape[3] * pairs * 4 * (1 + max(1, plan.num_cores) + 2 * plan.rank)
-    read_keys = plan.num_heads * key_products * plan.dtype.itemsize
+def _cost(
+    plan: Plan, blocks: Blocks, num_tokens: int, operands: tuple[Array, ...], results: list[Any]
+) -> pl.CostEstimate:
+    """The FLOPs of the key products, and the bytes that reach shared memory.
+
+    A cluster reads all keys once. A thread block reads its queries again with each block of keys.
+    """
+    tiles = plan.num_heads * num_tokens // blocks.tokens
+    row_bytes = plan.padded_dim * plan.dtype.itemsize
+    blocks_of_keys = 2 * plan.rank * plan.num_blocks  # that a tile multiplies
+    read = tiles * blocks_of_keys * row_bytes * (BLOCK_KEYS // blocks.cluster + blocks.tokens)
     return pl.CostEstimate(
-        flops=2 * query.shape[3] * plan.num_heads * key_products,
-        bytes_accessed=read_keys * num_tiles + query.nbytes + results,
+        flops=2 * plan.num_tokens * 2 * plan.num_heads * plan.rank * plan.num_keys * plan.key_dim,
         transcendentals=0,
+        bytes_accessed=read
+        + sum(x.nbytes for x in operands[2:])
+        + sum(4 * math.prod(shape) for shape, _ in results),
     )
 
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import add_up
+from kernels_pallas.compat import barrier_arrive_and_wait, gpu_store
 from kernels_pallas.product_key_top_k.gpu import select
 from kernels_pallas.product_key_top_k.gpu.memory import (
     BLOCK_KEYS,
@@ -65,7 +66,7 @@ def key_scores(
         if blocks.cluster > 1 and again:
             # Pallas ensures that all four warps have read a buffer before a copy overwrites it. The
             # cluster barrier ensures the same for the other thread blocks.
-            plgpu.barrier_arrive_and_wait(scratch.free.at[group * stages + slot])
+            barrier_arrive_and_wait(scratch.free.at[group * stages + slot])
         plgpu.copy_gmem_to_smem(
             keys.at[block_rows, columns],
             scratch.keys.at[group, slot],
@@ -76,7 +77,7 @@ def key_scores(
     if blocks.cluster > 1:
         # Copies also fill the buffers of the cluster's other thread blocks, which must be done with
         # the previous side.
-        plgpu.barrier_arrive_and_wait(scratch.begun.at[group])
+        barrier_arrive_and_wait(scratch.begun.at[group])
     for step in range(stages):
         pl.when(step < my_steps)(functools.partial(fetch, jnp.int32(step), again=False))
 
@@ -114,7 +115,7 @@ def _multiply_add(sums: Any, slot: Array, group: Array, scratch: Scratch) -> Non
     for i, part in enumerate(_parts(select.load(query), num_parts)):
         select.store(query_parts.at[i], part)
     for i, part in enumerate(_parts(plgpu.load(keys, layout=plgpu.Layout.WGMMA), num_parts)):
-        plgpu.store(key_part, part)
+        gpu_store(key_part, part)
         plgpu.commit_smem()
         for j in range(num_parts - i):
             plgpu.wgmma(sums, key_part, query_parts.at[j].T)

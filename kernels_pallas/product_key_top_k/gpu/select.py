@@ -23,6 +23,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.compat import gpu_store
+
 TOKENS, LANES = 4, 32  # tokens per warpgroup, lanes per warp
 
 # Row i in warp i, column j in lane j mod 32.
@@ -80,7 +82,7 @@ def load_for_all(ref: Any) -> Array:
 
 def store(ref: Any, value: Array) -> None:
     """Stores [4, 32] or [4]."""
-    plgpu.store(ref, value, optimized=False)
+    gpu_store(ref, value, optimized=False)
 
 
 def as_int(x: Array) -> Array:

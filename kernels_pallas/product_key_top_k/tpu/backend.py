@@ -50,7 +50,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array
-from kernels_pallas.common import add_up, check, padded
+from kernels_pallas.common import add_up, check, padded, tiled_bytes
 from kernels_pallas.product_key_top_k.call import TopK, TopKCall
 from kernels_pallas.product_key_top_k.tpu import backward as pallas_tpu_backward
 from kernels_pallas.product_key_top_k.tpu import select
@@ -246,7 +246,7 @@ class _Plan:
                 ),
                 vmem_limit_bytes=self.vmem_bytes,
             ),
-            cost_estimate=self._cost(query, keys),
+            cost_estimate=self._cost(query, keys, list(small.values())),
         )
         # Pallas cannot batch the scalars in SMEM, so vmap becomes a loop of calls.
         return tuple(custom_batching.sequential_vmap(launch)(*small.values(), *arrays.values()))
@@ -399,16 +399,17 @@ class _Plan:
             terms = [rows[a] * columns[b] * self._core(refs, head, a, b, core) for a, b in entries]
             write("scores", (core, 0), add_up(terms))
 
-    def _cost(self, query: Array, keys: Array) -> pl.CostEstimate:
-        tokens_keys = self.num_tokens * self.num_heads * 2 * self.rank * self.num_keys
+    def _cost(self, query: Array, keys: Array, small: list[Array]) -> pl.CostEstimate:
+        """The FLOPs of the key products; keys are read for each tile of tokens, queries by head."""
         token_tiles = pl.cdiv(self.num_tokens, self.tile_tokens)
-        written = sum(4 * math.prod(shape) for shape, _, _ in self.outputs.values())
+        query_reads = self.num_heads // self.query_heads
+        written = [jax.ShapeDtypeStruct(shape, dtype) for shape, _, dtype in self.outputs.values()]
         return pl.CostEstimate(
-            flops=2 * tokens_keys * self.key_dim,
+            flops=2 * self.num_tokens * math.prod(keys.shape),
             transcendentals=0,
-            bytes_accessed=written
-            + math.prod(query.shape) * query.dtype.itemsize
-            + token_tiles * math.prod(keys.shape) * keys.dtype.itemsize,
+            bytes_accessed=token_tiles * tiled_bytes(keys)
+            + query_reads * tiled_bytes(query)
+            + tiled_bytes(*small, *written),
         )
 
 

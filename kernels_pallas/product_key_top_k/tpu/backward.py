@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float, Int32
-from kernels_pallas.common import add_up, check, padded
+from kernels_pallas.common import add_up, check, padded, tiled_bytes
 from kernels_pallas.product_key_top_k.call import TopKCall
 
 _SUBLANES, _LANES = 8, 128
@@ -201,31 +201,41 @@ class _Plan:
 
         # Inside shard_map, results vary as the arguments do.
         axis_type = jax.typeof(query).manual_axis_type
-        flops = 4 * self.num_tokens * math.prod(keys.shape)
+        results = [
+            jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axis_type)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
         launch = pl.pallas_call(
             _product_key_top_k_backward_kernel,
             name="product_key_top_k_backward",
             grid=(self.num_heads, 2, self.rank // ranks, pl.cdiv(self.num_tokens, tokens)),
             in_specs=in_specs,
             out_specs=out_specs,
-            out_shape=[
-                jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axis_type)
-                for shape, dtype in zip(shapes, dtypes, strict=True)
-            ],
+            out_shape=results,
             scratch_shapes=[pltpu.VMEM(*buffer) for buffer in self.scratch.values()],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
                 vmem_limit_bytes=self.vmem_bytes,
             ),
-            cost_estimate=pl.CostEstimate(
-                flops=flops,
-                transcendentals=0,
-                bytes_accessed=8 * sum(math.prod(shape) for shape in shapes)
-                + 4 * self.rank * sum(x.size for x in (addresses, chosen, grads)),
-            ),
+            cost_estimate=self._cost(arrays, [*small.values(), *results]),
         )
         # Pallas cannot batch the scalars in SMEM, so vmap becomes a loop of calls.
         return tuple(custom_batching.sequential_vmap(launch)(*small.values(), *arrays.values()))
+
+    def _cost(self, arrays: dict[str, Array], others: list[Any]) -> pl.CostEstimate:
+        """The FLOPs of both matrix products of a key; others are read or written once."""
+        pairs = tiled_bytes(*(arrays[name] for name in ("addresses", "chosen", "scores_grad")))
+        # If all tokens fit a tile, the pairs of a head stay in VMEM for both sides and all ranks.
+        one_tile = self.num_tokens <= self.tile_tokens
+        pair_reads = 1 if one_tile else 2 * self.rank // self.step_ranks
+        query_reads = self.num_heads // self.query_heads
+        return pl.CostEstimate(
+            flops=4 * self.num_tokens * math.prod(arrays["keys"].shape),
+            transcendentals=0,
+            bytes_accessed=pair_reads * pairs
+            + query_reads * tiled_bytes(arrays["query"])
+            + tiled_bytes(arrays["keys"], *others),
+        )
 
     def _step(self, refs: dict[str, Any]) -> None:
         """Processes one tile of tokens, for a head, a side, and the ranks of the step."""

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float, Int32
 from kernels_pallas.common import accumulation_dtype, check, match_vma
+from kernels_pallas.compat import gpu_kernel
 from kernels_pallas.table_gradient.call import TableGradientCall, TableRows, Term
 from kernels_pallas.table_gradient.gpu import fetch
 from kernels_pallas.table_gradient.selections import sort_selections, unique_ids
@@ -215,24 +216,50 @@ def _add_rows(
     def join_slices(*refs: Any) -> None:
         _join_slices_kernel(*refs, slice_size=blocks.slice_size)
 
-    heads, tails = plgpu.kernel(
+    sums_cost, joins_cost = _costs(weights, factors, zeros, num_slices)
+    heads, tails = gpu_kernel(
         sum_slices,
         kernel_name="value_aggregation_sum_slices",
         out_type=[part, part],
         scratch_types=[*buffers, arrived, staged],
         grid=(num_slices,),
         grid_names=("slice",),
+        cost_estimate=sums_cost,
     )(rows, tokens, weights, factors, table)
     if num_slices == 1:
         return jax.freeze(table)
-    plgpu.kernel(
+    gpu_kernel(
         join_slices,
         kernel_name="value_aggregation_join_slices",
         scratch_types=[staged],
         grid=(num_slices,),
         grid_names=("slice",),
+        cost_estimate=joins_cost,
     )(rows, heads, tails, table)
     return jax.freeze(table)
+
+
+def _costs(
+    weights: Array, factors: Array, table: Array, num_slices: int
+) -> tuple[pl.CostEstimate, pl.CostEstimate]:
+    """The costs of both kernels, if no two selections have the same row.
+
+    If some do, fewer rows are written, but some rows span slices: their partial sums are written,
+    and the second kernel adds them. Either way, both kernels compare the ends of adjacent slices.
+    """
+    num_selections, num_cores = weights.shape
+    dim = factors.shape[1]
+    num_written = min(num_selections, table.shape[0])
+    words = 2 + num_cores  # row, token and weights of a selection
+    per_selection = fetch.sector_bytes(dim, factors.dtype) + 4 * words
+    written = num_written * fetch.sector_bytes(dim, table.dtype)
+    compared = 4 * 4 * num_slices  # the first row, the last one, and their neighbours
+    sums = pl.CostEstimate(
+        flops=2 * num_selections * dim,
+        transcendentals=0,
+        bytes_accessed=num_selections * per_selection + written + compared,
+    )
+    return sums, pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=compared)
 
 
 def _sum_slice_kernel(

@@ -23,6 +23,7 @@ from kernels_pallas.common import match_vma
 QUAD = 4  # rows, one for each warp of a warpgroup
 COLUMNS = 64  # columns of a tile: two adjacent ones per lane
 COPY_BYTES = 16  # a bulk copy moves a multiple of this
+_SECTOR_BYTES = 32  # of device memory
 SHARED_BYTES = 227 * 2**10  # maximum per thread block
 OTHER_SHARED_BYTES = 8 * 2**10  # barriers, scratch of reductions, alignment
 _COMPUTE_CAPABILITY = 9  # Hopper
@@ -91,6 +92,11 @@ def columns_of(width: int) -> Iterator[Columns]:
 def padded(width: int) -> int:
     """The padded width of a row in shared memory."""
     return -(-width // COLUMNS) * COLUMNS
+
+
+def sector_bytes(width: int, dtype: Any) -> int:
+    """Bytes that reading a row moves: it spans full sectors wherever in the table it is."""
+    return pl.cdiv(width * jnp.dtype(dtype).itemsize, _SECTOR_BYTES) * _SECTOR_BYTES
 
 
 def copy_in(source: Any, target: Any, arrived: Any) -> None:

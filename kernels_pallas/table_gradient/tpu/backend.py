@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float, Int32
-from kernels_pallas.common import accumulation_dtype, match_vma
+from kernels_pallas.common import accumulation_dtype, match_vma, tiled_bytes
 from kernels_pallas.table_gradient.call import TableGradientCall, TableRows, Term
 from kernels_pallas.table_gradient.selections import number_ids, unique_ids
 
@@ -260,6 +260,8 @@ def sum_by_row(
     group_shape = (1, num_factors, blocks.sublanes, _LANES)
     width = dim if num_groups == 1 else blocks.sublanes * _LANES
     operands = match_vma(operands)
+    axis_type = jax.typeof(operands[-1]).manual_axis_type
+    result = jax.ShapeDtypeStruct((num_rows, dim), dtype, manual_axis_type=axis_type)
     launch = pl.pallas_call(
         _row_sums_kernel(dim // len(weights), chunk),
         name="value_aggregation_row_sums",
@@ -278,24 +280,29 @@ def sum_by_row(
             out_specs=pl.BlockSpec((block_rows, width), block_index),
             scratch_shapes=[pltpu.VMEM((block_rows * blocks.sublanes, _LANES), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct(
-            (num_rows, dim),
-            dtype,
-            manual_axis_type=jax.typeof(operands[-1]).manual_axis_type,
-        ),
+        out_shape=result,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_VMEM_BYTES,
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * rows.size * dim,
-            transcendentals=0,
-            bytes_accessed=num_rows * dim * jnp.dtype(dtype).itemsize
-            + 4 * (factors.size + num_groups * rows.size * (2 + len(weights))),
-        ),
+        cost_estimate=_cost(operands, result),
     )
     # Pallas cannot batch prefetched scalars, so vmap becomes a loop of calls.
     return custom_batching.sequential_vmap(launch)(*jax.tree.leaves(operands))
+
+
+def _cost(operands: tuple["_Visits", Any, Array], result: Any) -> pl.CostEstimate:
+    """One sweep over the selections for each group of columns; the result is written once."""
+    visits, per_selection, factors = operands
+    num_groups = factors.shape[0]
+    # With a single group, the factors stay in VMEM from the first part to the next.
+    factor_reads = visits.counts.size if num_groups > 1 else 1
+    swept = num_groups * tiled_bytes(*jax.tree.leaves(per_selection))
+    return pl.CostEstimate(
+        flops=2 * per_selection[0].size * result.shape[1],
+        transcendentals=0,
+        bytes_accessed=tiled_bytes(*visits, result) + swept + factor_reads * tiled_bytes(factors),
+    )
 
 
 class _Visits(NamedTuple):

@@ -81,7 +81,7 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
 
 def forward(call: AggregationCall) -> Float[Array, "num_tokens value_dim"]:
     """Computes the output of `value_aggregation` without slots."""
-    kernel = Kernel(call, _choose_blocks("forward", call))
+    kernel = Kernel("forward", call, _choose_blocks("forward", call))
 
     def compute(quad: Quad, sums: list[Array]) -> list[Array]:
         weights = quad.scores
@@ -118,7 +118,7 @@ def token_gradients(
 ) -> TokenGradients:
     """Computes the gradients of scores and pre-inputs, and the terms of the table gradients."""
     pre_inputs = call.pre_inputs
-    kernel = Kernel(call, _choose_blocks("backward", call))
+    kernel = Kernel("backward", call, _choose_blocks("backward", call))
     cores = range(kernel.num_cores)
 
     def compute(quad: Quad, sums: list[Array]) -> list[Array]:

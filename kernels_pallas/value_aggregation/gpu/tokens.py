@@ -16,10 +16,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import tuned
 from kernels_pallas.common import check
+from kernels_pallas.compat import gpu_kernel, gpu_store
 from kernels_pallas.table_gradient.gpu import fetch
 from kernels_pallas.table_gradient.gpu.fetch import QUAD, Columns, columns_of
 from kernels_pallas.value_aggregation.call import AggregationCall
+from kernels_pallas.value_aggregation.cost import cost_estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Blocks:
 class Kernel:
     """Shapes, blocks and the pipeline of the forward and the backward kernel."""
 
-    def __init__(self, call: AggregationCall, blocks: Blocks) -> None:
+    def __init__(self, pass_name: tuned.Pass, call: AggregationCall, blocks: Blocks) -> None:
+        self.pass_name: tuned.Pass = pass_name
+        self.call = call
         values, pre_values, pre_inputs = call.values, call.pre_values, call.pre_inputs
         self.num_tokens, self.num_selected, self.num_cores = call.scores.shape
         self.value_dim = values.shape[1]
@@ -120,7 +125,7 @@ class Kernel:
             )
 
         kernel.__name__ = f"_{name}_kernel"
-        launch = plgpu.kernel(
+        launch = gpu_kernel(
             kernel,
             kernel_name=name,
             out_type=list(results.values()),
@@ -128,7 +133,9 @@ class Kernel:
             # Only the last grid dimension may exceed 65535.
             grid=(self.splits, self.num_tokens),
             grid_names=("split", "token"),
-            cost_estimate=self._cost([*operands.values(), *results.values()]),
+            cost_estimate=cost_estimate(
+                self.pass_name, self.call, self._bytes_accessed(token_rows, list(results.values()))
+            ),
         )
         arrays = dict(zip(results, fetch.call_kernels(launch, *operands.values()), strict=True))
         sums = arrays.pop("sums", None)
@@ -206,15 +213,16 @@ class Kernel:
         # Wait until the copy has read shared memory; the end of the kernel completes the writes.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _cost(self, arrays: list[Any]) -> pl.CostEstimate:
-        selections = self.num_tokens * self.padded_selected
-        fetched = selections * row_bytes(*self.tables.values())
-        tables = [id(table) for table in self.tables.values()]
-        others = sum(4 * math.prod(array.shape) for array in arrays if id(array) not in tables)
-        return pl.CostEstimate(
-            flops=2 * selections * (self.value_dim + self.pre_value_dim),
-            transcendentals=selections,
-            bytes_accessed=fetched + others,
+    def _bytes_accessed(self, token_rows: dict[str, Array], results: list[Any]) -> int:
+        """Every step fetches its rows, ids and scores; every split the rows of its token."""
+        selections = self.num_tokens * self.steps * self.rows
+        rows = sum(fetch.sector_bytes(x.shape[1], x.dtype) for x in self.tables.values())
+        per_selection = rows + 4 + 4 * self.num_cores
+        written = sum(4 * math.prod(result.shape) for result in results)
+        return (
+            selections * per_selection
+            + self.splits * sum(x.nbytes for x in token_rows.values())
+            + written
         )
 
 
@@ -264,7 +272,7 @@ class Quad(NamedTuple):
         """Writes one entry for each of the four selections."""
         selections = pl.ds(self.selection, QUAD)
         target = self.refs[output].at[self.token, selections, *trailing]
-        plgpu.store(target, numbers, optimized=False)  # 16 bytes; each warp writes 4
+        gpu_store(target, numbers, optimized=False)  # 16 bytes; each warp writes 4
 
 
 def _output(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

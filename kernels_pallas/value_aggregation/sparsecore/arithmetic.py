@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
+
+from kernels_pallas.compat import bitcast_columns
 
 # Sums, or factors, that a block of columns keeps in registers. More registers mean fewer loads of
 # weights; 16 sums and the row chunks in flight fit 64 registers. Estimated, not measured.
@@ -174,7 +175,7 @@ def _load_row(
         if chunk == lanes:
             parts.append(row)
             continue
-        words = pltpu.bitcast(row, jnp.uint32, dim=-1)
+        words = bitcast_columns(row, jnp.uint32)
         for word in (words << 16, words & jnp.uint32(0xFFFF0000)):
             parts.append(lax.bitcast_convert_type(word, jnp.float32))
     return parts

@@ -55,6 +55,7 @@ from kernels_pallas.table_gradient.call import Term
 from kernels_pallas.table_gradient.tpu import backend as table_gradient_tpu
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.call import AggregationCall, RowGradients, TokenGradients
+from kernels_pallas.value_aggregation.cost import cost_estimate
 from kernels_pallas.value_aggregation.sparsecore import arithmetic, pipeline
 from kernels_pallas.value_aggregation.sparsecore.arithmetic import Columns
 
@@ -211,6 +212,7 @@ class _Kernel:
     """Sizes of a call, its arrays in the layouts of the kernels, and their common computations."""
 
     def __init__(self, call: AggregationCall, chip: pipeline.Chip) -> None:
+        self.call = call
         values, pre_values = call.values, call.pre_values
         self.num_tokens, self.num_selected, self.num_cores = call.scores.shape
         self.value_dim = values.shape[1]
@@ -224,7 +226,6 @@ class _Kernel:
             self.tables["pre_values"] = pre_values
             self.token_inputs["pre_inputs"] = self.token_rows(self.pre_value_dim)
         self.num_scratch = self.num_cores + (pre_values is not None)
-        self.sizes = call.sizes
 
     def token_rows(self, width: int) -> jax.ShapeDtypeStruct:
         """One row per token: [T, width]."""
@@ -266,10 +267,13 @@ class _Kernel:
         blocks = pipeline.heuristic(arrays, self.chip)
         assert blocks is not None
         dtype = self.tables["values"].dtype
-        key = tuned.Key.of("value_aggregation", "pallas_sparsecore", pass_name, self.sizes, dtype)
+        key = tuned.Key.of(
+            "value_aggregation", "pallas_sparsecore", pass_name, self.call.sizes, dtype
+        )
         blocks = tuned.lookup(blocks, key, platform="tpu") or blocks
+        cost = cost_estimate(pass_name, self.call, pipeline.bytes_accessed(arrays))
         name = f"value_aggregation_{pass_name}"
-        return pipeline.run(name, compute, arrays, operands, blocks, self.chip)
+        return pipeline.run(name, compute, arrays, operands, blocks, self.chip, cost)
 
     def slice_of(self, core: int) -> Columns:
         width = self.value_dim // self.num_cores

@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
+from kernels_pallas.compat import Push
+
 _GROUP_ROWS = 8  # a window must start at a multiple of this many ids
 _STREAM_GROUPS = 16  # maximum groups per indirect stream
 _MAX_SLOTS = 8  # a subcore has 32 semaphores
@@ -144,11 +146,6 @@ def has_padded_rows(table: Any) -> bool:
     return table.shape[1] * table.dtype.itemsize % _GRANULE_BYTES != 0
 
 
-def push(result: Any, row: Any, sent: Any) -> Any:
-    """A stream from local memory to HBM; after `wait_read`, the source may be overwritten."""
-    return pltpu.make_async_copy(result, row, src_sem=sent)
-
-
 def subcores(chip: Chip) -> plsc.VectorSubcoreMesh:
     """All vector subcores of a device."""
     return plsc.VectorSubcoreMesh(
@@ -171,6 +168,7 @@ def run(
     operands: dict[str, Array],
     blocks: Blocks,
     chip: Chip,
+    cost_estimate: pl.CostEstimate,
 ) -> dict[str, Array]:
     """Calls `compute(refs, num_rows, first_selection)` for every window of every token.
 
@@ -197,7 +195,7 @@ def run(
         ],
         # The kernels need contiguous rows in HBM.
         compiler_params=pltpu.CompilerParams(use_tc_tiling_on_sc=False),
-        cost_estimate=_cost(arrays),
+        cost_estimate=cost_estimate,
         name=name,
     )
     # Pallas cannot batch arrays that it leaves in HBM, so vmap becomes a loop of calls.
@@ -326,7 +324,7 @@ class _Subcore:
         for name, array in self.arrays.outputs.items():
             for lead in _leading(array):
                 result = self.refs[f"local_{name}"].at[(buffer, *lead, pl.ds(0, array.shape[-1]))]
-                act(push(result, self.refs[name].at[(token, *lead)], sent))
+                act(Push(result, self.refs[name].at[(token, *lead)], sent))
 
 
 def _leading(array: Any) -> list[tuple[int, ...]]:
@@ -360,17 +358,16 @@ def _padded_bytes(array: Any) -> int:
     return math.prod(array.shape[:-1]) * _round_up(array.shape[-1] * array.dtype.itemsize, 64)
 
 
-def _cost(arrays: Arrays) -> pl.CostEstimate:
-    num_tokens, num_selected = arrays.token_inputs["ids"].shape
-    selections = num_tokens * num_selected
-    widths = [table.shape[1] for table in arrays.tables.values()]
-    rows = [table.shape[1] * table.dtype.itemsize for table in arrays.tables.values()]
+def bytes_accessed(arrays: Arrays) -> int:
+    """Bytes between HBM and the local memories: a vector at a time, padded to granules."""
+
+    def vector_bytes(array: Any) -> int:
+        return _round_up(array.shape[-1] * array.dtype.itemsize, _GRANULE_BYTES)
+
+    selections = math.prod(arrays.token_inputs["ids"].shape)
+    rows = sum(map(vector_bytes, arrays.tables.values()))
     others = [*arrays.token_inputs.values(), *arrays.outputs.values()]
-    return pl.CostEstimate(
-        flops=2 * selections * sum(widths),
-        transcendentals=selections,
-        bytes_accessed=selections * sum(rows) + sum(4 * math.prod(x.shape) for x in others),
-    )
+    return selections * rows + sum(math.prod(x.shape[:-1]) * vector_bytes(x) for x in others)
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -34,10 +34,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float
+from kernels_pallas.common import tiled_bytes
 from kernels_pallas.table_gradient.call import Term
 from kernels_pallas.table_gradient.tpu import backend as table_gradient_tpu
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.call import AggregationCall, RowGradients, TokenGradients
+from kernels_pallas.value_aggregation.cost import cost_estimate
 from kernels_pallas.value_aggregation.tpu.blocks import (
     SUBLANES,
     choose_blocks,
@@ -168,6 +170,7 @@ class _Kernel:
     """Shapes, blocks and the grid of the forward and the backward kernel."""
 
     def __init__(self, pass_name: tuned.Pass, call: AggregationCall) -> None:
+        self.pass_name, self.call = pass_name, call
         values, scores = call.values, call.scores
         pre_values, pre_inputs = call.pre_values, call.pre_inputs
         self.num_tokens, self.num_selected, self.num_cores = scores.shape
@@ -243,7 +246,7 @@ class _Kernel:
                 dimension_semantics=("parallel", "arbitrary"),
                 vmem_limit_bytes=self.vmem_bytes,
             ),
-            cost_estimate=self._cost(operands, outputs),
+            cost_estimate=self._cost([*inputs.values(), *outputs.values()]),
         )
         # Pallas cannot batch arrays that it leaves in HBM, so vmap becomes a loop of calls.
         results = custom_batching.sequential_vmap(launch)(*operands.values())
@@ -313,15 +316,15 @@ class _Kernel:
 
         lax.fori_loop(0, self.num_selected, copy, None, unroll=math.gcd(self.num_selected, 8))
 
-    def _cost(self, operands: Any, outputs: Any) -> pl.CostEstimate:
-        selections = self.num_tokens * self.num_selected
-        row_dim = self.value_dim + self.pre_value_dim
-        others = [*outputs.values(), *(x for n, x in operands.items() if n not in self.tables)]
-        return pl.CostEstimate(
-            flops=2 * selections * row_dim,
-            transcendentals=selections,
-            bytes_accessed=4 * (selections * row_dim + sum(math.prod(x.shape) for x in others)),
-        )
+    def _cost(self, blocked: list[Any]) -> pl.CostEstimate:
+        """The cost, with the arrays that the grid passes through VMEM, each block once."""
+        copies = [
+            jax.ShapeDtypeStruct((rows_per_copy(table), table.shape[1]), table.dtype)
+            for table in self.tables.values()
+        ]
+        fetched = self.num_tokens * self.num_selected * tiled_bytes(*copies)
+        others = tiled_bytes(self.ids, *blocked)
+        return cost_estimate(self.pass_name, self.call, fetched + others)
 
 
 def _pre_scores(refs: Any, slot: Array, token: Array, lane: Array) -> Array:
