@@ -7,17 +7,23 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 /usr/bin/python3
 EXTRAS ?=
 ARGS ?=
 
+# What `test-oldest` sets: another environment, with other versions than the newest.
+VENV := .venv
+PINNED :=
+
 pins := requirements.txt requirements-dev.txt pyproject.toml
 # Named by content, so that neither a fresh clone nor a change of branch is fooled by file times.
-stamp := .venv/pins-$(firstword $(shell cat $(pins) | cksum))$(addprefix -,$(EXTRAS))
-python := .venv/bin/python
+stamp := $(VENV)/pins-$(firstword $(shell cat $(pins) | cksum))$(addprefix -,$(EXTRAS))
+python := $(VENV)/bin/python
 # Two workers: compilation, most of the work, runs on one thread. A stolen test keeps both busy.
 pytest := $(python) -m pytest -n 2 --dist worksteal
+# The lower bound of jax, as a pin: jax==0.11.2.
+oldest := $(shell sed -n 's/^jax>=\([0-9.]*\).*/jax==\1/p' requirements.txt)
 
-.PHONY: help train test test-all lint format venv clean
+.PHONY: help train test test-all test-oldest lint format venv clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s%s\n", $$1, $$2}' Makefile
 
 train: $(stamp)  ## train the tiny model on this Python's standard library, or resume it
 	$(python) main.py --config=configs/tiny.py --workdir=runs/tiny $(ARGS)
@@ -29,6 +35,10 @@ test: $(stamp)  ## run the tests that are not marked slow
 
 test-all: $(stamp)  ## run every test
 	$(pytest) $(ARGS)
+
+test-oldest:  ## run the tests of kernels, model and training with the oldest jax allowed
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest EXTRAS= PINNED=$(oldest) \
+	    ARGS="tests/kernels_pallas tests/model tests/training $(ARGS)"
 
 lint: $(stamp)  ## check style and types
 	$(python) -m ruff check .
@@ -42,11 +52,11 @@ format: $(stamp)  ## format the code and mend what ruff can
 venv: $(stamp)  ## create .venv, or bring it up to its pins
 
 clean:  ## remove .venv and caches, keep runs
-	rm -rf .venv .cache .hypothesis .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .cache .hypothesis .ruff_cache build *.egg-info
 
 # The lock makes a second make wait (fd 9 keeps it until this shell and its children are gone); the
 # mark makes the next one start afresh where this one is interrupted; the stamp comes last.
-mark := .cache/venv-unfinished
+mark := .cache/$(VENV)-unfinished
 
 $(stamp):
 	@for python in $(PYTHON); do \
@@ -62,18 +72,18 @@ $(stamp):
 	fi; \
 	set -e; \
 	mkdir -p .cache; \
-	exec 9> .cache/venv.lock; \
+	exec 9> .cache/$(VENV).lock; \
 	$$python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'; \
 	if [ -e $@ ]; then exit; fi; \
-	echo "Installing the pinned packages into .venv, once: about a minute"; \
+	echo "Installing the pinned packages into $(VENV), once: about a minute"; \
 	usable='import pip, sys; sys.exit(sys.version_info < (3, 12))'; \
 	if [ -e $(mark) ] || ! $(python) -c "$$usable" 2> /dev/null; then \
 	    touch $(mark); \
-	    $$python -m venv --clear .venv; \
+	    $$python -m venv --clear $(VENV); \
 	fi; \
 	touch $(mark); \
-	rm -f .venv/pins-*; \
+	rm -f $(VENV)/pins-*; \
 	$(python) -m pip install -qq --disable-pip-version-check \
-	    -r requirements.txt -r requirements-dev.txt $(if $(EXTRAS),-e '.[$(EXTRAS)]'); \
+	    -r requirements.txt -r requirements-dev.txt $(PINNED) $(if $(EXTRAS),-e '.[$(EXTRAS)]'); \
 	rm $(mark); \
 	touch $@

@@ -146,9 +146,30 @@ def test_the_environment_matches_the_requirements_from_any_state(project: Path) 
     assert not (project / ".venv/leftover").exists()
 
 
+def test_the_oldest_jax_has_an_environment_and_tests_of_its_own(project: Path) -> None:
+    (project / "requirements.txt").write_text("# jax>=1\njax>=0.11.2,<0.13\njaxtyping>=0.3,<0.4\n")
+    status, commands, errors = make(project, "-n", "test-oldest", "EXTRAS=gpu", "ARGS=-x")
+    assert (status, errors) == (0, "")
+    (install,) = re.findall(r"-m pip install .*\n? .*", commands)
+    assert install.split("requirements-dev.txt")[1].split()[0] == "jax==0.11.2"
+    assert re.search(
+        r"^\.venv-oldest/bin/python -m pytest .* tests/kernels_pallas .* -x$", commands, re.M
+    )
+    assert ".venv/" not in commands
+
+
 def test_make_help_names_every_target(project: Path) -> None:
     targets = {line.split()[0] for line in make(project, "help")[1].splitlines()}
-    assert targets >= {"train", "test", "test-all", "lint", "format", "venv", "clean"}
+    assert targets >= {
+        "train",
+        "test",
+        "test-all",
+        "test-oldest",
+        "lint",
+        "format",
+        "venv",
+        "clean",
+    }
 
 
 def test_every_package_is_in_the_wheel() -> None:
