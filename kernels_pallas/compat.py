@@ -70,6 +70,13 @@ def bitcast_columns(x: Array, dtype: Any) -> Array:
     return plsc.bitcast(x, dtype)
 
 
+def sparsecore_params(**options: Any) -> pltpu.CompilerParams:
+    """`pltpu.CompilerParams` for SparseCores; the layout passes of 0.11 reject bitcasts."""
+    if has_parameter(pltpu.bitcast, "dim"):
+        return pltpu.CompilerParams(**options)
+    return pltpu.CompilerParams(needs_layout_passes=False, **options)
+
+
 class Push:
     """A copy from the local memory of a SparseCore to HBM.
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
-from kernels_pallas.compat import Push
+from kernels_pallas.compat import Push, sparsecore_params
 
 _GROUP_ROWS = 8  # a window must start at a multiple of this many ids
 _STREAM_GROUPS = 16  # maximum groups per indirect stream
@@ -194,7 +194,7 @@ def run(
             *(pltpu.SemaphoreType.DMA(shape) for shape in semaphores),
         ],
         # The kernels need contiguous rows in HBM.
-        compiler_params=pltpu.CompilerParams(use_tc_tiling_on_sc=False),
+        compiler_params=sparsecore_params(use_tc_tiling_on_sc=False),
         cost_estimate=cost_estimate,
         name=name,
     )
