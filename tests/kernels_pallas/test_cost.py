@@ -154,6 +154,22 @@ def test_value_aggregation_on_tpu() -> None:
     ]  # fmt: skip
 
 
+def test_packed_rows_on_tpu() -> None:
+    inputs = aggregation_inputs(32, 8, value_dim=192, pre_value_dim=320, num_values=40)
+    function = aggregate(implementation="pallas_tpu", platform="tpu")
+
+    def bytes_accessed(dtype: Any) -> int:
+        tables = {name: shaped(inputs[name].shape, dtype) for name in ("values", "pre_values")}
+        ((_, (_, _, found)),) = declared(lambda x: function(**x), inputs | tables)
+        return found
+
+    # 256 selections; ids, scores, pre-inputs, output.
+    others = 4096 + 2 * 4096 + 32 * 1536 + 32 * 1024
+    assert bytes_accessed(jnp.float32) == 256 * (1024 + 1536) + others
+    # The second 64 columns of pre-values take another register of words.
+    assert bytes_accessed(BFLOAT) == 256 * (512 + 1024) + others
+
+
 def test_table_gradient_in_several_sweeps_on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels_pallas.table_gradient.tpu import backend
 

@@ -12,9 +12,11 @@ rows of all but one token of a block are in flight at any time.
                 would copy the table. To avoid that, place it with
                 `jax.device_put(table, Format(Layout(major_to_minor=(0, 1)), sharding))`, and pass
                 the same format in the `in_shardings` of the jitted function.
-    bfloat16    Two rows share each 32-bit word of a tile, and a DMA cannot split a word. The kernel
-                fetches the pair and picks one row, so bfloat16 tables take half the memory of
-                float32 tables, but as much bandwidth.
+    bfloat16    Two rows share each 32-bit word of a tile, and a DMA cannot split a word. So XLA
+                packs the halves of each row into words, [N, D / 2], once for both passes: 192 or
+                256 columns take half the bandwidth of float32. If rows have up to 128 columns, or
+                so few are selected that packing costs more than it saves (`blocks.is_packed`), the
+                kernel fetches the pair and picks one row, with the bandwidth of float32.
     precision   All arithmetic is float32 on the VPU; the MXU is not used.
     order       The order of the sum over k depends on K only, not on the other tokens.
 
@@ -44,6 +46,8 @@ from kernels_pallas.value_aggregation.tpu.blocks import (
     SUBLANES,
     choose_blocks,
     heuristic,
+    is_packed,
+    pack,
     rows_per_copy,
     vmem_bytes,
 )
@@ -66,7 +70,7 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
     for name, table in call.tables.items():
         known = table.dtype in (jnp.float32, jnp.bfloat16)
         reasons.append((not known, f"rows must be float32 or bfloat16, {name} are {table.dtype}"))
-        odd = table.shape[0] % rows_per_copy(table) != 0
+        odd = table.shape[0] % rows_per_copy(table) != 0 and not is_packed(table, call)
         reasons.append((odd, f"bfloat16 rows are fetched in pairs, {name} has {table.shape[0]}"))
         reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
     reasons.append((0 in call.indices.shape, f"indices is empty, {call.indices.shape}"))
@@ -185,10 +189,12 @@ class _Kernel:
         self.part_blocks = pl.cdiv(lane_blocks, self.num_parts) * (_LANES // self.block_tokens)
         self.vmem_bytes = vmem_bytes(blocks, call, _LANES)
 
-        self.tables = {"values": values}
+        self.tables = {
+            name: pack(table, _LANES) if is_packed(table, call) else table
+            for name, table in call.tables.items()
+        }
         self.inputs: dict[str, Array] = {"scores": jnp.moveaxis(scores, (0, 2), (2, 0))}
         if pre_values is not None and pre_inputs is not None:
-            self.tables["pre_values"] = pre_values
             self.inputs["pre_inputs"] = pre_inputs
         self.inputs = {name: x.astype(jnp.float32) for name, x in self.inputs.items()}
         self.ids = call.indices.T
@@ -340,13 +346,22 @@ def _pre_scores(refs: Any, slot: Array, token: Array, lane: Array) -> Array:
 
 def _rows(refs: Any, name: str, slot: Array, lane: Array, lanes: slice) -> Array:
     """A chunk of lanes of the rows in a slot, float32: [K, lanes]."""
-    rows = refs[f"{name}_ring"][slot, :, lanes]
-    if rows.dtype == jnp.float32:
-        return rows
-    # A bfloat16 is the upper half of a float32; the even row of a pair is in the lower halves.
-    is_even = _column(refs["ids"], lane) & 1 == 0
-    pairs = pltpu.bitcast(rows, jnp.uint32)
-    words = jnp.where(is_even, pairs << 16, pairs & jnp.uint32(0xFFFF0000))
+    ring = refs[f"{name}_ring"]
+    # A bfloat16 is the upper half of a float32.
+    if ring.dtype == jnp.float32:
+        return ring[slot, :, lanes]
+    if ring.dtype == jnp.uint32:
+        width = ring.shape[2]
+        if lanes.start < width:
+            words = ring[slot, :, lanes] << 16
+        else:
+            packed = ring[slot, :, lanes.start - width : lanes.stop - width]
+            words = packed & jnp.uint32(0xFFFF0000)
+    else:
+        # The even row of a pair is in the lower halves.
+        is_even = _column(refs["ids"], lane) & 1 == 0
+        pairs = pltpu.bitcast(ring[slot, :, lanes], jnp.uint32)
+        words = jnp.where(is_even, pairs << 16, pairs & jnp.uint32(0xFFFF0000))
     return lax.bitcast_convert_type(words, jnp.float32)
 
 

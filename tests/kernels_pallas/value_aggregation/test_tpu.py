@@ -11,8 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.value_aggregation import value_aggregation
+from kernels_pallas.value_aggregation.call import AggregationCall
 from kernels_pallas.value_aggregation.reference import Activation, value_aggregation_reference
 from kernels_pallas.value_aggregation.tpu import backend as pallas_tpu
+from kernels_pallas.value_aggregation.tpu import blocks
 from tests.kernels_pallas.aot import CHIPS, FUSED_BYTES, run_cases
 from tests.kernels_pallas.value_aggregation.test_api import (
     assert_all_close,
@@ -36,6 +38,9 @@ PAPER: dict[str, dict[str, Any]] = {
     # The table of values has more than 2^31 elements.
     "120B": {"num_values": 1696**2, "num_selected": 256, "value_dim": 960, "pre_value_dim": 320},
 }
+# Of both tables, by number of rows, where 8192 tokens select enough of them: rows of 128 words, and
+# of 384 and 256.
+PACKED_BYTES = {360**2: 360**2 * 2 * 512, 528**2: 528**2 * (1536 + 1024)}
 
 
 @pytest.fixture
@@ -98,6 +103,63 @@ def test_bfloat16_rows_are_picked_from_pairs(pre_value_dim: int) -> None:
     want = value_aggregation_reference(**inputs)
     got = value_aggregation(**inputs, **ON_TPU)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def bfloat16_inputs(num_values: int = 3, num_tokens: int = 3) -> dict[str, Any]:
+    """Rows of two registers, the second one partly filled, which two cores divide unevenly."""
+    return make_inputs(
+        num_tokens=num_tokens,
+        num_selected=3,
+        num_values=num_values,
+        indices=np.arange(3 * num_tokens).reshape(-1, 3) % num_values,
+        value_dim=192,
+        pre_value_dim=136,
+        table_dtype=jnp.bfloat16,
+    )
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_bfloat16_rows_are_unpacked_from_words() -> None:
+    inputs = bfloat16_inputs()
+    assert "u32[3,128]" in str(jax.make_jaxpr(lambda: value_aggregation(**inputs, **ON_TPU))())
+    want = value_aggregation_reference(**inputs, activation="relu")
+    got = value_aggregation(**inputs, activation="relu", **ON_TPU)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+def test_packed_rows_give_what_pairs_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = bfloat16_inputs(num_values=4)
+
+    def program(**arguments: Any) -> jax.Array:
+        return value_aggregation(**arguments, activation="gelu", **ON_TPU)
+
+    packed_program = str(jax.make_jaxpr(lambda: program(**inputs))())
+    packed = output_and_grads(program, inputs)
+    for module in (pallas_tpu, blocks):
+        monkeypatch.setattr(module, "is_packed", lambda table, call: False)
+    pairs_program = str(jax.make_jaxpr(lambda: program(**inputs))())
+    assert ["u32[4,128]" in text for text in (packed_program, pairs_program)] == [True, False]
+    for name, pairs in output_and_grads(program, inputs).items():
+        np.testing.assert_array_equal(packed[name], pairs, err_msg=name)
+
+
+def test_bfloat16_tables_are_packed_if_that_moves_fewer_bytes() -> None:
+    def packed(num_tokens: int, dim: int, dtype: Any = jnp.bfloat16) -> bool:
+        table = jax.ShapeDtypeStruct((360**2, dim), dtype)
+        call = AggregationCall(
+            values=table,
+            indices=jax.ShapeDtypeStruct((num_tokens, 32), jnp.int32),
+            scores=jax.ShapeDtypeStruct((num_tokens, 32, 1), jnp.float32),
+        )
+        return blocks.is_packed(table, call)
+
+    # 8192 tokens fetch 2^18 rows. A packed row saves 512 bytes, and costs 1024 to pack.
+    assert packed(8192, 192)
+    assert not packed(8000, 192)
+    assert not packed(8192, 128)
+    assert not packed(8192, 192, jnp.float32)
 
 
 @pytest.mark.slow
@@ -182,7 +244,9 @@ def test_kernels_compile_for_every_chip_without_temporaries() -> None:
     ]
     for case, result in zip(cases, run_cases("tpu_compile.py", *cases), strict=True):
         assert result["kernels"] == ["value_aggregation_forward"], case
-        assert result["temporaries"] == 0, case
+        # Packed pre-values, 512 rows of 128 words, if they are not in VMEM.
+        packed = 512 * 512 if case["table_dtype"] == "bfloat16" else 0
+        assert result["temporaries"] <= packed, case
 
 
 @pytest.mark.slow
@@ -209,7 +273,7 @@ def test_gradients_compile_on_one_device_on_a_mesh_and_under_vmap(chip: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_paper_sizes_need_no_temporaries(chip: str) -> None:
+def test_paper_sizes_need_no_temporaries_but_packed_tables(chip: str) -> None:
     cases: list[dict[str, Any]] = [
         {
             "topology": chip,
@@ -224,4 +288,7 @@ def test_paper_sizes_need_no_temporaries(chip: str) -> None:
     ]
     for case, result in zip(cases, run_cases("tpu_compile.py", *cases), strict=True):
         rows = 4 * 8192 * case["num_selected"] * (case["value_dim"] + case["pre_value_dim"])
-        assert result["temporaries"] < FUSED_BYTES < rows / 100, case
+        # XLA may keep packed tables in VMEM.
+        packed = PACKED_BYTES.get(case["num_values"], 0) * (case["table_dtype"] == "bfloat16")
+        assert result["temporaries"] < packed + FUSED_BYTES, case
+        assert FUSED_BYTES < rows / 100, case
