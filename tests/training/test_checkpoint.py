@@ -147,6 +147,7 @@ def test_arrays_are_restored_sharded_over_the_mesh(tmp_path: Path) -> None:
     mesh = jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Explicit,))
     with open_checkpoints(tmp_path) as checkpointer:
         checkpointer.save(3, saved)
+        checkpointer.wait()
         with jax.set_mesh(mesh):
             sharded = jax.device_put(saved.store, PartitionSpec("replica"))
             restored = checkpointer.restore(dataclasses.replace(saved, store=sharded))

@@ -147,13 +147,12 @@ def test_packed_rows_give_what_pairs_give(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bfloat16_tables_are_packed_if_that_moves_fewer_bytes() -> None:
     def packed(num_tokens: int, dim: int, dtype: Any = jnp.bfloat16) -> bool:
-        table = jax.ShapeDtypeStruct((360**2, dim), dtype)
-        call = AggregationCall(
-            values=table,
-            indices=jax.ShapeDtypeStruct((num_tokens, 32), jnp.int32),
-            scores=jax.ShapeDtypeStruct((num_tokens, 32, 1), jnp.float32),
-        )
-        return blocks.is_packed(table, call)
+        arrays: dict[str, Any] = {
+            "values": jax.ShapeDtypeStruct((360**2, dim), dtype),
+            "indices": jax.ShapeDtypeStruct((num_tokens, 32), jnp.int32),
+            "scores": jax.ShapeDtypeStruct((num_tokens, 32, 1), jnp.float32),
+        }
+        return blocks.is_packed(arrays["values"], AggregationCall(**arrays))
 
     # 8192 tokens fetch 2^18 rows. A packed row saves 512 bytes, and costs 1024 to pack.
     assert packed(8192, 192)
