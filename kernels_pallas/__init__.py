@@ -6,6 +6,7 @@ from kernels_pallas.product_key_top_k.signs import fix_signs
 from kernels_pallas.row_products.api import row_products
 from kernels_pallas.table_gradient.api import table_gradient, table_gradient_rows
 from kernels_pallas.table_gradient.call import TableRows
+from kernels_pallas.tables import pack_rows
 from kernels_pallas.value_aggregation.activation import activate
 from kernels_pallas.value_aggregation.api import (
     value_aggregation,
@@ -19,6 +20,7 @@ __all__ = [
     "UnsupportedError",
     "activate",
     "fix_signs",
+    "pack_rows",
     "product_key_top_k",
     "row_products",
     "table_gradient",

@@ -56,6 +56,9 @@ def as_array(name: str, array: Any, spec: ArraySpec) -> Array:
         check(floating, f"{name}.dtype", dtype, "a floating-point dtype of 16 to 64 bits")
         native = array if dtype.isnative else array.astype(dtype.newbyteorder("="))
         return jnp.asarray(native)
+    if spec.kind == "words":
+        check(dtype == np.uint32, f"{name}.dtype", dtype, "uint32")
+        return jnp.asarray(array)
     if isinstance(array, np.ndarray) and np.issubdtype(dtype, np.integer):
         ends = (int(array.min()), int(array.max())) if array.size else (0, 0)
         fits = _INT32.min <= ends[0] and ends[1] <= _INT32.max

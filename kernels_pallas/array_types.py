@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax import Array
 
-__all__ = ["AbstractArray", "AnyArray", "Array", "Float", "Int32", "Integer"]
+__all__ = ["AbstractArray", "AnyArray", "Array", "Float", "Int32", "Integer", "UInt32"]
 
 try:
-    from jaxtyping import Float, Int32, Integer
+    from jaxtyping import Float, Int32, Integer, UInt32
 except ImportError:
     if not TYPE_CHECKING:
 
@@ -21,7 +21,7 @@ except ImportError:
             def __class_getitem__(cls, array_and_shape: tuple[Any, str]) -> Any:
                 return array_and_shape[0]
 
-        Float = Int32 = Integer = _Unchecked
+        Float = Int32 = Integer = UInt32 = _Unchecked
 
 # The public operators accept an AnyArray, which is Any to type checkers. Backends get JAX arrays,
 # or an AbstractArray where only shapes and dtypes matter.

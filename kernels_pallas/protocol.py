@@ -34,13 +34,13 @@ class ArraySpec(NamedTuple):
 
     Attributes:
         axes: names of the axes, for messages: "[num_tokens, dim]".
-        kind: floating-point numbers, or int32 ids.
+        kind: floating-point numbers, int32 ids, or uint32 words.
         optional: whether None is allowed.
         token_axis: the axis that may be sharded over tokens, or None.
     """
 
     axes: str
-    kind: Literal["floats", "ids"]
+    kind: Literal["floats", "ids", "words"]
     optional: bool
     token_axis: int | None
 
@@ -48,7 +48,7 @@ class ArraySpec(NamedTuple):
 def array(
     axes: str,
     *,
-    kind: Literal["floats", "ids"] = "floats",
+    kind: Literal["floats", "ids", "words"] = "floats",
     token_axis: int | None = None,
     default: Any = dataclasses.MISSING,
 ) -> Any:
@@ -56,7 +56,7 @@ def array(
 
     Args:
         axes: names of the axes, for messages.
-        kind: floating-point numbers or ids.
+        kind: floating-point numbers, ids or words.
         token_axis: the axis that may be sharded over tokens.
         default: None if the argument is optional.
     """

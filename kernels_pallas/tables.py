@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 
 from kernels_pallas import arguments
-from kernels_pallas.common import check, chunk_tokens
+from kernels_pallas.array_types import Float, UInt32
+from kernels_pallas.common import check, chunk_tokens, padded
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 
@@ -18,6 +20,8 @@ Implementation = Literal["xla", "pallas_tpu", "pallas_sparsecore", "pallas_gpu"]
 #     227M/1.2B on v5p:2x2x1                17.2         4.2        4.9         0.2
 #     1B/7B on h200:8                       33.5        21.4        7.2         0.6
 AUTOMATIC = {"cpu": ("xla",), "gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")}
+
+LANES = 128  # of a TPU's registers
 
 MAX_NUM_VALUES = 2**31 - 1  # ids, and the bounds XLA compares them with, are int32
 
@@ -48,6 +52,44 @@ def default_chunk(num_selected: int, row_dim: int, dtype: Any, platform: str) ->
     """
     chunk_bytes = _CPU_CHUNK_BYTES if platform == "cpu" else _ACCELERATOR_CHUNK_BYTES
     return chunk_tokens(num_selected * row_dim * dtype.itemsize, chunk_bytes)
+
+
+def packed_width(dim: int, lanes: int = LANES) -> int:
+    """Returns the words of a packed row: half its columns, padded to full registers."""
+    return padded(dim, 2 * lanes) // 2
+
+
+def pack_rows(
+    table: Float[Array, "num_values dim"], lanes: int = LANES
+) -> UInt32[Array, "num_values words"]:
+    """Packs each row of a bfloat16 table into 32-bit words.
+
+    The first half of the columns, padded to multiples of 128, is in the lower half-words. On a TPU
+    two bfloat16 rows share each word of memory, so a single one cannot be fetched; a packed one
+    can.
+    """
+    width = packed_width(table.shape[1], lanes)
+    columns = jnp.pad(table, ((0, 0), (0, 2 * width - table.shape[1])))
+
+    def in_upper(part: Array) -> Array:
+        # By way of float32: XLA then does all in one loop. In uint16, it stores intermediates.
+        return lax.bitcast_convert_type(part.astype(jnp.float32), jnp.uint32)
+
+    return in_upper(columns[:, :width]) >> 16 | in_upper(columns[:, width:])
+
+
+def check_packed(name: str, packed: Array | None, table: Array | None) -> None:
+    """Checks that packed rows are those of a bfloat16 table.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    if packed is None:
+        return
+    check(table is not None and table.dtype == jnp.bfloat16, name, "given", "of a bfloat16 table")
+    assert table is not None
+    expected = (table.shape[0], packed_width(table.shape[1]))
+    check(packed.shape == expected, f"{name}.shape", packed.shape, f"{expected}, as by pack_rows")
 
 
 def fetch_rows(table: Array, indices: Array, dtype: Any) -> Array:

@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
 
 import kernels_pallas
 from kernels_pallas import UnsupportedError, common, dispatch
@@ -89,6 +90,8 @@ def value_aggregation(
     master_values: Float[Array, "m v"] | None = None,
     master_pre_values: Float[Array, "m p"] | None = None,
     first_master: Int[Array, "1"] | None = None,
+    packed_values: UInt32[Array, "n w"] | None = None,
+    packed_pre_values: UInt32[Array, "n x"] | None = None,
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t {num_slots}*v"]:
@@ -108,6 +111,8 @@ def value_aggregation(
       master_values: the trained rows, if `values` is a copy of them, which get the gradient.
       master_pre_values: likewise for `pre_values`.
       first_master: the row of `values` that is row 0 of the masters.
+      packed_values: `pack_rows(values)`, which is read where that is faster.
+      packed_pre_values: likewise for `pre_values`.
       chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
       implementation: "auto", or the name of an implementation in `kernels_pallas`.
 
@@ -127,6 +132,8 @@ def value_aggregation(
             master_values=master_values,
             master_pre_values=master_pre_values,
             first_master=first_master,
+            packed_values=packed_values,
+            packed_pre_values=packed_pre_values,
             chunk_size=chunk_size,
             implementation=_implementation(implementation),
         )
@@ -139,6 +146,7 @@ def row_products(
     *,
     master: Float[Array, "m d"] | None = None,
     first_master: Int[Array, "1"] | None = None,
+    packed: UInt32[Array, "n w"] | None = None,
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "t k"]:
@@ -152,6 +160,7 @@ def row_products(
       inputs: input of each token.
       master: the trained rows, if `table` is a copy of them, which get the gradient.
       first_master: the row of `table` that is row 0 of the masters.
+      packed: `pack_rows(table)`, which is read where that is faster.
       chunk_size: number of tokens whose rows are fetched at once; None: chosen from their size.
       implementation: the implementation of `value_aggregation`.
 
@@ -165,9 +174,17 @@ def row_products(
             inputs,
             master=master,
             first_master=first_master,
+            packed=packed,
             chunk_size=chunk_size,
             implementation=_implementation(implementation),
         )
+
+
+def pack_rows(table: Float[Array, "n d"]) -> UInt32[Array, "n w"] | None:
+    """Packs bfloat16 rows for the kernels that read them so, where the program runs on a TPU."""
+    if table.dtype != jnp.bfloat16 or dispatch.lowering_platform() != "tpu":
+        return None
+    return kernels_pallas.pack_rows(table)
 
 
 def activate(x: Float[Array, "*shape"], activation: Activation | None) -> Float[Array, "*shape"]:

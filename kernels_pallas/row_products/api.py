@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from kernels_pallas import arguments, dispatch, tables, tuned
-from kernels_pallas.array_types import AnyArray, Array, Float, Integer
+from kernels_pallas.array_types import AnyArray, Array, Float, Integer, UInt32
 from kernels_pallas.common import check, match_vma
 from kernels_pallas.protocol import cotangents
 from kernels_pallas.row_products.call import RowProductsBackend, RowProductsCall
@@ -45,6 +45,7 @@ def row_products(
     *,
     master: Float[AnyArray, "num_masters dim"] | None = None,
     first_master: Integer[AnyArray, "1"] | None = None,
+    packed: UInt32[AnyArray, "num_values words"] | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
@@ -71,6 +72,7 @@ def row_products(
         inputs: the input vector of each token.
         master: the trained rows, which get the gradient; see `master_values` there.
         first_master: the row of `table` that is row 0 of the masters.
+        packed: `pack_rows(table)`; see `packed_values` there.
         chunk_size: see `value_aggregation`, as for the remaining arguments.
         implementation: for the forward and the backward pass, one of those of `value_aggregation`.
         platform: what the call will be compiled for.
@@ -82,7 +84,8 @@ def row_products(
             It calls the table "values", as value aggregation does.
     """
     arrays = {"table": table, "indices": indices, "inputs": inputs}
-    call = _checked(arrays | {"master": master, "first_master": first_master})
+    trained = {"master": master, "first_master": first_master}
+    call = _checked(arrays | trained | {"packed": packed})
     target = dispatch.lowering_platform(platform)
     num_selected, dim = call.indices.shape[1], call.table.shape[1]
     default = tables.default_chunk(num_selected, dim, call.dtype, target)
@@ -143,5 +146,6 @@ def _checked(given: dict[str, Any]) -> RowProductsCall:
     if master is not None and first is not None:
         check(master.shape[1] == dim, "master.shape", master.shape, f"[num_masters, {dim}]")
         check(first.shape == (1,), "first_master.shape", first.shape, "[1]")
+    tables.check_packed("packed", arrays["packed"], table)
     arguments.check_ids("indices", indices, num_values)
     return RowProductsCall(**arrays)

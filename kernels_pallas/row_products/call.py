@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import protocol
-from kernels_pallas.array_types import AbstractArray, Array, Float, Int32
+from kernels_pallas.array_types import AbstractArray, Array, Float, Int32, UInt32
 from kernels_pallas.common import accumulation_dtype
 from kernels_pallas.protocol import Backend, Call, array
 from kernels_pallas.table_gradient.call import TableGradientCall
@@ -30,6 +30,9 @@ class RowProductsCall(Call):
         "[num_masters, dim]", default=None
     )
     first_master: Int32[AbstractArray, "1"] | None = array("[1]", kind="ids", default=None)
+    packed: UInt32[AbstractArray, "num_values words"] | None = array(
+        "[num_values, words]", kind="words", default=None
+    )
     chunk_size: int = 1
 
     @property
@@ -50,7 +53,11 @@ class RowProductsCall(Call):
         if numbers is not None:
             scores = numbers.reshape(shape)
         return AggregationCall(
-            values=self.table, indices=self.indices, scores=scores, chunk_size=self.chunk_size
+            values=self.table,
+            indices=self.indices,
+            scores=scores,
+            packed_values=self.packed,
+            chunk_size=self.chunk_size,
         )
 
     def table_gradient(self, numbers: Float[Array, "num_tokens num_selected"]) -> TableGradientCall:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import arguments, dispatch, tables, tuned
-from kernels_pallas.array_types import AnyArray, Array, Float, Integer
+from kernels_pallas.array_types import AnyArray, Array, Float, Integer, UInt32
 from kernels_pallas.common import check, match_vma
 from kernels_pallas.protocol import ArraySpec, cotangents
 from kernels_pallas.tables import Implementation
@@ -59,6 +59,8 @@ def value_aggregation(
     master_values: Float[AnyArray, "num_masters value_dim"] | None = None,
     master_pre_values: Float[AnyArray, "num_masters pre_value_dim"] | None = None,
     first_master: Integer[AnyArray, "1"] | None = None,
+    packed_values: UInt32[AnyArray, "num_values value_words"] | None = None,
+    packed_pre_values: UInt32[AnyArray, "num_values pre_value_words"] | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     platform: dispatch.Platform | None = None,
@@ -104,6 +106,9 @@ def value_aggregation(
         master_pre_values: likewise for `pre_values`; given if both others are.
         first_master: [1], the row of `values` that is row 0 of the masters. All ids must be of rows
             that have a master.
+        packed_values: `pack_rows(values)`, for bfloat16 values that many calls read. "pallas_tpu"
+            reads it instead of `values`, and the others do not need it.
+        packed_pre_values: likewise for `pre_values`.
         chunk_size: tokens that "xla" processes at once. By default the tuned value (`tuned.py`) if
             there is one, else a power of two that fits a memory budget of the platform.
         implementation: for the forward and the backward pass. "xla" runs everywhere. The others
@@ -128,6 +133,8 @@ def value_aggregation(
         "master_values": master_values,
         "master_pre_values": master_pre_values,
         "first_master": first_master,
+        "packed_values": packed_values,
+        "packed_pre_values": packed_pre_values,
     }
     name = "value_aggregation"
     call = _checked(arrays, activation, num_slots)
@@ -185,6 +192,8 @@ def value_aggregation_row_gradients(
         "master_values": None,
         "master_pre_values": None,
         "first_master": None,
+        "packed_values": None,
+        "packed_pre_values": None,
     }
     name = "value_aggregation_row_gradients"
     call = _checked(arrays, activation, num_slots)
@@ -288,6 +297,8 @@ def _checked(passed: dict[str, Any], activation: Any, num_slots: Any) -> Aggrega
 
     check_activation(activation)
     _check_masters(arrays)
+    for name in ("values", "pre_values"):
+        tables.check_packed(f"packed_{name}", arrays[f"packed_{name}"], arrays[name])
     unused = activation is not None and pre_values is None
     check(not unused, "activation", repr(activation), "None without pre_values")
     num_slots = arguments.as_integer("num_slots", num_slots)

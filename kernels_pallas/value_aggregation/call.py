@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import protocol
-from kernels_pallas.array_types import AbstractArray, Array, Float, Int32
+from kernels_pallas.array_types import AbstractArray, Array, Float, Int32, UInt32
 from kernels_pallas.common import accumulation_dtype
 from kernels_pallas.protocol import Backend, Call, array
 from kernels_pallas.table_gradient.call import SortedTableGradient, Term
@@ -46,6 +46,12 @@ class AggregationCall(Call):
         "[num_masters, pre_value_dim]", default=None
     )
     first_master: Int32[AbstractArray, "1"] | None = array("[1]", kind="ids", default=None)
+    packed_values: UInt32[AbstractArray, "num_values value_words"] | None = array(
+        "[num_values, value_words]", kind="words", default=None
+    )
+    packed_pre_values: UInt32[AbstractArray, "num_values pre_value_words"] | None = array(
+        "[num_values, pre_value_words]", kind="words", default=None
+    )
     activation: Activation | None = None
     num_slots: int = 1
     chunk_size: int = 1
@@ -57,12 +63,18 @@ class AggregationCall(Call):
         return accumulation_dtype(*floats, self.master_values, self.master_pre_values)
 
     @property
-    def tables(self) -> dict[str, Array]:
+    def tables(self) -> dict[str, AbstractArray]:
         """Values and, if present, pre-values."""
         return {n: x for n, x in self.arrays.items() if n in ("values", "pre_values")}
 
     @property
-    def trained(self) -> dict[str, Array]:
+    def packed(self) -> dict[str, AbstractArray]:
+        """The packed copies of values and pre-values, as far as they were given."""
+        names = {"packed_values": "values", "packed_pre_values": "pre_values"}
+        return {names[name]: array for name, array in self.arrays.items() if name in names}
+
+    @property
+    def trained(self) -> dict[str, AbstractArray]:
         """The arrays that get the gradients of values and pre-values: their masters, if present."""
         masters = self.master_values is not None
         return {

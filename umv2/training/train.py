@@ -20,7 +20,7 @@ from umv2.config.schema import UserError
 from umv2.cost import accounting, exchange
 from umv2.data import loader, tokenizer_copy
 from umv2.data.corpus import Corpus, open_corpus
-from umv2.model.memory.store import TrainedStore, ValueStore, read_copy
+from umv2.model.memory.store import TableCopy, TrainedStore, ValueStore, read_copy
 from umv2.model.slots import Observe
 from umv2.model.transformer import ModelStats
 from umv2.model.weights import Weights, refreshed_buffers
@@ -59,7 +59,7 @@ def make_train_step(
 
     def objective(
         trained: tuple[Any, ValueStore | None],
-        copy: ValueStore | None,
+        copy: TableCopy | None,
         buffers: dict[str, Any],
         batch: Batch,
         weight: Array,

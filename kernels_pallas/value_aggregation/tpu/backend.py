@@ -13,10 +13,11 @@ rows of all but one token of a block are in flight at any time.
                 `jax.device_put(table, Format(Layout(major_to_minor=(0, 1)), sharding))`, and pass
                 the same format in the `in_shardings` of the jitted function.
     bfloat16    Two rows share each 32-bit word of a tile, and a DMA cannot split a word. So XLA
-                packs the halves of each row into words, [N, D / 2], once for both passes: 192 or
-                256 columns take half the bandwidth of float32. If rows have up to 128 columns, or
-                so few are selected that packing costs more than it saves (`blocks.is_packed`), the
-                kernel fetches the pair and picks one row, with the bandwidth of float32.
+                packs the halves of each row into words, [N, D / 2], once for both passes, unless
+                the caller did (`tables.pack_rows`): 192 or 256 columns take half the bandwidth of
+                float32. If rows have up to 128 columns, or so few are selected that packing costs
+                more than it saves (`blocks.is_packed`), the kernel fetches the pair and picks one
+                row, with the bandwidth of float32.
     precision   All arithmetic is float32 on the VPU; the MXU is not used.
     order       The order of the sum over k depends on K only, not on the other tokens.
 
@@ -39,6 +40,7 @@ from kernels_pallas.array_types import Array, Float
 from kernels_pallas.common import tiled_bytes
 from kernels_pallas.table_gradient.call import Term
 from kernels_pallas.table_gradient.tpu import backend as table_gradient_tpu
+from kernels_pallas.tables import pack_rows
 from kernels_pallas.value_aggregation.activation import activation_and_slope
 from kernels_pallas.value_aggregation.call import AggregationCall, RowGradients, TokenGradients
 from kernels_pallas.value_aggregation.cost import cost_estimate
@@ -47,7 +49,6 @@ from kernels_pallas.value_aggregation.tpu.blocks import (
     choose_blocks,
     heuristic,
     is_packed,
-    pack,
     rows_per_copy,
     vmem_bytes,
 )
@@ -70,7 +71,7 @@ def unsupported_reason(call: AggregationCall, platform: str) -> str | None:
     for name, table in call.tables.items():
         known = table.dtype in (jnp.float32, jnp.bfloat16)
         reasons.append((not known, f"rows must be float32 or bfloat16, {name} are {table.dtype}"))
-        odd = table.shape[0] % rows_per_copy(table) != 0 and not is_packed(table, call)
+        odd = table.shape[0] % rows_per_copy(table) != 0 and not is_packed(name, call)
         reasons.append((odd, f"bfloat16 rows are fetched in pairs, {name} has {table.shape[0]}"))
         reasons.append((0 in table.shape, f"{name} is empty, {table.shape}"))
     reasons.append((0 in call.indices.shape, f"indices is empty, {call.indices.shape}"))
@@ -190,7 +191,7 @@ class _Kernel:
         self.vmem_bytes = vmem_bytes(blocks, call, _LANES)
 
         self.tables = {
-            name: pack(table, _LANES) if is_packed(table, call) else table
+            name: _packed(name, call) if is_packed(name, call) else table
             for name, table in call.tables.items()
         }
         self.inputs: dict[str, Array] = {"scores": jnp.moveaxis(scores, (0, 2), (2, 0))}
@@ -422,3 +423,9 @@ def _by_core(weights: list[Array], lanes: slice, width: int) -> Array:
         assert mask is not None
         by_column = jnp.where(mask, weights[core], by_column)
     return by_column
+
+
+def _packed(name: str, call: AggregationCall) -> Array:
+    """Returns the packed copy of a table: the given one, or one that is made here."""
+    given = call.packed.get(name)
+    return pack_rows(call.tables[name], _LANES) if given is None else given

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
 
 from kernels_pallas import tuned
 from kernels_pallas.common import check, padded, tiled_bytes
+from kernels_pallas.tables import packed_width
 from kernels_pallas.value_aggregation.call import AggregationCall
 
 SUBLANES = 8
@@ -54,10 +54,10 @@ def vmem_bytes(blocks: Blocks, call: AggregationCall, lanes: int) -> int:
 
 def _token_bytes(call: AggregationCall, lanes: int) -> int:
     """VMEM for the rows of a token, with sublanes and lanes padded to full 32-bit tiles."""
-    words = sum(
-        packed_width(table, lanes) if is_packed(table, call) else padded(table.shape[1], lanes)
-        for table in call.tables.values()
-    )
+    words = 0
+    for name, table in call.tables.items():
+        width = packed_width if is_packed(name, call) else padded
+        words += width(table.shape[1], lanes)
     return 4 * padded(call.scores.shape[1], SUBLANES) * words
 
 
@@ -66,34 +66,18 @@ def rows_per_copy(table: Any) -> int:
     return 2 if table.dtype == jnp.bfloat16 else 1
 
 
-def is_packed(table: Any, call: AggregationCall) -> bool:
+def is_packed(name: str, call: AggregationCall) -> bool:
     """Whether a call reads a packed copy of a table, because that moves fewer bytes in total.
 
-    A packed row has half the bytes of a pair if it is wider than a register, but packing reads and
-    writes the table once.
+    A packed row has half the bytes of a pair if it is wider than a register, but unless a packed
+    copy was given, packing reads and writes the table once.
     """
-    if table.dtype != jnp.bfloat16:
-        return False
+    table = call.tables[name]
+    if table.dtype != jnp.bfloat16 or name in call.packed:
+        return name in call.packed
     num_rows, dim = table.shape
-    width = packed_width(table, 128)
+    width = packed_width(table.shape[1])
     pair = jax.ShapeDtypeStruct((2, dim), table.dtype)
     row, packed = (jax.ShapeDtypeStruct((rows, width), jnp.uint32) for rows in (1, num_rows))
     saved = tiled_bytes(pair) - tiled_bytes(row)
     return call.indices.size * saved > tiled_bytes(table, packed)
-
-
-def packed_width(table: Any, lanes: int) -> int:
-    """Words of a packed row: half its columns, padded to full registers."""
-    return padded(table.shape[1], 2 * lanes) // 2
-
-
-def pack(table: Array, lanes: int) -> Array:
-    """Packs each row of a bfloat16 table: the first half of its columns in the lower half-words."""
-    width = packed_width(table, lanes)
-    columns = jnp.pad(table, ((0, 0), (0, 2 * width - table.shape[1])))
-
-    def in_upper(part: Array) -> Array:
-        # By way of float32: XLA then does all in one loop. In uint16, it stores intermediates.
-        return lax.bitcast_convert_type(part.astype(jnp.float32), jnp.uint32)
-
-    return in_upper(columns[:, :width]) >> 16 | in_upper(columns[:, width:])

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.dispatch import UnsupportedError
+from kernels_pallas.tables import pack_rows
 from kernels_pallas.value_aggregation import value_aggregation
 from kernels_pallas.value_aggregation.call import AggregationCall
 from kernels_pallas.value_aggregation.reference import Activation, value_aggregation_reference
@@ -145,6 +146,31 @@ def test_packed_rows_give_what_pairs_give(monkeypatch: pytest.MonkeyPatch) -> No
         np.testing.assert_array_equal(packed[name], pairs, err_msg=name)
 
 
+@pytest.mark.usefixtures("interpreter")
+def test_a_packed_copy_is_read_instead_of_the_table() -> None:
+    inputs = bfloat16_inputs()
+    packed = {
+        f"packed_{name}": pack_rows(inputs[name])
+        for name in ("values", "pre_values")
+        if name in inputs
+    }
+    unread = {name: jnp.full_like(inputs[name], jnp.nan) for name in inputs if "values" in name}
+    want = output_and_grads(value_aggregation, inputs, **ON_TPU)
+    got = output_and_grads(value_aggregation, inputs | unread, **ON_TPU, **packed)
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+@pytest.mark.usefixtures("no_runtime_shape_checks")
+def test_packed_rows_of_another_table_are_refused() -> None:
+    inputs = bfloat16_inputs()
+    with pytest.raises(ValueError, match=r"packed_values.shape: got .* as by pack_rows"):
+        value_aggregation(**inputs, packed_values=pack_rows(inputs["values"])[1:], **ON_TPU)
+    wide = {name: x.astype(jnp.float32) for name, x in inputs.items() if "values" in name}
+    with pytest.raises(ValueError, match="packed_values: got given, must be of a bfloat16 table"):
+        value_aggregation(**inputs | wide, packed_values=pack_rows(inputs["values"]), **ON_TPU)
+
+
 def test_bfloat16_tables_are_packed_if_that_moves_fewer_bytes() -> None:
     def packed(num_tokens: int, dim: int, dtype: Any = jnp.bfloat16) -> bool:
         arrays: dict[str, Any] = {
@@ -152,7 +178,7 @@ def test_bfloat16_tables_are_packed_if_that_moves_fewer_bytes() -> None:
             "indices": jax.ShapeDtypeStruct((num_tokens, 32), jnp.int32),
             "scores": jax.ShapeDtypeStruct((num_tokens, 32, 1), jnp.float32),
         }
-        return blocks.is_packed(arrays["values"], AggregationCall(**arrays))
+        return blocks.is_packed("values", AggregationCall(**arrays))
 
     # 8192 tokens fetch 2^18 rows. A packed row saves 512 bytes, and costs 1024 to pack.
     assert packed(8192, 192)

@@ -353,7 +353,7 @@ class MemoryLayer(MemorySlot):
         )
         if masters is not None:
             first = window.first_master.reshape(1)
-            masters = exchange.Masters(masters.values, masters.pre_values, first)
+            masters = exchange.Masters(masters.values, masters.pre_values, first, *window.packed)
         pooled = exchange.aggregate(
             layout,
             tables.values,

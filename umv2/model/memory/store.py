@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
-from umv2 import sharding
+from umv2 import kernels, sharding
 from umv2.config import MemoryConfig, ModelConfig
 from umv2.model.memory import retrieval
 from umv2.model.parameter import Declaration
@@ -52,30 +52,49 @@ class TrainedStore:
     """
 
     masters: ValueStore
-    copy: ValueStore
+    copy: "TableCopy"
 
 
-def read_copy(store: ValueStore | None, config: ModelConfig) -> ValueStore | None:
-    """Returns what layers read of the trained tables: each device's rows of all tables, as one.
+@struct
+class TableCopy:
+    """What layers read of the trained tables: each device's rows of all tables, as one.
+
+    A store of a single table, [1, l n, v] in all. `packed` are its values and pre-values in the
+    words that kernels read (`kernels.pack_rows`), each None where none needs it.
+    """
+
+    tables: ValueStore
+    packed: tuple[UInt32[Array, "1 ln w"] | None, UInt32[Array, "1 ln x"] | None]
+
+
+def read_copy(store: ValueStore | None, config: ModelConfig) -> TableCopy | None:
+    """Returns what layers read of the trained tables, in the dtype of `memory.read_dtype`.
 
     TPUs pad the rows of each table to whole tiles. There, joining the tables is a copy, which would
-    be made again in every layer.
-
-    Returns:
-      A store of a single table, [1, l n, v] in all, in the dtype of `memory.read_dtype`. It is
-      sharded like the tables, so a device has its rows of all tables, whatever their global order.
+    be made again in every layer. The copy is sharded like the tables, so a device has its rows of
+    all tables, whatever their global order.
     """
+    if store is None:
+        return None
 
     def joined(table: Array) -> Array:
         if config.memory.read_dtype == "compute":
             table = table.astype(config.compute_dtype)
         return table.reshape(1, -1, table.shape[-1])
 
-    def copy(table: Array) -> Array:
+    def per_device(function: Any, table: Array) -> Any:
         specs = (None, *sharding.spec(table)[-2:]) if sharding.on_mesh() else ()
-        return sharding.shard_map(joined, table, out_specs=PartitionSpec(*specs))
+        return sharding.shard_map(function, table, out_specs=PartitionSpec(*specs))
 
-    return jax.tree.map(copy, store)
+    def packed(table: Array | None) -> Array | None:
+        if table is None:
+            return None
+        return per_device(
+            lambda x: None if (y := kernels.pack_rows(x[0])) is None else y[None], table
+        )
+
+    tables: ValueStore = jax.tree.map(lambda table: per_device(joined, table), store)
+    return TableCopy(tables, (packed(tables.values), packed(tables.pre_values)))
 
 
 @struct
@@ -83,13 +102,15 @@ class StoreWindow:
     """The rows of the store that one memory layer reads: from `start`, wrapping around the end.
 
     In training, `masters` are the trained tables that the layer's gradients belong to, of which
-    `store` is a copy; their first table is table `first_master` of the store.
+    `store` is a copy; their first table is table `first_master` of the store. `packed` is the copy
+    in words.
     """
 
     store: ValueStore
     start: Int[Array, ""] | int
     masters: ValueStore | None = None
     first_master: Int[Array, ""] | int = 0
+    packed: tuple[UInt32[Array, "1 ln w"] | None, UInt32[Array, "1 ln x"] | None] = (None, None)
 
 
 # One store for all memory layers or, at inference without sharing, one per layer.
@@ -102,6 +123,7 @@ class Windows(NamedTuple):
     Attributes:
       shared: the store that all layers read, or None if each layer has its own table.
       masters: the trained tables of `shared`, if all layers share them.
+      packed: `shared` in the words that kernels read.
       own: per-layer inputs, stacked along the leading axis or as a list: the first row of the
         layer's window and, without sharing, its table (inference) or its master (training). The
         gradient of a scanned input is stacked, not a sum over gradients of all tables.
@@ -110,6 +132,7 @@ class Windows(NamedTuple):
     shared: ValueStore | None
     masters: ValueStore | None
     own: dict[str, Any]
+    packed: tuple[Array | None, Array | None] = (None, None)
 
     def at(self, own: dict[str, Any]) -> StoreWindow | None:
         """Returns the window of the layer with these per-layer inputs."""
@@ -120,6 +143,7 @@ class Windows(NamedTuple):
             start=own["start"],
             masters=self.masters or own.get("master"),
             first_master=own["first_master"],
+            packed=self.packed,
         )
 
 
@@ -133,11 +157,11 @@ def windows(store: Stores, memory: MemoryConfig, count: int) -> Windows:
         starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
         own["start"] = jnp.asarray(starts * memory.num_values, jnp.int32)
         if isinstance(store, TrainedStore):
-            return Windows(store.copy, store.masters, own)
+            return Windows(store.copy.tables, store.masters, own, store.copy.packed)
         return Windows(sharding.defer_gradient_reduction(store), None, own)
     if isinstance(store, TrainedStore):
         tables = jnp.arange(count, dtype=jnp.int32)
-        rows = store.copy.num_rows // count
+        rows = store.masters.num_rows // count
         own |= {"start": rows * tables, "first_master": tables, "master": store.masters}
-        return Windows(store.copy, None, own)
+        return Windows(store.copy.tables, None, own, store.copy.packed)
     return Windows(None, None, own | {"table": store})

@@ -70,6 +70,8 @@ def pool_columns(
         if masters is not None and masters.pre_values is not None:
             trained["master"] = flat(masters.pre_values)
             trained["first_master"] = masters.first_table * masters.pre_values.shape[1]
+            if masters.packed_pre_values is not None:
+                trained["packed"] = flat(masters.packed_pre_values)
         with jax.named_scope("value_aggregation"):
             partial = kernels.row_products(
                 flat(pre_values),

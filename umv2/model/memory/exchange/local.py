@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from umv2 import kernels
 
@@ -33,11 +33,15 @@ class Masters(NamedTuple):
       values: this device's shard of the trained tables.
       pre_values: likewise, or None if there are no pre-values.
       first_table: [1], the table of the copy that table 0 of the masters is.
+      packed_values: the copy, packed for kernels (`kernels.pack_rows`); None where none needs it.
+      packed_pre_values: likewise.
     """
 
     values: Float[Array, "m n v"]
     pre_values: Float[Array, "m n p"] | None
     first_table: Int32[Array, "1"]
+    packed_values: UInt32[Array, "l n w"] | None = None
+    packed_pre_values: UInt32[Array, "l n x"] | None = None
 
 
 def fault(size: int, sizes: list[int], rule: str) -> str | None:
@@ -69,8 +73,12 @@ def pool(
     if masters is not None:
         trained["master_values"] = flat(masters.values)
         trained["first_master"] = masters.first_table * masters.values.shape[1]
+        if masters.packed_values is not None:
+            trained["packed_values"] = flat(masters.packed_values)
         if pre_values is not None and masters.pre_values is not None:
             trained["master_pre_values"] = flat(masters.pre_values)
+            if masters.packed_pre_values is not None:
+                trained["packed_pre_values"] = flat(masters.packed_pre_values)
     return kernels.value_aggregation(
         flat(values),
         rows,
@@ -86,7 +94,7 @@ def pool(
     )
 
 
-def flat(table: Float[Array, "l n d"]) -> Float[Array, "ln d"]:
+def flat(table: Shaped[Array, "l n d"]) -> Shaped[Array, "ln d"]:
     """Merges the table axis into the row axis."""
     return table.reshape(-1, table.shape[-1])
 

@@ -53,7 +53,7 @@ class Routing(NamedTuple):
       order: permutation that sorts the groups by owner, then by rank.
       ends: end of each owner's groups in this order.
       num_rounds: number of rounds until all devices have sent all groups; at least 1.
-      first_master: [1], the table of the copy that table 0 of the masters is; None without masters.
+      constants: the fields of the masters that get no gradient; None without masters.
     """
 
     keys: Int32[Array, "t w"]
@@ -64,7 +64,7 @@ class Routing(NamedTuple):
     order: Int32[Array, " ta"]
     ends: Int32[Array, " m"]
     num_rounds: Int32[Array, ""]
-    first_master: Int32[Array, "1"] | None = None
+    constants: tuple[Array | None, ...] | None = None
 
 
 def route(
@@ -251,8 +251,8 @@ def pool_rows(
         options = options._replace(chunk_size=chunk_size)
     trained = None
     if masters is not None:
-        routing = routing._replace(first_master=masters.first_table)
-        trained = (masters.values, masters.pre_values)
+        trained, constants = masters[:2], masters[2:]
+        routing = routing._replace(constants=constants)
     arrays = (values, pre_values, weights, pre_inputs, trained)
     sums = _sum_of_rounds(functools.partial(_round, options), sizes, routing, arrays)
     return sums.reshape(num_tokens, -1)
@@ -264,9 +264,8 @@ def _round(
     """Runs one round: returns the sums of the groups of ranks start, ..., start + capacity - 1."""
     values, pre_values, weights, pre_inputs, trained = arrays
     masters = None
-    if trained is not None and routing.first_master is not None:
-        own_values, own_pre_values = trained
-        masters = Masters(own_values, own_pre_values, routing.first_master)
+    if trained is not None and routing.constants is not None:
+        masters = Masters._make((*trained, *routing.constants))
     _, arranged, group = routing.rows.shape
     all_to_all = functools.partial(
         lax.all_to_all, axis_name=options.axis, split_axis=0, concat_axis=0, tiled=True
