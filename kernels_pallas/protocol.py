@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple, Protocol, dataclass_transform, runt
 import jax
 from jax import Array
 
+from kernels_pallas.array_types import AbstractArray
+
 _SPEC = "array"  # key in the metadata of a field
 
 
@@ -82,7 +84,7 @@ class Call:
         return {f.name: f.metadata[_SPEC] for f in fields if _SPEC in f.metadata}
 
     @property
-    def arrays(self) -> dict[str, Array]:
+    def arrays(self) -> dict[str, AbstractArray]:
         """The arrays by name, without those that are None."""
         values = {name: getattr(self, name) for name in self.specs()}
         return {name: array for name, array in values.items() if array is not None}

@@ -180,10 +180,13 @@ def row_products(
         )
 
 
-def pack_rows(table: Float[Array, "n d"]) -> UInt32[Array, "n w"] | None:
-    """Packs bfloat16 rows for the kernels that read them so, where the program runs on a TPU."""
-    if table.dtype != jnp.bfloat16 or dispatch.lowering_platform() != "tpu":
-        return None
+def reads_packed_rows(table: Float[Array, "*l n d"]) -> bool:
+    """Returns whether kernels read a packed copy of such a table faster: bfloat16 on a TPU."""
+    return table.dtype == jnp.bfloat16 and platform() == "tpu"
+
+
+def pack_rows(table: Float[Array, "n d"]) -> UInt32[Array, "n w"]:
+    """Packs bfloat16 rows into 32-bit words; see `kernels_pallas.pack_rows`."""
     return kernels_pallas.pack_rows(table)
 
 

@@ -87,11 +87,9 @@ def read_copy(store: ValueStore | None, config: ModelConfig) -> TableCopy | None
         return sharding.shard_map(function, table, out_specs=PartitionSpec(*specs))
 
     def packed(table: Array | None) -> Array | None:
-        if table is None:
+        if table is None or not kernels.reads_packed_rows(table):
             return None
-        return per_device(
-            lambda x: None if (y := kernels.pack_rows(x[0])) is None else y[None], table
-        )
+        return per_device(lambda rows: kernels.pack_rows(rows[0])[None], table)
 
     tables: ValueStore = jax.tree.map(lambda table: per_device(joined, table), store)
     return TableCopy(tables, (packed(tables.values), packed(tables.pre_values)))
