@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import row_products
 from kernels_pallas.dispatch import UnsupportedError
+from kernels_pallas.row_products.reference import row_products_reference
 from kernels_pallas.tables import pack_rows
 from kernels_pallas.value_aggregation import value_aggregation
 from kernels_pallas.value_aggregation.call import AggregationCall
@@ -125,6 +127,15 @@ def test_bfloat16_rows_are_unpacked_from_words() -> None:
     assert "u32[3,128]" in str(jax.make_jaxpr(lambda: value_aggregation(**inputs, **ON_TPU))())
     want = value_aggregation_reference(**inputs, activation="relu")
     got = value_aggregation(**inputs, activation="relu", **ON_TPU)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_row_products_unpack_words() -> None:
+    inputs = bfloat16_inputs()
+    arrays = inputs["values"], inputs["indices"], jnp.cos(jnp.arange(3 * 192.0)).reshape(3, 192)
+    assert "u32[3,128]" in str(jax.make_jaxpr(lambda: row_products(*arrays, **ON_TPU))())
+    got, want = row_products(*arrays, **ON_TPU), row_products_reference(*arrays)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
