@@ -76,8 +76,11 @@ def test_specs_come_from_the_declaration() -> None:
     assert list(specs) == ["x", "bias"]
     assert specs["x"] == ("[num_tokens, dim]", "floats", False, 0)
     assert specs["bias"] == ("[dim]", "floats", True, None)
-    ids = [name for name, spec in AggregationCall.specs().items() if spec.kind == "ids"]
-    assert ids == ["indices", "slots"]
+    kinds: dict[str, list[str]] = {"floats": [], "ids": [], "words": []}
+    for name, spec in AggregationCall.specs().items():
+        kinds[spec.kind].append(name)
+    assert kinds["ids"] == ["indices", "slots", "first_master"]
+    assert kinds["words"] == ["packed_values", "packed_pre_values"]
 
 
 def test_cotangents_have_the_structure_of_the_call() -> None:
