@@ -22,6 +22,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
+from umv2.model import random
+
 # Logical axes of parameters; `umv2.sharding.rules` maps them to mesh axes.
 Axis = Literal[
     "vocabulary",
@@ -131,7 +133,7 @@ class Initializer:
 
         def draw(key: Key[Array, ""]) -> Array:
             deviation = std if isinstance(std, int | float) else std()
-            return deviation * jax.random.normal(key, shape, jnp.float32)
+            return deviation * random.normal(key, shape)
 
         value = self.value(name, shape, draw)
         return Parameter(value, axes=axes, group=group, served=served)

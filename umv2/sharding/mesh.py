@@ -113,6 +113,11 @@ def on_mesh() -> bool:
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
 
 
+def num_devices() -> int:
+    """Returns the number of devices of the mesh in context; 1 without a mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values())
+
+
 def spec(array: Array) -> PartitionSpec:
     """Returns the PartitionSpec of an array."""
     return jax.typeof(array).sharding.spec

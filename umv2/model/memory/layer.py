@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from umv2 import kernels, sharding
 from umv2.config import LossConfig, ModelConfig
-from umv2.model import layers, rematerialization
+from umv2.model import layers, random, rematerialization
 from umv2.model.memory import exchange, initialization, retrieval
 from umv2.model.memory.store import StoreWindow, ValueStore
 from umv2.model.parameter import Buffer, Initializer
@@ -131,7 +131,7 @@ class MemoryLayer(MemorySlot):
         def table(name: str, width: int) -> Any:
             def draw(key: Key[Array, ""]) -> Float[Array, "l n d"]:
                 std = initialization.memory_initialization(config).values_std
-                return std * jax.random.normal(key, (*rows, width), jnp.float32)
+                return std * random.normal(key, (*rows, width))
 
             return init.value(name, (*rows, width), draw)
 
