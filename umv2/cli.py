@@ -50,6 +50,7 @@ _FLAG_MODES = {
     "context": ("cost",),
     "topology": ("plan",),
     "plan_step": ("plan",),
+    "plan_code": ("plan",),
     "search": ("plan",),
     "search_limit": ("plan",),
     "folder": ("export", "import"),
@@ -144,6 +145,13 @@ _PLAN_STEP = flags.DEFINE_enum(
     "train",
     ["train", "decode"],
     "Step to plan: a training step, or a decoding step with a full cache (plan).",
+    flag_values=FLAGS,
+)
+_PLAN_CODE = flags.DEFINE_bool(
+    "plan_code",
+    False,
+    "Let the compiler also generate code, which takes minutes on TPUs but adds its estimate of the"
+    " time, and shows whether it accepts every kernel (plan).",
     flag_values=FLAGS,
 )
 _SEARCH = flags.DEFINE_bool(
@@ -266,6 +274,7 @@ def _dispatch(config: Config | None, first: bool) -> None:
                 _topology(),
                 step=cast(Any, _PLAN_STEP.value),
                 search_limit=_search_limit(),
+                code=_PLAN_CODE.value,
             )
             command.write(plan.as_json() if _JSON.value else plan.as_text())
         case "prepare":

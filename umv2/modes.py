@@ -235,20 +235,27 @@ def cost(
 
 
 def plan(
-    name: str, config: Config, topology: str, *, step: cost_plan.Step, search_limit: int | None
+    name: str,
+    config: Config,
+    topology: str,
+    *,
+    step: cost_plan.Step,
+    search_limit: int | None,
+    code: bool,
 ) -> cost_plan.Plan | plan_search.Search:
     """Compiles a step for a topology that need not be attached: does it fit, and what bounds it?
 
     With a `search_limit`, compiles training steps for up to that many of the most promising meshes.
+    With `code`, the compiler also generates code.
 
     Raises:
       UserError: the topology is unknown, its compiler is missing, or the mesh is impossible.
     """
     jax.config.update("jax_platforms", "cpu")  # nothing is executed, so initialise no accelerator
     if search_limit is not None:
-        return plan_search.search(name, config, topology, limit=search_limit)
-    logging.info("compiling the %s step for %s, seconds to minutes", step, topology)
-    return cost_plan.plan(name, config, topology, step)
+        return plan_search.search(name, config, topology, limit=search_limit, code=code)
+    logging.info("compiling the %s step for %s", step, topology)
+    return cost_plan.plan(name, config, topology, step, code=code)
 
 
 def prepare(config: Config, output_dir: Path) -> None:

@@ -1,17 +1,22 @@
 """Plans of the paper's models on pods that are not attached: stores them, writes docs/plans.md.
 
-    python -m experiments.benchmarks.plans              # missing plans, then the page
+    python -m experiments.benchmarks.plans              # missing and outdated plans, then the page
     python -m experiments.benchmarks.plans --limit=0    # only the page
     python -m experiments.benchmarks.plans --only=paper_1b_7b@v6e:8x8
 
 experiments/results/plans/plans.jsonl has one line of JSON per plan; a search stores every program
-that it compiled. Programs are compiled one after the other, which takes minutes each.
+that it compiled. Cases are planned side by side and stored as they end, so a run that was
+interrupted continues where it stopped. A case is planned again if its configuration or `_REVISION`
+has changed.
 """
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import importlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,6 @@ from umv2 import files
 from umv2.config.schema import ConfigError
 
 RESULTS = Path("experiments/results/plans/plans.jsonl")
-ARITHMETIC = Path("experiments/results/plans/arithmetic.jsonl")
 DOCUMENT = Path("docs/plans.md")
 MACHINES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4", "h200:8")
 MODELS = (
@@ -72,25 +76,18 @@ LAYOUTS = tuple(
     for size in (4, 16, 64)
     for layout in ("rows", "columns")
 )
-# Meshes chosen by hand, because the first ones of the search did not fit.
-CHOSEN = {
-    ("paper_430m_5b", "h200:8"): _sharded(8, "columns", 24),
-    ("paper_500m_6b8", "h200:8"): (  # no fsdp_and_memory: D_k = 524 is not a multiple of eight
-        ("mesh.memory", 8),
-        ("mesh.table_sharding", "columns"),
-        ("train.gradient_accumulation", 24),
-    ),
-    ("paper_1b_7b", "h200:8"): _sharded(8, "columns", 32),
-}
-TABLE = tuple(
-    Case(model, machine, CHOSEN.get((model, machine), ()))
-    for machine in MACHINES
-    for model in MODELS
-)
+TABLE = tuple(Case(model, machine) for machine in MACHINES for model in MODELS)
+# Raise it when the training step changes, so that all cases are planned again.
+_REVISION = 2
 
 _LIMIT = flags.DEFINE_integer("limit", 1000, "Cases to plan before the document is written.", 0)
 _ONLY = flags.DEFINE_list("only", [], "Names of cases, such as paper_1b_7b@v6e:8x8; default: all.")
-_TRIES = flags.DEFINE_integer("tries", 3, "Most programs that a search compiles.", 1)
+_TRIES = flags.DEFINE_integer("tries", 8, "Most programs that a search compiles.", 1)
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "Cases planned at a time; default: as many as cores and memory allow.", 1
+)
+# A search stops after this many meshes that fit.
+_ENOUGH = 4
 
 
 def cases() -> Iterator[Case]:
@@ -98,58 +95,63 @@ def cases() -> Iterator[Case]:
     yield from dict.fromkeys((*SHOWN, *LAYOUTS, *TABLE))
 
 
-def run(case: Case) -> list[dict[str, Any]]:
-    """Plans a case; returns a record of each compiled program, best first, or of the error."""
+def identity(case: Case) -> str:
+    """Returns a digest of what the plans of a case depend on."""
+    from umv2.config import to_dict
+
+    text = json.dumps([_REVISION, to_dict(_config(case))], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _config(case: Case) -> Any:
     from umv2.config import from_config_dict
-    from umv2.config.schema import UserError
-    from umv2.planning import plan, search
 
     values = importlib.import_module(f"configs.{case.model}").get_config()
     values.update_from_flattened_dict(dict(case.fields))
-    config = from_config_dict(values)
+    return from_config_dict(values)
+
+
+def run(case: Case) -> list[dict[str, Any]]:
+    """Plans a case.
+
+    Returns:
+      A record of each compiled program, best first; if there is none, one of the error, or of the
+      memory that the model needs at least.
+
+    Raises:
+      Killed: a compiler was killed, probably because this machine ran out of memory.
+    """
+    from umv2.config.schema import UserError
+    from umv2.planning import ahead_of_time, plan, search, topology
+
+    config = _config(case)
+    about: dict[str, Any] = {"case": case.name, "identity": identity(case)}
     try:
         if case.fields or case.step != "train":
-            plans = [plan.plan(case.model, config, case.machine, case.step, timeout_seconds=900)]  # type: ignore[arg-type]  # a step by name
-            num_candidates = 1
-        else:
-            searched = search.search(
-                case.model,
-                config,
-                case.machine,
-                limit=_TRIES.value,
-                enough=1,
-                remat=(config.model.remat,),
-            )
-            plans, num_candidates = list(searched.plans), searched.num_candidates
+            step: Any = case.step
+            planned = plan.plan(case.model, config, case.machine, step, timeout_seconds=900)
+            return [planned.as_dict() | about | {"candidates": 1}]
+        searched = search.search(
+            case.model,
+            config,
+            case.machine,
+            limit=_TRIES.value,
+            enough=_ENOUGH,
+            remat=(config.model.remat,),
+            max_workers=1,  # other cases run beside it
+        )
+    except ahead_of_time.Killed:
+        raise
     except UserError as error:
-        return [{"case": case.name, "error": str(error)}]
+        return [about | {"error": str(error)}]
     except RuntimeError as error:  # from JAX or a compiler
         lines = [line for line in str(error).splitlines() if re.match(r"\w+(\.\w+)*Error: ", line)]
-        return [{"case": case.name, "error": (lines or ["RuntimeError"])[-1][:300]}]
-    return [each.as_dict() | {"case": case.name, "candidates": num_candidates} for each in plans]
-
-
-def estimate(case: Case) -> dict[str, Any]:
-    """Returns the estimate of a case by arithmetic, without a compiler."""
-    from umv2.config import from_config_dict
-    from umv2.planning import ahead_of_time, plan, search_space, topology
-
-    values = importlib.import_module(f"configs.{case.model}").get_config()
-    values.update_from_flattened_dict(dict(case.fields))
-    config, target = from_config_dict(values), topology.parse(case.machine)
-    record: dict[str, Any] = {"case": case.name, "capacity": target.chip.memory_bytes}
-    candidates = search_space.candidates(config, target, remat=(config.model.remat,))
-    record["candidates"] = len(candidates)
-    if not candidates:
-        return record | {"least_bytes": search_space.least_bytes(config, target)}
-    sizes = search_space.mesh_sizes(candidates[0], target.num_devices)
-    parts = ahead_of_time.argument_bytes(candidates[0], sizes, "train")
-    return record | {
-        "mesh": sizes,
-        "fields": plan.fields(candidates[0]),
-        "arguments": sum(parts.values()),
-        "temporaries": search_space.least_temporaries(candidates[0], sizes, parts, target),
-    }
+        return [about | {"error": (lines or ["RuntimeError"])[-1][:300]}]
+    about["candidates"] = searched.num_candidates
+    if not searched.plans:
+        capacity = topology.parse(case.machine).chip.memory_bytes
+        return [about | {"least_bytes": searched.least_bytes, "capacity": capacity}]
+    return [each.as_dict() | about for each in searched.plans]
 
 
 def stored(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -167,9 +169,7 @@ def stored(path: Path) -> dict[str, list[dict[str, Any]]]:
     return records
 
 
-def document(
-    planned: dict[str, list[dict[str, Any]]], estimated: dict[str, list[dict[str, Any]]]
-) -> str:
+def document(planned: dict[str, list[dict[str, Any]]]) -> str:
     """Returns the text of docs/plans.md."""
     parts = [_INTRODUCTION]
     for case in SHOWN:
@@ -185,12 +185,11 @@ def document(
     parts.append(_TABLES)
     for machine in MACHINES:
         rows = [
-            (case.model, planned.get(case.name) or estimated[case.name])
+            (case.model, planned.get(case.name) or [{"error": "not planned yet"}])
             for case in TABLE
-            if case.machine == machine and (case.name in planned or case.name in estimated)
+            if case.machine == machine
         ]
-        if rows:
-            parts.append(f"### {machine}\n\n{_table(rows)}")
+        parts.append(f"### {machine}\n\n{_table(rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -217,11 +216,15 @@ keeps the paper's batch (768 or 1024 sequences of 4,096 tokens), whatever the si
 reduce-scatters several arrays at once, it is counted as an all-reduce, which receives twice as
 much: 'links' is overestimated there.
 
-Rematerialisation is `full`, as in the configurations. For each model the search compiles the most
-promising candidates of its estimate, at most three programs, and stops at the first that fits. So
-the tables show what fits, not what is best. Rows that were not compiled yet show the estimate, with
-'at least' for the temporaries that no compiler can avoid. The 430M model has 789^2 rows per table,
-an odd number, which leaves only columns; the 500M model's 964^2 rows are divisible by at most 16.
+The compiler runs until it has optimised the program and assigned its buffers, and stops before it
+generates code, which would take minutes: add `--plan_code` for the compiler's own estimate of the
+time, and to see that it accepts every kernel.
+
+Rematerialisation is `full`, as in the configurations. For each model the search compiles at most
+eight candidates, of each size of `mesh.memory` first the one that its estimate prefers, with as few
+microbatches as fit, and stops after four meshes that fit. So the tables show the best of a few. The
+430M model has 789^2 rows per table, an odd number, which leaves only columns; the 500M model's
+964^2 rows are divisible by at most 16.
 
 ## Shown"""
 _LAYOUTS = """## Value tables by columns and by rows
@@ -248,7 +251,7 @@ def _table(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
 
 def _row(name: str, record: dict[str, Any]) -> str:
     if "measured" not in record:
-        return _estimate_row(name, record)
+        return _row_without_plan(name, record)
     measured, seconds = record["measured"], record["seconds"]
     fields = dict(field.split("=") for field in record["fields"])
     mesh = "x".join(map(str, measured["mesh"].values()))
@@ -272,28 +275,12 @@ def _row(name: str, record: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _estimate_row(name: str, record: dict[str, Any]) -> str:
-    """Returns the row of a case that was not compiled, or failed to."""
+def _row_without_plan(name: str, record: dict[str, Any]) -> str:
     if "error" in record:
         return f"| {name} |" + " |" * 12 + f" {record['error']} |"
-    if "least_bytes" in record and not record["candidates"]:
-        least = f"{_gib(record['least_bytes'])} of {_gib(record['capacity'])}"
-        return f"| {name} |" + " |" * 6 + f" at least {least} |" + " |" * 5 + " cannot fit |"
-    fields = dict(field.split("=") for field in record["fields"])
-    plus = "+" if fields["mesh.parameters"] == "fsdp_and_memory" else ""
-    needed = record["arguments"] + record["temporaries"]
-    cells = [
-        name,
-        "x".join(map(str, record["mesh"].values())) + plus,
-        fields["mesh.table_sharding"] if record["mesh"]["memory"] > 1 else "",
-        fields["model.remat"],
-        fields["train.gradient_accumulation"],
-        _gib(record["arguments"]),
-        f"at least {_gib(record['temporaries'])}",
-        f"at least {_gib(needed)} of {_gib(record['capacity'])}",
-    ]
-    verdict = f"may fit, as {record['candidates']} may; not compiled"
-    return "| " + " | ".join(cells) + " |" + " |" * 5 + f" {verdict} |"
+    least = f"{_gib(record['least_bytes'])} of {_gib(record['capacity'])}"
+    verdict = "cannot fit" if not record["candidates"] else "nothing expected to fit"
+    return f"| {name} |" + " |" * 6 + f" at least {least} |" + " |" * 5 + f" {verdict} |"
 
 
 def _layouts(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
@@ -337,32 +324,58 @@ def _time(seconds: float | None) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Plans the missing cases and writes the document."""
+    """Plans the missing and the outdated cases and writes the document."""
     del argv
+    from umv2.planning import search
+
     if unknown := set(_ONLY.value) - {case.name for case in cases()}:
         raise ConfigError(
             f"--only={sorted(unknown)[0]}: unknown case; see experiments/benchmarks/plans.py"
         )
+    known = stored(RESULTS)
+    missing = [
+        case
+        for case in cases()
+        if (not _ONLY.value or case.name in _ONLY.value)
+        and all(record.get("identity") != identity(case) for record in known.get(case.name, []))
+    ]
+    missing = missing[: _LIMIT.value]
+    killed = _plan(missing, _WORKERS.value or search.num_workers())
+    if killed := _plan(killed, 1):  # each alone has more memory
+        logging.error("killed, probably for lack of memory: %s", ", ".join(map(str, killed)))
+    files.write_text(DOCUMENT, document(stored(RESULTS)))
 
-    def store(path: Path, records: list[dict[str, Any]]) -> None:
-        measurements.append(path, [about | record for record in records])
 
-    about, estimated = measurements.about(), stored(ARITHMETIC)
-    for case in TABLE:
-        if case.name not in estimated:
-            logging.info("%s: arithmetic", case.name)
-            estimated[case.name] = [estimate(case)]
-            store(ARITHMETIC, estimated[case.name])
-    known, num_planned = stored(RESULTS), 0
-    for case in cases():
-        if case.name in known or num_planned >= _LIMIT.value:
-            continue
-        if _ONLY.value and case.name not in _ONLY.value:
-            continue
-        logging.info("%s", case.name)
-        store(RESULTS, run(case))
-        num_planned += 1
-    files.write_text(DOCUMENT, document(stored(RESULTS), estimated))
+def _plan(chosen: Sequence[Case], num_workers: int) -> list[Case]:
+    """Plans cases side by side and stores each as it ends; returns those that were killed."""
+    from umv2.planning import ahead_of_time
+
+    killed = []
+    with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
+        runs = {pool.submit(run, case): case for case in chosen}
+        for ended in concurrent.futures.as_completed(runs):
+            case = runs[ended]
+            try:
+                records = ended.result()
+            except ahead_of_time.Killed as error:
+                logging.warning("%s: %s", case.name, error)
+                killed.append(case)
+                continue
+            _store(case, records)
+            logging.info("%s: %s", case.name, _outcome(records[0]))
+    return killed
+
+
+def _store(case: Case, records: Sequence[dict[str, Any]]) -> None:
+    """Replaces the stored records of a case; drops those of cases that no longer exist."""
+    names = {each.name for each in cases()} - {case.name}
+    kept = [record for name, old in stored(RESULTS).items() if name in names for record in old]
+    about = measurements.about()
+    measurements.write(RESULTS, [*kept, *(about | record for record in records)])
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    return str(record.get("verdict") or record.get("error") or "cannot fit")
 
 
 if __name__ == "__main__":

@@ -142,14 +142,14 @@ def test_a_state_is_created_with_its_sharding() -> None:
 
 
 @needs_libtpu
-def test_a_plan_compiles_even_without_jit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_compiles_even_without_jit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise InterruptedError(f"without jit: {jax.config.jax_disable_jit}")
 
     place = topology.parse("v5e:2x2")
     monkeypatch.setattr(type(place), "devices", stop)
     with jax.disable_jit(), pytest.raises(InterruptedError, match="without jit: False"):
-        ahead_of_time._compile(small_config("dense"), place, "train")
+        ahead_of_time._compile(small_config("dense"), place, "train", tmp_path, code=False)
 
 
 # Every mode that runs the model, from the command line.

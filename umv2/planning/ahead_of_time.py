@@ -1,13 +1,13 @@
 """Compiles a step for devices that are not attached, and analyses the compiled program.
 
-A compiler reads its settings from the environment before JAX starts, and the TPU compiler serves
-one process per machine at a time. So `measure` compiles each program in a separate process,
+A compiler reads its settings from the environment before JAX starts, and the process must end to
+stop it before it generates code. So `measure` compiles each program in a separate process,
 `python -m umv2.planning.ahead_of_time REQUEST ANSWER`, which communicates through two JSON files.
+Several may run at a time.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
-import fcntl
 import functools
 import itertools
 import json
@@ -15,11 +15,12 @@ import math
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,10 +36,9 @@ from umv2.inference import decode, serving
 from umv2.inference.sampling import Sampling
 from umv2.model.parameter import Declaration
 from umv2.model.weights import Weights
-from umv2.planning import topology
+from umv2.planning import optimized, topology
 from umv2.planning.hlo import faults, workload
 from umv2.planning.hlo.collectives import Collective, read, totals
-from umv2.planning.program import memory
 from umv2.training.state import TrainState, abstract_state, map_declared
 from umv2.training.train import make_train_step
 from umv2.types import Batch
@@ -52,6 +52,10 @@ _EXHAUSTED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)
 
 class TooSlow(UserError):
     """A compiler exceeded its time limit."""
+
+
+class Killed(UserError):
+    """A compiler was killed, as Linux does when the machine runs out of memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +116,40 @@ class Measurement:
 
 
 def measure(
-    config: Config, target: topology.Topology, step: Step, *, timeout_seconds: float | None = None
+    config: Config,
+    target: topology.Topology,
+    step: Step,
+    *,
+    code: bool = False,
+    timeout_seconds: float | None = None,
 ) -> Measurement:
-    """Compiles one step in a separate process; takes seconds to minutes.
+    """Compiles one step in a separate process; takes seconds, and with `code` minutes.
+
+    Args:
+      config: with the mesh to use.
+      target: the topology to compile for.
+      step: "train" or "decode".
+      code: also generates code: TPU compilers estimate cycles as they do, and may still refuse the
+        program, such as one whose kernels need too much of a core's memory.
+      timeout_seconds: limit for the compiler; None: unlimited.
 
     Raises:
-      UserError: the configuration does not work on this topology, or this machine runs out of
-        memory.
+      UserError: the configuration does not work on this topology.
+      Killed: the compiler was killed, probably because this machine ran out of memory.
       TooSlow: it took longer than `timeout_seconds`; a compiler that runs out of memory may take
         very long trying to need less.
       RuntimeError: the process failed otherwise; the message is the end of its stderr.
     """
-    with tempfile.TemporaryDirectory() as folder, _compiler_lock(target):
+    with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        values = {"config": to_dict(config), "topology": target.name, "step": step, "code": code}
+        request.write_text(json.dumps(values))
+        flags = target.environment["XLA_FLAGS"], optimized.dump_flags(Path(folder))
+        environment = target.environment | {
+            "XLA_FLAGS": " ".join(flags),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         start = time.monotonic()
-        request.write_text(
-            json.dumps({"config": to_dict(config), "topology": target.name, "step": step})
-        )
         try:
             process = subprocess.run(
                 [sys.executable, "-m", "umv2.planning.ahead_of_time", str(request), str(answer)],
@@ -136,7 +157,7 @@ def measure(
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | target.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                env=os.environ | environment,
                 timeout=timeout_seconds,
                 check=False,
             )
@@ -144,8 +165,8 @@ def measure(
             raise TooSlow(
                 f"--topology={target.name}: the compiler took longer than {timeout_seconds:.0f} s"
             ) from error
-        if process.returncode == -9:
-            raise UserError(
+        if process.returncode == -signal.SIGKILL:
+            raise Killed(
                 f"--topology={target.name}: the compiler was killed, probably because this machine"
                 " ran out of memory"
             )
@@ -290,7 +311,9 @@ def _with_sharding(leaf: Any, leaf_sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 @jax.disable_jit(False)  # always analyse the compiled program, even if jit is disabled here
-def _compile(config: Config, target: topology.Topology, step: Step) -> Measurement:
+def _compile(
+    config: Config, target: topology.Topology, step: Step, folder: Path, *, code: bool
+) -> Measurement:
     devices = target.devices()
     batch_size = _batch_size(config, step)
     mesh = sharding.create_mesh(config.mesh, batch_size, devices=devices)
@@ -302,29 +325,20 @@ def _compile(config: Config, target: topology.Topology, step: Step) -> Measureme
         capacity=target.chip.memory_bytes if on_tpu else None,
     )
     parts, lowered = argument_bytes(config, dict(mesh.shape), step), lower(config, mesh, step)
-    available = refusal = program = None
-    num_bytes = sum(parts.values())
-    collective_totals: list[CollectiveTotal] = []
-    num_faults: dict[str, int] = {}
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        refusal = str(error).splitlines()[0]
-        match = _EXHAUSTED.search(refusal)
-        needed = _bytes(match[1], match[2]) if match else None
-        available = _bytes(match[3], match[4]) if match else None
-    else:
-        usage = memory(compiled)
-        assert usage is not None  # TPU and GPU compilers report it
-        num_bytes = usage.arguments
-        needed = usage.arguments + usage.outputs - usage.aliased + usage.temporaries
-        text = compiled.as_text()
-        assert text is not None  # every XLA backend of JAX has it
-        program = workload.read(text)
-        num_faults = _count_faults(text, config, mesh.shape)
-        collective_totals = _by_kind_and_axes(read(text, mesh))
+    program, compilation = optimized.compile_until_optimized(lowered, folder, mesh.size)
+    refusal = None if program is not None and not code else _refusal(compilation)
+    match = _EXHAUSTED.search(refusal or "")
+    num_bytes, needed = sum(parts.values()), _bytes(match[1], match[2]) if match else None
+    work, collective_totals, num_faults = None, list[CollectiveTotal](), dict[str, int]()
+    if program is not None:
+        num_bytes, needed = program.memory.arguments, program.memory.total
+        if refusal is None:
+            text = compilation.result().as_text() if code else program.text
+            assert text is not None  # every XLA backend of JAX has it
+            work, collective_totals = workload.read(text), _by_kind_and_axes(read(text, mesh))
+            num_faults = _count_faults(text, config, mesh.shape)
+    elif refusal is None:
+        raise RuntimeError(f"the compiler for {target.name} dumped no program")
     return Measurement(
         mesh=dict(mesh.shape),
         table_sharding=config.mesh.table_sharding,
@@ -332,9 +346,9 @@ def _compile(config: Config, target: topology.Topology, step: Step) -> Measureme
         parts=parts,
         arguments=num_bytes,
         needed=needed,
-        available=available,
+        available=_bytes(match[3], match[4]) if match else None,
         refusal=refusal,
-        program=program,
+        program=work,
         collectives=tuple(collective_totals),
         seconds=0.0,  # set by the parent
         process_bytes=max(
@@ -343,6 +357,18 @@ def _compile(config: Config, target: topology.Topology, step: Step) -> Measureme
         ),
         faults=num_faults,
     )
+
+
+def _refusal(compilation: concurrent.futures.Future[jax.stages.Compiled]) -> str | None:
+    """Waits for the end; returns the first line of the error if the program needs too much memory.
+
+    Raises:
+      Exception: it failed otherwise.
+    """
+    error = compilation.exception()
+    if error is not None and "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return None if error is None else str(error).splitlines()[0]
 
 
 def _count_faults(text: str, config: Config, mesh_sizes: Mapping[str, int]) -> dict[str, int]:
@@ -385,24 +411,17 @@ def _bytes(number: str, unit: str) -> int:
     return int(float(number) * 2 ** _UNITS[unit])
 
 
-@contextlib.contextmanager
-def _compiler_lock(target: topology.Topology) -> Iterator[None]:
-    """Holds a machine-wide lock while compiling for TPUs."""
-    with Path(tempfile.gettempdir(), f"umv2_{target.chip.platform}.lock").open("w") as lock:
-        if target.chip.platform == "tpu":
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _main(request: Path, answer: Path) -> None:
     """Answers one request; a UserError is an answer too."""
     values = json.loads(request.read_text())
     config, target = from_config_dict(values["config"]), topology.parse(values["topology"])
     try:
-        result = dataclasses.asdict(_compile(config, target, values["step"]))
+        measured = _compile(config, target, values["step"], request.parent, code=values["code"])
+        result = dataclasses.asdict(measured)
     except UserError as error:
         result = {"error": str(error)}
     answer.write_text(json.dumps(result))
+    os._exit(0)  # a normal exit waits for the compiler, which may still generate code
 
 
 if __name__ == "__main__":

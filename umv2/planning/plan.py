@@ -284,6 +284,7 @@ def plan(
     topology_name: str,
     step: Step = "train",
     *,
+    code: bool = False,
     timeout_seconds: float | None = None,
 ) -> Plan:
     """Compiles a step for a topology, which need not be attached.
@@ -293,6 +294,7 @@ def plan(
       config: with the mesh to use.
       topology_name: see `topology.parse`.
       step: "train", or "decode" for `evaluation.batch_size` sequences with a full cache.
+      code: whether the compiler generates code; see `ahead_of_time.measure`.
       timeout_seconds: limit for the compiler; None: unlimited.
 
     Raises:
@@ -300,7 +302,9 @@ def plan(
         impossible.
     """
     target = topology.parse(topology_name)
-    measured = ahead_of_time.measure(config, target, step, timeout_seconds=timeout_seconds)
+    measured = ahead_of_time.measure(
+        config, target, step, code=code, timeout_seconds=timeout_seconds
+    )
     return Plan(name=name, config=config, target=target, step=step, measured=measured)
 
 

@@ -1,9 +1,14 @@
 """Searches the mesh, rematerialisation and gradient accumulation for a training step."""
 
+import collections
+import concurrent.futures
 import dataclasses
+import itertools
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tqdm
@@ -11,14 +16,16 @@ from absl import logging
 
 from umv2 import tables
 from umv2.config import Config
+from umv2.config.schema import UserError
 from umv2.planning import ahead_of_time, plan, search_space, topology
 
-# Expected temporaries of a program, relative to the lower bound: of the first program ...
-_FIRST_FACTOR = 2.0
-# ... and of later ones, relative to the ratio of the last compiled program.
-_SLACK = 0.8
+# Temporaries of the first program relative to their lower bound, as expected.
+_FIRST_FACTOR = 1.5
 # A compiler that runs out of memory may take very long trying to need less.
 _TIMEOUT_SECONDS = 600.0
+# Memory of the first process that compiles, as expected: the 120B model for 128 chips takes 1.2 GiB
+# without code.
+_PROCESS_BYTES = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,59 +106,166 @@ def search(
     limit: int,
     enough: int | None = None,
     remat: Sequence[str] = search_space.REMAT,
+    code: bool = False,
+    max_workers: int | None = None,
 ) -> Search:
-    """Compiles the training step for the most promising candidates, one at a time.
+    """Compiles the training step for the most promising candidates, some at a time.
 
     Searches over meshes of all devices, layouts of value tables, the axes that shard dense
     parameters, rematerialisation policies, and gradient accumulation. Skips candidates that cannot
-    fit by arithmetic, or that are expected not to fit given the programs compiled so far.
+    fit by arithmetic, or that are expected not to fit given the programs compiled so far. The best
+    of each size of `mesh.memory` come first. Of each mesh and policy it seeks the fewest
+    microbatches that fit. Candidates that fail to compile are logged and skipped.
 
     Args:
       name: of the configuration, for the report.
       config: fixes everything that is not searched.
       topology_name: see `topology.parse`.
       limit: maximum number of programs to compile.
-      enough: stops after this many programs that fit; None: does not stop early.
+      enough: stops after this many meshes and policies that fit; None: does not stop early.
       remat: rematerialisation policies to try.
+      code: whether the compiler generates code; see `ahead_of_time.measure`.
+      max_workers: programs compiled at a time; None: as many as cores and memory allow.
 
     Raises:
-      UserError: the topology is unknown, or its compiler is not installed.
+      UserError: the topology is unknown, its compiler is not installed, or no candidate compiles.
+      RuntimeError: no candidate compiles.
     """
     target = topology.parse(topology_name)
-    queue = search_space.candidates(config, target, remat=remat)
-    num_candidates, plans, num_timeouts = len(queue), list[plan.Plan](), 0
-    # Meshes and policies of which a program fits, with the fewest microbatches: these come first.
-    num_fitting, done = 0, set[Any]()
-    factors: dict[str, float] = {}  # by policy: temporaries of a program / their lower bound
-    with tqdm.tqdm(total=min(limit, num_candidates), disable=not sys.stderr.isatty()) as bar:
-        while queue and len(plans) + num_timeouts < limit and num_fitting != enough:
-            candidate = queue.pop(0)
-            if (candidate.mesh, candidate.model.remat) in done:
-                continue
-            sizes = search_space.mesh_sizes(candidate, target.num_devices)
-            parts = ahead_of_time.argument_bytes(candidate, sizes, "train")
-            least = search_space.least_temporaries(candidate, sizes, parts, target)
-            factor = factors.get(candidate.model.remat)
-            expected = least * (_FIRST_FACTOR if factor is None else max(1.0, _SLACK * factor))
-            if sum(parts.values()) + expected > target.chip.memory_bytes:
-                continue
-            bar.update()
-            try:
-                plan_ = plan.plan(name, candidate, topology_name, timeout_seconds=_TIMEOUT_SECONDS)
-            except ahead_of_time.TooSlow as error:
-                logging.info("%s: %s", " ".join(plan.fields(candidate)), error)
-                num_timeouts += 1
-                continue
-            plans.append(plan_)
-            if plan_.fits:
-                num_fitting += 1
-                done.add((candidate.mesh, candidate.model.remat))
-            if plan_.measured.temporaries is not None:
-                factors[candidate.model.remat] = plan_.measured.temporaries / least
-            logging.info("%s: %s", " ".join(plan.fields(candidate)), plan_.verdict)
+    candidates = search_space.candidates(config, target, remat=remat)
+    queue = _Queue(candidates, target.chip.memory_bytes)
+    plans, failures, num_tries = list[plan.Plan](), list[Exception](), 0
+
+    def compile_plan(candidate: Config) -> plan.Plan:
+        return plan.plan(
+            name, candidate, topology_name, code=code, timeout_seconds=_TIMEOUT_SECONDS
+        )
+
+    with tqdm.tqdm(total=min(limit, len(candidates)), disable=not sys.stderr.isatty()) as bar:
+        while num_tries < limit and (enough is None or queue.num_fitting < enough):
+            size = min(max_workers or num_workers(plans), limit - num_tries)
+            batch = queue.next(size)
+            if not batch:
+                break
+            with concurrent.futures.ThreadPoolExecutor(len(batch)) as pool:
+                compilations = [pool.submit(compile_plan, candidate) for candidate in batch]
+            for candidate, compilation in zip(batch, compilations, strict=True):
+                error = compilation.exception()
+                if isinstance(error, ahead_of_time.Killed) and len(batch) > 1:
+                    max_workers = 1  # not enough memory for several; it gets another try alone
+                    continue
+                num_tries += 1
+                bar.update()
+                if error is None:
+                    plans.append(compilation.result())
+                    queue.record(candidate, plans[-1])
+                    logging.info("%s: %s", " ".join(plan.fields(candidate)), plans[-1].verdict)
+                elif isinstance(error, (UserError, RuntimeError)):
+                    failures.append(error)
+                    queue.discard(candidate)
+                    logging.warning("%s: %s", " ".join(plan.fields(candidate)), error)
+                else:
+                    raise error
+    if failures and not plans:
+        raise failures[0]
     plans.sort(key=lambda plan_: (not plan_.fits, *_time(plan_)))
     least_bytes = search_space.least_bytes(config, target)
-    return Search(plans=tuple(plans), num_candidates=num_candidates, least_bytes=least_bytes)
+    return Search(tuple(plans), len(candidates), least_bytes)
+
+
+@dataclasses.dataclass
+class _Group:
+    """Candidates that differ in the number of microbatches only, fewest first.
+
+    Attributes:
+      candidates: those that may still be the first to fit.
+      factor: temporaries of the last program relative to their lower bound; None before that.
+      fits: whether any program fits.
+    """
+
+    candidates: list[search_space.Candidate]
+    factor: float | None = None
+    fits: bool = False
+
+
+class _Queue:
+    """Decides which candidates to compile, from the programs compiled so far."""
+
+    def __init__(self, candidates: Sequence[search_space.Candidate], capacity: int):
+        """Initialises the queue.
+
+        Args:
+          candidates: fastest predicted first.
+          capacity: bytes of memory of a device.
+        """
+        self._capacity = capacity
+        self._factors: dict[str, float] = {}  # by policy, of the last program
+        self._groups: dict[Hashable, _Group] = {}
+        for candidate in candidates:
+            key = _key(candidate.config)
+            self._groups.setdefault(key, _Group([])).candidates.append(candidate)
+        for group in self._groups.values():
+            group.candidates.sort(key=lambda each: each.config.train.gradient_accumulation)
+        ranks = collections.Counter[int]()  # by size of `mesh.memory`
+        order = dict[Hashable, int]()
+        for key, group in self._groups.items():
+            size = group.candidates[0].config.mesh.memory
+            order[key], ranks[size] = ranks[size], ranks[size] + 1
+        self._order = sorted(self._groups, key=order.__getitem__)  # stable
+
+    @property
+    def num_fitting(self) -> int:
+        """The number of meshes and policies of which a program fits."""
+        return sum(group.fits for group in self._groups.values())
+
+    def next(self, count: int) -> list[Config]:
+        """Returns up to `count` candidates to compile, of different meshes or policies."""
+        nexts = (self._next(self._groups[key]) for key in self._order)
+        return list(itertools.islice((each for each in nexts if each is not None), count))
+
+    def _next(self, group: _Group) -> Config | None:
+        for candidate in group.candidates:
+            factor = group.factor or self._factors.get(candidate.config.model.remat, _FIRST_FACTOR)
+            if candidate.arguments + factor * candidate.temporaries <= self._capacity:
+                return candidate.config
+        return None
+
+    def record(self, config: Config, plan_: plan.Plan) -> None:
+        """Records the plan of a candidate."""
+        group = self._groups[_key(config)]
+        index = [each.config for each in group.candidates].index(config)
+        tried = group.candidates[index]
+        if plan_.measured.temporaries is not None:
+            group.factor = max(1.0, plan_.measured.temporaries / tried.temporaries)
+            self._factors[config.model.remat] = group.factor
+        if plan_.fits:
+            group.candidates, group.fits = group.candidates[:index], True
+        else:
+            group.candidates = group.candidates[index + 1 :]
+
+    def discard(self, config: Config) -> None:
+        """Removes a candidate that does not compile, and all with its mesh and policy."""
+        self._groups[_key(config)].candidates = []
+
+
+def _key(config: Config) -> Hashable:
+    return config.mesh, config.model.remat
+
+
+def num_workers(plans: Sequence[plan.Plan] = ()) -> int:
+    """Returns how many programs to compile at a time, given how much memory some plans took."""
+    most = max((plan_.measured.process_bytes for plan_ in plans), default=_PROCESS_BYTES)
+    return max(1, min(os.cpu_count() or 1, _available_bytes() // most))
+
+
+def _available_bytes() -> int:
+    """Returns the memory that new processes can use, on Linux; 0 if it is unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    sizes = dict(line.split(":") for line in lines)
+    return int(sizes.get("MemAvailable", "0 kB").split()[0]) * 1024
 
 
 def _time(plan_: plan.Plan) -> tuple[float, float]:

@@ -8,12 +8,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from umv2 import sharding
-from umv2.config import Config, ConfigError
+from umv2.config import Config, ConfigError, ModelConfig
 from umv2.cost import accounting, exchange
 from umv2.model.memory.exchange import column_fault, row_fault
 from umv2.model.slots import memory_layer
@@ -33,6 +33,10 @@ PATHS = (
     "train.gradient_accumulation",
 )
 _MOST_TENSOR = 8
+# Reads and writes per microbatch of value tables, and of their gradients and the sums of these.
+_TABLE_PASSES = 8
+# Reads and writes of a selected row's gradient.
+_GRADIENT_PASSES = 2
 REMAT = ("none", "dots", "full")
 
 
@@ -98,26 +102,46 @@ def meshes(config: Config, num_devices: int) -> Iterator[Config]:
                 yield candidate
 
 
+class Candidate(NamedTuple):
+    """A configuration of a training step that may fit.
+
+    Attributes:
+      config: the configuration.
+      arguments: bytes of a device's arguments.
+      temporaries: lower bound of the bytes of a device's temporaries.
+      seconds: predicted time of a step, to rank candidates.
+    """
+
+    config: Config
+    arguments: int
+    temporaries: int
+    seconds: float
+
+
 def candidates(
     config: Config, target: topology.Topology, *, remat: Sequence[str] = REMAT
-) -> list[Config]:
+) -> list[Candidate]:
     """Returns the candidates that may fit, fastest predicted first."""
     fitting = [
-        (predicted_seconds(candidate, mesh_sizes(candidate, target.num_devices), target), candidate)
-        for candidate, least in _with_least_bytes(config, target, remat)
-        if least <= target.chip.memory_bytes
+        Candidate(candidate, arguments, temporaries, predicted_seconds(candidate, sizes, target))
+        for candidate, sizes, arguments, temporaries in _with_least_bytes(config, target, remat)
+        if arguments + temporaries <= target.chip.memory_bytes
     ]
-    return [candidate for _, candidate in sorted(fitting, key=lambda pair: pair[0])]
+    return sorted(fitting, key=lambda candidate: candidate.seconds)
 
 
 def least_bytes(config: Config, target: topology.Topology) -> int:
     """Returns a lower bound, over all meshes and compilers, of the memory that a device needs."""
-    return min(least for _, least in _with_least_bytes(config, target, REMAT))
+    return min(
+        arguments + temporaries
+        for _, _, arguments, temporaries in _with_least_bytes(config, target, REMAT)
+    )
 
 
 def _with_least_bytes(
     config: Config, target: topology.Topology, policies: Sequence[str]
-) -> Iterator[tuple[Config, int]]:
+) -> Iterator[tuple[Config, dict[str, int], int, int]]:
+    """Yields candidates with their mesh, bytes of arguments, and least bytes of temporaries."""
     one_batch = with_changes(config, {"train.gradient_accumulation": 1})
     for mesh in meshes(one_batch, target.num_devices):
         sizes = mesh_sizes(mesh, target.num_devices)
@@ -131,7 +155,7 @@ def _with_least_bytes(
             changes = {"model.remat": remat, "train.gradient_accumulation": accumulation}
             candidate = with_changes(mesh, changes)
             least = least_temporaries(candidate, sizes, parts, target)
-            yield candidate, sum(parts.values()) + least
+            yield candidate, sizes, sum(parts.values()), least
 
 
 def least_temporaries(
@@ -139,7 +163,8 @@ def least_temporaries(
 ) -> int:
     """Returns a lower bound of the temporaries: gradients, residuals of the blocks, and logits.
 
-    TPU compilers copy tables and accumulate their gradients with rows padded to 128 columns.
+    Scores of attention may be computed in blocks, so they do not count. TPU compilers
+    copy tables and accumulate their gradients with rows padded to 128 columns.
 
     Args:
       config: of a training step.
@@ -150,22 +175,22 @@ def least_temporaries(
     model = config.model
     tokens = _batch(config) // sharding.num_batch_shards(sizes) * config.data.sequence_length
     width = jnp.dtype(model.compute_dtype).itemsize
-    # Queries, keys, values and their products; gate, up and their product.
-    matrices = 4 * model.hidden_size + 3 * model.ffn_size
-    scores = model.num_heads * config.data.sequence_length  # of attention, in both passes
-    residuals = {
-        "full": model.hidden_size,
-        "dots": model.hidden_size + matrices // sizes["tensor"],
-        "none": model.hidden_size + (matrices + scores) // sizes["tensor"],
-    }[model.remat]
-    logits = tokens * model.vocab_size * accounting.FLOAT32_BYTES // sizes["tensor"]
-    logits = min(logits, losses.MAX_LOGITS_BYTES)
-    working = tokens * scores * width // sizes["tensor"]
+    residuals = model.hidden_size
+    if model.remat != "full":
+        residuals += _activations(model) // sizes["tensor"]
     gradients = (parts["dense"] + parts["sparse"]) // 3
     if config.mesh.table_sharding == "columns" and target.chip.platform == "tpu":
         padded = exchange.table_bytes(model, "columns", sizes["memory"]) // 3
         gradients += max(0, 2 * padded - parts["sparse"] // 3)
-    return gradients + model.num_layers * tokens * residuals * width + max(logits, working)
+    logits = tokens * model.vocab_size * accounting.FLOAT32_BYTES // sizes["tensor"]
+    logits = min(logits, losses.MAX_LOGITS_BYTES)
+    return gradients + model.num_layers * tokens * residuals * width + logits
+
+
+def _activations(model: ModelConfig) -> int:
+    """Returns the elements of a block's activations per token: of its attention and its FFN."""
+    # Queries, keys, values and their products; gate, up and their product.
+    return 4 * model.hidden_size + 3 * model.ffn_size
 
 
 def predicted_seconds(config: Config, sizes: Mapping[str, int], target: topology.Topology) -> float:
@@ -190,7 +215,31 @@ def predicted_seconds(config: Config, sizes: Mapping[str, int], target: topology
         local_tokens = tokens / sharding.num_batch_shards(sizes)
         received += 4 * passes * model.num_layers * local_tokens * model.hidden_size * width
     compute, communication = flops / chip.peak_flops, received / chip.link_bandwidth
-    return max(compute, communication) + 0.1 * communication  # overlap is never perfect
+    hbm = _hbm_bytes(config, sizes, target) / chip.memory_bandwidth
+    # Overlap is never perfect.
+    return max(compute, communication, hbm) + 0.1 * (communication + hbm)
+
+
+def _hbm_bytes(config: Config, sizes: Mapping[str, int], target: topology.Topology) -> float:
+    """Returns a rough estimate of the bytes of main memory that a device moves in a step."""
+    model, accumulation = config.model, config.train.gradient_accumulation
+    counts = accounting.parameter_counts(model)
+    float32, width = accounting.FLOAT32_BYTES, jnp.dtype(model.compute_dtype).itemsize
+    tokens = config.train.batch_size * config.data.sequence_length
+    tokens_per_shard = tokens / sharding.num_batch_shards(sizes)
+    passes = 2 if model.remat == "none" else 3
+    tables = counts.sparse_values * float32 / sizes["memory"]
+    if model.placements and target.chip.platform == "tpu":
+        layout: exchange.Layout = "columns" if config.mesh.table_sharding == "columns" else "rows"
+        tables = exchange.table_bytes(model, layout, sizes["memory"]) / 3
+    dense = (counts.total - counts.sparse_values) * width / sizes["tensor"]
+    rows = counts.selected * float32 * tokens / math.prod(sizes.values())
+    activations = model.num_layers * _activations(model) * width * tokens_per_shard
+    return (
+        accumulation * (_TABLE_PASSES * tables + (passes + 1) * dense)
+        + (passes + _GRADIENT_PASSES) * rows
+        + 2 * passes * activations / sizes["tensor"]
+    )
 
 
 def other_layout(config: Config, size: int) -> str | None:

@@ -21,7 +21,12 @@ _COMPILERS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
 # JAX itself runs on the CPU. XLA reads these once, before its first use. There is no TPU host to
 # query for metadata, and no GPU to autotune on.
 _ENVIRONMENT = {
-    "tpu": {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"},
+    "tpu": {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise one process per machine
+    },
     "cuda": {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"},
 }
 
