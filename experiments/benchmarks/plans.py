@@ -341,8 +341,8 @@ def main(argv: list[str]) -> None:
     ]
     missing = missing[: _LIMIT.value]
     killed = _plan(missing, _WORKERS.value or search.num_workers())
-    if killed := _plan(killed, 1):  # each alone has more memory
-        logging.error("killed, probably for lack of memory: %s", ", ".join(map(str, killed)))
+    for case in _plan(killed, 1):  # each alone has more memory
+        logging.error("%s: killed, probably for lack of memory; run this again", case.name)
     files.write_text(DOCUMENT, document(stored(RESULTS)))
 
 
@@ -353,16 +353,20 @@ def _plan(chosen: Sequence[Case], num_workers: int) -> list[Case]:
     killed = []
     with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
         runs = {pool.submit(run, case): case for case in chosen}
-        for ended in concurrent.futures.as_completed(runs):
-            case = runs[ended]
-            try:
-                records = ended.result()
-            except ahead_of_time.Killed as error:
-                logging.warning("%s: %s", case.name, error)
-                killed.append(case)
-                continue
-            _store(case, records)
-            logging.info("%s: %s", case.name, _outcome(records[0]))
+        try:
+            for ended in concurrent.futures.as_completed(runs):
+                case = runs[ended]
+                try:
+                    records = ended.result()
+                except ahead_of_time.Killed as error:
+                    logging.warning("%s: %s", case.name, error)
+                    killed.append(case)
+                    continue
+                _store(case, records)
+                logging.info("%s: %s", case.name, _outcome(records[0]))
+        finally:  # an interruption ends the cases that run, and starts no other
+            for each in runs:
+                each.cancel()
     return killed
 
 

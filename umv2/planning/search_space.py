@@ -37,7 +37,7 @@ _MOST_TENSOR = 8
 _TABLE_PASSES = 8
 # Reads and writes of a selected row's gradient.
 _GRADIENT_PASSES = 2
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "kernels", "full")
 
 
 def values(config: Config) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def least_bytes(config: Config, target: topology.Topology) -> int:
     """Returns a lower bound, over all meshes and compilers, of the memory that a device needs."""
     return min(
         arguments + temporaries
-        for _, _, arguments, temporaries in _with_least_bytes(config, target, REMAT)
+        for _, _, arguments, temporaries in _with_least_bytes(config, target, ("full",))
     )
 
 
@@ -176,7 +176,7 @@ def least_temporaries(
     tokens = _batch(config) // sharding.num_batch_shards(sizes) * config.data.sequence_length
     width = jnp.dtype(model.compute_dtype).itemsize
     residuals = model.hidden_size
-    if model.remat != "full":
+    if model.remat in ("none", "dots"):
         residuals += _activations(model) // sizes["tensor"]
     gradients = (parts["dense"] + parts["sparse"]) // 3
     if config.mesh.table_sharding == "columns" and target.chip.platform == "tpu":
@@ -198,7 +198,7 @@ def predicted_seconds(config: Config, sizes: Mapping[str, int], target: topology
     model, chip, accumulation = config.model, target.chip, config.train.gradient_accumulation
     devices = math.prod(sizes.values())
     tokens = config.train.batch_size * config.data.sequence_length
-    recomputed = {"none": 0.0, "dots": 0.1, "full": 1 / 3}[model.remat]
+    recomputed = {"none": 0.0, "dots": 0.1, "kernels": 0.25, "full": 1 / 3}[model.remat]
     flops = accounting.training_flops_per_token(config) * tokens / devices * (1 + recomputed)
     counts = accounting.parameter_counts(model)
     float32, width = accounting.FLOAT32_BYTES, jnp.dtype(model.compute_dtype).itemsize
@@ -237,7 +237,7 @@ def _hbm_bytes(config: Config, sizes: Mapping[str, int], target: topology.Topolo
     activations = model.num_layers * _activations(model) * width * tokens_per_shard
     return (
         accumulation * (_TABLE_PASSES * tables + (passes + 1) * dense)
-        + (passes + _GRADIENT_PASSES) * rows
+        + ((3 if model.remat == "full" else 2) + _GRADIENT_PASSES) * rows
         + 2 * passes * activations / sizes["tensor"]
     )
 
@@ -308,7 +308,7 @@ def _sparse_bytes(config: Config, sizes: Mapping[str, int], count: int) -> float
     layout = config.mesh.table_sharding
     exchanged = _exchanged(model, "rows" if layout == "rows" else "columns", size, tokens)
     layers = len(model.placements) * config.train.gradient_accumulation
-    return gradient * config.train.gradient_accumulation + layers * exchanged
+    return gradient + layers * exchanged
 
 
 @functools.cache
