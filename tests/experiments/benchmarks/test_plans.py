@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 from experiments import measurements
@@ -39,7 +40,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     monkeypatch.setattr(plans, "cases", lambda: iter(CASES))
     monkeypatch.setattr(plans, "RESULTS", tmp_path / "plans.jsonl")
     monkeypatch.setattr(plans, "DOCUMENT", tmp_path / "plans.md")
-    with flagsaver.flagsaver(only=[], limit=1000, workers=1):
+    with flagsaver.flagsaver():
+        flags.FLAGS.mark_as_parsed()
+        flags.FLAGS.workers = 1
         yield runs
 
 
@@ -102,8 +105,8 @@ def test_cases_are_planned_side_by_side(runs: Runs) -> None:
         together.wait()
 
     runs.fail = wait
-    with flagsaver.flagsaver(workers=3):
-        plans.main([])
+    flags.FLAGS.workers = 3
+    plans.main([])
     assert set(stored()) == set(NAMES)
 
 
@@ -120,16 +123,17 @@ def test_a_case_that_was_killed_is_planned_again_after_the_others(always: bool, 
     assert set(stored()) == set(NAMES[1:] if always else NAMES)
 
 
+@flagsaver.flagsaver
 def test_a_model_that_cannot_fit_is_stored_with_what_it_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from umv2.planning import search, topology
 
     pytest.importorskip("libtpu")
+    flags.FLAGS.mark_as_parsed()
     found = search.Search(plans=(), num_candidates=0, least_bytes=2**40)
     monkeypatch.setattr(search, "search", lambda *_, **__: found)
-    with flagsaver.flagsaver(tries=1):
-        (record,) = plans.run(CASES[0])
+    (record,) = plans.run(CASES[0])
     capacity = topology.parse("v5e:2x2").chip.memory_bytes
     assert (record["case"], record["least_bytes"]) == (NAMES[0], 2**40)
     assert record["capacity"] == capacity
@@ -141,6 +145,5 @@ def test_a_model_that_cannot_fit_is_stored_with_what_it_needs(
         raise UserError("the reason")
 
     monkeypatch.setattr(search, "search", fail)
-    with flagsaver.flagsaver(tries=1):
-        (record,) = plans.run(CASES[0])
+    (record,) = plans.run(CASES[0])
     assert record["error"] == "the reason"
