@@ -178,7 +178,7 @@ def test_more_rematerialisation_needs_less_memory_and_more_time() -> None:
     parts = ahead_of_time.argument_bytes(config(), sizes, "train")
     place = topology.parse("v5e:2x2")
     candidates = [
-        config(model__remat=remat, train__batch_size=1024) for remat in ("none", "dots", "full")
+        config(model__remat=remat, train__batch_size=1024) for remat in search_space.REMAT
     ]
     least = [search_space.least_temporaries(c, sizes, parts, place) for c in candidates]
     seconds = [search_space.predicted_seconds(c, sizes, place) for c in candidates]
@@ -203,7 +203,7 @@ def test_the_nearest_mesh_with_small_enough_arguments_is_found() -> None:
 @pytest.fixture(scope="module")
 def planned() -> plan.Plan:
     """A plan of tiny on four chips, with sharded tables."""
-    return plan.plan("tiny", config(mesh__memory=2), "v5e:2x2")
+    return plan.plan("tiny", config(mesh__memory=2, model__attention="xla"), "v5e:2x2")
 
 
 @pytest.mark.slow
@@ -224,8 +224,7 @@ def test_a_plan_reports_the_needs_of_a_step_and_that_it_fits(planned: plan.Plan)
     over_memory = [part for part in measured.collectives if part.axes == ("memory",)]
     assert over_memory
     assert planned.bound_seconds == max(planned.seconds.values()) > 0
-    assert planned.estimated_seconds is not None
-    assert planned.estimated_seconds > 0
+    assert planned.estimated_seconds is None  # code was not generated
 
 
 @pytest.mark.slow
@@ -279,12 +278,12 @@ def test_a_search_ranks_plans_that_fit() -> None:
 
 
 @needs_libtpu
-@pytest.mark.slow(minutes=15)
+@pytest.mark.slow
 def test_120_billion_parameters_fit_128_chips() -> None:
     values = paper_2b5_120b_top256.get_config()
     values.mesh.memory = 128
     values.mesh.parameters = "fsdp_and_memory"
     values.mesh.table_sharding = "rows"
     values.train.gradient_accumulation = 8
-    planned = plan.plan("120b", from_config_dict(values), "v5p:4x4x8", timeout_seconds=1800.0)
+    planned = plan.plan("120b", from_config_dict(values), "v5p:4x4x8", timeout_seconds=600.0)
     assert planned.fits, planned.verdict

@@ -240,13 +240,13 @@ def test_a_compiler_that_does_not_answer_is_an_error(
 @pytest.mark.slow
 def test_a_search_finds_what_complete_compilations_rank_first() -> None:
     """Programs without code rank candidates as complete ones do."""
-    small = config(model__num_layers=2, data__sequence_length=128)
+    small = config(model__num_layers=2, model__attention="xla", data__sequence_length=128)
     quick, complete = (
-        search.search("tiny", small, "v5e:2x2", limit=3, remat=("full",), code=code)
+        search.search("tiny", small, "v5e:2x2", limit=2, remat=("full",), code=code)
         for code in (False, True)
     )
-    assert [each.estimated_seconds for each in quick.plans] == [None] * 3
+    assert [each.estimated_seconds for each in quick.plans] == [None] * 2
     assert all(each.estimated_seconds for each in complete.plans)
     order = [[plan.fields(each.config) for each in found.plans] for found in (quick, complete)]
     assert order[0] == order[1]
-    assert len({json.dumps(fields) for fields in order[0]}) == 3
+    assert len({json.dumps(fields) for fields in order[0]}) == 2
