@@ -42,7 +42,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     monkeypatch.setattr(plans, "DOCUMENT", tmp_path / "plans.md")
     with flagsaver.flagsaver():
         flags.FLAGS.mark_as_parsed()
-        flags.FLAGS.workers = 1
+        flags.FLAGS["workers"].value = 1
         yield runs
 
 
@@ -105,7 +105,7 @@ def test_cases_are_planned_side_by_side(runs: Runs) -> None:
         together.wait()
 
     runs.fail = wait
-    flags.FLAGS.workers = 3
+    flags.FLAGS["workers"].value = 3
     plans.main([])
     assert set(stored()) == set(NAMES)
 
