@@ -242,7 +242,7 @@ def test_a_plan_is_printed_as_text_and_as_json(planned: plan.Plan) -> None:
 def test_a_plan_that_does_not_fit_suggests_a_mesh_that_would() -> None:
     planned = plan.plan("tiny", config(model__memory__num_keys=2048, mesh__replica=4), "v5e:2x2")
     assert not planned.fits
-    assert re.match(r"does not fit: \d+\.\d+ of 15\.75 GiB; value tables", planned.verdict)
+    assert re.match(r"does not fit: \d+\.\d+ of 15\.75 GiB; [\w ]+ take \d", planned.verdict)
     assert "mesh.memory=" in planned.advice()[0]
     assert "does not fit" in planned.as_text()
 

@@ -1,7 +1,6 @@
 """The search: which candidates it compiles, in which order, and what it does if that fails."""
 
 import dataclasses
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -235,18 +234,3 @@ def test_a_compiler_that_does_not_answer_is_an_error(
     with pytest.raises(error, match=r"killed|longer than|the reason") as raised:
         ahead_of_time.measure(config(), topology.parse(PLACE), "train", timeout_seconds=limit)
     assert type(raised.value) is error
-
-
-@pytest.mark.slow
-def test_a_search_finds_what_complete_compilations_rank_first() -> None:
-    """Programs without code rank candidates as complete ones do."""
-    small = config(model__num_layers=2, model__attention="xla", data__sequence_length=128)
-    quick, complete = (
-        search.search("tiny", small, "v5e:2x2", limit=2, remat=("full",), code=code)
-        for code in (False, True)
-    )
-    assert [each.estimated_seconds for each in quick.plans] == [None] * 2
-    assert all(each.estimated_seconds for each in complete.plans)
-    order = [[plan.fields(each.config) for each in found.plans] for found in (quick, complete)]
-    assert order[0] == order[1]
-    assert len({json.dumps(fields) for fields in order[0]}) == 2
