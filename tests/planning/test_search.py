@@ -1,5 +1,6 @@
 """The search: which candidates it compiles, in which order, and what it does if that fails."""
 
+import collections
 import dataclasses
 import os
 import threading
@@ -35,7 +36,7 @@ class Compiler:
     """
 
     def __init__(self, factor: float = 1.0, fail: Callable[[Config], None] = lambda _: None):
-        self.factor, self.fail = factor, fail
+        self.factor, self.fail, self.constant = factor, fail, 0
         self.compiled: list[Config] = []
 
     def __call__(self, name: str, config: Config, place: str, **_: Any) -> plan.Plan:
@@ -51,7 +52,7 @@ class Compiler:
             device_kind="a chip",
             arguments=sum(parts.values()),
             parts=parts,
-            needed=sum(parts.values()) + round(self.factor * least),
+            needed=sum(parts.values()) + round(self.factor * least) + self.constant,
             available=None,
             refusal=None,
             program=workload.read(PROGRAM),
@@ -132,6 +133,14 @@ def test_the_fewest_microbatches_that_fit_are_found(
     assert checked > len(fitting)
     assert any(accumulation > 1 for accumulation in fitting.values())
     assert len(compiler.compiled) == len(set(compiler.compiled))
+
+
+def test_microbatches_that_do_not_help_are_not_tried(compiler: Compiler) -> None:
+    compiler.constant = 2**40  # no number of microbatches makes these temporaries fit
+    run(limit=12)
+    tried = collections.Counter(map(mesh_and_policy, compiler.compiled))
+    assert max(tried.values()) == 1
+    assert len(tried) == 12
 
 
 def test_programs_are_compiled_at_a_time(compiler: Compiler) -> None:

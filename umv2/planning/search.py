@@ -21,6 +21,8 @@ from umv2.planning import ahead_of_time, plan, search_space, topology
 
 # Temporaries of the first program relative to their lower bound, as expected.
 _FIRST_FACTOR = 1.5
+# The most that one program makes others expect: theirs may be much smaller.
+_MOST_FACTOR = 4.0
 # A compiler that runs out of memory may take very long trying to need less.
 _TIMEOUT_SECONDS = 600.0
 # Memory of the first process that compiles, as expected: the 120B model for 128 chips takes 1.2 GiB
@@ -179,13 +181,25 @@ class _Group:
 
     Attributes:
       candidates: those that may still be the first to fit.
-      factor: temporaries of the last program relative to their lower bound; None before that.
+      points: the lower bound and the temporaries of each program that was compiled.
       fits: whether any program fits.
     """
 
     candidates: list[search_space.Candidate]
-    factor: float | None = None
+    points: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     fits: bool = False
+
+    def expected(self, least: int, factor: float) -> float:
+        """Returns the expected temporaries of a candidate whose lower bound is `least`.
+
+        They lie on the line through the last two programs. With one, they are proportional to the
+        lower bound; with none, `factor` times the lower bound.
+        """
+        if not self.points:
+            return factor * least
+        (x0, y0), (x1, y1) = ((0, 0), *self.points)[-2:]
+        slope = max(0.0, (y1 - y0) / (x1 - x0)) if x1 != x0 else 0.0
+        return y1 + slope * (least - x1)
 
 
 class _Queue:
@@ -225,8 +239,9 @@ class _Queue:
 
     def _next(self, group: _Group) -> Config | None:
         for candidate in group.candidates:
-            factor = group.factor or self._factors.get(candidate.config.model.remat, _FIRST_FACTOR)
-            if candidate.arguments + factor * candidate.temporaries <= self._capacity:
+            factor = self._factors.get(candidate.config.model.remat, _FIRST_FACTOR)
+            expected = group.expected(candidate.temporaries, factor)
+            if candidate.arguments + expected <= self._capacity:
                 return candidate.config
         return None
 
@@ -235,9 +250,10 @@ class _Queue:
         group = self._groups[_key(config)]
         index = [each.config for each in group.candidates].index(config)
         tried = group.candidates[index]
-        if plan_.measured.temporaries is not None:
-            group.factor = max(1.0, plan_.measured.temporaries / tried.temporaries)
-            self._factors[config.model.remat] = group.factor
+        if (temporaries := plan_.measured.temporaries) is not None:
+            group.points.append((tried.temporaries, temporaries))
+            factor = temporaries / tried.temporaries
+            self._factors[config.model.remat] = min(max(1.0, factor), _MOST_FACTOR)
         if plan_.fits:
             group.candidates, group.fits = group.candidates[:index], True
         else:
