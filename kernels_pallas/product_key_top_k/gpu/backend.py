@@ -48,11 +48,12 @@ from kernels_pallas.compat import barrier_arrive_and_wait, gpu_kernel
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.call import TopK, TopKCall
 from kernels_pallas.product_key_top_k.gpu.keys import key_scores, shortlist
-from kernels_pallas.product_key_top_k.gpu.memory import BLOCK_KEYS, Blocks, Plan, Scratch
+from kernels_pallas.product_key_top_k.gpu.memory import Blocks, Plan, Scratch
 from kernels_pallas.product_key_top_k.gpu.pairs import Grid, select_pairs, write_results
 from kernels_pallas.product_key_top_k.gpu.select import LANES, TOKENS
 
 _SHARED_BYTES = 227 * 2**10  # maximum per thread block
+_L2_BYTES = 50 * 2**20  # of an H100 or H200
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
 backward = xla.backward
@@ -199,19 +200,19 @@ def _product_key_top_k_kernel(plan: Plan, blocks: Blocks, *refs: Any) -> None:
 def _cost(
     plan: Plan, blocks: Blocks, num_tokens: int, operands: tuple[Array, ...], results: list[Any]
 ) -> pl.CostEstimate:
-    """The FLOPs of the key products, and the bytes that reach shared memory.
+    """The FLOPs of the key products, and the bytes read from and written to device memory.
 
-    A cluster reads all keys once. A thread block reads its queries again with each block of keys.
+    A cluster reads all keys, and a thread block its queries with each block of keys. These reads
+    come from the L2 cache, unless the keys take most of it.
     """
-    tiles = plan.num_heads * num_tokens // blocks.tokens
-    row_bytes = plan.padded_dim * plan.dtype.itemsize
-    blocks_of_keys = 2 * plan.rank * plan.num_blocks  # that a tile multiplies
-    read = tiles * blocks_of_keys * row_bytes * (BLOCK_KEYS // blocks.cluster + blocks.tokens)
+    query, keys, *small = operands
+    clusters = num_tokens // (blocks.tokens * blocks.cluster)
+    read = query.nbytes + keys.nbytes * (1 if keys.nbytes <= _L2_BYTES // 2 else clusters)
     return pl.CostEstimate(
         flops=2 * plan.num_tokens * 2 * plan.num_heads * plan.rank * plan.num_keys * plan.key_dim,
         transcendentals=0,
         bytes_accessed=read
-        + sum(x.nbytes for x in operands[2:])
+        + sum(x.nbytes for x in small)
         + sum(4 * math.prod(shape) for shape, _ in results),
     )
 
