@@ -309,8 +309,9 @@ def test_unsupported_calls_raise_if_named_and_fall_back_to_xla_otherwise(
     sizes: dict[str, Any] = {"top_m": 5, "shortlist": 6}
     with pytest.raises(UnsupportedError, match=reason):
         product_key_top_k(**inputs, **sizes, **ON_GPU | options)
-    automatic = jax.make_jaxpr(lambda: product_key_top_k(**inputs, **sizes, platform="gpu"))()
-    assert "product_key_top_k_forward" not in str(automatic)
+    platform = {"platform": "gpu"} | options
+    automatic = jax.make_jaxpr(lambda: product_key_top_k(**inputs, **sizes, **platform))()
+    assert "mpmd_map" not in str(automatic)  # which Mosaic GPU kernels are
 
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0"])
