@@ -54,8 +54,10 @@ def declared_costs(text: str) -> list[tuple[int, int, int]]:
     """
     declared = r'cost_estimate(?:_json)?"? ?[:=] ?"?({[^{}]*})'
     costs = map(json.loads, re.findall(declared, text.replace(r"\22", '"')))
-    names = ("flops", "transcendentals", "bytes_accessed")
-    return [tuple(int(cost[name]) for name in names) for cost in costs]  # type: ignore[misc]
+    return [
+        (int(cost["flops"]), int(cost["transcendentals"]), int(cost["bytes_accessed"]))
+        for cost in costs
+    ]
 
 
 def _installed(module: str) -> bool:

@@ -338,9 +338,9 @@ def test_product_key_top_k_on_gpu() -> None:
         options: dict[str, Any] = {"implementation": "pallas_gpu", "platform": "gpu"}
         return product_key_top_k(**arguments, top_m=4, shortlist=5, **options)
 
-    # 16 queries for each side, and 8 times 20 keys padded to 64; both padded to 32 columns. Each is
+    # 16 queries for each side, and 8 times 20 keys padded to 72; both padded to 32 columns. Each is
     # read from device memory once, and from the L2 cache by every thread block.
-    read = (2 * 16 + 8 * 64) * 128
+    read = (2 * 16 + 8 * 72) * 128
     weights, cores, core, places = 8 * 4, 16 * 4, 8 * 4, 32 * 4
     scores, addresses = 16 * 8 * 2 * 4, 16 * 8 * 4
     want = (

@@ -8,13 +8,13 @@ layout.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from umv2.config import LossConfig, ModelConfig
-from umv2.config.schema import reject, resolve_name
+from umv2.config.schema import reject, require, resolve_name
 from umv2.model.memory.store import StoreWindow, ValueStore
 from umv2.model.parameter import Initializer
 from umv2.types import struct
@@ -121,7 +121,14 @@ class MemorySlot(nnx.Module):
     Subclasses must declare their parameters in `__init__` and define `__call__` and `cost`; the
     other methods have defaults. The layers of all blocks are stacked: in `losses` and `health`,
     every array has a leading layer axis.
+
+    Attributes:
+      reads_copy: whether the layer gives gradients to `StoreWindow.masters`. In training, its
+        window is then of a copy of all tables (`store.read_copy`), which gets none; otherwise the
+        window is of the tables themselves.
     """
+
+    reads_copy: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, *, init: Initializer):
         """Declares the parameters of one layer."""
@@ -186,6 +193,13 @@ def memory_layer(config: ModelConfig) -> type[MemorySlot]:
         does not support the configuration.
     """
     layer = _layer_class(config.memory.layer)
+    require(
+        layer.reads_copy or config.memory.read_dtype == "float32",
+        "model.memory.read_dtype",
+        config.memory.read_dtype,
+        f"must be 'float32' with model.memory.layer={config.memory.layer!r}, which does not read a"
+        " copy of its tables",
+    )
     layer.validate(config)
     return layer
 

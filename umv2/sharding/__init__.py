@@ -43,7 +43,7 @@ from umv2.sharding.operations import (
     sharded_axes,
     table_layout,
     take_positions,
-    unreduced_zeros,
+    zero_gradients,
     zeros,
 )
 from umv2.sharding.rules import Rules, partition, rules
@@ -90,6 +90,6 @@ __all__ = [
     "table_layout",
     "take_positions",
     "tpu_memory",
-    "unreduced_zeros",
+    "zero_gradients",
     "zeros",
 ]

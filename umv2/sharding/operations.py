@@ -37,7 +37,7 @@ def defer_gradient_reduction[T](tree: T) -> T:
 
     For arrays that every layer of a scan, or every microbatch, reads: their gradients would be
     all-reduced in every one. Gradients with respect to what is returned are not reduced yet: add
-    them to `unreduced_zeros`, and apply `reduce_gradients` in the end. Inside `shard_map`, apply
+    them to `zero_gradients`, and apply `reduce_gradients` in the end. Inside `shard_map`, apply
     `kernels.match_vma` before any other use.
     """
 
@@ -49,12 +49,16 @@ def defer_gradient_reduction[T](tree: T) -> T:
     return jax.tree.map(reduced, tree) if on_mesh() else tree
 
 
-def unreduced_zeros[T](tree: T) -> T:
-    """Returns zeros to which gradients after `defer_gradient_reduction` can be added."""
+def zero_gradients[T](tree: T) -> T:
+    """Returns zeros to which gradients with respect to these arrays can be added.
+
+    If the reduction of the gradients is deferred, the zeros are not reduced yet either.
+    """
 
     def zeros(array: Array) -> Array:
-        unreduced = PartitionSpec(*spec(array), unreduced=_replicating_axes(array))
-        return jax.sharding.reshard(jnp.zeros_like(array), unreduced)
+        own = spec(array)
+        plain = jnp.zeros(array.shape, array.dtype, out_sharding=PartitionSpec(*own))
+        return jax.sharding.reshard(plain, PartitionSpec(*own, unreduced=own.reduced))
 
     return jax.tree.map(zeros if on_mesh() else jnp.zeros_like, tree)
 

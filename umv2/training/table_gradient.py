@@ -25,8 +25,8 @@ class Dense:
 
     @classmethod
     def zeros_like(cls, store: ValueStore | None) -> "Dense":
-        """Returns a zero gradient that is not reduced yet, as the start of an accumulation."""
-        return cls(sharding.unreduced_zeros(store))
+        """Returns a zero gradient with respect to these tables, to start an accumulation with."""
+        return cls(sharding.zero_gradients(store))
 
     def add(self, other: "Dense") -> "Dense":
         """Returns the sum of two gradients."""

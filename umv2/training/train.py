@@ -21,7 +21,7 @@ from umv2.cost import accounting, exchange
 from umv2.data import loader, tokenizer_copy
 from umv2.data.corpus import Corpus, open_corpus
 from umv2.model.memory.store import TableCopy, TrainedStore, ValueStore, read_copy
-from umv2.model.slots import Observe
+from umv2.model.slots import Observe, memory_layer
 from umv2.model.transformer import ModelStats
 from umv2.model.weights import Weights, refreshed_buffers
 from umv2.training import checkpoint, health, losses, records
@@ -56,6 +56,7 @@ def make_train_step(
     accumulation = config.train.gradient_accumulation
     optimizer = create_optimizer(config)
     observe = Observe.training(config.loss)
+    reads_copy = bool(config.model.placements) and memory_layer(config.model).reads_copy
 
     def objective(
         trained: tuple[Any, ValueStore | None],
@@ -65,7 +66,7 @@ def make_train_step(
         weight: Array,
     ) -> tuple[Array, tuple[Array, ModelStats]]:
         params, masters = trained
-        store = None if masters is None or copy is None else TrainedStore(masters, copy)
+        store = masters if masters is None or copy is None else TrainedStore(masters, copy)
         model = Weights(params=params, buffers=buffers, store=masters).model(config.model)
         segment_ids = batch.segment_ids if config.data.mask_across_documents else None
         hidden = model.hidden(batch.inputs, store=store, segment_ids=segment_ids, observe=observe)
@@ -85,9 +86,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = jnp.maximum(batch.weights.sum(), 1.0)
-        masters = sharding.defer_gradient_reduction(state.store)
-        with jax.named_scope("accumulation"):  # once a step, not in every microbatch
-            copy = read_copy(state.store, config.model)
+        masters, copy = state.store, None
+        if reads_copy:
+            masters = sharding.defer_gradient_reduction(masters)
+            with jax.named_scope("accumulation"):  # once a step, not in every microbatch
+                copy = read_copy(state.store, config.model)
 
         def gradients_of(batch: Batch) -> tuple[Array, ModelStats, Any, TableGradient]:
             trained = (state.params, masters)
@@ -108,7 +111,7 @@ def make_train_step(
             zeros = (
                 jnp.zeros(()),
                 jax.tree.map(jnp.zeros_like, state.params),
-                Dense.zeros_like(state.store),
+                Dense.zeros_like(masters),
             )
             microbatches = jax.tree.map(
                 lambda x: sharding.split_microbatches(x, accumulation), batch

@@ -37,6 +37,8 @@ class MemoryLayer(MemorySlot):
     cores after each optimizer step (`refresh`); the shuffle never changes.
     """
 
+    reads_copy = True
+
     def __init__(self, config: ModelConfig, *, init: Initializer):
         memory = config.memory
         hidden, heads, rank = config.hidden_size, memory.num_heads, memory.tucker_rank
