@@ -57,8 +57,9 @@ def zero_gradients[T](tree: T) -> T:
 
     def zeros(array: Array) -> Array:
         own = spec(array)
-        plain = jnp.zeros(array.shape, array.dtype, out_sharding=PartitionSpec(*own))
-        return jax.sharding.reshard(plain, PartitionSpec(*own, unreduced=own.reduced))
+        sharded = PartitionSpec(*own.partitions)
+        plain = jnp.zeros(array.shape, array.dtype, out_sharding=sharded)
+        return jax.sharding.reshard(plain, PartitionSpec(*own.partitions, unreduced=own.reduced))
 
     return jax.tree.map(zeros if on_mesh() else jnp.zeros_like, tree)
 
