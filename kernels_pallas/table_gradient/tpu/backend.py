@@ -172,9 +172,12 @@ def _sum_over_parts(
 ) -> list[Array]:
     """Adds the sums of parts of the tokens, so few that their factors fit VMEM, in float32."""
     num_tokens = indices.shape[0]
-    num_parts = pl.cdiv(_factor_bytes(num_tokens, 1), _FACTOR_BYTES)
-    if num_parts == 1:
+    least = pl.cdiv(_factor_bytes(num_tokens, 1), _FACTOR_BYTES)
+    if least == 1:
         return sums(indices, terms, dtypes)
+    # Some more parts than needed, if they are equal: padding would copy the factors.
+    equal = (parts for parts in range(least, 2 * least) if num_tokens % parts == 0)
+    num_parts = next(equal, least)
 
     def split(array: Array) -> Array:
         """Splits tokens into parts; those that fill up the last one have weights of zero."""
