@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     # auto: the first that supports the call | cudnn (GPU) | splash (TPU) | xla: anywhere, with all
     # scores of a query at once (on a CPU in blocks of queries)
     model.attention = "auto"
-    model.scan_layers = True  # False: unroll, for debugging
+    model.scan_layers = True  # False: unroll, as is done for up to 8 blocks on a CPU
     # What the backward pass keeps, and does not compute again: none: everything | dots: results of
     # matrix products and kernels | kernels: of attention, retrieval and value aggregation | full:
     # only the inputs of blocks

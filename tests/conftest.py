@@ -34,6 +34,11 @@ import pytest
 if TYPE_CHECKING:
     from tests.tiny_run import Run
 
+from umv2.model import stack
+
+# Models of tests are small, but scanned as large ones are: unrolled, they compile for longer.
+stack.MAX_UNROLLED_ON_CPU = 0
+
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

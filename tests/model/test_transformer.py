@@ -176,6 +176,18 @@ def test_scanned_and_unrolled_layers_agree() -> None:
     _assert_close(left, right)
 
 
+def test_few_blocks_are_unrolled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scans(num_layers: int) -> bool:
+        config = _config(num_layers)
+        traced, _ = _trace(_loss, _model(config), _store(config), _tokens())
+        return "scan[" in str(traced.jaxpr)
+
+    assert scans(2)
+    monkeypatch.setattr(stack, "MAX_UNROLLED_ON_CPU", 3)
+    assert not scans(3)
+    assert scans(4)
+
+
 @pytest.mark.slow(fast=["kernels"])
 @pytest.mark.parametrize("remat", ["full", "dots", "kernels"])
 def test_rematerialisation_changes_no_result(remat: str) -> None:
