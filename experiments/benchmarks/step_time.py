@@ -10,7 +10,7 @@ Other load on the machine affects all variants alike, so the figure to compare i
 first variant within a round. A variant is one of
 
     config           the configuration as it is
-    unrolled         with the other value of `model.scan_layers`
+    unrolled         with the other value of `model.scan_layers` (on a CPU, both may be unrolled)
     dense            without sparse layers, the FFN widened to the same number of active parameters
     plain_experts    the MoE with `jax.lax.ragged_dot`, `jnp.take` and `lax.top_k` in its experts,
                      differentiated by JAX
@@ -44,7 +44,7 @@ from umv2.config.schema import ConfigError
 
 _CONFIG = cli.define_config("config", "Configuration to measure.")
 _VARIANTS = flags.DEFINE_list(
-    "variants", ["config", "unrolled", "dense"], "Steps to time; ratios are to the first."
+    "variants", ["config", "dense"], "Steps to time; ratios are to the first."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of step_time.jsonl; default: print only.")
 _PYTORCH = flags.DEFINE_string(

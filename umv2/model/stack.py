@@ -21,9 +21,9 @@ from umv2.model.memory.store import Windows
 from umv2.model.rematerialization import rematerialized
 from umv2.model.slots import MemoryStats, Observe
 
-# On one CPU, up to this many blocks are unrolled even if they could be scanned: a scan stacks what the
-# backward pass needs, which takes memory bandwidth. A step of UltraMemV2 takes 0.206 s scanned and
-# 0.183 s unrolled at `tiny`, 0.947 and 0.718 s at `cpu_small`; it compiles in 6.9 and 8.5 s.
+# On one CPU, up to this many blocks are unrolled even if they could be scanned: a scan stacks what
+# the backward pass needs, which takes memory bandwidth. A step of UltraMemV2 takes 0.206 s scanned
+# and 0.183 s unrolled at `tiny`, 0.947 and 0.718 s at `cpu_small`; it compiles in 6.9 and 8.5 s.
 MAX_UNROLLED_ON_CPU = 8
 
 
