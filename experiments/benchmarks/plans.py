@@ -185,6 +185,8 @@ def document(planned: dict[str, list[dict[str, Any]]]) -> str:
     for case in SHOWN:
         if records := planned.get(case.name):
             parts.append(f"### {case.model} on {case.machine}\n\n{_table([(case.model, records)])}")
+            if records[0].get("measured", {}).get("program", {}).get("sources"):
+                parts.append(_breakdown(records[0]))
     compared = [
         (case.name.partition(" ")[2], planned[case.name])
         for case in LAYOUTS
@@ -321,6 +323,42 @@ def _layouts(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _breakdown(record: dict[str, Any]) -> str:
+    """Returns what moves the bytes of a step, in GB per device, by part of the model and by phase.
+
+    Parts that move less than one per cent are summed.
+    """
+    program, seconds = record["measured"]["program"], record["seconds"]
+    whole = program["bytes"]
+    lines = [
+        "| part | forward | again | backward | GB | share |",
+        "|" + " --- |" * 6,
+    ]
+    rest = 0
+    for source in program["sources"]:
+        total = sum(source["bytes"].values())
+        if total < whole / 100:
+            rest += total
+            continue
+        phases = (source["bytes"].get(phase, 0) for phase in ("forward", "remat", "backward"))
+        cells = [f"{size / 1e9:,.0f}" if size else "" for size in (*phases, total)]
+        lines.append(f"| {' | '.join([source['source'], *cells])} | {total / whole:.0%} |")
+    lines.append(f"| other | | | | {rest / 1e9:,.0f} | {rest / whole:.0%} |")
+    ratio = seconds["HBM"] / seconds["compute"]
+    padded = program["bytes"] / program["unpadded_bytes"]
+    share = record["model_flops"] / program["flops"]
+    faults = sum(record["measured"]["faults"].values())
+    return "\n".join([
+        *lines,
+        "",
+        f"HBM over compute: {ratio:.2f}; links over compute:"
+        f" {seconds['interconnect'] / seconds['compute']:.2f}; padded over unpadded bytes:"
+        f" {padded:.2f}; FLOPs of the model over those of the program: {share:.2f}; score arrays,"
+        " table-sized slices and reductions in the layer loop, and sorts and kernels that run"
+        f" again: {faults or 'none'}.",
+    ])  # fmt: skip
 
 
 def _gib(size: int | None) -> str:
