@@ -19,7 +19,7 @@ KERNELS = [
     f"{operator}_{part}"
     for operator in ("product_key_top_k", "value_aggregation")
     for part in ("forward", "backward")
-]
+] + ["splash_mha", "__cudnn$fmha"]
 
 
 def compiled(case: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from tests.kernels_pallas.aot import run_cases
+from tests.kernels_pallas.aot import CHIPS, run_cases
 
 BOTH = {
     f"{operator}_{part}"
@@ -12,17 +12,19 @@ BOTH = {
     for part in ("forward", "backward")
 }
 AGGREGATION = {"value_aggregation_forward", "value_aggregation_backward"}
+SPLASH, CUDNN = {"splash_mha"}, {"__cudnn$fmha"}
+# On a GPU the backward pass of product-key top-k is plain XLA.
+ON_GPU = BOTH - {"product_key_top_k_backward"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "topology", "top_k", "aggregation", "kernels"),
     [
-        ("tpu", "v5e:2x2", "xla", "xla", set()),
-        ("tpu", "v5e:2x2", "pallas_tpu", "pallas_tpu", BOTH),
-        ("tpu", "v5p:2x2x1", "xla", "pallas_sparsecore", AGGREGATION),
-        # On these platforms the backward pass of product-key top-k is plain XLA.
-        ("h200", "h200:4", "pallas_gpu", "pallas_gpu", BOTH - {"product_key_top_k_backward"}),
+        ("tpu", "v5e:2x2", "xla", "xla", SPLASH),
+        ("tpu", "v5e:2x2", "pallas_tpu", "pallas_tpu", BOTH | SPLASH),
+        ("tpu", "v5p:2x2x1", "xla", "pallas_sparsecore", AGGREGATION | SPLASH),
+        ("h200", "h200:4", "pallas_gpu", "pallas_gpu", ON_GPU | CUDNN),
     ],
 )
 def test_the_step_compiles_with_the_configured_kernels_on_four_devices(
@@ -36,6 +38,23 @@ def test_the_step_compiles_with_the_configured_kernels_on_four_devices(
         "model.memory.product_key_top_k": top_k,
         "model.memory.value_aggregation": aggregation,
     }
+    case = {"topology": topology, "fields": fields}
+    (used,) = run_cases("train_step_compile.py", case, compiler=compiler)
+    assert set(used) == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("compiler", "topology", "kernels"),
+    [
+        *(("tpu", chip, BOTH | SPLASH) for chip in CHIPS),
+        ("h200", "h200:4", ON_GPU | CUDNN),
+    ],
+)
+def test_the_defaults_of_every_chip_compile(
+    compiler: Literal["tpu", "h200"], topology: str, kernels: set[str]
+) -> None:
+    fields = {"model.compute_dtype": "bfloat16", "model.memory.read_dtype": "compute"}
     case = {"topology": topology, "fields": fields}
     (used,) = run_cases("train_step_compile.py", case, compiler=compiler)
     assert set(used) == kernels

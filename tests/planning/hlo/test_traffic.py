@@ -12,7 +12,7 @@ from tests.kernels_pallas import aot
 from tests.planning.hlo import hand_counted
 from umv2.config.schema import UserError
 from umv2.planning import topology
-from umv2.planning.hlo import array_types, workload
+from umv2.planning.hlo import array_types, collectives, workload
 
 ROW = 128 * 4  # bytes of a row of the tables below
 
@@ -467,3 +467,23 @@ def _compiled(chip: str) -> dict[str, Any]:
         )
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout)
+
+
+def test_a_computation_that_runs_on_a_sparsecore_counts() -> None:
+    # Its closing brace names its thread.
+    text = """HloModule m, num_partitions=1
+
+%offloaded (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %doubled = f32[8,128]{1,0:T(8,128)} add(%a, %a)
+}, execution_thread="sparsecore"
+
+ENTRY %main () -> () {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %start = ((f32[8,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)}, u32[]) call-start(%x), \
+async_execution_thread="sparsecore", to_apply=%offloaded
+  ROOT %done = f32[8,128]{1,0:T(8,128)} call-done(%start)
+}
+"""
+    assert workload.read(text).bytes == 3 * 8 * ROW
+    assert collectives.read(text, {"replica": 1}) == ()

@@ -15,6 +15,8 @@ from typing import Any
 # "  ROOT %name = type opcode(operands), attributes"; a tuple's type ends at the first ") opcode(".
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
+# Computations for a SparseCore name their thread.
+_END = re.compile(r'\}(, execution_thread="\w+")?')
 _PARTITIONS = re.compile(r"^HloModule .*\bnum_partitions=(\d+)", re.MULTILINE)
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _TILES = re.compile(r"T((?:\([\d,]+\))+)")
@@ -321,7 +323,7 @@ def parse(text: str) -> Program:
             is_entry, name = match.groups()
             lines = []
             entry = name if is_entry else entry
-        elif line == "}":
+        elif _END.fullmatch(line):
             computations[name] = Computation(name, lines)
             lines = []
         elif match := _INSTRUCTION.match(line):

@@ -145,7 +145,7 @@ def _executed(
                     for branch in normal
                 ]
                 yield from max(parts, key=lambda part: sum(one.bytes.padded for one in part))
-            case "call" | "async-start":
+            case "call" | "call-start" | "async-start":
                 for called in program.called(instruction):
                     yield from _executed(program, sources, called, (), times, inside)
             case _ if not is_free(instruction):
