@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+L2_BYTES = 50 * 2**20  # of an H100 or H200
+
 # Name of the scope around computations that normally do not run, for readers of compiled programs.
 RARE = "rarely_runs"
 

@@ -248,15 +248,16 @@ def test_value_aggregation_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 + 2 * per_selection + 2 * per_selection + per_selection + 2 * pre_inputs,
             ),
         ),
-        # 42 selections in three slices of 16: factor, row, token and weights; at most 40 rows.
+        # 42 selections in three slices of 16: row, token and weights; each factor once, from the L2
+        # cache later on; at most 40 rows.
         (
             "value_aggregation_sum_slices",
-            (2 * 48 * 12, 0, 48 * (64 + 4 + 4 + 8) + 40 * 64 + 3 * 16),
+            (2 * 48 * 12, 0, 48 * (4 + 4 + 8) + 3 * 64 + 40 * 64 + 3 * 16),
         ),
         joins,
         (
             "value_aggregation_sum_slices",
-            (2 * 48 * 8, 0, 48 * (32 + 4 + 4 + 4) + 40 * 32 + 3 * 16),
+            (2 * 48 * 8, 0, 48 * (4 + 4 + 4) + 3 * 32 + 40 * 32 + 3 * 16),
         ),
         joins,
     ]  # fmt: skip

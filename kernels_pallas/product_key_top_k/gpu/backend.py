@@ -43,7 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import dispatch, tuned
 from kernels_pallas.array_types import Array
-from kernels_pallas.common import match_vma, padded
+from kernels_pallas.common import L2_BYTES, match_vma, padded
 from kernels_pallas.compat import barrier_arrive_and_wait, gpu_kernel
 from kernels_pallas.product_key_top_k import xla
 from kernels_pallas.product_key_top_k.call import TopK, TopKCall
@@ -53,7 +53,6 @@ from kernels_pallas.product_key_top_k.gpu.pairs import Grid, select_pairs, write
 from kernels_pallas.product_key_top_k.gpu.select import LANES, TOKENS
 
 _SHARED_BYTES = 227 * 2**10  # maximum per thread block
-_L2_BYTES = 50 * 2**20  # of an H100 or H200
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
 backward = xla.backward
@@ -207,7 +206,7 @@ def _cost(
     """
     query, keys, *small = operands
     clusters = num_tokens // (blocks.tokens * blocks.cluster)
-    read = query.nbytes + keys.nbytes * (1 if keys.nbytes <= _L2_BYTES // 2 else clusters)
+    read = query.nbytes + keys.nbytes * (1 if keys.nbytes <= L2_BYTES // 2 else clusters)
     return pl.CostEstimate(
         flops=2 * plan.num_tokens * 2 * plan.num_heads * plan.rank * plan.num_keys * plan.key_dim,
         transcendentals=0,

@@ -6,9 +6,9 @@ selections of a row span several slices, each slice stores a partial sum, and a 
 the partial sums from left to right. So a row with very many selections is summed by many thread
 blocks, without atomics, in an order that only depends on the slice size.
 
-Factors are read again for every selection. There is one float32 row per token, [T, D], which fits
-the 50 MB L2 cache at the paper's sizes, so these reads take L2 bandwidth, not device memory
-bandwidth.
+Factors are read again for every selection. There is one float32 row per token, [T, D]. As long as
+they fit the 50 MB L2 cache, these reads take its bandwidth, not that of device memory: 32,768
+tokens of 192 columns take half of it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import tuned
 from kernels_pallas.array_types import Array, Float, Int32
-from kernels_pallas.common import accumulation_dtype, check, match_vma
+from kernels_pallas.common import L2_BYTES, accumulation_dtype, check, match_vma
 from kernels_pallas.compat import gpu_kernel
 from kernels_pallas.table_gradient.call import TableGradientCall, TableRows, Term
 from kernels_pallas.table_gradient.gpu import fetch
@@ -244,6 +244,9 @@ def _costs(
 ) -> tuple[pl.CostEstimate, pl.CostEstimate]:
     """The costs of both kernels, if no two selections have the same row.
 
+    Factors are read from device memory once, or, if they take most of the L2 cache, for every
+    selection.
+
     If some do, fewer rows are written, but some rows span slices: their partial sums are written,
     and the second kernel adds them. Either way, both kernels compare the ends of adjacent slices.
     """
@@ -251,13 +254,14 @@ def _costs(
     dim = factors.shape[1]
     num_written = min(num_selections, table.shape[0])
     words = 2 + num_cores  # row, token and weights of a selection
-    per_selection = fetch.sector_bytes(dim, factors.dtype) + 4 * words
+    factor_reads = factors.shape[0] if factors.nbytes <= L2_BYTES // 2 else num_selections
+    read = factor_reads * fetch.sector_bytes(dim, factors.dtype) + num_selections * 4 * words
     written = num_written * fetch.sector_bytes(dim, table.dtype)
     compared = 4 * 4 * num_slices  # the first row, the last one, and their neighbours
     sums = pl.CostEstimate(
         flops=2 * num_selections * dim,
         transcendentals=0,
-        bytes_accessed=num_selections * per_selection + written + compared,
+        bytes_accessed=read + written + compared,
     )
     return sums, pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=compared)
 
