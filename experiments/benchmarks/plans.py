@@ -76,8 +76,8 @@ def _replicated(size: int, accumulation: int) -> tuple[tuple[str, Any], ...]:
 SHOWN = (
     Case("paper_227m_1b2", "v5e:4x4", _sharded(4, "rows", 48, fsdp=4)),
     Case("paper_227m_1b2", "v5p:2x2x1", _replicated(4, 12)),
-    Case("paper_227m_1b2", "h200:8", _replicated(8, 3)),
-    Case("paper_1b_7b", "h200:8", _sharded(8, "columns", 16)),
+    Case("paper_227m_1b2", "h200:8", _replicated(8, 12)),
+    Case("paper_1b_7b", "h200:8", _sharded(8, "columns", 64)),
     Case("paper_1b_7b", "v6e:8x8", _sharded(8, "rows", 16, fsdp=8)),
     Case("paper_2b5_120b_top256", "v5p:4x4x8", _sharded(64, "rows", 8, fsdp=2)),
 )

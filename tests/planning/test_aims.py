@@ -18,8 +18,8 @@ _COLUMNS = {"mesh.table_sharding": "columns"}
 @pytest.mark.parametrize(
     ("model", "machine", "accumulation", "fields", "memory_over_compute"),
     [
-        ("paper_227m_1b2", "h200:8", 3, {"mesh.replica": 8}, 1.3),
-        ("paper_1b_7b", "h200:8", 16, {"mesh.memory": 8, **_SHARDED, **_COLUMNS}, 1.0),
+        ("paper_227m_1b2", "h200:8", 12, {"mesh.replica": 8}, 1.3),
+        ("paper_1b_7b", "h200:8", 64, {"mesh.memory": 8, **_SHARDED, **_COLUMNS}, 1.0),
         ("paper_227m_1b2", "v5p:2x2x1", 12, {"mesh.replica": 4}, 1.0),
         ("paper_227m_1b2", "v5e:4x4", 48, {"mesh.memory": 4, "mesh.fsdp": 4, **_SHARDED}, 1.2),
         ("paper_1b_7b", "v6e:8x8", 16, {"mesh.memory": 8, "mesh.fsdp": 8, **_SHARDED}, 3.7),
@@ -43,7 +43,9 @@ def test_a_step_retrieves_once_and_moves_few_bytes(
     values.update_from_flattened_dict(fields | {"train.gradient_accumulation": accumulation})
     planned = plan.plan(model, from_config_dict(values), machine)
     assert planned.fits
-    assert not any(planned.measured.faults.values()), planned.measured.faults
+    faults = dict(planned.measured.faults)
+    assert faults.pop("table_slices") <= 2  # the gradients that go into the layer stack
+    assert not any(faults.values()), faults
     assert planned.seconds["HBM"] < memory_over_compute * planned.seconds["compute"]
 
 
