@@ -28,7 +28,7 @@ _COLUMNS = {"mesh.table_sharding": "columns"}
             "v5p:4x4x8",
             8,
             {"mesh.memory": 64, "mesh.fsdp": 2, **_SHARDED},
-            5,
+            5.5,
         ),
     ],
 )
