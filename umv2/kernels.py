@@ -238,7 +238,8 @@ def choose(
     Raises:
       ConfigError: the named implementation does not support the call.
     """
-    if implementation != "auto" and (reason := unsupported_reasons[implementation]()):
+    if implementation == "auto":
+        return dispatch.choose(field, None, platform, automatic, unsupported_reasons)
+    if reason := unsupported_reasons[implementation]():
         raise ConfigError(f"{field}={implementation!r}: {reason}")
-    named = _implementation(implementation)
-    return dispatch.choose(field, named, platform, automatic, unsupported_reasons)
+    return implementation

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 # Batches are numpy arrays until they are put on devices; type checkers do not distinguish them.
@@ -42,6 +44,11 @@ def struct[T](cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
     return made
+
+
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Returns the dtype in which values of `dtype` are summed: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 @struct

@@ -20,10 +20,6 @@ BACKENDS = dispatch.Backends[TopKBackend](
     {"xla": "xla", "pallas_tpu": "tpu.backend", "pallas_gpu": "gpu.backend"},
 )
 
-# If no implementation is named, the first of these that supports the call runs. tables.py has the
-# rule and the evidence.
-AUTOMATIC = tables.AUTOMATIC
-
 MAX_NUM_KEYS = 46340  # addresses are int32, and 46341 squared exceeds 2^31
 
 # Bytes of key scores per chunk of tokens if the caller does not set a chunk size. Milliseconds on 2
@@ -100,8 +96,8 @@ def product_key_top_k(
         top_m: number of pairs to choose for each token and head.
         shortlist: number of candidates per side.
         implementation: for the forward and the backward pass. "xla" runs everywhere, "pallas_tpu"
-            on TPU, "pallas_gpu" on Hopper. By default, the first of `AUTOMATIC` that supports the
-            call; the choice is logged once.
+            on TPU, "pallas_gpu" on Hopper. By default, the first of `tables.AUTOMATIC` that
+            supports the call; the choice is logged once.
         chunk_size: tokens that "xla" processes at once. By default the tuned value (`tuned.py`) if
             there is one, else a power of two that fits a memory budget of the platform.
         platform: what the call will be compiled for, if that is neither the platform of the mesh in
@@ -135,7 +131,9 @@ def _choose(
     default = tuned.Chunks(chunk_tokens(row, chunk_bytes))
     call = dataclasses.replace(call, chunk_size=chunk_size or default.chunk_size)
     reasons = BACKENDS.unsupported_reasons(call, platform)
-    chosen = dispatch.choose("product_key_top_k", implementation, platform, AUTOMATIC, reasons)
+    chosen = dispatch.choose(
+        "product_key_top_k", implementation, platform, tables.AUTOMATIC, reasons
+    )
     if chosen == "xla" and chunk_size is None:
         key = tuned.Key.of("product_key_top_k", "xla", "both", call.sizes, call.query.dtype)
         chunks = tuned.lookup(default, key, platform=platform) or default

@@ -4,7 +4,7 @@ from umv2.config.data import DataConfig, LongContextDataConfig, LongContextTask
 from umv2.config.evaluation import EvaluationConfig, GenerateConfig, LongContextConfig
 from umv2.config.experiment import Config, from_config_dict, to_dict
 from umv2.config.mesh import MeshConfig, ResolvedMesh
-from umv2.config.model import MemoryConfig, ModelConfig, MoeConfig
+from umv2.config.model import MemoryConfig, ModelConfig, MoeConfig, Rematerialization
 from umv2.config.schema import ConfigError, differing_fields, nearest_name
 from umv2.config.training import LossConfig, OptimizerConfig, TrainConfig, WeightDecayConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "MoeConfig",
     "OptimizerConfig",
+    "Rematerialization",
     "ResolvedMesh",
     "TrainConfig",
     "WeightDecayConfig",

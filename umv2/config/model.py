@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from umv2.config.schema import Interval, Natural, Positive, PositiveFloat, require
 
+# What the backward pass keeps, from most to least.
+Rematerialization = Literal["none", "dots", "kernels", "full"]
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -205,7 +208,7 @@ class ModelConfig:
     compute_dtype: Literal["bfloat16", "float32", "float64"]
     attention: Literal["auto", "xla", "cudnn", "splash"]
     scan_layers: bool
-    remat: Literal["none", "dots", "kernels", "full"]
+    remat: Rematerialization
     memory: MemoryConfig
     moe: MoeConfig
 

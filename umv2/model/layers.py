@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from umv2 import sharding
 from umv2.model.parameter import Initializer
+from umv2.types import accumulation_dtype
 
 _FEW_ROWS = 8
 
@@ -33,11 +34,6 @@ def linear_std(hidden_size: int) -> float:
 def residual_scale(num_layers: int) -> float:
     """Returns 1 / sqrt(2 L), the initial scale of the output projections of attention and FFN."""
     return 1 / math.sqrt(2 * num_layers)
-
-
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the dtype in which values of `dtype` are summed: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def linear(

@@ -5,15 +5,14 @@ kilobytes, but a second retrieval sorts, and gathers every selected row again.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from umv2 import sharding
+from umv2.config import Rematerialization
 from umv2.model.attention import cudnn, splash
-
-Rematerialization = Literal["none", "dots", "kernels", "full"]
 
 _KEPT = "memory_layer"
 _NAMES = (splash.RESIDUALS, "product_key_top_k", _KEPT)

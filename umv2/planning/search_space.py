@@ -8,12 +8,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 
 from umv2 import sharding
-from umv2.config import Config, ConfigError, ModelConfig
+from umv2.config import Config, ConfigError, ModelConfig, Rematerialization
 from umv2.cost import accounting, exchange
 from umv2.model.memory.exchange import column_fault, row_fault
 from umv2.model.slots import memory_layer
@@ -37,7 +37,7 @@ _MOST_TENSOR = 8
 _TABLE_PASSES = 8
 # Reads and writes of a selected row's gradient.
 _GRADIENT_PASSES = 2
-REMAT = ("none", "dots", "kernels", "full")
+REMAT: tuple[str, ...] = get_args(Rematerialization)
 
 
 def values(config: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from umv2.sharding.mesh import AXES, DATA_AXES, MEMORY, TENSOR, axes_of, on_mesh, spec
 from umv2.sharding.rules import entry_of
+from umv2.types import accumulation_dtype
 
 # Name of the results of products that are rounded to a dtype narrower than they accumulate in.
 ROUNDED_PRODUCT = "rounded product"
@@ -89,7 +90,7 @@ def linear(x: Float[Array, "*b i"], weight: Float[Array, "i o"]) -> Float[Array,
     All products accumulate in float32 (float64 for float64), and those of the backward pass have
     operands in the dtype of x too. The gradient of a float32 weight is not rounded to that dtype.
     """
-    if x.dtype == _accumulation_dtype(x):
+    if x.dtype == accumulation_dtype(x.dtype):
         return _linear(x, weight)
     # Named for rematerialisation to save it rather than the wider result of the product.
     return checkpoint_name(_narrow_linear(x, weight, jax.typeof(weight)), ROUNDED_PRODUCT)
@@ -144,7 +145,7 @@ def _contract(
         a,
         b,
         (axes, ((), ())),
-        preferred_element_type=_accumulation_dtype(a),
+        preferred_element_type=accumulation_dtype(a.dtype),
     )
     if not on_mesh():
         return product().astype(dtype)
@@ -157,10 +158,6 @@ def _contract(
     over = {name for axis in axes[0] for name in axes_of(spec(a)[axis])}
     partial = product(out_sharding=PartitionSpec(*remaining, unreduced=over)).astype(dtype)
     return jax.sharding.reshard(partial, PartitionSpec(*remaining) if out is None else out)
-
-
-def _accumulation_dtype(array: Array) -> jnp.dtype:
-    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def lookup(table: Float[Array, "n d"], ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from umv2 import kernels, sharding
 from umv2.model import layers
+from umv2.types import accumulation_dtype
 
 # Of one chunk on one device. Every chunk reads and writes the head's gradient once: for 50304 ids
 # and 2048 columns, a chunk of 2048 tokens moves half as many bytes for it as for its logits.
@@ -92,7 +93,7 @@ def _loss_forward(
             hidden_grad, own_head_grad = chunk.gradients(z_loss)
             return head_grad + own_head_grad, (chunk.sums(z_loss), hidden_grad)
 
-        zeros = jnp.zeros(head.shape, layers.accumulation_dtype(head.dtype))
+        zeros = jnp.zeros(head.shape, accumulation_dtype(head.dtype))
         zeros = kernels.match_vma((zeros, head), layout.tokens)[0]
         head_grad, (sums, hidden_grad) = jax.lax.scan(step, zeros, _chunks(tokens, head))
         hidden_grad = hidden_grad.reshape(-1, head.shape[-1])[: tokens.targets.size]
@@ -176,7 +177,7 @@ def _chunks(tokens: _Tokens, head: Float[Array, "vocab d"]) -> _Tokens:
 
     Their number is a power of 2, so that the usual numbers of tokens need no padding.
     """
-    num_tokens, itemsize = tokens.targets.size, layers.accumulation_dtype(head.dtype).itemsize
+    num_tokens, itemsize = tokens.targets.size, accumulation_dtype(head.dtype).itemsize
     wanted = -(-num_tokens * len(head) * itemsize // MAX_LOGITS_BYTES)
     number = 1 << (wanted - 1).bit_length()
     size = -(-num_tokens // number)

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from umv2.model import layers
 from umv2.model.attention.xla import visible
-from umv2.types import struct
+from umv2.types import accumulation_dtype, struct
 
 # Cache positions read per block on CPU. Time in ms with 2,048 and with 300 positions filled, by
 # block size: median of 7 runs on 2 cores, batch 32, 12 heads of width 64, cache length 2,048:
@@ -65,7 +64,7 @@ def attend(
     rows = jnp.moveaxis(grouped, 1, 3).reshape(len(query), num_heads, -1, query.shape[-1])
     repeats = rows.shape[2] // query.shape[1]
     row_positions = jnp.tile(positions, (1, repeats))
-    dtype = layers.accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     rows = rows.astype(dtype) * query.shape[-1] ** -0.5
     attended = lax.platform_dependent(
         rows,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from umv2.model.layers import accumulation_dtype
+from umv2.types import accumulation_dtype
 
 _BLOCK = 64
 _MAX_BLOCKS = 8  # each adds to the size of the program

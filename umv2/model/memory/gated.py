@@ -13,6 +13,7 @@ from umv2.model import layers
 from umv2.model.memory.layer import MemoryLayer
 from umv2.model.parameter import Initializer
 from umv2.model.slots import LayerCost
+from umv2.types import accumulation_dtype
 
 
 class GatedMemory(MemoryLayer):
@@ -43,6 +44,6 @@ class GatedMemory(MemoryLayer):
         """Projects the pooled values to the gated output."""
         gate = layers.linear(x, self.gate[...], self.gate_bias[...])
         # In float32, since the gradient of the gate is a sum over columns.
-        dtype = layers.accumulation_dtype(x.dtype)
+        dtype = accumulation_dtype(x.dtype)
         output = super().project(x, pooled)
         return (output.astype(dtype) * jax.nn.sigmoid(gate).astype(dtype)).astype(output.dtype)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from umv2 import kernels
+from umv2.types import accumulation_dtype
 
 QueryLayout = Literal["per_rank", "shared", "per_head", "released"]
 
@@ -69,7 +70,7 @@ def product_key_scores(
     Computes and returns float32 (float64 for float64). Only the balance loss needs all of these
     scores; selection does not materialise them.
     """
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = accumulation_dtype(query.dtype)
     query = jnp.broadcast_to(query.astype(dtype), (*keys.shape[:3], *query.shape[3:]))
     return jnp.einsum("hsrtq,hsrnq->hsrtn", query, keys.astype(dtype))
 

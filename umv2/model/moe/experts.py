@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from umv2 import kernels
 from umv2.model import layers
-from umv2.types import struct
+from umv2.types import accumulation_dtype, struct
 
 # Maximum rows per block. On CPU, forward and backward in ms by block size, 2 shared cores, float32,
 # median of 8 interleaved runs:
@@ -132,7 +132,7 @@ def _sorted_weights(weights: Float[Array, "t k"], dispatch: Dispatch) -> Float[A
 
 def _combine(rows: Float[Array, "m d"], dispatch: Dispatch) -> Float[Array, "t d"]:
     """Sums the rows of each token's pairs; the transpose of `_dispatch_tokens`."""
-    dtype = layers.accumulation_dtype(rows.dtype)
+    dtype = accumulation_dtype(rows.dtype)
     # One gather per choice: XLA fuses them, but would materialise [t, k, d] for a single gather.
     choices = [rows[dispatch.rows[:, choice]] for choice in range(dispatch.rows.shape[1])]
     total = functools.reduce(jnp.add, [choice.astype(dtype) for choice in choices])
@@ -145,7 +145,7 @@ def _swiglu(product: Callable[[Array, Array], Array], rows: Any, matrices: Any) 
     projected = [product(x, matrix) for matrix in into]
     gate, up = projected if len(projected) == 2 else jnp.split(projected[0], 2, axis=-1)
     # Weighted in float32, since the gradient of a weight is a sum over columns.
-    dtype = layers.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     inner = (jax.nn.silu(gate) * up).astype(dtype) * weights.astype(dtype)
     return product(inner.astype(x.dtype), down)
 
@@ -208,7 +208,7 @@ _ROWS_TIMES_ROWS = _contracting(0, 0, grouped=[])  # one matrix for each group o
 def _ragged_dot(
     left: Array, right: Array, group_sizes: Array, dimensions: lax.RaggedDotDimensionNumbers
 ) -> Array:
-    dtype = layers.accumulation_dtype(left.dtype)
+    dtype = accumulation_dtype(left.dtype)
     return lax.ragged_dot_general(
         left, right, group_sizes, dimensions, preferred_element_type=dtype
     )

@@ -15,7 +15,7 @@ from umv2.model import layers
 from umv2.model.moe import experts
 from umv2.model.parameter import Initializer, Parameter
 from umv2.model.slots import LayerCost, Observe, RouterStats
-from umv2.types import struct
+from umv2.types import accumulation_dtype, struct
 
 
 @struct
@@ -178,7 +178,7 @@ class MixtureOfExperts(nnx.Module):
         # DEFAULT precision would round to bfloat16 on TPU and change which experts are selected.
         logits = jnp.einsum(
             "td,de->te",
-            tokens.astype(layers.accumulation_dtype(x.dtype)),
+            tokens.astype(accumulation_dtype(x.dtype)),
             router,
             precision=jax.lax.Precision.HIGHEST,
         )

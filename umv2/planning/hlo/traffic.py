@@ -51,13 +51,9 @@ def traffic(
     program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction
 ) -> Bytes:
     """Returns the bytes that one execution of an instruction moves; of what it calls, if fused."""
-    opcode = instruction.opcode.removesuffix("-start")
-    if (
-        opcode in _FREE
-        or opcode.endswith(("-done", "-update"))
-        or custom_calls.is_free(instruction)
-    ):
+    if is_free(instruction):
         return Bytes()
+    opcode = instruction.opcode.removesuffix("-start")
     if work := custom_calls.declared(instruction):
         return Bytes(work.bytes, work.bytes)
     operands = [hlo.array_types(computation.instructions[n].type) for n in instruction.operands]

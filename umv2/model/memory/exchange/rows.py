@@ -18,6 +18,7 @@ from umv2.kernels import RARE
 from umv2.model.memory.exchange.groups import Groups, arranged_groups, groups
 from umv2.model.memory.exchange.local import Masters, Options, divisors, fault, pool
 from umv2.model.rematerialization import keep
+from umv2.types import accumulation_dtype
 
 # Within `with first_round_only(True):`, traced programs have no rounds after the first, and drop
 # the selections beyond its capacity. For planning: later rounds normally do not run, but take most
@@ -206,7 +207,7 @@ def _collect(packed: Float[Array, "m c d"], buffer: _Buffer) -> Float[Array, "t 
         terms = jnp.where(sent[:, :, :, None], terms, 0)
         return sums + jnp.sum(terms, axis=1, dtype=sums.dtype), None
 
-    dtype = jnp.promote_types(packed.dtype, jnp.float32)
+    dtype = accumulation_dtype(packed.dtype)
     # Unlike zeros, zeros_like keeps the manual axes over which an array varies inside shard_map.
     sums = jnp.zeros_like(packed, dtype, shape=(num_tokens, num_slots, packed.shape[-1]))
     sums, _ = lax.scan(add, sums, (blocks(buffer.places), blocks(buffer.sent)))
@@ -306,7 +307,7 @@ def _round(
     )
     pooled = pooled.astype(options.dtype).reshape(-1, capacity, pooled.shape[-1])
     # Rounds are added in float32.
-    dtype = jnp.promote_types(options.dtype, jnp.float32)
+    dtype = accumulation_dtype(options.dtype)
     return _collect(all_to_all(pooled), by_line).astype(dtype)
 
 
