@@ -355,7 +355,8 @@ class MemoryLayer(MemorySlot):
         )
         if masters is not None:
             first = window.first_master.reshape(1)
-            masters = exchange.Masters(masters.values, masters.pre_values, first, *window.packed)
+            trained = (masters.values, masters.pre_values)
+            masters = exchange.Masters(trained, first, window.packed)
         pooled = exchange.aggregate(
             layout,
             tables.values,

@@ -43,6 +43,10 @@ class ValueStore:
         return math.prod(self.values.shape[:-1])
 
 
+# Packed values and pre-values; see `TableCopy`.
+Packed = tuple[UInt32[Array, "1 ln w"] | None, UInt32[Array, "1 ln x"] | None]
+
+
 @struct
 class TrainedStore:
     """The value tables during training.
@@ -64,7 +68,7 @@ class TableCopy:
     """
 
     tables: ValueStore
-    packed: tuple[UInt32[Array, "1 ln w"] | None, UInt32[Array, "1 ln x"] | None]
+    packed: Packed
 
 
 def read_copy(store: ValueStore | None, config: ModelConfig) -> TableCopy | None:
@@ -108,7 +112,7 @@ class StoreWindow:
     start: Int[Array, ""] | int
     masters: ValueStore | None = None
     first_master: Int[Array, ""] | int = 0
-    packed: tuple[UInt32[Array, "1 ln w"] | None, UInt32[Array, "1 ln x"] | None] = (None, None)
+    packed: Packed = (None, None)
 
 
 # One store for all memory layers or, at inference without sharing, one per layer.
@@ -116,50 +120,44 @@ Stores = ValueStore | TrainedStore | Sequence[ValueStore] | None
 
 
 class Windows(NamedTuple):
-    """The windows of all memory layers.
+    """The windows of all memory layers, as fields of `StoreWindow`.
 
     Attributes:
-      shared: the store that all layers read, or None if each layer has its own table.
-      masters: the trained tables of `shared`, if all layers share them.
-      packed: `shared` in the words that kernels read.
-      own: per-layer inputs, stacked along the leading axis or as a list: the first row of the
-        layer's window and, without sharing, its table (inference) or its master (training). The
-        gradient of a scanned input is stacked, not a sum over gradients of all tables.
+      shared: fields that are the same for all layers.
+      own: fields of each layer, stacked along the leading axis or as a list. Without sharing, they
+        include its table (inference) or its master (training): the gradient of a scanned input is
+        stacked, not a sum over gradients of all tables.
     """
 
-    shared: ValueStore | None
-    masters: ValueStore | None
+    shared: dict[str, Any]
     own: dict[str, Any]
-    packed: tuple[Array | None, Array | None] = (None, None)
 
     def at(self, own: dict[str, Any]) -> StoreWindow | None:
-        """Returns the window of the layer with these per-layer inputs."""
-        if not own:
-            return None
-        return StoreWindow(
-            store=self.shared or own["table"],
-            start=own["start"],
-            masters=self.masters or own.get("master"),
-            first_master=own["first_master"],
-            packed=self.packed,
-        )
+        """Returns the window of the layer with these fields of its own."""
+        return StoreWindow(**self.shared, **own) if own else None
 
 
 def windows(store: Stores, memory: MemoryConfig, count: int) -> Windows:
     """Returns the windows of `count` memory layers."""
-    zeros = jnp.zeros(count, jnp.int32)
-    own: dict[str, Any] = {"start": zeros, "first_master": zeros}
     if store is None:
-        return Windows(None, None, {})
-    if memory.sharing != "none" and isinstance(store, ValueStore | TrainedStore):
-        starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
-        own["start"] = jnp.asarray(starts * memory.num_values, jnp.int32)
-        if isinstance(store, TrainedStore):
-            return Windows(store.copy.tables, store.masters, own, store.copy.packed)
-        return Windows(sharding.defer_gradient_reduction(store), None, own)
-    if isinstance(store, TrainedStore):
-        tables = jnp.arange(count, dtype=jnp.int32)
-        rows = store.masters.num_rows // count
-        own |= {"start": rows * tables, "first_master": tables, "master": store.masters}
-        return Windows(store.copy.tables, None, own, store.copy.packed)
-    return Windows(None, None, own | {"table": store})
+        return Windows({}, {})
+    if not isinstance(store, TrainedStore):
+        if not isinstance(store, ValueStore) or memory.sharing == "none":
+            return Windows({}, {"store": store, "start": jnp.zeros(count, jnp.int32)})
+        reduced = {"store": sharding.defer_gradient_reduction(store)}
+        return Windows(reduced, {"start": _shared_starts(memory, count)})
+    shared: dict[str, Any] = {"store": store.copy.tables, "packed": store.copy.packed}
+    if memory.sharing != "none":
+        return Windows(
+            shared | {"masters": store.masters}, {"start": _shared_starts(memory, count)}
+        )
+    tables = jnp.arange(count, dtype=jnp.int32)
+    rows = store.masters.num_rows // count
+    own = {"start": rows * tables, "masters": store.masters, "first_master": tables}
+    return Windows(shared, own)
+
+
+def _shared_starts(memory: MemoryConfig, count: int) -> Int[Array, " l"]:
+    """Returns the first row of each layer's window of shared tables."""
+    starts = retrieval.window_starts(count, memory.sharing, memory.share_group)
+    return jnp.asarray(starts * memory.num_values, jnp.int32)

@@ -67,11 +67,12 @@ def pool_columns(
     if pre_values is not None and pre_inputs is not None:
         own_inputs = keep(lax.all_to_all(pre_inputs.astype(options.dtype), axis, 1, 0, tiled=True))
         trained: dict[str, Any] = {}
-        if masters is not None and masters.pre_values is not None:
-            trained["master"] = flat(masters.pre_values)
-            trained["first_master"] = masters.first_table * masters.pre_values.shape[1]
-            if masters.packed_pre_values is not None:
-                trained["packed"] = flat(masters.packed_pre_values)
+        if masters is not None:
+            trained = {
+                "master": flat(masters.tables[1]),
+                "first_master": masters.first_row,
+                "packed": flat(masters.packed[1]),
+            }
         with jax.named_scope("value_aggregation"):
             partial = kernels.row_products(
                 flat(pre_values),

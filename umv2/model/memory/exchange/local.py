@@ -1,7 +1,7 @@
 """Value aggregation on one device's shard, and helpers shared by both layouts."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -30,18 +30,19 @@ class Masters(NamedTuple):
     They are not read, and get the gradients; the copies get none.
 
     Attributes:
-      values: this device's shard of the trained tables.
-      pre_values: likewise, or None if there are no pre-values.
+      tables: this device's shard of the trained values and pre-values, if there are any.
       first_table: [1], the table of the copy that table 0 of the masters is.
-      packed_values: the copy, packed for kernels (`kernels.pack_rows`); None where none needs it.
-      packed_pre_values: likewise.
+      packed: the copy of both, packed for kernels (`kernels.pack_rows`); None where none needs it.
     """
 
-    values: Float[Array, "m n v"]
-    pre_values: Float[Array, "m n p"] | None
+    tables: tuple[Float[Array, "m n v"], Float[Array, "m n p"] | None]
     first_table: Int32[Array, "1"]
-    packed_values: UInt32[Array, "l n w"] | None = None
-    packed_pre_values: UInt32[Array, "l n x"] | None = None
+    packed: tuple[UInt32[Array, "l n w"] | None, UInt32[Array, "l n x"] | None] = (None, None)
+
+    @property
+    def first_row(self) -> Int32[Array, "1"]:
+        """The row of the copy that row 0 of the masters is."""
+        return self.first_table * self.tables[0].shape[1]
 
 
 def fault(size: int, sizes: list[int], rule: str) -> str | None:
@@ -71,19 +72,19 @@ def pool(
     """Calls `value_aggregation` on this device's rows."""
     trained: dict[str, Any] = {}
     if masters is not None:
-        trained["master_values"] = flat(masters.values)
-        trained["first_master"] = masters.first_table * masters.values.shape[1]
-        if masters.packed_values is not None:
-            trained["packed_values"] = flat(masters.packed_values)
-        if pre_values is not None and masters.pre_values is not None:
-            trained["master_pre_values"] = flat(masters.pre_values)
-            if masters.packed_pre_values is not None:
-                trained["packed_pre_values"] = flat(masters.packed_pre_values)
+        trained = {
+            "master_values": flat(masters.tables[0]),
+            "first_master": masters.first_row,
+            "packed_values": flat(masters.packed[0]),
+        }
+        if pre_values is not None:
+            trained["master_pre_values"] = flat(masters.tables[1])
+            trained["packed_pre_values"] = flat(masters.packed[1])
     return kernels.value_aggregation(
         flat(values),
         rows,
         weights,
-        pre_values=None if pre_values is None else flat(pre_values),
+        pre_values=flat(pre_values),
         pre_inputs=pre_inputs,
         activation=None if pre_values is None else options.activation,
         slots=slots,
@@ -94,9 +95,17 @@ def pool(
     )
 
 
-def flat(table: Shaped[Array, "l n d"]) -> Shaped[Array, "ln d"]:
-    """Merges the table axis into the row axis."""
-    return table.reshape(-1, table.shape[-1])
+@overload
+def flat(table: Array) -> Array: ...
+
+
+@overload
+def flat(table: None) -> None: ...
+
+
+def flat(table: Shaped[Array, "l n d"] | None) -> Shaped[Array, "ln d"] | None:
+    """Merges the table axis into the row axis; returns None for None."""
+    return None if table is None else table.reshape(-1, table.shape[-1])
 
 
 def smallest_dtype(num_values: int) -> np.dtype:

@@ -54,7 +54,7 @@ class Routing(NamedTuple):
       order: permutation that sorts the groups by owner, then by rank.
       ends: end of each owner's groups in this order.
       num_rounds: number of rounds until all devices have sent all groups; at least 1.
-      constants: the fields of the masters that get no gradient; None without masters.
+      masters: the masters, whose tables are passed apart, since they get gradients; or None.
     """
 
     keys: Int32[Array, "t w"]
@@ -65,7 +65,7 @@ class Routing(NamedTuple):
     order: Int32[Array, " ta"]
     ends: Int32[Array, " m"]
     num_rounds: Int32[Array, ""]
-    constants: tuple[Array | None, ...] | None = None
+    masters: Any = None
 
 
 def route(
@@ -239,7 +239,7 @@ def pool_rows(
     """Pools the rows selected by this device's tokens, on the devices that own them."""
     num_tokens, top_m, _ = weights.shape
     sizes = groups(num_tokens, top_m, options.num_slots, lax.axis_size(options.axis))
-    own_rows = (values if masters is None else masters.values).shape[1]
+    own_rows = (values if masters is None else masters.tables[0]).shape[1]
     num_slots = options.num_slots
     routing = keep(route(rows, slots, own_rows=own_rows, num_slots=num_slots, axis=options.axis))
     if pre_inputs is not None:
@@ -252,8 +252,9 @@ def pool_rows(
         options = options._replace(chunk_size=chunk_size)
     trained = None
     if masters is not None:
-        trained, constants = masters[:2], masters[2:]
-        routing = routing._replace(constants=constants)
+        trained = masters.tables
+        apart: Any = None
+        routing = routing._replace(masters=masters._replace(tables=apart))
     arrays = (values, pre_values, weights, pre_inputs, trained)
     sums = _sum_of_rounds(functools.partial(_round, options), sizes, routing, arrays)
     return sums.reshape(num_tokens, -1)
@@ -264,9 +265,7 @@ def _round(
 ) -> Float[Array, "t s v"]:
     """Runs one round: returns the sums of the groups of ranks start, ..., start + capacity - 1."""
     values, pre_values, weights, pre_inputs, trained = arrays
-    masters = None
-    if trained is not None and routing.constants is not None:
-        masters = Masters._make((*trained, *routing.constants))
+    masters = routing.masters and routing.masters._replace(tables=trained)
     _, arranged, group = routing.rows.shape
     all_to_all = functools.partial(
         lax.all_to_all, axis_name=options.axis, split_axis=0, concat_axis=0, tiled=True
