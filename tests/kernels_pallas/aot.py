@@ -32,11 +32,17 @@ def run_cases(script: str, *cases: dict[str, Any], compiler: Compiler = "tpu") -
 
     Skips the calling test if the compiler is not installed.
     """
+    results: list[Any] = run(Path(__file__).with_name(script), json.dumps(cases), compiler)
+    return results
+
+
+def run(script: Path, argument: str, compiler: Compiler) -> Any:
+    """Runs a script for a compiler, and returns the JSON that it prints; skips like `run_cases`."""
     if not _installed(_MODULES[compiler]):
         pytest.skip(f"needs {_MODULES[compiler]}: pip install -e '.[compile]'")
     with environment(compiler) as variables:
         process = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name(script)), json.dumps(cases)],
+            [sys.executable, str(script), argument],
             capture_output=True,
             text=True,
             env=variables,

@@ -129,7 +129,7 @@ def test_a_model_that_cannot_fit_is_stored_with_what_it_needs(
 ) -> None:
     from umv2.planning import search, topology
 
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="a topology is parsed only if its compiler is installed")
     flags.FLAGS.mark_as_parsed()
     found = search.Search(plans=(), num_candidates=0, least_bytes=2**40)
     monkeypatch.setattr(search, "search", lambda *_, **__: found)

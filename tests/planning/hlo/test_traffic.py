@@ -1,8 +1,6 @@
 """Bytes of instructions, by hand, for programs as compilers print them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,6 @@ import pytest
 
 from tests.kernels_pallas import aot
 from tests.planning.hlo import hand_counted
-from umv2.config.schema import UserError
-from umv2.planning import topology
 from umv2.planning.hlo import array_types, collectives, workload
 
 ROW = 128 * 4  # bytes of a row of the tables below
@@ -442,31 +438,13 @@ _TEXT_SIZES = ["2", "12", "512", "512"]
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e:2x2", "h200:1"])
 def test_compiled_programs_move_what_their_shapes_say(chip: str) -> None:
-    texts = _compiled(chip)
+    compiler: aot.Compiler = "h200" if chip.startswith("h200") else "tpu"
+    texts: dict[str, Any] = aot.run(Path(hand_counted.__file__), chip, compiler)
     assert set(texts) == set(hand_counted.CASES)
     for name, case in hand_counted.CASES.items():
         work = workload.read(texts[name])
         assert work.flops == case.flops, name
         assert case.bytes <= work.bytes <= 1.001 * case.bytes, name
-
-
-def _compiled(chip: str) -> dict[str, Any]:
-    script = Path(hand_counted.__file__)
-    compiler: aot.Compiler = "h200" if chip.startswith("h200") else "tpu"
-    try:
-        topology.parse(chip)
-    except UserError as error:  # its compiler is not installed
-        pytest.skip(str(error))
-    with aot.environment(compiler) as variables:
-        process = subprocess.run(
-            [sys.executable, str(script), chip],
-            capture_output=True,
-            text=True,
-            env=variables,
-            check=False,
-        )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
 
 
 def test_a_computation_that_runs_on_a_sparsecore_counts() -> None:
